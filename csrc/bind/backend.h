@@ -1,0 +1,20 @@
+// The operators as the binding calls them, whichever back end is behind: bind/cpu.cpp picks the instruction set once,
+// bind/cuda.cpp forwards to the CUDA launchers.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "ops/operators.h"
+
+namespace pdd::bind {
+
+PDD_OPERATORS(PDD_DECLARE)
+
+// Why a call failed, for a status other than kSuccess.
+std::string status_string(Status status);
+
+// What this library can run on here, for `pdd-fast env`.
+std::map<std::string, std::string> capabilities();
+
+}  // namespace pdd::bind

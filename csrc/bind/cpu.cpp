@@ -1,0 +1,88 @@
+// Chooses, once, the widest instruction set that both this build and this CPU have, and forwards every operator to it.
+#include <cstdlib>
+#include <cstring>
+
+#include "bind/backend.h"
+#include "bind/status.h"
+
+// Declares the operators of one back end namespace.
+#define PDD_DECLARE_ALL(space) \
+    namespace pdd::space {     \
+    PDD_OPERATORS(PDD_DECLARE) \
+    }
+
+PDD_DECLARE_ALL(cpu_baseline)
+#ifdef PDD_X86
+PDD_DECLARE_ALL(cpu_avx2)
+PDD_DECLARE_ALL(cpu_avx512)
+#endif
+
+namespace pdd::bind {
+namespace {
+
+enum class Level { baseline, avx2, avx512 };
+
+Level detect() {
+    Level level = Level::baseline;
+#ifdef PDD_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+        level = Level::avx2;
+    if (level == Level::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        level = Level::avx512;
+    // A lower level on request: to compare results between machines, and for the tests.
+    if (const char* wanted = std::getenv("PDD_FAST_CPU")) {
+        if (!std::strcmp(wanted, "baseline")) level = Level::baseline;
+        if (!std::strcmp(wanted, "avx2") && level > Level::avx2) level = Level::avx2;
+    }
+#endif
+    return level;
+}
+
+Level level() {
+    static const Level chosen = detect();
+    return chosen;
+}
+
+const char* name(Level level) {
+    return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "baseline";
+}
+
+}  // namespace
+
+#ifdef PDD_X86
+#define PDD_FORWARD(function, Params)                                       \
+    template <class T>                                                      \
+    Status function(const Params<T>& params, Context context) {             \
+        switch (level()) {                                                  \
+            case Level::avx512: return cpu_avx512::function(params, context); \
+            case Level::avx2: return cpu_avx2::function(params, context);   \
+            default: return cpu_baseline::function(params, context);        \
+        }                                                                   \
+    }                                                                       \
+    PDD_INSTANTIATE(function, Params)
+#else
+#define PDD_FORWARD(function, Params)                           \
+    template <class T>                                          \
+    Status function(const Params<T>& params, Context context) { \
+        return cpu_baseline::function(params, context);         \
+    }                                                           \
+    PDD_INSTANTIATE(function, Params)
+#endif
+
+PDD_OPERATORS(PDD_FORWARD)
+
+std::string status_string(Status status) { return own_status_string(status); }
+
+std::map<std::string, std::string> capabilities() {
+    return {{"instruction set", name(level())},
+#ifdef _OPENMP
+            {"threads", "OpenMP"}
+#else
+            {"threads", "none"}
+#endif
+    };
+}
+
+}  // namespace pdd::bind

@@ -1,0 +1,43 @@
+// Forwards every operator to its CUDA launcher. The runtime is linked statically, so this loads on machines without a
+// driver; a launch there returns an error that status_string names.
+#include <cuda_runtime_api.h>
+
+#include "bind/backend.h"
+#include "bind/status.h"
+
+namespace pdd::cuda {
+PDD_OPERATORS(PDD_DECLARE)
+}
+
+namespace pdd::bind {
+
+#define PDD_FORWARD(function, Params)                           \
+    template <class T>                                          \
+    Status function(const Params<T>& params, Context context) { \
+        return cuda::function(params, context);                 \
+    }                                                           \
+    PDD_INSTANTIATE(function, Params)
+
+PDD_OPERATORS(PDD_FORWARD)
+
+std::string status_string(Status status) {
+    if (status <= 0) return own_status_string(status);
+    const auto error = static_cast<cudaError_t>(status);
+    return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
+std::map<std::string, std::string> capabilities() {
+    int runtime = 0, driver = 0, devices = 0;
+    cudaRuntimeGetVersion(&runtime);
+    cudaDriverGetVersion(&driver);
+    if (cudaGetDeviceCount(&devices) != cudaSuccess) {
+        devices = 0;
+        cudaGetLastError();
+    }
+    const auto version = [](int number) {
+        return number ? std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10) : std::string("none");
+    };
+    return {{"runtime", version(runtime)}, {"driver", version(driver)}, {"devices", std::to_string(devices)}};
+}
+
+}  // namespace pdd::bind

@@ -1,0 +1,152 @@
+// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; ranges as in design 3.4) at one pixel, shared
+// by the CPU and CUDA back ends. Images are planar here: element (c, i, j) lies at (c*H + i)*W + j.
+//
+// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather too: for an input
+// pixel it visits the few outputs whose taps can reach it, so no thread ever adds to another's result.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/macros.h"
+#include "ops/dsa/params.h"
+
+namespace pdd::PDD_BACKEND {
+
+struct ImageShape {
+    int64_t channels, height, width;
+
+    PDD_HD int64_t pixels() const { return height * width; }
+    PDD_HD int64_t elements() const { return channels * height * width; }
+};
+
+// One image's row of draws.
+struct Draws {
+    const double* first;  // draw d of this image lies at first[d * batch]
+    int64_t batch;
+
+    PDD_HD double operator[](int draw) const { return first[draw * batch]; }
+    PDD_HD int64_t integer(int draw) const { return static_cast<int64_t>(first[draw * batch]); }
+};
+
+// Rows [top, bottom) and columns [left, right) that cutout blanks.
+struct Box {
+    int64_t top, bottom, left, right;
+
+    PDD_HD bool contains(int64_t i, int64_t j) const { return i >= top && i < bottom && j >= left && j < right; }
+};
+
+PDD_HD Box cutout_box(Draws draws, int64_t height, int64_t width) {
+    const int64_t top = draws.integer(kCutoutH) - height / 2, left = draws.integer(kCutoutW) - width / 2;
+    return {top, top + height, left, left + width};
+}
+
+// Where an output pixel is sampled: position = centre + M (pixel - centre), in pixels. Equals affine_grid followed by
+// grid_sample with align_corners=True; double for every type, since the rounding of a position is multiplied by the
+// difference of neighbouring pixels.
+struct Sampling {
+    double xx, xy, yx, yy;  // M: x from x, x from y, y from x, y from y
+    double cx, cy;
+
+    PDD_HD double x(int64_t i, int64_t j) const {
+        return cx + xx * (static_cast<double>(j) - cx) + xy * (static_cast<double>(i) - cy);
+    }
+    PDD_HD double y(int64_t i, int64_t j) const {
+        return cy + yx * (static_cast<double>(j) - cx) + yy * (static_cast<double>(i) - cy);
+    }
+};
+
+PDD_HD Sampling scaling(Draws draws, ImageShape shape) {
+    return {draws[kScaleW], 0, 0, draws[kScaleH], 0.5 * static_cast<double>(shape.width - 1),
+            0.5 * static_cast<double>(shape.height - 1)};
+}
+
+PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
+    // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation in them carries the
+    // ratio of the sides. A side of one pixel has the coordinate 0 alone.
+    const double across = static_cast<double>(shape.width - 1), down = static_cast<double>(shape.height - 1);
+    const double cosine = cos(draws[kAngle]), sine = sin(draws[kAngle]);
+    return {cosine, down > 0 ? -sine * across / down : 0.0, across > 0 ? sine * down / across : 0.0, cosine,
+            0.5 * across,   0.5 * down};
+}
+
+// Weight of a pixel for a sample at this distance along one axis; the one place that knows it is bilinear.
+PDD_HD double tap(double distance) {
+    const double weight = 1.0 - fabs(distance);
+    return weight > 0 ? weight : 0;
+}
+
+// The four taps of one output pixel.
+struct Taps {
+    int64_t row, column;  // of the upper left tap; may lie outside
+    double rows[2], columns[2];
+
+    PDD_HD Taps(const Sampling& s, int64_t i, int64_t j) {
+        const double y = s.y(i, j), x = s.x(i, j);
+        row = static_cast<int64_t>(floor(y));
+        column = static_cast<int64_t>(floor(x));
+        for (int k = 0; k < 2; ++k) {
+            rows[k] = tap(y - static_cast<double>(row + k));
+            columns[k] = tap(x - static_cast<double>(column + k));
+        }
+    }
+
+    template <class T>
+    PDD_HD T sample(const T* plane, ImageShape shape) const {
+        T sum = 0;
+        for (int a = 0; a < 2; ++a) {
+            for (int b = 0; b < 2; ++b) {
+                const int64_t i = row + a, j = column + b;
+                if (i >= 0 && i < shape.height && j >= 0 && j < shape.width)
+                    sum += static_cast<T>(rows[a] * columns[b]) * plane[i * shape.width + j];
+            }
+        }
+        return sum;
+    }
+};
+
+// The output pixels whose taps can reach one input pixel: a box around its image under the inverse of M.
+struct Reach {
+    int64_t top, bottom, left, right;  // inclusive
+
+    PDD_HD Reach(const Sampling& s, ImageShape shape, int64_t p, int64_t q) {
+        constexpr double slack = 1e-6;  // for the rounding of the inverse; a pixel too many has weight 0
+        const double determinant = s.xx * s.yy - s.xy * s.yx;
+        top = left = 0;
+        bottom = shape.height - 1;
+        right = shape.width - 1;
+        if (fabs(determinant) < 1e-9) return;  // a plane squeezed to a line: every output is looked at
+        const double dx = static_cast<double>(q) - s.cx, dy = static_cast<double>(p) - s.cy;
+        const double j = s.cx + (s.yy * dx - s.xy * dy) / determinant;
+        const double i = s.cy + (s.xx * dy - s.yx * dx) / determinant;
+        const double across = (fabs(s.yy) + fabs(s.xy)) / fabs(determinant) + slack;
+        const double down = (fabs(s.xx) + fabs(s.yx)) / fabs(determinant) + slack;
+        // Clamped as doubles: far outside, the numbers do not fit an integer.
+        top = static_cast<int64_t>(fmax(ceil(i - down), 0.0));
+        left = static_cast<int64_t>(fmax(ceil(j - across), 0.0));
+        bottom = static_cast<int64_t>(fmax(fmin(floor(i + down), static_cast<double>(bottom)), -1.0));
+        right = static_cast<int64_t>(fmax(fmin(floor(j + across), static_cast<double>(right)), -1.0));
+    }
+};
+
+// What the outputs of one channel give back to input pixel (p, q).
+template <class T>
+PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape shape, int64_t p, int64_t q) {
+    T sum = 0;
+    for (int64_t i = reach.top; i <= reach.bottom; ++i) {
+        for (int64_t j = reach.left; j <= reach.right; ++j) {
+            const double weight =
+                tap(s.y(i, j) - static_cast<double>(p)) * tap(s.x(i, j) - static_cast<double>(q));
+            if (weight > 0) sum += static_cast<T>(weight) * grad[i * shape.width + j];
+        }
+    }
+    return sum;
+}
+
+// value moved towards (or away from) a mean: both saturation and contrast, each its own transpose.
+template <class T>
+PDD_HD T blend(T value, T mean, T factor) {
+    return (value - mean) * factor + mean;
+}
+
+}  // namespace pdd::PDD_BACKEND

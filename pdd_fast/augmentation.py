@@ -1,0 +1,292 @@
+"""Differentiable Siamese augmentation (DSA; Zhao and Bilen, ICML 2021, arXiv 2102.08259) with draws that can be kept.
+
+Drawing and applying are apart: the same draws can be applied again, to other images, or transposed, which is what the
+adjoint of an unrolled training run needs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from pdd_fast.ops.dsa import DRAWS, OPERATIONS, dsa, dsa_adjoint
+
+MODES = ("single", "multiple")
+_INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
+_IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_h": 1.0, "scale_w": 1.0}
+
+
+@dataclass(frozen=True)
+class AugmentParameters:
+    """What was drawn for a batch of b images: which operations, in which order, and every image's numbers.
+
+    Draws of operations that are not applied hold the values that change nothing. Make one by hand with :meth:`of`.
+    """
+
+    operations: tuple[str, ...]  # of color, crop, cutout, flip, scale, rotate, in the order applied
+    image_size: tuple[int, int]  # (H, W) that was drawn for
+    cutout_size: tuple[int, int]  # height and width of what cutout blanks
+    brightness: Tensor  # [b] float64, added
+    saturation: Tensor  # [b] float64, factor of the distance from the mean over channels
+    contrast: Tensor  # [b] float64, factor of the distance from the mean of the image
+    shift_h: Tensor  # [b] int64, rows
+    shift_w: Tensor  # [b] int64, columns
+    cutout_h: Tensor  # [b] int64, row of the centre
+    cutout_w: Tensor  # [b] int64, column of the centre
+    flip: Tensor  # [b] bool
+    scale_h: Tensor  # [b] float64
+    scale_w: Tensor  # [b] float64
+    angle: Tensor  # [b] float64, radians
+    _packed: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, operations: tuple[str, ...], batch_size: int, image_size: int | tuple[int, int],
+        cutout_size: tuple[int, int] | None = None, **draws: Tensor,
+    ) -> AugmentParameters:  # fmt: skip
+        """Parameters with the given draws, each [batch_size]; the others hold what changes nothing.
+
+        Raises:
+            ValueError, TypeError: an operation or a draw is unknown, or a draw has another length.
+        """
+        size = _size("AugmentParameters", image_size)
+        unknown = [name for name in operations if name not in OPERATIONS]
+        if unknown:
+            raise ValueError(f"AugmentParameters: operations must be of {', '.join(OPERATIONS)}, got {unknown[0]!r}")
+        unknown = [name for name in draws if name not in DRAWS]
+        if unknown:
+            raise TypeError(f"AugmentParameters: there is no draw {unknown[0]!r}; the draws are {', '.join(DRAWS)}")
+        values = {}
+        for name in DRAWS:
+            dtype = torch.bool if name == "flip" else torch.int64 if name in _INTEGERS else torch.float64
+            value = draws.get(name)
+            if value is None:
+                value = torch.full((batch_size,), _IDENTITY.get(name, 0.0))
+            if tuple(value.shape) != (batch_size,):
+                raise ValueError(f"AugmentParameters: {name} must have shape ({batch_size},), got {tuple(value.shape)}")
+            values[name] = value.detach().to(dtype)
+        if cutout_size is None:
+            cutout_size = (int(size[0] * 0.5 + 0.5), int(size[1] * 0.5 + 0.5))
+        return cls(tuple(operations), size, cutout_size, **values)
+
+    def __len__(self) -> int:
+        return len(self.brightness)
+
+    def __getitem__(self, rows: Tensor | slice) -> AugmentParameters:
+        """The parameters of some of the images."""
+        if isinstance(rows, Tensor):
+            rows = rows.to(self.brightness.device)
+        return self._map(lambda draw: draw[rows])
+
+    def to(self, device: torch.device | str) -> AugmentParameters:
+        """The parameters on another device."""
+        return self._map(lambda draw: draw.to(device))
+
+    def _map(self, change: Any) -> AugmentParameters:
+        draws = {name: change(getattr(self, name)) for name in DRAWS}
+        return AugmentParameters(self.operations, self.image_size, self.cutout_size, **draws)
+
+    def packed(self, device: torch.device) -> Tensor:
+        """All draws as float64 [11, b] on ``device``; made once per device."""
+        if device not in self._packed:
+            self._packed[device] = torch.stack([getattr(self, name).double() for name in DRAWS]).to(device)
+        return self._packed[device]
+
+    @property
+    def operation_numbers(self) -> list[int]:
+        """The operations as the kernels count them."""
+        return [OPERATIONS.index(name) for name in self.operations]
+
+
+@dataclass(frozen=True)
+class DSA:
+    """A strategy: which operations are drawn, and from which ranges (design 3.4).
+
+    Args:
+        strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate; "none" for no
+            augmentation. The order is the order in which mode "multiple" applies them.
+        mode: "single" draws one of the operations per call, for the whole batch, with numbers per image; "multiple"
+            applies all.
+        brightness: width of the range of what is added, centred on 0.
+        saturation: upper end of the range of the factor, from 0.
+        contrast: half the width of the range of the factor, centred on 1.
+        crop: largest shift as a fraction of the side.
+        cutout: side of the blanked square as a fraction of the side.
+        flip: probability.
+        scale: largest factor; the smallest is its inverse.
+        rotate: largest angle in degrees.
+
+    Raises:
+        ValueError: an unknown operation, one named twice, an unknown mode, or a number out of range.
+    """
+
+    strategy: str = "color_crop_cutout_flip_scale_rotate"
+    mode: str = "single"
+    brightness: float = 1.0
+    saturation: float = 2.0
+    contrast: float = 0.5
+    crop: float = 0.125
+    cutout: float = 0.5
+    flip: float = 0.5
+    scale: float = 1.2
+    rotate: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in self.operations:
+            if name not in OPERATIONS:
+                raise ValueError(
+                    f"DSA: strategy must join names of {', '.join(OPERATIONS)} by '_' (or be none), got {name!r}"
+                )
+        if len(set(self.operations)) < len(self.operations):
+            raise ValueError(f"DSA: strategy must name every operation once, got {self.strategy!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"DSA: mode must be {' or '.join(MODES)}, got {self.mode!r}")
+        for name, low, high in (
+            ("brightness", 0, math.inf), ("saturation", 0, math.inf), ("contrast", 0, math.inf), ("crop", 0, 1),
+            ("cutout", 0, 1), ("flip", 0, 1), ("scale", 1, math.inf), ("rotate", 0, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high or value == math.inf:
+                raise ValueError(f"DSA: {name} must lie in [{low}, {high}], got {value}")
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """The strategy's operations, in order."""
+        return () if self.strategy.lower() in ("", "none") else tuple(self.strategy.split("_"))
+
+    def sample(
+        self, batch_size: int, image_size: int | tuple[int, int], generator: torch.Generator | None = None
+    ) -> AugmentParameters:
+        """Draws for a batch.
+
+        Args:
+            batch_size: images, at least 1.
+            image_size: H = W, or (H, W), pixels.
+            generator: where the randomness comes from and on which device the draws are made; None: torch's global
+                CPU generator. CPU draws give the same augmentation on every device.
+        """
+        if batch_size < 1:
+            raise ValueError(f"DSA: batch_size must be at least 1, got {batch_size}")
+        H, W = _size("DSA", image_size)
+        device = generator.device if generator is not None else torch.device("cpu")
+
+        def uniform(low: float, high: float) -> Tensor:
+            draw = torch.rand(batch_size, dtype=torch.float64, generator=generator, device=device)
+            return low + (high - low) * draw
+
+        def integer(low: int, high: int) -> Tensor:
+            return torch.randint(low, high + 1, (batch_size,), generator=generator, device=device)
+
+        operations = self.operations
+        if operations and self.mode == "single":
+            index = torch.randint(len(operations), (), generator=generator, device=device)
+            operations = (operations[int(index)],)
+        cutout_size = (int(H * self.cutout + 0.5), int(W * self.cutout + 0.5))
+        draws: dict[str, Tensor] = {}
+        for name in operations:
+            if name == "color":
+                draws["brightness"] = uniform(-self.brightness / 2, self.brightness / 2)
+                draws["saturation"] = uniform(0, self.saturation)
+                draws["contrast"] = uniform(1 - self.contrast, 1 + self.contrast)
+            elif name == "crop":
+                reach_h, reach_w = int(H * self.crop + 0.5), int(W * self.crop + 0.5)
+                draws["shift_h"], draws["shift_w"] = integer(-reach_h, reach_h), integer(-reach_w, reach_w)
+            elif name == "cutout":
+                draws["cutout_h"] = integer(0, H - cutout_size[0] % 2)
+                draws["cutout_w"] = integer(0, W - cutout_size[1] % 2)
+            elif name == "flip":
+                draws["flip"] = uniform(0, 1) < self.flip
+            elif name == "scale":
+                draws["scale_w"] = uniform(1 / self.scale, self.scale)
+                draws["scale_h"] = uniform(1 / self.scale, self.scale)
+            else:
+                draws["angle"] = uniform(-math.radians(self.rotate), math.radians(self.rotate))
+        parameters = AugmentParameters.of(operations, batch_size, (H, W), cutout_size, **draws)
+        return parameters if device.type == "cpu" else parameters.to(device)
+
+
+def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
+    """Augmented images [b, C, H, W], in the memory format of ``images``.
+
+    Differentiable to any order in ``images``: the map is affine, its derivative is :func:`augment_adjoint`.
+
+    Args:
+        images: [b, C, H, W], float32 or float64.
+        parameters: drawn for b images of this size; moved to the device of ``images`` where needed.
+
+    Raises:
+        ValueError, TypeError: the images do not fit the parameters.
+    """
+    _check(images, parameters)
+    if not parameters.operations:
+        return images
+    if torch.is_grad_enabled() and images.requires_grad:
+        return _Augment.apply(images, parameters, False)
+    return _forward(images, parameters, linear=False)
+
+
+def augment_adjoint(grad: Tensor, parameters: AugmentParameters) -> Tensor:
+    """Aᵀ ``grad`` [b, C, H, W], with A the linear part of :func:`augment` for the same parameters."""
+    _check(grad, parameters)
+    if not parameters.operations:
+        return grad
+    if torch.is_grad_enabled() and grad.requires_grad:
+        return _Adjoint.apply(grad, parameters)
+    return _adjoint(grad, parameters)
+
+
+def _forward(images: Tensor, p: AugmentParameters, linear: bool) -> Tensor:
+    return dsa(images, p.packed(images.device), p.operation_numbers, list(p.cutout_size), linear)
+
+
+def _adjoint(grad: Tensor, p: AugmentParameters) -> Tensor:
+    return dsa_adjoint(grad, p.packed(grad.device), p.operation_numbers, list(p.cutout_size))
+
+
+class _Augment(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, parameters: AugmentParameters, linear: bool) -> Tensor:
+        ctx.parameters = parameters
+        return _forward(images, parameters, linear)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return augment_adjoint(grad, ctx.parameters), None, None  # type: ignore[attr-defined]
+
+
+class _Adjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, parameters: AugmentParameters) -> Tensor:
+        ctx.parameters = parameters
+        return _adjoint(grad, parameters)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        parameters = ctx.parameters  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() and grad.requires_grad:
+            return _Augment.apply(grad, parameters, True), None
+        return _forward(grad, parameters, linear=True), None
+
+
+def _check(images: Tensor, parameters: AugmentParameters) -> None:
+    if images.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"augment: images must be float32 or float64, got {images.dtype}")
+    expected = (len(parameters), "C", *parameters.image_size)
+    fits = images.dim() == 4 and (images.shape[0], *images.shape[2:]) == (expected[0], *parameters.image_size)
+    if not fits:
+        shape = ", ".join(map(str, expected))
+        raise ValueError(f"augment: images must have shape [{shape}], got {tuple(images.shape)}")
+
+
+def _size(operator: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
+    H, W = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if H < 1 or W < 1:
+        raise ValueError(f"{operator}: image_size must be at least 1 pixel, got {H}x{W}")
+    return H, W
+
+

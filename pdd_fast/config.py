@@ -1,0 +1,193 @@
+"""What a run is asked to do: every setting with its default, recipes, overrides, checks."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import resources
+from typing import Any, get_type_hints
+
+from pdd_fast.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run. Defaults are those of PDD on trajectory matching for CIFAR-10 at 10 images per class."""
+
+    # what is asked for
+    dataset: str = "digits"  # a name of pdd_fast.data.NAMES or imagefolder:DIR
+    data_dir: str = "data"  # where torchvision finds its data sets
+    base: str = "mtt"  # the method that a stage uses
+    stages: int = 5
+    ipc: int = 10  # images per class, all stages together
+    seed: int = 0
+
+    # data
+    validation_fraction: float = 0.1  # of the training images, held out for selection
+    select: str = "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
+    augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
+    augment_mode: str = "single"
+
+    # network
+    width: int = 128
+    depth: int = 3
+
+    # experts
+    experts: int = 100
+    expert_train_epochs: int = 50
+    expert_lr: float = 0.01
+    expert_momentum: float = 0.0
+    expert_batch: int = 256
+
+    # matching
+    iterations: int = 5000  # of a stage
+    inner_steps: int = 50  # N, the unrolled SGD steps
+    expert_epochs: int = 2  # how far ahead of the start the target lies
+    max_start_epoch: int = 5
+    inner_batch: int = 0  # images of an inner step; 0: as many as the stage makes
+    lr_img: float = 1000.0
+    lr_lr: float = 1e-7
+    inner_lr: float = 0.01  # where the learned rate starts in every stage
+    momentum: float = 0.5  # of images and rate
+    engine: str = "auto"
+    memory: str = "recompute"
+
+    # selection, transition, evaluation: SGD on the synthetic images
+    eval_every: int = 100  # iterations; 0: only at the end of the stage
+    eval_networks: int = 5
+    eval_epochs: int = 1000
+    transition_epochs: int = 1000
+    union_epochs: int = 500  # epochs on each union when it is judged
+    union_batch: int = 256
+    union_momentum: float = 0.9
+    union_weight_decay: float = 5e-4
+    repeats: int = 5  # fresh networks in the final evaluation
+
+    # running
+    device: str = "auto"
+    checkpoint_seconds: float = 30.0  # how often unfinished work is saved
+
+    @property
+    def stage_ipc(self) -> tuple[int, ...]:
+        """Images per class that each stage adds; the earlier stages take what does not divide evenly."""
+        share, extra = divmod(self.ipc, self.stages)
+        return tuple(share + (stage < extra) for stage in range(self.stages))
+
+    @property
+    def transition_real_epochs(self) -> int:
+        """Real epochs that are recorded after a transition (published code: one more than matching can reach)."""
+        return self.max_start_epoch + self.expert_epochs + 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_TYPES = get_type_hints(Config)
+_CHOICES = {
+    "base": ("mtt",),
+    "select": ("validation", "test"),
+    "augment_mode": ("single", "multiple"),
+    "engine": ("auto", "fused", "autograd"),
+    "memory": ("recompute", "cache"),
+}
+_AT_LEAST: dict[str, float] = {
+    "stages": 1, "ipc": 1, "width": 1, "depth": 1, "experts": 1, "expert_train_epochs": 1, "expert_batch": 1,
+    "iterations": 0, "inner_steps": 1, "expert_epochs": 1, "max_start_epoch": 0, "inner_batch": 0, "eval_every": 0,
+    "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
+    "seed": 0, "lr_img": 0, "lr_lr": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
+    "union_weight_decay": 0, "checkpoint_seconds": 0,
+}  # fmt: skip
+_BELOW: dict[str, float] = {"validation_fraction": 1, "momentum": 1, "expert_momentum": 1, "union_momentum": 1}
+_ABOVE: dict[str, float] = {"expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    folder = resources.files("pdd_fast.recipes")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, unchecked.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise UsageError(f"recipe must be one of {', '.join(names)}, got {name!r}{_nearest(name, names)}")
+    return tomllib.loads((resources.files("pdd_fast.recipes") / f"{name}.toml").read_text())
+
+
+def resolve(recipe: str | None = None, **settings: Any) -> Config:
+    """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's type.
+
+    Without ``recipe``, the recipe named like the data set is taken where there is one.
+
+    Raises:
+        UsageError: an unknown setting (with the nearest name), or a value that cannot be.
+    """
+    dataset = str(settings.get("dataset", Config.dataset))
+    if recipe is None and dataset in recipe_names():
+        recipe = dataset
+    merged = (load_recipe(recipe) if recipe else {}) | settings
+    config = replace(Config(), **{key: _convert(key, value) for key, value in merged.items()})
+    _check(config)
+    return config
+
+
+def from_dict(stored: dict[str, Any]) -> Config:
+    """A configuration as :meth:`Config.to_dict` gave it, checked again."""
+    config = replace(Config(), **{key: _convert(key, value) for key, value in stored.items()})
+    _check(config)
+    return config
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _convert(key: str, value: Any) -> Any:
+    if key not in _TYPES:
+        raise UsageError(f"unknown setting {key!r}{_nearest(key, list(_TYPES))}")
+    wanted = _TYPES[key]
+    try:
+        if wanted is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if wanted is str:
+            return str(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    name = {int: "a whole number", float: "a number", str: "text"}[wanted]
+    raise UsageError(f"{key} must be {name}, got {value!r}")
+
+
+def _check(config: Config) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and value != value:
+            raise UsageError(f"{field.name} must be a number, got nan")
+    for key, choices in _CHOICES.items():
+        value = getattr(config, key)
+        if value not in choices:
+            raise UsageError(f"{key} must be {' or '.join(choices)}, got {value!r}")
+    for key, least in _AT_LEAST.items():
+        if getattr(config, key) < least:
+            raise UsageError(f"{key} must be at least {least:g}, got {getattr(config, key)}")
+    for key, bound in _BELOW.items():
+        if getattr(config, key) >= bound:
+            raise UsageError(f"{key} must be below {bound:g}, got {getattr(config, key)}")
+    for key, bound in _ABOVE.items():
+        if getattr(config, key) <= bound:
+            raise UsageError(f"{key} must be above {bound:g}, got {getattr(config, key)}")
+    if config.stages > config.ipc:
+        raise UsageError(f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an image a class")
+    if config.max_start_epoch + config.expert_epochs > config.expert_train_epochs:
+        raise UsageError(
+            f"expert_train_epochs must be at least max_start_epoch + expert_epochs "
+            f"({config.max_start_epoch} + {config.expert_epochs}), got {config.expert_train_epochs}"
+        )

@@ -1,0 +1,66 @@
+"""The data sets that torchvision reads. Nothing else in the package imports torchvision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pdd_fast.data.splits import Pixels
+from pdd_fast.errors import UsageError
+
+_CLASSES = {
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "mnist": "MNIST",
+    "fashionmnist": "FashionMNIST",
+    "svhn": "SVHN",
+}
+
+
+def read(name: str, data_dir: str) -> Pixels:
+    """Both splits of a torchvision data set, whole.
+
+    Raises:
+        UsageError: torchvision does not import, or the files are not in ``data_dir``.
+    """
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:
+        # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms does not exist.
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"dataset {name!r} needs torchvision, which does not import here ({reason}); install the torchvision release "
+            f"that belongs to torch {torch.__version__}, or use imagefolder:DIR"
+        ) from error
+    kind = getattr(datasets, _CLASSES[name])
+    train, test = (_load(kind, name, data_dir, first) for first in (True, False))
+    classes = tuple(str(c) for c in getattr(train, "classes", range(10)))
+    return Pixels(classes, _images(train), _labels(train), _images(test), _labels(test))
+
+
+def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
+    split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
+    try:
+        return kind(data_dir, download=False, **split)
+    except (RuntimeError, OSError) as error:
+        argument = f"split={split['split']!r}" if name == "svhn" else f"train={train}"
+        raise UsageError(
+            f"dataset {name!r} was not found in {data_dir!r}; choose another --data-dir, or fetch it once with "
+            f"torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
+        ) from error
+
+
+def _images(dataset: Any) -> Tensor:
+    """[n, C, H, W] uint8 from [n, H, W], [n, H, W, C] or [n, C, H, W]."""
+    images = torch.as_tensor(np.asarray(dataset.data))
+    if images.dim() == 3:
+        return images.unsqueeze(1)
+    return images.permute(0, 3, 1, 2).contiguous() if images.shape[-1] in (1, 3) else images
+
+
+def _labels(dataset: Any) -> Tensor:
+    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    return torch.as_tensor(np.asarray(labels)).long()

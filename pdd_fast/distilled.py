@@ -1,0 +1,114 @@
+"""Distilled sets: the synthetic images with everything that someone else needs to train on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.errors import UsageError
+from pdd_fast.files import read_tensors, save_tensors
+
+
+class DistilledUnion(TensorDataset):
+    """The images and labels of the first stages, as a data set of (image, label) pairs."""
+
+    def __init__(self, images: Tensor, labels: Tensor, learning_rate: float) -> None:
+        super().__init__(images, labels)
+        self.images, self.labels, self.learning_rate = images, labels, learning_rate
+
+
+@dataclass(frozen=True)
+class DistilledSet:
+    """All stages of a distilled set.
+
+    Raises:
+        ValueError: shapes do not fit each other, stages have gaps, or images are not finite.
+    """
+
+    images: Tensor  # [n, C, H, W] float32, normalised as training data are
+    labels: Tensor  # int64 [n], or float [n, classes]
+    stage: Tensor  # int64 [n], 1-based
+    learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
+    normalisation: Normalisation
+    metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, base, seed
+
+    def __post_init__(self) -> None:
+        n = len(self.images)
+        if self.images.dim() != 4:
+            raise ValueError(f"DistilledSet: images must have shape [n, C, H, W], got {tuple(self.images.shape)}")
+        for name in ("labels", "stage"):
+            if len(getattr(self, name)) != n:
+                raise ValueError(f"DistilledSet: {name} must have {n} rows, got {len(getattr(self, name))}")
+        present = sorted(set(self.stage.tolist()))
+        if present != list(range(1, self.stages + 1)):
+            raise ValueError(f"DistilledSet: stage must number 1..{self.stages} without gaps, got {present}")
+        if not bool(torch.isfinite(self.images).all()):
+            raise ValueError("DistilledSet: images must be finite, got NaN or infinity")
+
+    def __repr__(self) -> str:
+        shape = "×".join(map(str, self.images.shape[1:]))
+        name = self.metadata.get("data", "unknown data")
+        return f"DistilledSet({name}: {len(self.images)} images of {shape} in {self.stages} stages)"
+
+    @property
+    def stages(self) -> int:
+        return len(self.learning_rates)
+
+    def union(self, stage: int | None = None) -> DistilledUnion:
+        """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with ``learning_rate``."""
+        last = self._check_stage(self.stages if stage is None else stage)
+        rows = self.stage <= last
+        return DistilledUnion(self.images[rows], self.labels[rows], float(self.learning_rates[last - 1]))
+
+    def subset(self, stage: int) -> DistilledUnion:
+        """What stage ``stage`` alone made."""
+        rows = self.stage == self._check_stage(stage)
+        return DistilledUnion(self.images[rows], self.labels[rows], float(self.learning_rates[stage - 1]))
+
+    def _check_stage(self, stage: int) -> int:
+        if not 1 <= stage <= self.stages:
+            raise ValueError(f"DistilledSet: stage must lie in [1, {self.stages}], got {stage}")
+        return stage
+
+    def pixels(self) -> Tensor:
+        """Images [n, C, H, W] with the normalisation undone, clipped to [0, 1]."""
+        return self.normalisation.invert(self.images).clamp(0, 1)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file; equal sets give equal bytes."""
+        tensors = {
+            "images": self.images,
+            "labels": self.labels,
+            "stage": self.stage,
+            "learning_rates": self.learning_rates,
+        }
+        save_tensors(Path(path), tensors, self.metadata | {"normalisation": self.normalisation.to_dict()})
+
+
+def load_distilled(path: str | Path) -> DistilledSet:
+    """Reads a distilled set from its file, or from a run directory that holds ``distilled.safetensors``.
+
+    Raises:
+        UsageError: there is none, or the file is damaged.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "distilled.safetensors"
+    tensors, metadata = read_tensors(file)
+    try:
+        return DistilledSet(
+            tensors["images"],
+            tensors["labels"],
+            tensors["stage"],
+            tensors["learning_rates"],
+            Normalisation.from_dict(metadata.pop("normalisation")),
+            metadata,
+        )
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{file} is not a distilled set: {error}") from error

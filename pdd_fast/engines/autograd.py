@@ -1,0 +1,130 @@
+"""The exact derivatives of any module by torch's own double backward, one step's graph at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pdd_fast.engines.base import DualResult
+from pdd_fast.networks.parameters import views
+
+
+class _RandomState(NamedTuple):
+    """Random state before a step that drew numbers (dropout), so that it can be taken again with the same draws."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+
+class _Graph(NamedTuple):
+    """A step's gradient with its graph."""
+
+    gradient: Tensor
+    theta: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+def _random_state(device: torch.device) -> _RandomState:
+    return _RandomState(
+        torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    )
+
+
+@contextmanager
+def _random_state_of(state: _RandomState | None, device: torch.device) -> Iterator[None]:
+    if state is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.set_rng_state(state.cpu)
+        if state.cuda is not None:
+            torch.cuda.set_rng_state(state.cuda, device)
+        yield
+
+
+class AutogradEngine:
+    """Engine for any module that maps images to logits. Buffers (running statistics) are read and never changed."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self._parameters = dict(net.named_parameters())
+
+    def _logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        parameters = dict(zip(self._parameters, views(theta, iter(self._parameters.values())), strict=True))
+        buffers = {
+            name: buffer.to(theta.dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
+            for name, buffer in self.net.named_buffers()
+        }
+        return torch.func.functional_call(self.net, parameters | buffers, (images,))
+
+    def _graph(self, theta: Tensor, images: Tensor, labels: Tensor, second: bool) -> tuple[Tensor, _Graph]:
+        """Losses and the gradient; with ``second`` the gradient carries its own graph."""
+        theta = theta.detach().requires_grad_()
+        images = images.detach().requires_grad_(second)
+        labels = labels.detach()
+        if labels.is_floating_point():
+            labels.requires_grad_(second)
+        with torch.enable_grad():
+            losses = F.cross_entropy(self._logits(theta, images), labels, reduction="none")
+            (gradient,) = torch.autograd.grad(losses.mean(), theta, create_graph=second)
+        return losses.detach(), _Graph(gradient, theta, images, labels)
+
+    def gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
+    ) -> tuple[Tensor, Tensor, _Graph | _RandomState | None]:
+        if keep:
+            # A copy: the caller may go on writing to the memory that theta is a view of, and the graph lives on.
+            losses, graph = self._graph(theta.clone(), images, labels, second=True)
+            return losses, graph.gradient.detach(), graph
+        before = _random_state(theta.device)
+        losses, graph = self._graph(theta, images, labels, second=False)
+        after = _random_state(theta.device)
+        unchanged = torch.equal(before.cpu, after.cpu) and (
+            before.cuda is None or after.cuda is None or torch.equal(before.cuda, after.cuda)
+        )
+        return losses, graph.gradient, None if unchanged else before
+
+    def dual(
+        self,
+        theta: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        direction: Tensor,
+        saved: _Graph | _RandomState | None,
+        want_theta: bool = True,
+        rows: Tensor | None = None,
+    ) -> DualResult:
+        if isinstance(saved, _Graph):
+            graph = saved
+        else:
+            with _random_state_of(saved, theta.device):
+                _, graph = self._graph(theta, images, labels, second=True)
+        want_images = rows is None or rows.numel() > 0
+        wanted: dict[str, Tensor] = {}
+        if want_theta:
+            wanted["theta"] = graph.theta
+        if want_images:
+            wanted["images"] = graph.images
+        if labels.is_floating_point():
+            wanted["labels"] = graph.labels
+        with torch.enable_grad():
+            slope = torch.dot(graph.gradient, direction)
+        if wanted and slope.requires_grad:
+            found = torch.autograd.grad(slope, list(wanted.values()), allow_unused=True, materialize_grads=True)
+        else:
+            found = tuple(torch.zeros_like(tensor) for tensor in wanted.values())
+        results = dict(zip(wanted, found, strict=True))
+        images_result = results.get("images")
+        if images_result is not None and rows is not None:
+            images_result = images_result.index_select(0, rows)
+        return DualResult(slope.detach(), results.get("theta"), images_result, results.get("labels"))
+
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._logits(theta, images)

@@ -1,0 +1,155 @@
+"""Union evaluation (design 5.5): what fresh networks learn from the growing union, and what they learn without it."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pdd_fast.distilled import DistilledSet, load_distilled
+from pdd_fast.errors import UsageError
+from pdd_fast.reporting import SILENT, Reporter
+from pdd_fast.runs import Run
+from pdd_fast.training import Student, accuracy
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
+
+# One set after another: images, labels, learning rate, SGD steps, and the numbers of steps after which to test.
+Course = list[tuple[Tensor, Tensor, float, int, list[int]]]
+
+
+def evaluate_run(
+    run: Run,
+    reporter: Reporter = SILENT,
+    repeats: int | None = None,
+    against: Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Trains fresh networks on the distilled set of ``run`` and on what it is compared with; writes evaluation.json.
+
+    Every result takes the same number of SGD steps and, repeat by repeat, the same initial networks:
+
+    - "pdd": U_1, then U_2, ..., each at its stage's learned rate, momentum carried over;
+    - "random": as many random real images, other ones in every repeat, in as many stages, at the rate that learning
+      started from;
+    - "last-union": U_S alone from the start, at the last stage's rate;
+    - "one-stage" (or "against"): the last union of the run ``against``, at its last rate.
+
+    Args:
+        repeats: fresh networks; None: what the run's configuration says.
+        against: another run directory or distilled set on the same data.
+        device: where to compute; None: as the run was configured.
+
+    Returns:
+        the content of evaluation.json (design 4). Accuracies are percent of the test images; ``std`` is the sample
+        standard deviation over repeats, 0 for one repeat.
+
+    Raises:
+        UsageError: ``run`` is not finished, or ``against`` does not fit it.
+    """
+    if not run.distilled_file.exists():
+        raise UsageError(f"{run.path} holds no finished distilled set; continue it with pdd-fast distill --resume")
+    if repeats is not None and repeats < 1:
+        raise UsageError(f"repeats must be at least 1, got {repeats}")
+    config = replace(run.config, repeats=repeats or run.config.repeats)
+    bench = Workbench.prepare(config, device)
+    union = Union.load(run.distilled_file, bench)
+    other = _load_other(against, bench) if against is not None else None
+
+    sgd = bench.synthetic_sgd
+    sizes = [len(union.up_to(stage)[0]) for stage in range(1, union.stages + 1)]
+    steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in sizes]
+    total, boundaries = sum(steps), [sum(steps[: s + 1]) for s in range(len(steps))]
+
+    names = ["pdd", "random", "last-union"]
+    if other is not None:
+        names.append("one-stage" if other.stages == 1 else "against")
+    found: dict[str, list[list[float]]] = {name: [] for name in names}
+    with reporter.task("evaluation", total=config.repeats * len(names), unit="network") as task:
+        for repeat in range(config.repeats):
+            for name in names:
+                if name == "pdd":
+                    course = _in_order(union, steps)
+                elif name == "random":
+                    course = _random(bench, union.stages, steps, repeat)
+                else:
+                    chosen = union if name == "last-union" else other
+                    assert chosen is not None
+                    course = [(chosen.images, chosen.labels, chosen.rates[-1], total, boundaries)]
+                scores = _follow(bench, course, repeat)
+                found[name].append(scores)
+                task.advance(1, result=name, accuracy=scores[-1])
+
+    evaluation = {
+        "protocol": {
+            "name": "union in order",
+            "data": bench.data.name,
+            "test_images": len(bench.data.test),
+            "images_per_class": [sum(config.stage_ipc[: s + 1]) for s in range(union.stages)],
+            "learning_rates": [round(rate, 8) for rate in union.rates],
+            "random_learning_rate": config.inner_lr,
+            "epochs": config.union_epochs,
+            "batch": config.union_batch,
+            "momentum": config.union_momentum,
+            "weight_decay": config.union_weight_decay,
+            "schedule": "a tenth of the rate from half of each set's steps on",
+            "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
+            "selected_on": config.select,
+            "against": None if against is None else str(against),
+        },
+        "stages": union.stages,
+        "steps": steps,
+        "results": [
+            {
+                "name": name,
+                "labels": "hard",
+                "network": "ConvNet",
+                "seeds": [bench.seed("evaluation", repeat, "parameters") for repeat in range(config.repeats)],
+                "accuracy": scores,
+                "mean": [statistics.fmean(column) for column in zip(*scores, strict=True)],
+                "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*scores, strict=True)],
+            }
+            for name, scores in found.items()
+        ],
+    }
+    run.write_evaluation(evaluation)
+    return evaluation
+
+
+def _load_other(path: Path, bench: Workbench) -> Union:
+    other: DistilledSet = load_distilled(path)
+    shape, expected = tuple(other.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
+    if other.metadata.get("data") != bench.data.name or shape != expected:
+        raise UsageError(
+            f"--against must name a run on {bench.data.name} {expected}, got {path} on {other.metadata.get('data')} {shape}"
+        )
+    file = path if path.is_file() else path / "distilled.safetensors"
+    return Union.load(file, bench)
+
+
+def _in_order(union: Union, steps: list[int]) -> Course:
+    return [
+        (*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)
+    ]
+
+
+def _random(bench: Workbench, stages: int, steps: list[int], repeat: int) -> Course:
+    groups = bench.random_real_rows(bench.config.stage_ipc, "random images", repeat)
+    union = Union.empty(bench)
+    for rows in groups[:stages]:
+        union = union.extended(bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr)
+    return _in_order(union, steps)
+
+
+def _follow(bench: Workbench, course: Course, repeat: int) -> list[float]:
+    """Test accuracy at every stop of a course, for the fresh network of this repeat."""
+    student = Student.start(bench.initial_parameters("evaluation", repeat))
+    test, scores = bench.data.test, []
+    for number, (images, labels, rate, steps, stops) in enumerate(course):
+        draw = bench.generator("evaluation", repeat, number)
+        for theta in bench.synthetic_sgd.run(student, images, labels, rate, steps, draw, stops):
+            scores.append(accuracy(bench.engine, theta, test.images, test.labels))
+    return scores

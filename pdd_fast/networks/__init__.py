@@ -1,0 +1,1 @@
+"""Networks as torch modules, and their parameters as one flat vector."""

@@ -1,0 +1,60 @@
+"""The ConvNet of the dataset-distillation literature (design 3.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """``depth`` × [3×3 convolution, instance norm with affine, ReLU, 2×2 average pooling], then one linear layer.
+
+    The order of ``parameters()`` is (convolution weight, convolution bias, norm weight, norm bias) per block, then linear
+    weight and bias, so flat vectors are interchangeable with those of MTT's expert files (Cazenavette et al. 2022).
+
+    Written in plain torch and differentiable to any order; :func:`pdd_fast.unroll` and the training loops run the same
+    mathematics on the compiled kernels.
+
+    Args:
+        in_channels: channels of an image, at least 1.
+        num_classes: number of logits, at least 1.
+        image_size: height and width in pixels, one number or two; each at least ``2**depth``.
+        width: channels of every convolution.
+        depth: number of blocks, at least 1.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, image_size: int | tuple[int, int], width: int = 128, depth: int = 3
+    ) -> None:
+        super().__init__()
+        height, width_px = (image_size, image_size) if isinstance(image_size, int) else image_size
+        for name, value in (
+            ("in_channels", in_channels), ("num_classes", num_classes), ("width", width), ("depth", depth),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"ConvNet: {name} must be at least 1, got {value}")
+        if min(height, width_px) < 2**depth:
+            raise ValueError(
+                f"ConvNet: image_size must be at least 2**depth = {2**depth} pixels, got {height}x{width_px}"
+            )
+        self.in_channels, self.num_classes, self.width, self.depth = in_channels, num_classes, width, depth
+        self.image_size = (height, width_px)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(in_channels if i == 0 else width, width, kernel_size=3, padding=1),
+                nn.GroupNorm(width, width),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            )
+            for i in range(depth)
+        )
+        self.classifier = nn.Linear(width * (height >> depth) * (width_px >> depth), num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, num_classes] of images [B, in_channels, H, W]."""
+        for block in self.blocks:
+            images = block(images)
+        return self.classifier(torch.flatten(images, 1))

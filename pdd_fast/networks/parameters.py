@@ -1,0 +1,65 @@
+"""A module's parameters as one flat vector, in the order of ``parameters()``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten_parameters(net: nn.Module) -> Tensor:
+    """The parameters of ``net`` as one new vector [P], detached, in the order of ``net.parameters()``.
+
+    Raises:
+        ValueError: ``net`` has no parameters.
+    """
+    parameters = [p.detach().reshape(-1) for p in net.parameters()]
+    if not parameters:
+        raise ValueError("flatten_parameters: net must have parameters, got none")
+    return torch.cat(parameters)
+
+
+def load_parameters(net: nn.Module, theta: Tensor) -> None:
+    """Copies ``theta`` [P] into the parameters of ``net``.
+
+    Raises:
+        ValueError: ``theta`` is not a vector of as many numbers as ``net`` has parameters.
+    """
+    check_parameters("load_parameters", net, theta)
+    with torch.no_grad():
+        for parameter, view in zip(net.parameters(), views(theta, net.parameters()), strict=True):
+            parameter.copy_(view)
+
+
+def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
+    """Slices of ``theta`` with the shapes of ``like``, sharing memory."""
+    result, start = [], 0
+    for tensor in like:
+        result.append(theta[start : start + tensor.numel()].view(tensor.shape))
+        start += tensor.numel()
+    return result
+
+
+def check_parameters(operator: str, net: nn.Module, theta: Tensor) -> None:
+    """Raises ValueError unless ``theta`` is a vector with one number per parameter of ``net``."""
+    count = sum(p.numel() for p in net.parameters())
+    if theta.dim() != 1 or theta.numel() != count:
+        raise ValueError(f"{operator}: theta must have shape ({count},), got {tuple(theta.shape)}")
+
+
+def initial_parameters(net: nn.Module, seed: int) -> Tensor:
+    """Freshly drawn parameters [P] for a module like ``net``, from ``seed`` alone; ``net`` keeps its own.
+
+    Every submodule is asked to ``reset_parameters()``, as its constructor did; the global random state is left alone.
+    """
+    kept = flatten_parameters(net)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in net.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+    drawn = flatten_parameters(net)
+    load_parameters(net, kept)
+    return drawn

@@ -1,0 +1,73 @@
+"""Finds the compiled kernels and calls them: the one place that reads streams, threads and return codes."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# Imported after torch on purpose: the CPU library then shares the OpenMP threads that torch has started.
+
+
+class MissingKernelsWarning(UserWarning):
+    """The plain-torch reference runs in place of a compiled kernel."""
+
+
+def load(device_type: str) -> ModuleType | None:
+    """The library with the kernels for ``"cpu"`` or ``"cuda"``; None where it was not built or does not load."""
+    return _load(device_type)[0]
+
+
+def load_error(device_type: str) -> str | None:
+    """Why :func:`load` gives None, in words; None where it does not."""
+    return _load(device_type)[1]
+
+
+@cache
+def _load(device_type: str) -> tuple[ModuleType | None, str | None]:
+    if device_type not in ("cpu", "cuda"):
+        return None, f"there are no kernels for device type {device_type!r}"
+    try:
+        return importlib.import_module(f"pdd_fast._{device_type}"), None
+    except ModuleNotFoundError:
+        return None, f"pdd_fast._{device_type} was not built"
+    except ImportError as error:
+        return None, f"pdd_fast._{device_type} does not load: {error}"
+
+
+@cache
+def explain_missing(device_type: str) -> None:
+    """Warns, once per device type, that the reference is used and how to get the kernels."""
+    warnings.warn(
+        f"pdd_fast runs its plain-torch reference on {device_type!r}: {load_error(device_type)}. Results are the same, "
+        "slower. `pdd-fast env` says what to do.",
+        MissingKernelsWarning,
+        stacklevel=4,
+    )
+
+
+def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
+    """Runs kernel ``name`` on the device of ``like``, on its current stream, in the precision of ``like``.
+
+    Raises:
+        RuntimeError: the kernel could not be launched; the message names the operator and the CUDA error.
+        ValueError: a value that only the kernel sees is out of range.
+    """
+    library = load(like.device.type)
+    assert library is not None
+    is_double = like.dtype == torch.float64
+    function = getattr(library, name)
+    if like.device.type == "cuda":
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            status = function(is_double, stream, 0, *arguments)
+    else:
+        status = function(is_double, 0, torch.get_num_threads(), *arguments)
+    if status < 0:
+        raise ValueError(f"{name}: {library.status_string(status)}")
+    if status > 0:
+        raise RuntimeError(f"{name}: {library.status_string(status)}")

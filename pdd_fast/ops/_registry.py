@@ -1,0 +1,72 @@
+"""Registers an operator with torch's dispatcher from its four parts, and the checks that all operators share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pdd_fast.ops import _native
+
+_LIBRARY = torch.library.Library("pdd_fast", "DEF")
+
+
+def operator(
+    schema: str,
+    *,
+    check: Callable[..., None],
+    allocate: Callable[..., Any],
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Defines ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and returns the function that calls it.
+
+    Args:
+        schema: name, arguments and results, in torch's schema language.
+        check: takes the arguments, raises ValueError or TypeError; runs before anything takes an address.
+        allocate: takes the arguments, gives the uninitialised results; also the fake kernel.
+        kernel: takes the arguments, gives the results of the compiled kernel.
+        reference: the same in plain torch: the oracle of the tests and the fallback where nothing was compiled.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        device_type = arguments[0].device.type
+        if _native.load(device_type) is None:
+            _native.explain_missing(device_type)
+            return reference(*arguments)
+        return kernel(*arguments)
+
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, key)
+    torch.library.register_fake(f"pdd_fast::{name}", allocate, lib=_LIBRARY)
+    return getattr(torch.ops.pdd_fast, name).default
+
+
+def require(condition: bool, operator: str, argument: str, requirement: str, value: Any) -> None:
+    """Raises ``ValueError("<operator>: <argument> must <requirement>, got <value>")`` unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{operator}: {argument} must {requirement}, got {value}")
+
+
+def require_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{operator}: {argument} must be float32 or float64, got {tensor.dtype}")
+
+
+def require_like(operator: str, argument: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """``tensor`` has the given shape and the type and device of ``like``."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{operator}: {argument} must be {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{operator}: {argument} must be on {like.device}, got {tensor.device}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{operator}: {argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

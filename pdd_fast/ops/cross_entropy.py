@@ -1,0 +1,163 @@
+"""Softmax cross-entropy with hard or soft labels: losses and gradient in one call, and both on dual numbers.
+
+For one sample with logits l, label weights y and p = softmax(l): loss = -Σ_k y_k log p_k. Gradients are those of the
+mean over the batch, as in ``torch.nn.functional.cross_entropy``. The duals are design equations 3.1: with tangent l̇,
+the tangent of log p is l̇ - Σ_j p_j l̇_j.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdd_fast.ops import _native
+from pdd_fast.ops._registry import address, operator, require, require_floating, require_like
+
+
+def _check_labels(name: str, logits: Tensor, labels: Tensor) -> None:
+    require_floating(name, "logits", logits)
+    require(logits.dim() == 2, name, "logits", "have shape [B, K]", tuple(logits.shape))
+    require(logits.shape[0] > 0 and logits.shape[1] > 0, name, "logits", "not be empty", tuple(logits.shape))
+    if labels.dtype == torch.int64:
+        require(labels.shape == logits.shape[:1], name, "labels", f"have shape ({len(logits)},)", tuple(labels.shape))
+        require(labels.device == logits.device, name, "labels", f"be on {logits.device}", labels.device)
+    else:
+        require_like(name, "labels", labels, logits, tuple(logits.shape))
+
+
+def _split_labels(labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(hard, soft), one of them None, contiguous."""
+    labels = labels.contiguous()
+    return (labels, None) if labels.dtype == torch.int64 else (None, labels)
+
+
+def _weights(logits: Tensor, labels: Tensor) -> Tensor:
+    """Label weights [B, K], one-hot for hard labels."""
+    if labels.dtype != torch.int64:
+        return labels
+    return torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
+
+
+# ---- cross_entropy ----------------------------------------------------------------------------------------------
+
+
+def _allocate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
+
+
+def _kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
+    hard, soft = _split_labels(labels)
+    losses, grad = _allocate(logits, labels)
+    _native.call(
+        "cross_entropy", logits, *logits.shape,
+        address(logits), address(hard), address(soft), address(losses), address(grad),
+    )  # fmt: skip
+    return losses, grad
+
+
+def cross_entropy_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain-torch :func:`cross_entropy`."""
+    y = _weights(logits, labels)
+    log_p = logits.log_softmax(1)
+    losses = -(y * log_p).sum(1)
+    return losses, (log_p.exp() * y.sum(1, keepdim=True) - y) / len(logits)
+
+
+_cross_entropy = operator(
+    "cross_entropy(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
+    check=lambda logits, labels: _check_labels("cross_entropy", logits, labels),
+    allocate=_allocate,
+    kernel=_kernel,
+    reference=cross_entropy_reference,
+)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses of a batch and the gradient of their mean.
+
+    Args:
+        logits: [B, K], float32 or float64.
+        labels: int64 [B] class indices in [0, K), or [B, K] weights of the type of ``logits`` (any real numbers).
+
+    Returns:
+        losses [B] and the gradient of ``losses.mean()`` with respect to the logits [B, K].
+
+    Raises:
+        ValueError, TypeError: a shape, type or device does not fit; a class index is out of range (CPU; on CUDA the
+            loss of that sample is NaN).
+    """
+    return _cross_entropy(logits, labels)
+
+
+# ---- cross_entropy_dual -----------------------------------------------------------------------------------------
+
+
+def _check_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> None:
+    _check_labels("cross_entropy_dual", logits, labels)
+    require_like("cross_entropy_dual", "logits_tangent", logits_tangent, logits, tuple(logits.shape))
+
+
+def _allocate_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    label_rows = 0 if labels.dtype == torch.int64 else logits.shape[0]
+    return (
+        logits.new_empty(logits.shape[0]),
+        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape),
+        logits.new_empty(label_rows, logits.shape[1]),
+    )
+
+
+def _kernel_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, logits_tangent = logits.contiguous(), logits_tangent.contiguous()
+    hard, soft = _split_labels(labels)
+    losses_tangent, grad, grad_tangent, labels_tangent = _allocate_dual(logits, logits_tangent, labels)
+    _native.call(
+        "cross_entropy_dual", logits, *logits.shape,
+        address(logits), address(logits_tangent), address(hard), address(soft),
+        address(losses_tangent), address(grad), address(grad_tangent),
+        0 if soft is None else address(labels_tangent),
+    )  # fmt: skip
+    return losses_tangent, grad, grad_tangent, labels_tangent
+
+
+def cross_entropy_dual_reference(
+    logits: Tensor, logits_tangent: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Plain-torch :func:`cross_entropy_dual`."""
+    y = _weights(logits, labels)
+    total = y.sum(1, keepdim=True)
+    p = logits.softmax(1)
+    log_p_tangent = logits_tangent - (p * logits_tangent).sum(1, keepdim=True)
+    labels_tangent = -log_p_tangent / len(logits)
+    return (
+        -(y * log_p_tangent).sum(1),
+        (p * total - y) / len(logits),
+        p * log_p_tangent * total / len(logits),
+        labels_tangent[:0].clone() if labels.dtype == torch.int64 else labels_tangent,
+    )
+
+
+_cross_entropy_dual = operator(
+    "cross_entropy_dual(Tensor logits, Tensor logits_tangent, Tensor labels) -> (Tensor, Tensor, Tensor, Tensor)",
+    check=_check_dual,
+    allocate=_allocate_dual,
+    kernel=_kernel_dual,
+    reference=cross_entropy_dual_reference,
+)
+
+
+def cross_entropy_dual(
+    logits: Tensor, logits_tangent: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`cross_entropy` on dual numbers (labels carry no tangent).
+
+    Args:
+        logits, logits_tangent: [B, K].
+        labels: as for :func:`cross_entropy`.
+
+    Returns:
+        tangents of the losses [B]; gradient of the mean loss with respect to the logits [B, K]; its tangent [B, K];
+        tangent of the gradient with respect to soft labels [B, K] ([0, K] for hard labels).
+    """
+    return _cross_entropy_dual(logits, logits_tangent, labels)

@@ -1,0 +1,176 @@
+"""Differentiable Siamese augmentation as two operators: the affine map of an image (or its linear part) and its transpose.
+
+Operations and draws travel as numbers; :mod:`pdd_fast.augmentation` gives them names. Formulas: ``csrc/ops/dsa/math.h`` and
+design 3.4.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pdd_fast.ops import _native
+from pdd_fast.ops._registry import address, operator, require, require_floating
+
+# csrc/ops/dsa/params.h holds the same two lists.
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+DRAWS = (
+    "brightness", "saturation", "contrast", "shift_h", "shift_w", "cutout_h", "cutout_w", "flip", "scale_h", "scale_w",
+    "angle",
+)  # fmt: skip
+_MOST_OPERATIONS = 8  # kDsaMaxOperations
+
+
+class Draws(NamedTuple):
+    """The rows of a packed [11, B] tensor, made to broadcast over [B, C, H, W]."""
+
+    brightness: Tensor
+    saturation: Tensor
+    contrast: Tensor
+    shift_h: Tensor
+    shift_w: Tensor
+    cutout_h: Tensor
+    cutout_w: Tensor
+    flip: Tensor
+    scale_h: Tensor
+    scale_w: Tensor
+    angle: Tensor
+
+
+def _check(name: str, images: Tensor, draws: Tensor, operations: list[int], cutout: list[int]) -> None:
+    require_floating(name, "images", images)
+    require(images.dim() == 4 and images.numel() > 0, name, "images", "have shape [B, C, H, W] and not be empty",
+            tuple(images.shape))  # fmt: skip
+    if draws.dtype != torch.float64:
+        raise TypeError(f"{name}: draws must be torch.float64, got {draws.dtype}")
+    require(draws.device == images.device, name, "draws", f"be on {images.device}", draws.device)
+    shape = (len(DRAWS), len(images))
+    require(tuple(draws.shape) == shape, name, "draws", f"have shape {shape}", tuple(draws.shape))
+    require(len(operations) <= _MOST_OPERATIONS and all(0 <= o < len(OPERATIONS) for o in operations), name,
+            "operations", f"be at most {_MOST_OPERATIONS} numbers in [0, {len(OPERATIONS)})", operations)  # fmt: skip
+    require(len(cutout) == 2 and min(cutout) >= 0, name, "cutout", "be a height and a width", cutout)
+
+
+def _empty(images: Tensor) -> Tensor:
+    """Uninitialised, dense, in channels-last memory where ``images`` is and planar otherwise."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.empty_like(images, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _launch(name: str, images: Tensor, draws: Tensor, operations: list[int], cutout: list[int], linear: bool) -> Tensor:
+    draws, output = draws.contiguous(), _empty(images)
+    _native.call(
+        name, images, list(images.shape), *cutout, operations, linear,
+        address(draws), address(images), list(images.stride()), address(output), list(output.stride()),
+    )  # fmt: skip
+    return output
+
+
+# ---- reference ----------------------------------------------------------------------------------------------------
+
+
+def _shift(images: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """out[b, :, i, j] = images[b, :, i + u_b, j + v_b], zero outside."""
+    B, _, H, W = images.shape
+    rows = torch.arange(H, device=images.device) + u.view(B, 1).long()
+    columns = torch.arange(W, device=images.device) + v.view(B, 1).long()
+    inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
+    batch = torch.arange(B, device=images.device)[:, None, None]
+    picked = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]]
+    return picked.permute(0, 3, 1, 2) * inside[:, None]
+
+
+def _cut(images: Tensor, centre_h: Tensor, centre_w: Tensor, size: list[int]) -> Tensor:
+    _, _, H, W = images.shape
+    rows = torch.arange(H, device=images.device)[:, None] - (centre_h - size[0] // 2)
+    columns = torch.arange(W, device=images.device)[None, :] - (centre_w - size[1] // 2)
+    blank = (rows >= 0) & (rows < size[0]) & (columns >= 0) & (columns < size[1])
+    return images.masked_fill(blank, 0)
+
+
+def _sample(images: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> Tensor:
+    zero = torch.zeros_like(xx)
+    matrix = torch.stack([torch.stack([xx, xy, zero], -1), torch.stack([yx, yy, zero], -1)], -2).reshape(-1, 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=True)
+    sampled = F.grid_sample(images.double(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return sampled.to(images.dtype)
+
+
+def dsa_reference(images: Tensor, draws: Tensor, operations: list[int], cutout: list[int], linear: bool) -> Tensor:
+    """Plain-torch :func:`dsa`; differentiable in ``images``."""
+    d = Draws(*(row.view(-1, 1, 1, 1) for row in draws))
+    like = images
+    for number in operations:
+        operation = OPERATIONS[number]
+        if operation == "color":
+            if not linear:
+                images = images + d.brightness.to(images.dtype)
+            mean = images.mean(1, keepdim=True)
+            images = (images - mean) * d.saturation.to(images.dtype) + mean
+            mean = images.mean((1, 2, 3), keepdim=True)
+            images = (images - mean) * d.contrast.to(images.dtype) + mean
+        elif operation == "crop":
+            images = _shift(images, d.shift_h, d.shift_w)
+        elif operation == "cutout":
+            images = _cut(images, d.cutout_h, d.cutout_w, cutout)
+        elif operation == "flip":
+            images = torch.where(d.flip != 0, images.flip(3), images)
+        elif operation == "scale":
+            zero = torch.zeros_like(d.scale_w)
+            images = _sample(images, d.scale_w, zero, zero, d.scale_h)
+        else:
+            cosine, sine = d.angle.cos(), d.angle.sin()
+            images = _sample(images, cosine, -sine, sine, cosine)
+    return _empty(like).copy_(images) if not images.requires_grad else images
+
+
+def dsa_adjoint_reference(grad: Tensor, draws: Tensor, operations: list[int], cutout: list[int]) -> Tensor:
+    """Plain-torch :func:`dsa_adjoint`, by autograd through :func:`dsa_reference`."""
+    with torch.enable_grad():
+        images = torch.zeros_like(grad, requires_grad=True)
+        out = dsa_reference(images, draws, operations, cutout, True)
+        (result,) = torch.autograd.grad(out, images, grad)
+    return _empty(grad).copy_(result)
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+_dsa = operator(
+    "dsa(Tensor images, Tensor draws, int[] operations, int[] cutout, bool linear) -> Tensor",
+    check=lambda images, draws, operations, cutout, linear: _check("dsa", images, draws, operations, cutout),
+    allocate=lambda images, draws, operations, cutout, linear: _empty(images),
+    kernel=lambda images, draws, operations, cutout, linear: _launch("dsa", images, draws, operations, cutout, linear),
+    reference=dsa_reference,
+)
+
+_dsa_adjoint = operator(
+    "dsa_adjoint(Tensor grad, Tensor draws, int[] operations, int[] cutout) -> Tensor",
+    check=lambda grad, draws, operations, cutout: _check("dsa_adjoint", grad, draws, operations, cutout),
+    allocate=lambda grad, draws, operations, cutout: _empty(grad),
+    kernel=lambda grad, draws, operations, cutout: _launch("dsa_adjoint", grad, draws, operations, cutout, True),
+    reference=dsa_adjoint_reference,
+)
+
+
+def dsa(images: Tensor, draws: Tensor, operations: list[int], cutout: list[int], linear: bool = False) -> Tensor:
+    """Applies ``operations`` in order to every image, each with its own draws.
+
+    Args:
+        images: [B, C, H, W], float32 or float64, any strides.
+        draws: float64 [11, B], rows as in :data:`DRAWS`.
+        operations: indices into :data:`OPERATIONS`, at most 8.
+        cutout: height and width of what cutout blanks, pixels.
+        linear: leave out the constant that brightness adds.
+
+    Returns:
+        [B, C, H, W] in the memory format of ``images``.
+    """
+    return _dsa(images, draws, operations, cutout, linear)
+
+
+def dsa_adjoint(grad: Tensor, draws: Tensor, operations: list[int], cutout: list[int]) -> Tensor:
+    """Aᵀ ``grad``, with A the linear part of :func:`dsa` for the same draws; arguments and result as there."""
+    return _dsa_adjoint(grad, draws, operations, cutout)

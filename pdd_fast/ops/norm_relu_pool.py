@@ -1,0 +1,376 @@
+"""Instance norm + affine + ReLU + 2×2 average pool as one operator: forward, backward, and both on dual numbers.
+
+One block of the ConvNet after its convolution (design 3.3). Formulas stand in ``csrc/ops/norm_relu_pool/math.h``. Kernels
+read and write channels-last memory; other layouts are converted on the way in. Results are channels-last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdd_fast.ops import _native
+from pdd_fast.ops._registry import address, operator, require, require_floating, require_like
+
+EPS = 1e-5  # torch.nn.GroupNorm's default
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, batch: int, height: int, width: int) -> Tensor:
+    """Uninitialised [batch, C, height, width] in channels-last memory."""
+    return like.new_empty((batch, height, width, like.shape[1])).permute(0, 3, 1, 2)
+
+
+def _check_images(name: str, z: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the images, of the pooled images, and of a vector over channels."""
+    require_floating(name, "z", z)
+    require(z.dim() == 4, name, "z", "have shape [B, C, H, W]", tuple(z.shape))
+    require(min(z.shape[2:]) >= 2, name, "z", "be at least 2 pixels high and wide", tuple(z.shape))
+    require(z.numel() > 0, name, "z", "not be empty", tuple(z.shape))
+    B, C, H, W = z.shape
+    return (B, C, H, W), (B, C, H // 2, W // 2), (C,)
+
+
+def _check_all(name: str, z: Tensor, shapes: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    for argument, (tensor, shape) in shapes.items():
+        require_like(name, argument, tensor, z, shape)
+
+
+# ---- norm_relu_pool ---------------------------------------------------------------------------------------------
+
+
+def _check(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
+    _, _, vector = _check_images("norm_relu_pool", z)
+    _check_all("norm_relu_pool", z, {"weight": (weight, vector), "bias": (bias, vector)})
+
+
+def _allocate(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    B, C, H, W = z.shape
+    return _empty(z, B, H // 2, W // 2), z.new_empty(B, C), z.new_empty(B, C)
+
+
+def _kernel(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    z, weight, bias = _dense(z), weight.contiguous(), bias.contiguous()
+    out, mean, rstd = _allocate(z, weight, bias, eps)
+    _native.call(
+        "norm_relu_pool", z, *z.shape, eps,
+        address(z), address(weight), address(bias), address(out), address(mean), address(rstd),
+    )  # fmt: skip
+    return out, mean, rstd
+
+
+def _statistics(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(z, dim=(2, 3), correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def _images(vector: Tensor) -> Tensor:
+    """[C] or [B, C] made to broadcast over [B, C, H, W]."""
+    return vector[..., None, None]
+
+
+def norm_relu_pool_reference(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain-torch :func:`norm_relu_pool`."""
+    mean, rstd = _statistics(z, eps)
+    a = (z - _images(mean)) * _images(rstd) * _images(weight) + _images(bias)
+    return _dense(torch.nn.functional.avg_pool2d(a.relu(), 2)), mean, rstd
+
+
+_norm_relu_pool = operator(
+    "norm_relu_pool(Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    check=_check,
+    allocate=_allocate,
+    kernel=_kernel,
+    reference=norm_relu_pool_reference,
+)
+
+
+def norm_relu_pool(z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor, Tensor]:
+    """avg_pool2d(relu(instance_norm(z) * weight + bias), 2).
+
+    Args:
+        z: [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not pooled.
+        weight, bias: [C].
+        eps: added to the variance.
+
+    Returns:
+        out [B, C, H//2, W//2], mean [B, C], rstd [B, C] = 1/sqrt(variance + eps).
+    """
+    return _norm_relu_pool(z, weight, bias, eps)
+
+
+# ---- norm_relu_pool_backward ------------------------------------------------------------------------------------
+
+
+def _check_backward(
+    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> None:
+    name = "norm_relu_pool_backward"
+    (B, C, _, _), pooled, vector = _check_images(name, z)
+    _check_all(
+        name,
+        z,
+        {"grad_out": (grad_out, pooled), "mean": (mean, (B, C)), "rstd": (rstd, (B, C))}
+        | {"weight": (weight, vector), "bias": (bias, vector)},
+    )
+
+
+def _allocate_backward(
+    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, C, H, W = z.shape
+    return _empty(z, B, H, W), z.new_empty(C), z.new_empty(C)
+
+
+def _kernel_backward(
+    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, z = _dense(grad_out), _dense(z)
+    mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
+    B, C, H, W = z.shape
+    grad_z = _empty(z, B, H, W)
+    parts = z.new_empty(2, B, C)
+    _native.call(
+        "norm_relu_pool_backward", z, *z.shape,
+        address(grad_out), address(z), address(mean), address(rstd), address(weight), address(bias),
+        address(grad_z), address(parts[0]), address(parts[1]),
+    )  # fmt: skip
+    grad_weight, grad_bias = parts.sum(1).unbind()
+    return grad_z, grad_weight.clone(), grad_bias.clone()
+
+
+def _upsample(pooled: Tensor, like: Tensor) -> Tensor:
+    """Adjoint of the 2×2 average pool: zero in an odd last row or column."""
+    grad = torch.zeros_like(like)
+    height, width = pooled.shape[2] * 2, pooled.shape[3] * 2
+    grad[:, :, :height, :width] = pooled.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
+    return grad
+
+
+def _plane_mean(images: Tensor) -> Tensor:
+    return images.mean((2, 3), keepdim=True)
+
+
+def norm_relu_pool_backward_reference(
+    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain-torch :func:`norm_relu_pool_backward`."""
+    x_hat = (z - _images(mean)) * _images(rstd)
+    grad = _upsample(grad_out, z) * (x_hat * _images(weight) + _images(bias) > 0)
+    centred = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
+    return _dense(_images(rstd) * _images(weight) * centred), (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3))
+
+
+_norm_relu_pool_backward = operator(
+    "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias)"
+    " -> (Tensor, Tensor, Tensor)",
+    check=_check_backward,
+    allocate=_allocate_backward,
+    kernel=_kernel_backward,
+    reference=norm_relu_pool_backward_reference,
+)
+
+
+def norm_relu_pool_backward(
+    grad_out: Tensor,  # [B, C, H//2, W//2]
+    z: Tensor,  # [B, C, H, W]
+    mean: Tensor,  # [B, C]
+    rstd: Tensor,  # [B, C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to z [B, C, H, W], weight [C] and bias [C]."""
+    return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
+
+
+# ---- norm_relu_pool_dual ----------------------------------------------------------------------------------------
+
+
+def _check_dual(
+    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
+    eps: float, tangent_only: bool,
+) -> None:  # fmt: skip
+    name = "norm_relu_pool_dual"
+    images, _, vector = _check_images(name, z)
+    _check_all(
+        name,
+        z,
+        {"z_tangent": (z_tangent, images), "weight": (weight, vector), "weight_tangent": (weight_tangent, vector)}
+        | {"bias": (bias, vector), "bias_tangent": (bias_tangent, vector)},
+    )
+
+
+def _allocate_dual(
+    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
+    eps: float, tangent_only: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    B, C, H, W = z.shape
+    return _empty(z, B if tangent_only else 2 * B, H // 2, W // 2), z.new_empty(4, B, C)
+
+
+def _kernel_dual(
+    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
+    eps: float, tangent_only: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z, z_tangent = _dense(z), _dense(z_tangent)
+    vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias, bias_tangent))
+    out, statistics = _allocate_dual(z, z_tangent, *vectors, eps, tangent_only)
+    _native.call(
+        "norm_relu_pool_dual", z, *z.shape, eps,
+        address(z), address(z_tangent), *map(address, vectors),
+        0 if tangent_only else address(out), address(out if tangent_only else out[len(z) :]),
+        *map(address, statistics),
+    )  # fmt: skip
+    return out, statistics
+
+
+def norm_relu_pool_dual_reference(
+    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
+    eps: float, tangent_only: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Plain-torch :func:`norm_relu_pool_dual`."""
+    mean, rstd = _statistics(z, eps)
+    x_hat = (z - _images(mean)) * _images(rstd)
+    mean_tangent, kappa = z_tangent.mean((2, 3)), (x_hat * z_tangent).mean((2, 3))
+    x_hat_tangent = _images(rstd) * (z_tangent - _images(mean_tangent) - x_hat * _images(kappa))
+    a = x_hat * _images(weight) + _images(bias)
+    a_tangent = x_hat * _images(weight_tangent) + x_hat_tangent * _images(weight) + _images(bias_tangent)
+    value = torch.nn.functional.avg_pool2d(a.relu(), 2)
+    derivative = torch.nn.functional.avg_pool2d(a_tangent * (a > 0), 2)
+    out = derivative if tangent_only else torch.cat([value, derivative])
+    return _dense(out), torch.stack([mean, rstd, mean_tangent, kappa])
+
+
+_norm_relu_pool_dual = operator(
+    "norm_relu_pool_dual(Tensor z, Tensor z_tangent, Tensor weight, Tensor weight_tangent, Tensor bias,"
+    " Tensor bias_tangent, float eps, bool tangent_only) -> (Tensor, Tensor)",
+    check=_check_dual,
+    allocate=_allocate_dual,
+    kernel=_kernel_dual,
+    reference=norm_relu_pool_dual_reference,
+)
+
+
+def norm_relu_pool_dual(
+    z: Tensor,  # [B, C, H, W]
+    z_tangent: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [C]
+    weight_tangent: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    bias_tangent: Tensor,  # [C]
+    eps: float = EPS,
+    tangent_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`norm_relu_pool` on dual numbers (design 3.2).
+
+    Returns:
+        out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next convolution is one call;
+            with ``tangent_only`` the tangents alone, [B, C, H//2, W//2].
+        statistics: [4, B, C]: mean, rstd, tangent of mean, kappa = mean(x_hat * z_tangent), for the backward pass.
+    """
+    return _norm_relu_pool_dual(z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only)
+
+
+# ---- norm_relu_pool_dual_backward -------------------------------------------------------------------------------
+
+
+def _check_dual_backward(
+    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
+    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
+) -> None:  # fmt: skip
+    name = "norm_relu_pool_dual_backward"
+    images, pooled, vector = _check_images(name, z)
+    _check_all(
+        name,
+        z,
+        {"grad_out": (grad_out, pooled), "grad_out_tangent": (grad_out_tangent, pooled)}
+        | {"z_tangent": (z_tangent, images), "statistics": (statistics, (4, *images[:2]))}
+        | {"weight": (weight, vector), "weight_tangent": (weight_tangent, vector), "bias": (bias, vector)},
+    )
+
+
+def _allocate_dual_backward(
+    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
+    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    B, C, H, W = z.shape
+    return _empty(z, B if tangent_only else 2 * B, H, W), z.new_empty(C), z.new_empty(C)
+
+
+def _kernel_dual_backward(
+    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
+    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    images = tuple(_dense(t) for t in (grad_out, grad_out_tangent, z, z_tangent))
+    vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias))
+    statistics = statistics.contiguous()
+    B, C, H, W = z.shape
+    grad_z = _empty(z, B if tangent_only else 2 * B, H, W)
+    parts = z.new_empty(2, B, C)
+    _native.call(
+        "norm_relu_pool_dual_backward", z, *z.shape,
+        *map(address, images), *map(address, statistics), *map(address, vectors),
+        0 if tangent_only else address(grad_z[B:]), address(grad_z), address(parts[0]), address(parts[1]),
+    )  # fmt: skip
+    grad_weight_tangent, grad_bias_tangent = parts.sum(1).unbind()
+    return grad_z, grad_weight_tangent.clone(), grad_bias_tangent.clone()
+
+
+def norm_relu_pool_dual_backward_reference(
+    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
+    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Plain-torch :func:`norm_relu_pool_dual_backward`."""
+    mean, rstd, mean_tangent, kappa = map(_images, statistics)
+    x_hat = (z - mean) * rstd
+    x_hat_tangent = rstd * (z_tangent - mean_tangent - x_hat * kappa)
+    mask = x_hat * _images(weight) + _images(bias) > 0
+    grad, grad_tangent = _upsample(grad_out, z) * mask, _upsample(grad_out_tangent, z) * mask
+    product, product_tangent = grad * x_hat, grad_tangent * x_hat + grad * x_hat_tangent
+    centred = grad - _plane_mean(grad) - x_hat * _plane_mean(product)
+    centred_tangent = (
+        grad_tangent - _plane_mean(grad_tangent) - x_hat_tangent * _plane_mean(product)
+        - x_hat * _plane_mean(product_tangent)
+    )  # fmt: skip
+    factor = rstd * _images(weight)
+    factor_tangent = rstd * _images(weight_tangent) - rstd * rstd * kappa * _images(weight)
+    derivative = factor_tangent * centred + factor * centred_tangent
+    grad_z = derivative if tangent_only else torch.cat([derivative, factor * centred])
+    return _dense(grad_z), product_tangent.sum((0, 2, 3)), grad_tangent.sum((0, 2, 3))
+
+
+_norm_relu_pool_dual_backward = operator(
+    "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, Tensor z_tangent,"
+    " Tensor statistics, Tensor weight, Tensor weight_tangent, Tensor bias, bool tangent_only)"
+    " -> (Tensor, Tensor, Tensor)",
+    check=_check_dual_backward,
+    allocate=_allocate_dual_backward,
+    kernel=_kernel_dual_backward,
+    reference=norm_relu_pool_dual_backward_reference,
+)
+
+
+def norm_relu_pool_dual_backward(
+    grad_out: Tensor,  # [B, C, H//2, W//2]
+    grad_out_tangent: Tensor,  # [B, C, H//2, W//2]
+    z: Tensor,  # [B, C, H, W]
+    z_tangent: Tensor,  # [B, C, H, W]
+    statistics: Tensor,  # [4, B, C] from norm_relu_pool_dual
+    weight: Tensor,  # [C]
+    weight_tangent: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    tangent_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`norm_relu_pool_backward` on dual numbers (design 3.2).
+
+    Returns:
+        grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of the convolution before
+            pairs tangents of gradients with values of inputs; with ``tangent_only`` the tangents alone [B, C, H, W].
+        tangents of the gradients with respect to weight [C] and bias [C].
+    """
+    return _norm_relu_pool_dual_backward(
+        grad_out, grad_out_tangent, z, z_tangent, statistics, weight, weight_tangent, bias, tangent_only
+    )

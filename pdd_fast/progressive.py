@@ -1,0 +1,216 @@
+"""Progressive dataset distillation (Chen et al., ICLR 2024, arXiv 2310.06982): the stages. Knows no base method by name.
+
+Everything random derives from the run's seed and from what it is drawn for (pdd_fast.seeds), so the state of a run is
+what lies in its directory: a run that was killed goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdd_fast.data import require_images_per_class
+from pdd_fast.distilled import DistilledSet
+from pdd_fast.experts import ensure_experts, record_trajectories
+from pdd_fast.matching import METHODS, BaseMethod, StageProblem
+from pdd_fast.reporting import SILENT, Reporter, Task
+from pdd_fast.runs import Run
+from pdd_fast.training import Student, accuracy
+from pdd_fast.trajectories import list_trajectories
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
+
+
+def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
+    """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors`` (design 5.1 to 5.4).
+
+    Raises:
+        UsageError: data are missing or too few; the configuration does not fit them.
+        RunError: the optimisation left the range in which going on makes sense. What was computed is kept.
+    """
+    with run.lock():
+        config = run.config
+        bench = Workbench.prepare(config)
+        require_images_per_class(bench.train, config.ipc, bench.data.classes)
+        ensure_experts(run, bench, reporter)
+        union = Union.empty(bench)
+        for stage in range(1, config.stages + 1):
+            if run.stage_file(stage).exists():
+                union = Union.load(run.stage_file(stage), bench)
+                continue
+            folder = run.experts_dir
+            if stage > 1:
+                folder = run.stage_trajectories_dir(stage)
+                transition(run, bench, union, reporter)
+            union = _run_stage(run, bench, union, folder, reporter)
+            union.distilled(bench).save(run.stage_file(stage))
+            run.checkpoint_file(stage).unlink(missing_ok=True)
+        distilled = union.distilled(bench)
+        distilled.save(run.distilled_file)
+        return distilled
+
+
+def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter) -> None:
+    """Trajectories for the stage after ``union`` (design 5.4): each start network is trained on the union and then,
+    recorded, on real data. Starts are chained: they are those of the stage before, trained further."""
+    stage = union.stages + 1
+    before = run.experts_dir if stage == 2 else run.stage_trajectories_dir(stage - 1)
+    starts = list_trajectories(before)
+    config = bench.config
+
+    def start(k: int) -> Tensor:
+        student = Student.start(starts[k].checkpoint(0).to(bench.device))
+        bench.train_on_union(
+            student, union.images, union.labels, union.rates[-1], config.transition_epochs, "transition", stage, k
+        )
+        return student.theta
+
+    record_trajectories(
+        bench,
+        run.stage_trajectories_dir(stage),
+        start,
+        config.transition_real_epochs,
+        f"stage-{stage}",
+        reporter,
+        f"transition to stage {stage}/{config.stages}",
+    )
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The images that selection liked most so far."""
+
+    images: Tensor
+    rate: float
+    accuracy: float  # percent, mean over the selection networks
+    iteration: int
+    judged: int  # the iteration that was judged last, whether it was better or not
+
+
+class _Selection:
+    """Judges a stage's images as the final evaluation will: networks that were trained through the earlier unions are
+    trained on this one and scored on held-out images (design 5.3)."""
+
+    def __init__(self, bench: Workbench, union: Union) -> None:
+        self._bench, self._union = bench, union
+        config = bench.config
+        self._students = []
+        for j in range(config.eval_networks):
+            student = Student.start(bench.initial_parameters("selection", j))
+            for stage in range(1, union.stages + 1):
+                rate = union.rates[stage - 1]
+                bench.train_on_union(student, *union.up_to(stage), rate, config.eval_epochs, "selection", j, stage)
+            self._students.append(student)
+
+    def score(self, union: Union) -> float:
+        """Mean held-out accuracy in percent; the same draws for every candidate, so that candidates are compared."""
+        bench, scores = self._bench, []
+        for j, carried in enumerate(self._students):
+            student = Student(carried.theta.clone(), carried.velocity.clone())
+            bench.train_on_union(
+                student, union.images, union.labels, union.rates[-1], bench.config.eval_epochs,
+                "selection", j, union.stages,
+            )  # fmt: skip
+            scores.append(accuracy(bench.engine, student.theta, bench.held_out.images, bench.held_out.labels))
+        return sum(scores) / len(scores)
+
+
+def _run_stage(run: Run, bench: Workbench, union: Union, folder: Path, reporter: Reporter) -> Union:
+    """Learns the images of the stage after ``union``, matching the trajectories in ``folder``."""
+    config, stage = bench.config, union.stages + 1
+    rows = bench.random_real_rows(config.stage_ipc, "initial images")[stage - 1]
+    labels = bench.train.labels[rows]
+    problem = StageProblem(
+        config=config,
+        stage=stage,
+        engine=bench.engine,
+        dsa=bench.dsa,
+        trajectories=list_trajectories(folder),
+        frozen_images=union.images,
+        frozen_labels=union.labels,
+        initial_images=bench.train.images[rows],
+        labels=labels,
+    )
+    method = METHODS[config.base](problem)
+    best = _resume(run, stage, method)
+    run.truncate_metrics(stage, method.iteration)
+    selection = _Selection(bench, union)
+    try:
+        with reporter.task(
+            f"stage {stage}/{config.stages}", total=config.iterations, unit="iteration", done=method.iteration
+        ) as task:
+            saved = time.monotonic()
+            while True:
+                if _is_judged(config.eval_every, method.iteration, config.iterations) and (
+                    best is None or best.judged < method.iteration
+                ):
+                    best = _judge(run, selection, union, labels, method, best, task)
+                if method.iteration == config.iterations:
+                    break
+                began = time.perf_counter()
+                values = method.step()
+                seconds = time.perf_counter() - began
+                run.metrics.append(
+                    stage=stage, iteration=method.iteration, **values, seconds=seconds, memory=memory_bytes(bench.device)
+                )
+                task.advance(1, **values)
+                if time.monotonic() - saved > config.checkpoint_seconds:
+                    _checkpoint(run, stage, method, best)
+                    saved = time.monotonic()
+    except BaseException:
+        _checkpoint(run, stage, method, best)
+        raise
+    assert best is not None
+    return union.extended(best.images, labels, best.rate)
+
+
+def _is_judged(every: int, iteration: int, last: int) -> bool:
+    return iteration == last or (every > 0 and iteration % every == 0)
+
+
+def _judge(
+    run: Run, selection: _Selection, union: Union, labels: Tensor, method: BaseMethod, best: _Best | None, task: Task
+) -> _Best:
+    stage, rate = union.stages + 1, method.learning_rate
+    score = selection.score(union.extended(method.images, labels, rate))
+    run.metrics.append(stage=stage, iteration=method.iteration, held_out_accuracy=score)
+    task.advance(0, accuracy=score)
+    if best is None or score > best.accuracy:
+        return _Best(method.images.clone(), rate, score, method.iteration, method.iteration)
+    return _Best(best.images, best.rate, best.accuracy, best.iteration, method.iteration)
+
+
+def _checkpoint(run: Run, stage: int, method: BaseMethod, best: _Best | None) -> None:
+    tensors = {f"method.{name}": tensor for name, tensor in method.state().items()}
+    state: dict[str, float] = {}
+    if best is not None:
+        tensors["best.images"] = best.images.cpu()
+        state = {"rate": best.rate, "accuracy": best.accuracy, "iteration": best.iteration, "judged": best.judged}
+    run.save_checkpoint(stage, tensors, state)
+
+
+def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
+    """Brings ``method`` to where an earlier process left it; the best images of then."""
+    loaded = run.load_checkpoint(stage)
+    if loaded is None:
+        return None
+    tensors, state = loaded
+    method.load_state({name[7:]: tensor for name, tensor in tensors.items() if name.startswith("method.")})
+    if "best.images" not in tensors:
+        return None
+    images = tensors["best.images"].to(method.images.device)
+    return _Best(images, state["rate"], state["accuracy"], int(state["iteration"]), int(state["judged"]))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the device for CUDA, resident memory of this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

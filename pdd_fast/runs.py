@@ -1,0 +1,168 @@
+"""A run directory: what was asked, what was made, and what an interrupted run needs to go on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdd_fast import config as configuration
+from pdd_fast._version import __version__
+from pdd_fast.config import Config
+from pdd_fast.errors import UsageError
+from pdd_fast.files import read_json, read_tensors, save_tensors, write_json, write_text
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: runs are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+
+def default_run_dir(config: Config) -> Path:
+    """Where a run goes that was not told where."""
+    data = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-")
+    return Path("runs") / f"{data}-ipc{config.ipc}-stages{config.stages}-seed{config.seed}"
+
+
+class Metrics:
+    """metrics.jsonl: one object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, **values: Any) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; one that a kill tore is left out."""
+        rows = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+
+class Run:
+    """A run directory and the configuration in it."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+        self.metrics = Metrics(self.metrics_file)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> Run:
+        """A new run directory with its config.json.
+
+        Raises:
+            UsageError: something is there already.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} exists; continue it with --resume or choose another --run-dir")
+        path.mkdir(parents=True, exist_ok=True)
+        versions = {"pdd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        write_json(path / "config.json", {"config": config.to_dict(), "versions": versions})
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run directory.
+
+        Raises:
+            UsageError: it is none, or its configuration cannot be read.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} is not a run directory: it holds no config.json")
+        stored = read_json(path / "config.json")
+        if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
+            raise UsageError(f"{path / 'config.json'} does not hold a run's configuration")
+        return cls(path, configuration.from_dict(stored["config"]))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out while the block runs; the system lets go when the process ends, however it ends.
+
+        Raises:
+            UsageError: another process works in this directory.
+        """
+        with (self.path / ".lock").open("w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise UsageError(f"{self.path} is in use by another process") from error
+            yield
+
+    # ---- places ----
+
+    @property
+    def experts_dir(self) -> Path:
+        return self.path / "experts"
+
+    def stage_dir(self, stage: int) -> Path:
+        return self.path / f"stage-{stage}"
+
+    def stage_trajectories_dir(self, stage: int) -> Path:
+        return self.stage_dir(stage) / "trajectories"
+
+    def stage_file(self, stage: int) -> Path:
+        """The union of stages 1..``stage``, once stage ``stage`` is finished."""
+        return self.stage_dir(stage) / "distilled.safetensors"
+
+    def checkpoint_file(self, stage: int) -> Path:
+        return self.stage_dir(stage) / "checkpoint.safetensors"
+
+    @property
+    def distilled_file(self) -> Path:
+        return self.path / "distilled.safetensors"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def images_file(self) -> Path:
+        return self.path / "images.png"
+
+    @property
+    def accuracy_file(self) -> Path:
+        return self.path / "accuracy.png"
+
+    # ---- content ----
+
+    def save_checkpoint(self, stage: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        save_tensors(self.checkpoint_file(stage), tensors, state)
+
+    def load_checkpoint(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self.checkpoint_file(stage)
+        return read_tensors(path) if path.exists() else None
+
+    def truncate_metrics(self, stage: int, iteration: int) -> None:
+        """Drops what was measured after ``iteration`` of ``stage``, which a continued run measures again."""
+        rows = self.metrics.read()
+        kept = [row for row in rows if (row.get("stage", 0), row.get("iteration", 0)) <= (stage, iteration)]
+        if self.metrics_file.exists():
+            write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        write_json(self.evaluation_file, evaluation)
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """Raises UsageError where the run was not evaluated."""
+        return read_json(self.evaluation_file)

@@ -1,0 +1,84 @@
+"""Training trajectories on disk: one safetensors file per network, read a checkpoint at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdd_fast.errors import UsageError
+from pdd_fast.files import open_tensors, read_tensors, save_tensors
+
+
+def trajectory_path(folder: Path, index: int) -> Path:
+    return folder / f"trajectory-{index:03d}.safetensors"
+
+
+def partial_path(folder: Path, index: int) -> Path:
+    return folder / f"trajectory-{index:03d}.partial"
+
+
+def write_trajectory(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
+    """Stores checkpoints ([P] each, epoch 0 first) as "checkpoints" [T+1, P] float32."""
+    save_tensors(path, {"checkpoints": torch.stack(checkpoints).float()}, metadata)
+
+
+class Trajectory:
+    """One network's stored weights; a checkpoint is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError where the file is not a trajectory."""
+        self.path = path
+        with open_tensors(path) as (file, metadata):
+            if "checkpoints" not in file.keys():  # noqa: SIM118
+                raise UsageError(f"{path} is not a trajectory: it holds no tensor 'checkpoints'")
+            shape = file.get_slice("checkpoints").get_shape()
+            if len(shape) != 2 or shape[0] < 1:
+                raise UsageError(f"{path}: checkpoints must have shape [epochs + 1, P], got {shape}")
+            self.metadata: dict[str, Any] = metadata
+            self.epochs: int = shape[0] - 1
+            self.parameters: int = shape[1]
+
+    def checkpoint(self, epoch: int) -> Tensor:
+        """Weights [P] after ``epoch`` epochs; reads these and no others."""
+        if not 0 <= epoch <= self.epochs:
+            raise UsageError(f"{self.path}: epoch must lie in [0, {self.epochs}], got {epoch}")
+        with open_tensors(self.path) as (file, _):
+            return file.get_slice("checkpoints")[epoch : epoch + 1][0].clone()
+
+    def pair(self, epoch: int, ahead: int) -> tuple[Tensor, Tensor]:
+        """Checkpoints ``epoch`` and ``epoch + ahead``."""
+        return self.checkpoint(epoch), self.checkpoint(epoch + ahead)
+
+
+def list_trajectories(folder: Path) -> list[Trajectory]:
+    """The trajectories in ``folder``, by number.
+
+    Raises:
+        UsageError: there are none, or they are not of one shape.
+    """
+    found = [Trajectory(path) for path in sorted(folder.glob("trajectory-*.safetensors"))]
+    if not found:
+        raise UsageError(f"{folder} holds no trajectories")
+    shapes = {(t.epochs, t.parameters) for t in found}
+    if len(shapes) > 1:
+        raise UsageError(f"{folder}: trajectories must be of one length and network, got (epochs, parameters) {shapes}")
+    return found
+
+
+def write_partial(folder: Path, index: int, checkpoints: list[Tensor], state: dict[str, Tensor]) -> None:
+    """Keeps a trajectory that is still being made: its checkpoints and what training needs to go on."""
+    tensors = {"checkpoints": torch.stack(checkpoints), **{f"state.{name}": t for name, t in state.items()}}
+    save_tensors(partial_path(folder, index), tensors, {})
+
+
+def read_partial(folder: Path, index: int) -> tuple[list[Tensor], dict[str, Tensor]] | None:
+    """What :func:`write_partial` kept, or None."""
+    path = partial_path(folder, index)
+    if not path.exists():
+        return None
+    tensors, _ = read_tensors(path)
+    checkpoints = [row.clone() for row in tensors.pop("checkpoints")]
+    return checkpoints, {name.removeprefix("state."): tensor for name, tensor in tensors.items()}

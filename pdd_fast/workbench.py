@@ -1,0 +1,110 @@
+"""What every part of a run works with: data, network, augmentation and device, set up once from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdd_fast import data, engines, seeds
+from pdd_fast.augmentation import DSA
+from pdd_fast.config import Config
+from pdd_fast.devices import resolve_device
+from pdd_fast.errors import UsageError
+from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.networks.parameters import initial_parameters
+from pdd_fast.training import Sgd, Student
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """Everything on ``device``; nothing here changes while a run goes on."""
+
+    config: Config
+    device: torch.device
+    data: data.ImageData
+    engine: engines.Engine
+    dsa: DSA
+
+    @classmethod
+    def prepare(cls, config: Config, device: str | None = None) -> Workbench:
+        """Loads the data and builds the network.
+
+        Raises:
+            UsageError: data are missing or do not fit the configuration, or the device cannot be used.
+        """
+        where = resolve_device(device or config.device)
+        images = data.load(config.dataset, config.data_dir, config.validation_fraction)
+        side = min(images.image_size)
+        if side < 2**config.depth:
+            raise UsageError(
+                f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got {config.depth}"
+            )
+        net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth).to(where)
+        dsa = DSA(config.augment, mode=config.augment_mode)
+        return cls(config, where, images.to(where), engines.choose(net, config.engine), dsa)
+
+    @property
+    def train(self) -> data.Split:
+        """What experts and transitions are trained on and real images are taken from."""
+        return self.data.full_train if self.config.select == "test" else self.data.train
+
+    @property
+    def held_out(self) -> data.Split:
+        """What the best images are chosen by."""
+        return self.data.test if self.config.select == "test" else self.data.validation
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """The network in words, for the files that hold its weights or images made for it."""
+        return {
+            "name": "ConvNet",
+            "in_channels": self.data.in_channels,
+            "num_classes": self.data.num_classes,
+            "image_size": list(self.data.image_size),
+            "width": self.config.width,
+            "depth": self.config.depth,
+        }
+
+    def seed(self, *purpose: str | int) -> int:
+        return seeds.derive(self.config.seed, *purpose)
+
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        return seeds.generator(self.config.seed, *purpose)
+
+    def initial_parameters(self, *purpose: str | int) -> Tensor:
+        """Freshly drawn parameters [P]."""
+        return initial_parameters(self.engine.net, self.seed(*purpose, "parameters"))
+
+    @property
+    def real_sgd(self) -> Sgd:
+        """How networks are trained on real data."""
+        return Sgd(self.engine, self.dsa, self.config.expert_batch, momentum=self.config.expert_momentum)
+
+    @property
+    def synthetic_sgd(self) -> Sgd:
+        """How networks are trained on a union: transition, selection and evaluation alike."""
+        config = self.config
+        return Sgd(self.engine, self.dsa, config.union_batch, config.union_momentum, config.union_weight_decay)
+
+    def train_on_union(
+        self, student: Student, images: Tensor, labels: Tensor, rate: float, epochs: int, *purpose: str | int
+    ) -> None:
+        """``epochs`` epochs of :attr:`synthetic_sgd` at ``rate``, a tenth of it in the second half."""
+        sgd = self.synthetic_sgd
+        steps = epochs * sgd.steps_per_epoch(len(images))
+        sgd.run(student, images, labels, rate, steps, self.generator(*purpose))
+
+    def random_real_rows(self, per_class: Sequence[int], *purpose: str | int) -> list[Tensor]:
+        """For every group of ``per_class`` images a class: rows of :attr:`train`, class by class, no image twice."""
+        draw = self.generator(*purpose)
+        groups: list[list[Tensor]] = [[] for _ in per_class]
+        for label in range(self.data.num_classes):
+            rows = self.train.rows_of(label).cpu()
+            order = rows[torch.randperm(len(rows), generator=draw)]
+            for group, part in zip(groups, order[: sum(per_class)].split(list(per_class)), strict=True):
+                group.append(part)
+        return [torch.cat(group).to(self.device) for group in groups]
