@@ -205,6 +205,5 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("pdd_fast._cpu", []), Extension("pdd_fast._cuda", [])],
-    cmdclass={"build_ext": BuildKernels},
+    ext_modules=[Extension("pdd_fast._cpu", []), Extension("pdd_fast._cuda", [])], cmdclass={"build_ext": BuildKernels}
 )

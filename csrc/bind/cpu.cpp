@@ -1,4 +1,5 @@
-// Chooses, once, the widest instruction set that both this build and this CPU have, and forwards every operator to it.
+// Chooses, once, the widest instruction set that both this build and this CPU have, and forwards every
+// operator to it.
 #include <cstdlib>
 #include <cstring>
 
@@ -52,15 +53,18 @@ const char* name(Level level) {
 }  // namespace
 
 #ifdef PDD_X86
-#define PDD_FORWARD(function, Params)                                       \
-    template <class T>                                                      \
-    Status function(const Params<T>& params, Context context) {             \
-        switch (level()) {                                                  \
-            case Level::avx512: return cpu_avx512::function(params, context); \
-            case Level::avx2: return cpu_avx2::function(params, context);   \
-            default: return cpu_baseline::function(params, context);        \
-        }                                                                   \
-    }                                                                       \
+#define PDD_FORWARD(function, Params)                           \
+    template <class T>                                          \
+    Status function(const Params<T>& params, Context context) { \
+        switch (level()) {                                      \
+            case Level::avx512:                                 \
+                return cpu_avx512::function(params, context);   \
+            case Level::avx2:                                   \
+                return cpu_avx2::function(params, context);     \
+            default:                                            \
+                return cpu_baseline::function(params, context); \
+        }                                                       \
+    }                                                           \
     PDD_INSTANTIATE(function, Params)
 #else
 #define PDD_FORWARD(function, Params)                           \
@@ -73,7 +77,9 @@ const char* name(Level level) {
 
 PDD_OPERATORS(PDD_FORWARD)
 
-std::string status_string(Status status) { return own_status_string(status); }
+std::string status_string(Status status) {
+    return own_status_string(status);
+}
 
 std::map<std::string, std::string> capabilities() {
     return {{"instruction set", name(level())},

@@ -1,6 +1,6 @@
-// The Python module: takes numbers and addresses, fills the parameter structs, calls the back end. Compiled twice, as
-// pdd_fast._cpu and (with PDD_WITH_CUDA) as pdd_fast._cuda. All checking of shapes, types and layouts happens in
-// pdd_fast/ops/ before an address gets here.
+// The Python module: takes numbers and addresses, fills the parameter structs, calls the back end. Compiled
+// twice, as pdd_fast._cpu and (with PDD_WITH_CUDA) as pdd_fast._cuda. All checking of shapes, types and
+// layouts happens in pdd_fast/ops/ before an address gets here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,57 +37,84 @@ PYBIND11_MODULE(PDD_MODULE, m) {
     m.def("status_string", &bind::status_string);
     m.def("capabilities", &bind::capabilities);
 
-    m.def("norm_relu_pool", [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W,
-                               double eps, Address z, Address weight, Address bias, Address out, Address mean,
-                               Address rstd) {
-        return by_type(f64, [&](auto t) {
-            using T = decltype(t);
-            return bind::norm_relu_pool<T>({{B, C, H, W}, eps, at<T>(z), at<T>(weight), at<T>(bias), at<T>(out),
-                                            at<T>(mean), at<T>(rstd)},
-                                           {at<void>(stream), threads});
-        });
-    });
-    m.def("norm_relu_pool_backward", [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H,
-                                        int64_t W, Address grad_out, Address z, Address mean, Address rstd,
-                                        Address weight, Address bias, Address grad_z, Address grad_weight_parts,
-                                        Address grad_bias_parts) {
-        return by_type(f64, [&](auto t) {
-            using T = decltype(t);
-            return bind::norm_relu_pool_backward<T>(
-                {{B, C, H, W}, at<T>(grad_out), at<T>(z), at<T>(mean), at<T>(rstd), at<T>(weight), at<T>(bias),
-                 at<T>(grad_z), at<T>(grad_weight_parts), at<T>(grad_bias_parts)},
-                {at<void>(stream), threads});
-        });
-    });
-    m.def("norm_relu_pool_dual", [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W,
-                                    double eps, Address z, Address z_tangent, Address weight, Address weight_tangent,
-                                    Address bias, Address bias_tangent, Address out, Address out_tangent, Address mean,
-                                    Address rstd, Address mean_tangent, Address kappa) {
-        return by_type(f64, [&](auto t) {
-            using T = decltype(t);
-            return bind::norm_relu_pool_dual<T>(
-                {{B, C, H, W}, eps, at<T>(z), at<T>(z_tangent), at<T>(weight), at<T>(weight_tangent), at<T>(bias),
-                 at<T>(bias_tangent), at<T>(out), at<T>(out_tangent), at<T>(mean), at<T>(rstd), at<T>(mean_tangent),
-                 at<T>(kappa)},
-                {at<void>(stream), threads});
-        });
-    });
-    m.def("norm_relu_pool_dual_backward", [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H,
-                                             int64_t W, Address grad_out, Address grad_out_tangent, Address z,
-                                             Address z_tangent, Address mean, Address rstd, Address mean_tangent,
-                                             Address kappa, Address weight, Address weight_tangent, Address bias,
-                                             Address grad_z, Address grad_z_tangent, Address grad_weight_tangent_parts,
-                                             Address grad_bias_tangent_parts) {
-        return by_type(f64, [&](auto t) {
-            using T = decltype(t);
-            return bind::norm_relu_pool_dual_backward<T>(
-                {{B, C, H, W}, at<T>(grad_out), at<T>(grad_out_tangent), at<T>(z), at<T>(z_tangent), at<T>(mean),
-                 at<T>(rstd), at<T>(mean_tangent), at<T>(kappa), at<T>(weight), at<T>(weight_tangent), at<T>(bias),
-                 at<T>(grad_z), at<T>(grad_z_tangent), at<T>(grad_weight_tangent_parts),
-                 at<T>(grad_bias_tangent_parts)},
-                {at<void>(stream), threads});
-        });
-    });
+    m.def("norm_relu_pool",
+          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, double eps, Address z,
+             Address weight, Address bias, Address out, Address mean, Address rstd) {
+              return by_type(f64, [&](auto t) {
+                  using T = decltype(t);
+                  return bind::norm_relu_pool<T>(
+                      {{B, C, H, W}, eps, at<T>(z), at<T>(weight), at<T>(bias), at<T>(out), at<T>(mean), at<T>(rstd)},
+                      {at<void>(stream), threads});
+              });
+          });
+    m.def("norm_relu_pool_backward",
+          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, Address grad_out,
+             Address z, Address mean, Address rstd, Address weight, Address bias, Address grad_z,
+             Address grad_weight_parts, Address grad_bias_parts) {
+              return by_type(f64, [&](auto t) {
+                  using T = decltype(t);
+                  return bind::norm_relu_pool_backward<T>({{B, C, H, W},
+                                                           at<T>(grad_out),
+                                                           at<T>(z),
+                                                           at<T>(mean),
+                                                           at<T>(rstd),
+                                                           at<T>(weight),
+                                                           at<T>(bias),
+                                                           at<T>(grad_z),
+                                                           at<T>(grad_weight_parts),
+                                                           at<T>(grad_bias_parts)},
+                                                          {at<void>(stream), threads});
+              });
+          });
+    m.def("norm_relu_pool_dual",
+          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, double eps, Address z,
+             Address z_tangent, Address weight, Address weight_tangent, Address bias, Address bias_tangent, Address out,
+             Address out_tangent, Address mean, Address rstd, Address mean_tangent, Address kappa) {
+              return by_type(f64, [&](auto t) {
+                  using T = decltype(t);
+                  return bind::norm_relu_pool_dual<T>({{B, C, H, W},
+                                                       eps,
+                                                       at<T>(z),
+                                                       at<T>(z_tangent),
+                                                       at<T>(weight),
+                                                       at<T>(weight_tangent),
+                                                       at<T>(bias),
+                                                       at<T>(bias_tangent),
+                                                       at<T>(out),
+                                                       at<T>(out_tangent),
+                                                       at<T>(mean),
+                                                       at<T>(rstd),
+                                                       at<T>(mean_tangent),
+                                                       at<T>(kappa)},
+                                                      {at<void>(stream), threads});
+              });
+          });
+    m.def("norm_relu_pool_dual_backward",
+          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, Address grad_out,
+             Address grad_out_tangent, Address z, Address z_tangent, Address mean, Address rstd, Address mean_tangent,
+             Address kappa, Address weight, Address weight_tangent, Address bias, Address grad_z,
+             Address grad_z_tangent, Address grad_weight_tangent_parts, Address grad_bias_tangent_parts) {
+              return by_type(f64, [&](auto t) {
+                  using T = decltype(t);
+                  return bind::norm_relu_pool_dual_backward<T>({{B, C, H, W},
+                                                                at<T>(grad_out),
+                                                                at<T>(grad_out_tangent),
+                                                                at<T>(z),
+                                                                at<T>(z_tangent),
+                                                                at<T>(mean),
+                                                                at<T>(rstd),
+                                                                at<T>(mean_tangent),
+                                                                at<T>(kappa),
+                                                                at<T>(weight),
+                                                                at<T>(weight_tangent),
+                                                                at<T>(bias),
+                                                                at<T>(grad_z),
+                                                                at<T>(grad_z_tangent),
+                                                                at<T>(grad_weight_tangent_parts),
+                                                                at<T>(grad_bias_tangent_parts)},
+                                                               {at<void>(stream), threads});
+              });
+          });
     m.def("cross_entropy", [](bool f64, Address stream, int threads, int64_t B, int64_t K, Address logits, Address hard,
                               Address soft, Address losses, Address grad_logits) {
         return by_type(f64, [&](auto t) {

@@ -9,11 +9,16 @@ namespace pdd::bind {
 
 inline std::string own_status_string(Status status) {
     switch (status) {
-        case kSuccess: return "success";
-        case kLabelOutOfRange: return "labels must lie in [0, classes)";
-        case kUnknownOperation: return "an operation is not known to this build";
-        case kSharedMemoryTooSmall: return "one image does not fit in this GPU's shared memory";
-        default: return "unknown status " + std::to_string(status);
+        case kSuccess:
+            return "success";
+        case kLabelOutOfRange:
+            return "labels must lie in [0, classes)";
+        case kUnknownOperation:
+            return "an operation is not known to this build";
+        case kSharedMemoryTooSmall:
+            return "one image does not fit in this GPU's shared memory";
+        default:
+            return "unknown status " + std::to_string(status);
     }
 }
 

@@ -10,18 +10,22 @@
 
 namespace pdd::PDD_BACKEND {
 
-inline cudaStream_t stream_of(Context context) { return static_cast<cudaStream_t>(context.stream); }
+inline cudaStream_t stream_of(Context context) {
+    return static_cast<cudaStream_t>(context.stream);
+}
 
 constexpr int64_t kLargestGrid = 2147483647;  // of grid.x, from compute capability 3.0 on
 
-// Blocks for `count` independent tasks; kernels loop over tasks in steps of gridDim.x, so more than the largest grid is
-// no error.
+// Blocks for `count` independent tasks; kernels loop over tasks in steps of gridDim.x, so more than the
+// largest grid is no error.
 inline unsigned grid_for(int64_t count) {
     return static_cast<unsigned>(count < kLargestGrid ? count : kLargestGrid);
 }
 
 // What the launch that came before left behind.
-inline Status launched() { return static_cast<Status>(cudaGetLastError()); }
+inline Status launched() {
+    return static_cast<Status>(cudaGetLastError());
+}
 
 // Sum over a warp's lanes, the same in all of them: a butterfly, so the order of additions is fixed.
 template <class T>
@@ -31,7 +35,8 @@ __device__ __forceinline__ T warp_sum(T value) {
     return value;
 }
 
-// Sum over a block of whole warps, at most 1024 threads; every thread gets it. `partial` holds one T per warp.
+// Sum over a block of whole warps, at most 1024 threads; every thread gets it. `partial` holds one T per
+// warp.
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T* partial) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

@@ -1,6 +1,6 @@
-// PDD_BACKEND names the namespace of everything that is compiled more than once: the CPU sources are built for several
-// instruction sets and linked into one library. Inline functions outside such a namespace would be merged by the
-// linker, and the surviving copy could hold instructions that the running CPU lacks.
+// PDD_BACKEND names the namespace of everything that is compiled more than once: the CPU sources are built
+// for several instruction sets and linked into one library. Inline functions outside such a namespace would
+// be merged by the linker, and the surviving copy could hold instructions that the running CPU lacks.
 #pragma once
 
 #ifndef PDD_BACKEND

@@ -7,8 +7,8 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Calls body(i) for i in [0, count), split in contiguous ranges. Which thread runs an index never changes what is
-// computed for it, so results do not depend on the number of threads.
+// Calls body(i) for i in [0, count), split in contiguous ranges. Which thread runs an index never changes
+// what is computed for it, so results do not depend on the number of threads.
 template <class Body>
 inline void parallel_for(int64_t count, int threads, const Body& body) {
     if (count > 1 && threads > 1) {

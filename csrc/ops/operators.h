@@ -1,5 +1,6 @@
-// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it, for float and
-// double, in its own namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same order.
+// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it, for
+// float and double, in its own namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same
+// order.
 #pragma once
 
 #include "core/context.h"
@@ -21,7 +22,7 @@
     template <class T>            \
     ::pdd::Status name(const ::pdd::Params<T>& params, ::pdd::Context context);
 
-#define PDD_INSTANTIATE(name, Params)                                \
+#define PDD_INSTANTIATE(name, Params)                                  \
     template ::pdd::Status name(const ::pdd::Params<float>&, Context); \
     template ::pdd::Status name(const ::pdd::Params<double>&, Context);
 

@@ -6,8 +6,8 @@
 namespace pdd::PDD_BACKEND {
 namespace {
 
-// One thread a sample: a batch has at most a few thousand, of 10 to 200 logits each, which the first-level cache holds. A
-// label out of range gives a loss of NaN; telling the host would cost a synchronisation.
+// One thread a sample: a batch has at most a few thousand, of 10 to 200 logits each, which the first-level
+// cache holds. A label out of range gives a loss of NaN; telling the host would cost a synchronisation.
 constexpr int kThreads = 128;
 
 template <class T, class Params>

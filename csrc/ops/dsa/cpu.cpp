@@ -1,5 +1,6 @@
-// One task is one image. It is copied to planar scratch, goes through the operations between two buffers that stay in the
-// first- or second-level cache (12 KB each for 3x32x32 floats), and is written back in the layout of the output.
+// One task is one image. It is copied to planar scratch, goes through the operations between two buffers that
+// stay in the first- or second-level cache (12 KB each for 3x32x32 floats), and is written back in the layout
+// of the output.
 #include <cstdlib>
 
 #include "core/context.h"
@@ -54,8 +55,7 @@ void saturate(T* image, ImageShape shape, T factor) {
         T mean = 0;
         for (int64_t c = 0; c < shape.channels; ++c) mean += image[c * pixels + k];
         mean *= inverse;
-        for (int64_t c = 0; c < shape.channels; ++c)
-            image[c * pixels + k] = blend(image[c * pixels + k], mean, factor);
+        for (int64_t c = 0; c < shape.channels; ++c) image[c * pixels + k] = blend(image[c * pixels + k], mean, factor);
     }
 }
 
@@ -133,15 +133,24 @@ Status apply(int operation, bool linear, Draws draws, ImageShape shape, const Ds
             saturate(image, shape, static_cast<T>(draws[kSaturation]));
             contrast(image, shape, static_cast<T>(draws[kContrast]));
             return kSuccess;
-        case kCrop: shift(image, out, shape, draws.integer(kShiftH), draws.integer(kShiftW)); break;
-        case kCutout: cutout(image, shape, cutout_box(draws, p.cutout_height, p.cutout_width)); return kSuccess;
+        case kCrop:
+            shift(image, out, shape, draws.integer(kShiftH), draws.integer(kShiftW));
+            break;
+        case kCutout:
+            cutout(image, shape, cutout_box(draws, p.cutout_height, p.cutout_width));
+            return kSuccess;
         case kFlip:
             if (draws[kFlipped] == 0) return kSuccess;
             mirror(image, out, shape);
             break;
-        case kScale: sample(image, out, shape, scaling(draws, shape)); break;
-        case kRotate: sample(image, out, shape, rotation(draws, shape)); break;
-        default: return kUnknownOperation;
+        case kScale:
+            sample(image, out, shape, scaling(draws, shape));
+            break;
+        case kRotate:
+            sample(image, out, shape, rotation(draws, shape));
+            break;
+        default:
+            return kUnknownOperation;
     }
     scratch.swap();
     return kSuccess;
@@ -155,10 +164,17 @@ Status apply_adjoint(int operation, Draws draws, ImageShape shape, const Dsa<T>&
             contrast(grad, shape, static_cast<T>(draws[kContrast]));
             saturate(grad, shape, static_cast<T>(draws[kSaturation]));
             return kSuccess;
-        case kCrop: shift(grad, out, shape, -draws.integer(kShiftH), -draws.integer(kShiftW)); break;
-        case kScale: sample_adjoint(grad, out, shape, scaling(draws, shape)); break;
-        case kRotate: sample_adjoint(grad, out, shape, rotation(draws, shape)); break;
-        default: return apply(operation, true, draws, shape, p, scratch);  // cutout and flip: their own transposes
+        case kCrop:
+            shift(grad, out, shape, -draws.integer(kShiftH), -draws.integer(kShiftW));
+            break;
+        case kScale:
+            sample_adjoint(grad, out, shape, scaling(draws, shape));
+            break;
+        case kRotate:
+            sample_adjoint(grad, out, shape, rotation(draws, shape));
+            break;
+        default:
+            return apply(operation, true, draws, shape, p, scratch);  // cutout and flip: their own transposes
     }
     scratch.swap();
     return kSuccess;

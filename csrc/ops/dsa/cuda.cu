@@ -1,5 +1,6 @@
-// One block is one image. It is read into shared memory, goes through the operations between two planar buffers there, and
-// is written back, so device memory is read once and written once whatever the number of operations.
+// One block is one image. It is read into shared memory, goes through the operations between two planar
+// buffers there, and is written back, so device memory is read once and written once whatever the number of
+// operations.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/dsa/math.h"
@@ -31,8 +32,7 @@ __device__ void saturate(T* image, const ImageShape& shape, T factor) {
         T mean = 0;
         for (int64_t c = 0; c < shape.channels; ++c) mean += image[c * pixels + k];
         mean *= inverse;
-        for (int64_t c = 0; c < shape.channels; ++c)
-            image[c * pixels + k] = blend(image[c * pixels + k], mean, factor);
+        for (int64_t c = 0; c < shape.channels; ++c) image[c * pixels + k] = blend(image[c * pixels + k], mean, factor);
     });
     __syncthreads();
 }
@@ -90,7 +90,8 @@ __device__ void sample_adjoint(const T* grad, T* out, const ImageShape& shape, c
     });
 }
 
-// Applies one operation, or its transpose, to image; out is the other buffer. Gives the one that holds the result.
+// Applies one operation, or its transpose, to image; out is the other buffer. Gives the one that holds the
+// result.
 template <class T>
 __device__ T* apply(int operation, bool adjoint, bool linear, Draws draws, const ImageShape& shape, const Dsa<T>& p,
                     T* image, T* out, T* partial) {
@@ -148,7 +149,8 @@ __global__ void __launch_bounds__(kThreads) dsa_kernel(const Dsa<T> p, bool adjo
         __syncthreads();
         for (int n = 0; n < p.operation_count; ++n) {
             const int operation = p.operations[adjoint ? p.operation_count - 1 - n : n];
-            image = apply(operation, adjoint, p.linear, draws, shape, p, image, image == first ? second : first, partial);
+            image =
+                apply(operation, adjoint, p.linear, draws, shape, p, image, image == first ? second : first, partial);
         }
         for_each(shape.elements(), [&](int64_t k) { p.output[offset<T>(p.output_stride, b, shape, k)] = image[k]; });
         __syncthreads();

@@ -1,8 +1,10 @@
-// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; ranges as in design 3.4) at one pixel, shared
-// by the CPU and CUDA back ends. Images are planar here: element (c, i, j) lies at (c*H + i)*W + j.
+// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; ranges as in design 3.4) at one
+// pixel, shared by the CPU and CUDA back ends. Images are planar here: element (c, i, j) lies at (c*H + i)*W
+// + j.
 //
-// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather too: for an input
-// pixel it visits the few outputs whose taps can reach it, so no thread ever adds to another's result.
+// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather too: for
+// an input pixel it visits the few outputs whose taps can reach it, so no thread ever adds to another's
+// result.
 #pragma once
 
 #include <cmath>
@@ -41,9 +43,9 @@ PDD_HD Box cutout_box(Draws draws, int64_t height, int64_t width) {
     return {top, top + height, left, left + width};
 }
 
-// Where an output pixel is sampled: position = centre + M (pixel - centre), in pixels. Equals affine_grid followed by
-// grid_sample with align_corners=True; double for every type, since the rounding of a position is multiplied by the
-// difference of neighbouring pixels.
+// Where an output pixel is sampled: position = centre + M (pixel - centre), in pixels. Equals affine_grid
+// followed by grid_sample with align_corners=True; double for every type, since the rounding of a position is
+// multiplied by the difference of neighbouring pixels.
 struct Sampling {
     double xx, xy, yx, yy;  // M: x from x, x from y, y from x, y from y
     double cx, cy;
@@ -57,17 +59,25 @@ struct Sampling {
 };
 
 PDD_HD Sampling scaling(Draws draws, ImageShape shape) {
-    return {draws[kScaleW], 0, 0, draws[kScaleH], 0.5 * static_cast<double>(shape.width - 1),
+    return {draws[kScaleW],
+            0,
+            0,
+            draws[kScaleH],
+            0.5 * static_cast<double>(shape.width - 1),
             0.5 * static_cast<double>(shape.height - 1)};
 }
 
 PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
-    // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation in them carries the
-    // ratio of the sides. A side of one pixel has the coordinate 0 alone.
+    // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation in them
+    // carries the ratio of the sides. A side of one pixel has the coordinate 0 alone.
     const double across = static_cast<double>(shape.width - 1), down = static_cast<double>(shape.height - 1);
     const double cosine = cos(draws[kAngle]), sine = sin(draws[kAngle]);
-    return {cosine, down > 0 ? -sine * across / down : 0.0, across > 0 ? sine * down / across : 0.0, cosine,
-            0.5 * across,   0.5 * down};
+    return {cosine,
+            down > 0 ? -sine * across / down : 0.0,
+            across > 0 ? sine * down / across : 0.0,
+            cosine,
+            0.5 * across,
+            0.5 * down};
 }
 
 // Weight of a pixel for a sample at this distance along one axis; the one place that knows it is bilinear.
@@ -135,8 +145,7 @@ PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape
     T sum = 0;
     for (int64_t i = reach.top; i <= reach.bottom; ++i) {
         for (int64_t j = reach.left; j <= reach.right; ++j) {
-            const double weight =
-                tap(s.y(i, j) - static_cast<double>(p)) * tap(s.x(i, j) - static_cast<double>(q));
+            const double weight = tap(s.y(i, j) - static_cast<double>(p)) * tap(s.x(i, j) - static_cast<double>(q));
             if (weight > 0) sum += static_cast<T>(weight) * grad[i * shape.width + j];
         }
     }

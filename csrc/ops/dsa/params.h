@@ -1,5 +1,5 @@
-// Differentiable Siamese augmentation: what goes in and out. Arbitrary strides, in elements, so that both layouts are
-// read and written without a copy.
+// Differentiable Siamese augmentation: what goes in and out. Arbitrary strides, in elements, so that both
+// layouts are read and written without a copy.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,17 @@ enum DsaOperation : int { kColor = 0, kCrop = 1, kCutout = 2, kFlip = 3, kScale 
 
 // The rows of Dsa::draws; pdd_fast/ops/dsa.py holds the same list.
 enum DsaDraw : int {
-    kBrightness, kSaturation, kContrast, kShiftH, kShiftW, kCutoutH, kCutoutW, kFlipped, kScaleH, kScaleW, kAngle,
+    kBrightness,
+    kSaturation,
+    kContrast,
+    kShiftH,
+    kShiftW,
+    kCutoutH,
+    kCutoutW,
+    kFlipped,
+    kScaleH,
+    kScaleW,
+    kAngle,
     kDsaDraws
 };
 

@@ -1,6 +1,6 @@
-// One task is one image and one vector of channels (8 floats with AVX2): its plane, at most a cache line a pixel, stays in
-// the second-level cache between the passes over it, and what is summed over the plane stays in registers. Channels
-// beyond the last whole vector are done one by one by the same code.
+// One task is one image and one vector of channels (8 floats with AVX2): its plane, at most a cache line a
+// pixel, stays in the second-level cache between the passes over it, and what is summed over the plane stays
+// in registers. Channels beyond the last whole vector are done one by one by the same code.
 #include "core/context.h"
 #include "core/parallel.h"
 #include "core/vector.h"

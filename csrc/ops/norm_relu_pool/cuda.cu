@@ -1,5 +1,6 @@
-// One block is one image and 32 channels: 32 threads across the channels, so that a warp reads 32 neighbouring numbers, and
-// kRows warps down the pixels. Sums over the plane go through shared memory in a fixed order.
+// One block is one image and 32 channels: 32 threads across the channels, so that a warp reads 32
+// neighbouring numbers, and kRows warps down the pixels. Sums over the plane go through shared memory in a
+// fixed order.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/norm_relu_pool/math.h"
@@ -47,7 +48,9 @@ struct Plane {
 };
 
 // Offset of the k-th of the four pixels that are pooled together.
-__device__ __forceinline__ int64_t neighbour(const PlaneShape& shape, int k) { return k / 2 * shape.width + k % 2; }
+__device__ __forceinline__ int64_t neighbour(const PlaneShape& shape, int k) {
+    return k / 2 * shape.width + k % 2;
+}
 
 // Sum over the kRows threads of a channel, in order of their row; all of them get it.
 template <class T>

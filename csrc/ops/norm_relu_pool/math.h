@@ -1,9 +1,10 @@
-// The formulas of instance norm + affine + ReLU + 2x2 average pool at one element, value and tangent, shared by the CPU
-// and CUDA back ends (Wu and He 2018 for the norm; derivation in docs/mathematics.md).
+// The formulas of instance norm + affine + ReLU + 2x2 average pool at one element, value and tangent, shared
+// by the CPU and CUDA back ends (Wu and He 2018 for the norm; derivation in docs/mathematics.md).
 //
 //   x_hat = (z - mean) * rstd        a = weight * x_hat + bias        out = average over 2x2 of max(a, 0)
 //
-// Tangents along (z_tangent, weight_tangent, bias_tangent), with kappa = mean(x_hat * z_tangent) over the plane:
+// Tangents along (z_tangent, weight_tangent, bias_tangent), with kappa = mean(x_hat * z_tangent) over the
+// plane:
 //
 //   mean_tangent  = mean(z_tangent)
 //   rstd_tangent  = -rstd^2 * kappa
@@ -22,7 +23,8 @@ struct Channel {
     T mean, rstd, weight, bias;
 
     PDD_HD T normalised(T z) const { return (z - mean) * rstd; }
-    // What ReLU sees. Every kernel decides the sign by this very expression, so value and derivative never disagree.
+    // What ReLU sees. Every kernel decides the sign by this very expression, so value and derivative never
+    // disagree.
     PDD_HD T activation(T x_hat) const { return weight * x_hat + bias; }
 };
 
@@ -60,8 +62,8 @@ PDD_HD T grad_z_tangent(const Channel<T>& channel, const ChannelTangent<T>& tang
                         const BackwardMeans<T>& means_tangent, T grad, T grad_tangent, T x_hat, T x_hat_tangent) {
     const T rstd_tangent = -channel.rstd * channel.rstd * tangent.kappa;
     const T factor_tangent = rstd_tangent * channel.weight + channel.rstd * tangent.weight;
-    const T centred_tangent = grad_tangent - means_tangent.grad - x_hat_tangent * means.grad_x_hat -
-                              x_hat * means_tangent.grad_x_hat;
+    const T centred_tangent =
+        grad_tangent - means_tangent.grad - x_hat_tangent * means.grad_x_hat - x_hat * means_tangent.grad_x_hat;
     return factor_tangent * centred(means, grad, x_hat) + channel.rstd * channel.weight * centred_tangent;
 }
 

@@ -1,6 +1,6 @@
 // Instance norm + affine + ReLU + 2x2 average pool: what goes in and out.
-// All images are channels-last: element (b, c, h, w) lies at ((b*H + h)*W + w)*C + c. An odd last row or column is not
-// pooled but counts in the norm's statistics, as in torch.nn.AvgPool2d(2).
+// All images are channels-last: element (b, c, h, w) lies at ((b*H + h)*W + w)*C + c. An odd last row or
+// column is not pooled but counts in the norm's statistics, as in torch.nn.AvgPool2d(2).
 #pragma once
 
 #include <cstdint>
