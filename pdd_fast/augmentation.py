@@ -288,5 +288,3 @@ def _size(operator: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
     if H < 1 or W < 1:
         raise ValueError(f"{operator}: image_size must be at least 1 pixel, got {H}x{W}")
     return H, W
-
-

@@ -185,7 +185,9 @@ def _check(config: Config) -> None:
         if getattr(config, key) <= bound:
             raise UsageError(f"{key} must be above {bound:g}, got {getattr(config, key)}")
     if config.stages > config.ipc:
-        raise UsageError(f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an image a class")
+        raise UsageError(
+            f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an image a class"
+        )
     if config.max_start_epoch + config.expert_epochs > config.expert_train_epochs:
         raise UsageError(
             f"expert_train_epochs must be at least max_start_epoch + expert_epochs "

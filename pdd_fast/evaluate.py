@@ -123,17 +123,14 @@ def _load_other(path: Path, bench: Workbench) -> Union:
     other: DistilledSet = load_distilled(path)
     shape, expected = tuple(other.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
     if other.metadata.get("data") != bench.data.name or shape != expected:
-        raise UsageError(
-            f"--against must name a run on {bench.data.name} {expected}, got {path} on {other.metadata.get('data')} {shape}"
-        )
+        found = f"{other.metadata.get('data')} {shape}"
+        raise UsageError(f"--against must name a run on {bench.data.name} {expected}, got {path} on {found}")
     file = path if path.is_file() else path / "distilled.safetensors"
     return Union.load(file, bench)
 
 
 def _in_order(union: Union, steps: list[int]) -> Course:
-    return [
-        (*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)
-    ]
+    return [(*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)]
 
 
 def _random(bench: Workbench, stages: int, steps: list[int], repeat: int) -> Course:

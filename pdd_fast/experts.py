@@ -11,13 +11,7 @@ from torch import Tensor
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
 from pdd_fast.training import Student, accuracy
-from pdd_fast.trajectories import (
-    partial_path,
-    read_partial,
-    trajectory_path,
-    write_partial,
-    write_trajectory,
-)
+from pdd_fast.trajectories import partial_path, read_partial, trajectory_path, write_partial, write_trajectory
 from pdd_fast.workbench import Workbench
 
 

@@ -1,4 +1,4 @@
-"""Progressive dataset distillation (Chen et al., ICLR 2024, arXiv 2310.06982): the stages. Knows no base method by name.
+"""The stages of progressive dataset distillation (Chen et al., ICLR 2024, arXiv 2310.06982), whatever the base method.
 
 Everything random derives from the run's seed and from what it is drawn for (pdd_fast.seeds), so the state of a run is
 what lies in its directory: a run that was killed goes on with the same bits.
@@ -157,7 +157,11 @@ def _run_stage(run: Run, bench: Workbench, union: Union, folder: Path, reporter:
                 values = method.step()
                 seconds = time.perf_counter() - began
                 run.metrics.append(
-                    stage=stage, iteration=method.iteration, **values, seconds=seconds, memory=memory_bytes(bench.device)
+                    stage=stage,
+                    iteration=method.iteration,
+                    **values,
+                    seconds=seconds,
+                    memory=memory_bytes(bench.device),
                 )
                 task.advance(1, **values)
                 if time.monotonic() - saved > config.checkpoint_seconds:

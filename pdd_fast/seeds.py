@@ -1,7 +1,8 @@
 """All randomness of a run, derived from its seed and from what it is drawn for.
 
-Every purpose (an expert's epoch, an iteration of a stage, ...) has a generator of its own. Nothing depends on the order in
-which things are drawn, so a continued run needs no random state: the numbers of its next iteration are what they are.
+Every purpose (an expert's epoch, an iteration of a stage, ...) has a generator of its own. Nothing depends on the order
+in which things are drawn, so a continued run needs no random state: the numbers of its next iteration are what they
+are.
 """
 
 from __future__ import annotations

@@ -45,9 +45,7 @@ class Sgd:
             gradient = student.velocity.mul_(self.momentum).add_(gradient)
         student.theta.add_(gradient, alpha=-rate)
 
-    def epoch(
-        self, student: Student, images: Tensor, labels: Tensor, rate: float, generator: torch.Generator
-    ) -> None:
+    def epoch(self, student: Student, images: Tensor, labels: Tensor, rate: float, generator: torch.Generator) -> None:
         """Every image once, in random order."""
         for index in self._batches(len(images), generator):
             index = index.to(images.device)

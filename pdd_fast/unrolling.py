@@ -1,4 +1,4 @@
-"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P numbers (design 3.1)."""
+"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P numbers."""
 
 from __future__ import annotations
 
@@ -169,9 +169,7 @@ def _accumulate_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: _Spec
-    ) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: _Spec) -> Tensor:
         steps = len(spec.batches)
         alphas = rates.expand(steps)
         path = theta.new_empty(steps + 1, theta.numel())  # θ_0..θ_N, one a row

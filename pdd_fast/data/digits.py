@@ -10,8 +10,8 @@ TEST_SHARE = 0.2
 
 
 def read() -> Pixels:
-    """1797 grey images; the last fifth of every class is the test set: the file is in the order of collection, so most of
-    it was written by other people than the training images."""
+    """1797 grey images; the last fifth of every class is the test set: the file is in the order of collection, so most
+    of it was written by other people than the training images."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

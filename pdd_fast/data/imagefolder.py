@@ -38,11 +38,11 @@ def read(folder: str) -> Pixels:
         names, test_files, test_labels = _list(test)
         if names != classes:
             odd = sorted(set(names) ^ set(classes))[0]
-            raise UsageError(f"imagefolder:{folder}: train/ and {test.name}/ must hold the same classes; {odd!r} is in one only")
+            raise UsageError(
+                f"imagefolder:{folder}: train/ and {test.name}/ must hold the same classes; {odd!r} is in one only"
+            )
     grey, size = _look(train_files)
-    return Pixels(
-        classes, _decode(train_files, grey, size), train_labels, _decode(test_files, grey, size), test_labels
-    )
+    return Pixels(classes, _decode(train_files, grey, size), train_labels, _decode(test_files, grey, size), test_labels)
 
 
 def _found(folder: Path) -> str:
@@ -114,9 +114,9 @@ def _decode(files: list[Path], grey: bool, size: tuple[int, int]) -> Tensor:
     def decode(i: int) -> None:
         image = _open(files[i])
         if image.size != size:
+            found = f"{image.size[0]}x{image.size[1]}"
             raise UsageError(
-                f"{files[i]} must be {width}x{height} pixels like the first image, got {image.size[0]}x{image.size[1]}; "
-                "resize the images first"
+                f"{files[i]} must be {width}x{height} pixels like the first image, got {found}; resize the images first"
             )
         array = np.asarray(image.convert("L" if grey else "RGB"))
         pixels[i] = array[None] if grey else array.transpose(2, 0, 1)

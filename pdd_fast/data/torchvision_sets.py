@@ -32,8 +32,8 @@ def read(name: str, data_dir: str) -> Pixels:
         # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms does not exist.
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"dataset {name!r} needs torchvision, which does not import here ({reason}); install the torchvision release "
-            f"that belongs to torch {torch.__version__}, or use imagefolder:DIR"
+            f"dataset {name!r} needs torchvision, which does not import here ({reason}); install the torchvision "
+            f"release that belongs to torch {torch.__version__}, or use imagefolder:DIR"
         ) from error
     kind = getattr(datasets, _CLASSES[name])
     train, test = (_load(kind, name, data_dir, first) for first in (True, False))

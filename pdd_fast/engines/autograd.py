@@ -31,9 +31,7 @@ class _Graph(NamedTuple):
 
 
 def _random_state(device: torch.device) -> _RandomState:
-    return _RandomState(
-        torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    )
+    return _RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class DualResult(NamedTuple):
 
 
 class Engine(Protocol):
-    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. Nothing here records a graph."""
+    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph."""
 
     net: nn.Module
 

@@ -233,9 +233,7 @@ class FusedEngine:
                 grad_out = self._input_backward(grad_z, block.conv, along.conv, x.value, below)
             elif want_images:
                 images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x.value, rows)
-        return DualResult(
-            slopes.mean(), result, images_tangent, labels_tangent if labels.is_floating_point() else None
-        )
+        return DualResult(slopes.mean(), result, images_tangent, labels_tangent if labels.is_floating_point() else None)
 
     @staticmethod
     def _convolve(x: _Pair, w: Tensor, w_tangent: Tensor, kept: _Activations | None) -> _Pair:
@@ -295,5 +293,5 @@ class FusedEngine:
         value, tangent = grad_z.value, grad_z.tangent
         assert tangent is not None
         if rows is not None:
-            value, tangent, x = value.index_select(0, rows), tangent.index_select(0, rows), x.index_select(0, rows)
+            value, tangent, x = (value.index_select(0, rows), tangent.index_select(0, rows), x.index_select(0, rows))
         return _conv_input_grad(tangent, w, x).add_(_conv_input_grad(value, w_tangent, x))

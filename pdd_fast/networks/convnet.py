@@ -9,8 +9,9 @@ from torch import Tensor, nn
 class ConvNet(nn.Module):
     """``depth`` × [3×3 convolution, instance norm with affine, ReLU, 2×2 average pooling], then one linear layer.
 
-    The order of ``parameters()`` is (convolution weight, convolution bias, norm weight, norm bias) per block, then linear
-    weight and bias, so flat vectors are interchangeable with those of MTT's expert files (Cazenavette et al. 2022).
+    The order of ``parameters()`` is (convolution weight, convolution bias, norm weight, norm bias) per block, then
+    linear weight and bias, so flat vectors are interchangeable with those of MTT's expert files (Cazenavette et al.
+    2022).
 
     Written in plain torch and differentiable to any order; :func:`pdd_fast.unroll` and the training loops run the same
     mathematics on the compiled kernels.

@@ -57,7 +57,9 @@ def require_floating(operator: str, argument: str, tensor: torch.Tensor) -> None
         raise TypeError(f"{operator}: {argument} must be float32 or float64, got {tensor.dtype}")
 
 
-def require_like(operator: str, argument: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> None:
+def require_like(
+    operator: str, argument: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]
+) -> None:
     """``tensor`` has the given shape and the type and device of ``like``."""
     if tensor.dtype != like.dtype:
         raise TypeError(f"{operator}: {argument} must be {like.dtype}, got {tensor.dtype}")

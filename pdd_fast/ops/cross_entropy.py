@@ -147,9 +147,7 @@ _cross_entropy_dual = operator(
 )
 
 
-def cross_entropy_dual(
-    logits: Tensor, logits_tangent: Tensor, labels: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cross_entropy_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`cross_entropy` on dual numbers (labels carry no tangent).
 
     Args:

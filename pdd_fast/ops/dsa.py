@@ -1,7 +1,7 @@
-"""Differentiable Siamese augmentation as two operators: the affine map of an image (or its linear part) and its transpose.
+"""Differentiable Siamese augmentation as two operators: an image's affine map (or its linear part), and its transpose.
 
-Operations and draws travel as numbers; :mod:`pdd_fast.augmentation` gives them names. Formulas: ``csrc/ops/dsa/math.h`` and
-design 3.4.
+Operations and draws travel as numbers; :mod:`pdd_fast.augmentation` gives them names. Formulas:
+``csrc/ops/dsa/math.h``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Instance norm + affine + ReLU + 2×2 average pool as one operator: forward, backward, and both on dual numbers.
 
-One block of the ConvNet after its convolution (design 3.3). Formulas stand in ``csrc/ops/norm_relu_pool/math.h``. Kernels
-read and write channels-last memory; other layouts are converted on the way in. Results are channels-last.
+One block of the ConvNet after its convolution. Formulas stand in ``csrc/ops/norm_relu_pool/math.h``. Kernels read and
+write channels-last memory; other layouts are converted on the way in. Results are channels-last.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def norm_relu_pool(z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) ->
 # ---- norm_relu_pool_backward ------------------------------------------------------------------------------------
 
 
-def _check_backward(
-    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> None:
+def _check_backward(grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> None:
     name = "norm_relu_pool_backward"
     (B, C, _, _), pooled, vector = _check_images(name, z)
     _check_all(
@@ -161,7 +159,7 @@ def norm_relu_pool_backward_reference(
     x_hat = (z - _images(mean)) * _images(rstd)
     grad = _upsample(grad_out, z) * (x_hat * _images(weight) + _images(bias) > 0)
     centred = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
-    return _dense(_images(rstd) * _images(weight) * centred), (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3))
+    return (_dense(_images(rstd) * _images(weight) * centred), (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3)))
 
 
 _norm_relu_pool_backward = operator(

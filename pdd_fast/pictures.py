@@ -1,0 +1,100 @@
+"""What a person would rather look at: the distilled images, and accuracy over the stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pdd_fast.distilled import DistilledSet
+from pdd_fast.files import atomic_path
+
+MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
+MOST_COLUMNS = 50
+_COLOURS = {
+    "pdd": "#0b6e99",
+    "random": "#8a8a8a",
+    "last-union": "#d9730d",
+    "one-stage": "#6940a5",
+    "against": "#6940a5",
+}
+_LABELS = {
+    "pdd": "union, stage after stage",
+    "random": "random real images",
+    "last-union": "last union alone",
+    "one-stage": "one stage",
+    "against": "the other run",
+}
+
+
+def image_grid(distilled: DistilledSet, path: Path) -> None:
+    """Writes a PNG with one panel per stage: a row per class, a column per image."""
+    pixels = distilled.pixels().permute(0, 2, 3, 1).numpy()  # [n, H, W, C]
+    names = distilled.metadata.get("classes") or [str(k) for k in range(int(distilled.labels.max()) + 1)]
+    labels = distilled.labels if distilled.labels.dim() == 1 else distilled.labels.argmax(1)
+    shown = min(len(names), MOST_CLASSES)
+    columns = [
+        min(MOST_COLUMNS, max(int(((distilled.stage == s) & (labels == k)).sum()) for k in range(shown)))
+        for s in range(1, distilled.stages + 1)
+    ]
+    H, W, C = pixels.shape[1:]
+    inches = 0.45  # of one image
+    width, height = inches * sum(columns) + 0.15 * len(columns) + 1.4, inches * shown * H / W + 0.9
+    figure = Figure(figsize=(max(width, 4.0), height), dpi=150)
+    panels = figure.subplots(1, len(columns), squeeze=False, gridspec_kw={"width_ratios": columns, "wspace": 0.08})[0]
+    for stage, (panel, count) in enumerate(zip(panels, columns, strict=True), start=1):
+        canvas = np.ones((shown * (H + 1) - 1, count * (W + 1) - 1, C), dtype=np.float32)
+        for k in range(shown):
+            rows = ((distilled.stage == stage) & (labels == k)).nonzero().flatten()[:count]
+            for column, row in enumerate(rows.tolist()):
+                top, left = k * (H + 1), column * (W + 1)
+                canvas[top : top + H, left : left + W] = pixels[row]
+        panel.imshow(canvas.squeeze(-1) if C == 1 else canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        panel.set_title(f"stage {stage}", fontsize=9)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        for spine in panel.spines.values():
+            spine.set_visible(False)
+    panels[0].set_yticks([k * (H + 1) + H / 2 for k in range(shown)], [str(n) for n in names[:shown]], fontsize=8)
+    panels[0].tick_params(length=0)
+    more = f", the first {shown} of {len(names)} classes" if shown < len(names) else ""
+    figure.suptitle(f"{distilled.metadata.get('data', 'distilled set')}: {len(pixels)} images{more}", fontsize=10)
+    _save(figure, path)
+
+
+def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
+    """Writes a PNG with a curve per result: test accuracy over images per class, bars of one standard deviation."""
+    protocol = evaluation["protocol"]
+    images = protocol["images_per_class"]
+    figure = Figure(figsize=(6.4, 4.2), dpi=150)
+    axes = figure.subplots()
+    for result in evaluation["results"]:
+        name, mean, std = result["name"], result["mean"], result["std"]
+        # The sets that are trained on alone are comparable at the end only, after as many steps as all the stages.
+        alone = name in ("last-union", "one-stage", "against")
+        x, y, e = (images[-1:], mean[-1:], std[-1:]) if alone else (images, mean, std)
+        axes.errorbar(
+            x, y, yerr=e, marker="D" if alone else "o", linestyle="none" if alone else "-", markersize=5, capsize=3,
+            color=_COLOURS.get(name), label=_LABELS.get(name, name),
+        )  # fmt: skip
+    repeats = len(evaluation["results"][0]["seeds"])
+    axes.set_xlabel("images per class")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_xticks(images)
+    axes.set_title(
+        f"{protocol['data']}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
+        fontsize=10,
+    )
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        # No date and no version among the metadata: equal content gives equal bytes.
+        figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})
