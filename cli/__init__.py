@@ -1,0 +1,1 @@
+"""The command line: wiring only. Installed as pdd_fast.cli."""

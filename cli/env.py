@@ -1,0 +1,100 @@
+"""pdd-fast env"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import resources
+from typing import Any
+
+import click
+from pdd_fast.cli import output
+
+from pdd_fast._version import __version__
+
+_REBUILD = "install again with `pip install --force-reinstall --no-deps --verbose .` and read what the build prints"
+
+
+@click.command(name="env")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
+def command(as_json: bool) -> None:
+    """What was built, what was found, and what to do about what is missing."""
+    facts: dict[str, dict[str, str]] = {}
+    advice: list[str] = []
+    facts["pdd-fast"] = {"version": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    facts["built"] = _built(advice)
+    torch = _torch(facts, advice)
+    if torch is not None:
+        _kernels(torch, facts, advice)
+    _torchvision(facts, advice)
+    if as_json:
+        output.print_json(facts | {"advice": advice})
+        return
+    output.print_facts(facts)
+    print("to do" if advice else "nothing is missing")
+    for sentence in advice:
+        print(f"  {sentence}")
+
+
+def _built(advice: list[str]) -> dict[str, str]:
+    try:
+        record = json.loads((resources.files("pdd_fast") / "_build.json").read_text())
+        cpu, cuda = record["cpu"], record["cuda"]
+    except (OSError, ValueError, KeyError):
+        advice.append(f"the record of the build is missing: {_REBUILD}")
+        return {"record": "missing"}
+    built = {
+        "compiler": cpu["compiler"],
+        "CPU kernels": ", ".join(cpu["levels"]) + ("" if cpu["openmp"] else ", one thread (no OpenMP)"),
+        "CUDA kernels": f"nvcc {cuda['nvcc']}, sm_" + ", sm_".join(cuda["archs"]) + " and PTX" if cuda else "none",
+    }
+    if not cuda:
+        built["why no CUDA"] = record["cuda_reason"]
+    return built
+
+
+def _torch(facts: dict[str, dict[str, str]], advice: list[str]) -> Any:
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:
+        facts["torch"] = {"import": f"fails: {str(error).splitlines()[0]}"}
+        advice.append("torch does not import: install it with `pip install torch`")
+        return None
+    found = {"version": torch.__version__, "threads": str(torch.get_num_threads())}
+    found["built for CUDA"] = str(torch.version.cuda or "no")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            found[f"GPU {i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}"
+    else:
+        found["GPU"] = "none found"
+    facts["torch"] = found
+    return torch
+
+
+def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) -> None:
+    from pdd_fast.ops import _native
+
+    for device in ("cpu", "cuda"):
+        library = _native.load(device)
+        if library is not None:
+            facts[f"{device.upper()} kernels"] = {"library": "loads", **library.capabilities()}
+            continue
+        facts[f"{device.upper()} kernels"] = {"library": str(_native.load_error(device))}
+        if device == "cpu":
+            advice.append(f"the CPU kernels are missing and the slower reference runs in their place: {_REBUILD}")
+        elif torch.cuda.is_available():
+            advice.append(f"a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then {_REBUILD}")
+
+
+def _torchvision(facts: dict[str, dict[str, str]], advice: list[str]) -> None:
+    try:
+        import torchvision
+
+        facts["torchvision"] = {"version": torchvision.__version__}
+    except ModuleNotFoundError:
+        facts["torchvision"] = {"import": "not installed"}
+        advice.append("cifar10, cifar100, mnist, fashionmnist and svhn need torchvision: `pip install torchvision`")
+    except (ImportError, RuntimeError, OSError) as error:
+        facts["torchvision"] = {"import": f"fails: {str(error).splitlines()[0]}"}
+        advice.append("torchvision does not import: install the release that belongs to the installed torch")

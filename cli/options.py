@@ -1,0 +1,70 @@
+"""Flags that several commands share, and how they become a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pdd_fast.config import Config, from_dict, resolve
+from pdd_fast.errors import UsageError
+
+_FLAGS = (  # flag, setting, type, what --help says
+    ("--dataset", "dataset", str, "digits, cifar10, cifar100, mnist, fashionmnist, svhn or imagefolder:DIR."),
+    ("--stages", "stages", int, "Stages."),
+    ("--ipc", "ipc", int, "Images per class, all stages together."),
+    ("--base", "base", click.Choice(["mtt"]), "The method that a stage uses."),
+    ("--seed", "seed", int, "Where all randomness comes from."),
+    ("--device", "device", str, "auto, cpu, cuda or cuda:N."),
+    ("--data-dir", "data_dir", str, "Where torchvision's data sets lie."),
+    ("--select", "select", click.Choice(["validation", "test"]), "What the best images are chosen by."),
+)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags that describe a run."""
+    decorators = [
+        click.option(flag, setting, type=kind, default=None, help=f"{text} [default: {getattr(Config, setting)}]")
+        for flag, setting, kind, text in _FLAGS
+    ]
+    decorators += [
+        click.option("--recipe", default=None, help="Settings from the package, by name. [default: the data set's]"),
+        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; may be repeated."),
+        click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="[default: runs/DATA-ipc...]"),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def given_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were asked for on the command line, --set among them."""
+    settings = {setting: options[setting] for _, setting, _, _ in _FLAGS if options.get(setting) is not None}
+    for assignment in options.get("assignments", ()):
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--set must have the form KEY=VALUE, got {assignment!r}")
+        if key in settings and str(settings[key]) != value:
+            raise UsageError(f"{key} is given twice: {settings[key]} and {value}")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+def configuration(options: dict[str, Any]) -> Config:
+    """Defaults, recipe and flags."""
+    return resolve(options.get("recipe"), **given_settings(options))
+
+
+def require_same(stored: Config, options: dict[str, Any]) -> None:
+    """Raises UsageError where a flag asks for something else than the run that is to be continued."""
+    if options.get("recipe") is not None:
+        raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")
+    for key, value in given_settings(options).items():
+        if key == "device":
+            continue  # where to compute is not what to compute
+        wanted = getattr(from_dict(stored.to_dict() | {key: value}), key)
+        if wanted != getattr(stored, key):
+            raise UsageError(f"{key} must be {getattr(stored, key)} as in the run that is continued, got {wanted}")

@@ -1,0 +1,150 @@
+"""The one place that writes: progress and remarks to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+from pdd_fast.reporting import Reporter, Task
+
+_PLAIN_WIDTH = 100  # columns of a table that does not go to a terminal
+_PLAIN_SECONDS = 10.0  # between two lines of one task where there is no terminal
+
+
+def reporter() -> Reporter:
+    """Bars on a terminal, a line now and then elsewhere."""
+    return BarReporter() if sys.stderr.isatty() else LineReporter()
+
+
+def _values(values: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
+
+
+class _SecondsColumn(TextColumn):
+    """Seconds per unit of work."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: RichTask) -> Text:
+        if not task.speed:
+            return Text("")
+        return Text(f"{1 / task.speed:.3g} s/{task.fields['unit']}", style="dim")
+
+
+class BarReporter(Reporter):
+    """Progress bars by rich."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _SecondsColumn(),
+            TimeRemainingColumn(compact=True), TextColumn("{task.fields[shown]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=self._console) as progress:
+            number = progress.add_task(name, total=total, completed=done, unit=unit, shown="")
+            shown: dict[str, Any] = {}
+
+            class Bar(Task):
+                def advance(self, count: int = 1, **values: Any) -> None:
+                    shown.update(values)
+                    progress.update(number, advance=count, shown=_values(shown))
+
+            yield Bar()
+
+    def message(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+
+class LineReporter(Reporter):
+    """Plain lines, without control characters, for files and pipes."""
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        began = last = time.monotonic()
+        state: dict[str, Any] = {"done": done}
+        shown: dict[str, Any] = {}
+
+        def line() -> None:
+            seconds = time.monotonic() - began
+            now = state["done"]
+            each = seconds / (now - done) if now > done else 0.0
+            left = each * (total - now)
+            text = f"{name}: {now}/{total} {unit}s  {each:.3g} s/{unit}  {seconds:.0f} s"
+            self.message(text + (f", {left:.0f} s left" if now < total else "") + f"  {_values(shown)}".rstrip())
+
+        class Lines(Task):
+            def advance(self, count: int = 1, **values: Any) -> None:
+                nonlocal last
+                state["done"] += count
+                shown.update(values)
+                if time.monotonic() - last > _PLAIN_SECONDS:
+                    last = time.monotonic()
+                    line()
+
+        yield Lines()
+        line()
+
+    def message(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def print_json(content: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(content), flush=True)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH, no_color=True, highlight=False)
+
+
+def print_evaluation(evaluation: dict[str, Any]) -> None:
+    """The table of an evaluation: a row per result, a column per stage."""
+    protocol = evaluation["protocol"]
+    repeats = len(evaluation["results"][0]["seeds"])
+    table = Table(
+        title=f"Test accuracy on {protocol['data']}, percent, mean ± std over {repeats} fresh networks",
+        title_justify="left",
+    )
+    table.add_column("trained on")
+    for stage, (images, steps) in enumerate(
+        zip(protocol["images_per_class"], evaluation["steps"], strict=True), start=1
+    ):
+        table.add_column(f"stage {stage}\n{images} img/class\n{steps} steps", justify="right")
+    for result in evaluation["results"]:
+        cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(result["mean"], result["std"], strict=True)]
+        table.add_row(result["name"], *cells)
+    console = _console()
+    console.print(table)
+
+
+def print_files(paths: list[Path]) -> None:
+    """The files that a command made, one a line."""
+    for path in paths:
+        print(path)
+
+
+def print_facts(facts: dict[str, dict[str, str]]) -> None:
+    """Sections of name and value."""
+    for section, entries in facts.items():
+        print(section)
+        width = max(map(len, entries), default=0)
+        for name, value in entries.items():
+            print(f"  {name.ljust(width)}  {value}")
