@@ -1,0 +1,142 @@
+"""Every operator with the inputs it is tried on. A new operator is tested by adding a row to OPERATORS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdd_fast.augmentation import DSA
+from pdd_fast.ops import cross_entropy as ce
+from pdd_fast.ops import dsa as dsa_ops
+from pdd_fast.ops import norm_relu_pool as nrp
+
+# Rounding of float32 in sums over at most 65 x 33 pixels and over the batch; float64 differs by the order of additions.
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+# Batch, channels, height, width: odd sides, channels that fill no vector, one image, tiny planes. A 2 x 2 plane whose
+# four pixels are all active (or none) has a gradient of exactly 0, hence 45 of them with five different biases.
+IMAGES = [
+    (9, 5, 2, 2), (2, 3, 5, 4), (3, 8, 8, 8), (2, 17, 7, 9), (1, 33, 3, 2), (4, 32, 16, 16), (2, 128, 4, 4),
+    (1, 1, 33, 17),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator as the dispatcher knows it, its reference, and sample arguments (tensors on the CPU)."""
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    arguments: Callable[[torch.dtype], Iterator[tuple[Any, ...]]]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖, in float64; the plain norm where the expected one is 0."""
+    found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
+    scale = float(expected.norm())
+    return float((found - expected).norm()) / (scale if scale > 0 else 1.0)
+
+
+def layouts(tensor: Tensor) -> Iterator[Tensor]:
+    """The same images in planar and channels-last memory, and as a slice of something larger."""
+    yield tensor.contiguous()
+    yield tensor.contiguous(memory_format=torch.channels_last)
+    larger = torch.randn(len(tensor) + 1, tensor.shape[1] + 2, *tensor.shape[2:], dtype=tensor.dtype)
+    larger[1:, 1:-1] = tensor
+    yield larger[1:, 1:-1]
+
+
+def _vectors(channels: int, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(channels, dtype=dtype) for _ in range(count))
+
+
+def _norm_relu_pool(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for shape in IMAGES:
+        for z in layouts(torch.randn(shape, dtype=dtype) * 2 + 1):
+            yield (z, *_vectors(shape[1], dtype, 2), 1e-5)
+
+
+def _norm_relu_pool_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for z, weight, bias, eps in _norm_relu_pool(dtype):
+        out, mean, rstd = nrp.norm_relu_pool_reference(z, weight, bias, eps)
+        for grad in layouts(torch.randn_like(out)):
+            yield grad, z, mean, rstd, weight, bias
+
+
+def _norm_relu_pool_dual(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for shape in IMAGES:
+        for z in layouts(torch.randn(shape, dtype=dtype) * 2 + 1):
+            weight, weight_tangent, bias, bias_tangent = _vectors(shape[1], dtype, 4)
+            for tangent_only in (False, True):
+                z_tangent = torch.randn(shape, dtype=dtype)
+                yield z, z_tangent, weight, weight_tangent, bias, bias_tangent, 1e-5, tangent_only
+
+
+def _norm_relu_pool_dual_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for arguments in _norm_relu_pool_dual(dtype):
+        z, z_tangent, weight, weight_tangent, bias = arguments[:5]
+        out, statistics = nrp.norm_relu_pool_dual_reference(*arguments[:-1], True)
+        grad, grad_tangent = torch.randn_like(out), torch.randn_like(out)
+        yield grad, grad_tangent, z, z_tangent, statistics, weight, weight_tangent, bias, arguments[-1]
+
+
+def _labels(batch: int, classes: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    yield torch.randint(classes, (batch,))
+    yield torch.rand(batch, classes, dtype=dtype).softmax(1)
+    yield torch.randn(batch, classes, dtype=dtype)  # weights of any sign and sum
+
+
+def _cross_entropy(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    # Two classes get eight samples: p - 1 of one that is nearly certain is all rounding in float32.
+    for batch, classes in ((1, 1), (8, 2), (20, 10), (7, 200), (300, 33)):
+        for labels in _labels(batch, classes, dtype):
+            yield torch.randn(batch, classes, dtype=dtype) * 5, labels
+
+
+def _cross_entropy_dual(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for logits, labels in _cross_entropy(dtype):
+        yield logits, torch.randn_like(logits), labels
+
+
+def _dsa(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    strategies = [*dsa_ops.OPERATIONS, "color_crop_cutout_flip_scale_rotate"]
+    for shape in ((3, 1, 8, 8), (2, 3, 7, 5), (1, 3, 33, 17), (4, 2, 1, 6), (2, 3, 32, 32)):
+        for strategy in strategies:
+            draw = DSA(strategy, mode="multiple").sample(shape[0], (shape[2], shape[3]))
+            for images in layouts(torch.randn(shape, dtype=dtype)):
+                packed = draw.packed(torch.device("cpu"))
+                yield images, packed, draw.operation_numbers, list(draw.cutout_size), False
+
+
+def _dsa_adjoint(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for arguments in _dsa(dtype):
+        yield arguments[:-1]
+
+
+def _op(name: str) -> Callable[..., Any]:
+    return getattr(torch.ops.pdd_fast, name).default
+
+
+OPERATORS = [
+    Operator("norm_relu_pool", _op("norm_relu_pool"), nrp.norm_relu_pool_reference, _norm_relu_pool),
+    Operator(
+        "norm_relu_pool_backward", _op("norm_relu_pool_backward"), nrp.norm_relu_pool_backward_reference,
+        _norm_relu_pool_backward,
+    ),
+    Operator(
+        "norm_relu_pool_dual", _op("norm_relu_pool_dual"), nrp.norm_relu_pool_dual_reference, _norm_relu_pool_dual
+    ),
+    Operator(
+        "norm_relu_pool_dual_backward", _op("norm_relu_pool_dual_backward"),
+        nrp.norm_relu_pool_dual_backward_reference, _norm_relu_pool_dual_backward,
+    ),
+    Operator("cross_entropy", _op("cross_entropy"), ce.cross_entropy_reference, _cross_entropy),
+    Operator("cross_entropy_dual", _op("cross_entropy_dual"), ce.cross_entropy_dual_reference, _cross_entropy_dual),
+    Operator("dsa", _op("dsa"), dsa_ops.dsa_reference, _dsa),
+    Operator("dsa_adjoint", _op("dsa_adjoint"), dsa_ops.dsa_adjoint_reference, _dsa_adjoint),
+]  # fmt: skip
