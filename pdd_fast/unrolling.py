@@ -33,7 +33,7 @@ def unroll(
     """Parameters after N = ``len(batches)`` SGD steps θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i], y[b_i]).
 
     ℓ is the mean cross-entropy over the batch. The gradient is exact: it equals what autograd gets through all N steps
-    with ``create_graph=True``, while only θ_0..θ_N are kept (design 3.1).
+    with ``create_graph=True``, while only θ_0..θ_N are kept (docs/mathematics.md, section 1).
 
     Args:
         net: the network; its own parameters are not read and its buffers are not changed.
@@ -126,8 +126,9 @@ def _check(
             raise TypeError(f"unroll: frozen must be bool, got {frozen.dtype}")
         _require(tuple(frozen.shape) == (n,), "frozen", f"have shape ({n},)", tuple(frozen.shape))
         mask = frozen.cpu()
-        rows = [(~mask[batch.cpu()]).nonzero().flatten().to(theta.device) for batch in batches]
-        rows = [None if len(row) == len(batch) else row for row, batch in zip(rows, batches, strict=True)]
+        for i, batch in enumerate(batches):
+            learned = (~mask[batch.cpu()]).nonzero().flatten()
+            rows[i] = None if len(learned) == len(batch) else learned.to(theta.device)
     return _Spec(engines.choose(net, engine), memory == "cache", indices, draws, rows)
 
 

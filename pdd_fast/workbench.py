@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_fast import data, engines, seeds
+from pdd_fast import engines, seeds
 from pdd_fast.augmentation import DSA
 from pdd_fast.config import Config
+from pdd_fast.data import ImageData, Split, load
 from pdd_fast.devices import resolve_device
 from pdd_fast.errors import UsageError
 from pdd_fast.networks.convnet import ConvNet
@@ -25,7 +26,7 @@ class Workbench:
 
     config: Config
     device: torch.device
-    data: data.ImageData
+    data: ImageData
     engine: engines.Engine
     dsa: DSA
 
@@ -37,7 +38,7 @@ class Workbench:
             UsageError: data are missing or do not fit the configuration, or the device cannot be used.
         """
         where = resolve_device(device or config.device)
-        images = data.load(config.dataset, config.data_dir, config.validation_fraction)
+        images = load(config.dataset, config.data_dir, config.validation_fraction)
         side = min(images.image_size)
         if side < 2**config.depth:
             raise UsageError(
@@ -48,12 +49,12 @@ class Workbench:
         return cls(config, where, images.to(where), engines.choose(net, config.engine), dsa)
 
     @property
-    def train(self) -> data.Split:
+    def train(self) -> Split:
         """What experts and transitions are trained on and real images are taken from."""
         return self.data.full_train if self.config.select == "test" else self.data.train
 
     @property
-    def held_out(self) -> data.Split:
+    def held_out(self) -> Split:
         """What the best images are chosen by."""
         return self.data.test if self.config.select == "test" else self.data.validation
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class DualResult(NamedTuple):
-    """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction (design 3.1, 3.2)."""
+    """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction (docs/mathematics.md, sections 1 and 2)."""
 
     slope: Tensor  # [] s itself
     theta: Tensor | None  # [P] ∂s/∂θ, the Hessian-vector product; None where not wanted
@@ -19,7 +19,8 @@ class DualResult(NamedTuple):
 class Engine(Protocol):
     """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph."""
 
-    net: nn.Module
+    @property
+    def net(self) -> nn.Module: ...
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Any]:
         """Losses [B], ∇_θ ℓ [P], and what :meth:`dual` needs to take this step up again.

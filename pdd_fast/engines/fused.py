@@ -1,4 +1,5 @@
-"""The ConvNet's gradient and its dual pass (design 3.2) on the compiled operators, convolutions from torch.
+"""The ConvNet's gradient and its dual pass (docs/mathematics.md, section 2) on the compiled operators and torch's
+convolutions.
 
 No graph is recorded. Where values have to be made again, value and tangent are stacked along the batch, so that every
 layer needs one convolution of 2B images by w and one of B images by the direction's weights. Stacks of the forward pass
@@ -53,8 +54,8 @@ class _Activations:
     z: Tensor  # [B, C, H, W]
     mean: Tensor  # [B, C]
     rstd: Tensor  # [B, C]
-    grad_out: Tensor | None = None  # [B, C, H/2, W/2]
-    grad_z: Tensor | None = None  # [B, C, H, W]
+    grad_out: Tensor = field(init=False)  # [B, C, H/2, W/2]
+    grad_z: Tensor = field(init=False)  # [B, C, H, W]
 
 
 @dataclass
@@ -62,15 +63,15 @@ class _Step:
     """One step's values, kept for the dual pass (memory="cache")."""
 
     blocks: list[_Activations] = field(default_factory=list)
-    features: Tensor | None = None  # [B, features]
-    logits: Tensor | None = None  # [B, classes]
+    features: Tensor = field(init=False)  # [B, features]
+    logits: Tensor = field(init=False)  # [B, classes]
 
 
 class _Pair(NamedTuple):
     """A value and its tangent; ``stack`` is the [2B, ...] tensor that holds both, where there is one."""
 
     value: Tensor
-    tangent: Tensor | None  # None is zero
+    tangent: Tensor
     stack: Tensor | None = None
 
 
@@ -97,7 +98,7 @@ def _conv_backward(grad: Tensor, x: Tensor, w: Tensor, wanted: int) -> Tensor:
 
 
 def _conv_input_grad(grad: Tensor, w: Tensor, like: Tensor) -> Tensor:
-    """Adjoint of the convolution in its input. ``like`` [B, C_in, H, W] gives the shape, B that of ``grad``."""
+    """Adjoint of the convolution in its input. ``like`` [B, C_in, H, W] gives shape and memory format of the result."""
     return _conv_backward(grad, like, w, 0)
 
 
@@ -142,13 +143,13 @@ class FusedEngine:
         p, step, result = self._split(theta), _Step(), torch.empty_like(theta)
         grads = self._split(result)
         losses, grad_logits = cross_entropy(self._forward(p, images, step), labels)
-        assert step.features is not None
         torch.mm(grad_logits.t(), step.features, out=grads.weight)
         torch.sum(grad_logits, 0, out=grads.bias)
         last = step.blocks[-1].z
         grad_out = torch.mm(grad_logits, p.weight).view(-1, last.shape[1], last.shape[2] // 2, last.shape[3] // 2)
         for i in reversed(range(len(p.blocks))):
-            block, grad, seen = p.blocks[i], grads.blocks[i], step.blocks[i]
+            block, grad = p.blocks[i], grads.blocks[i]
+            seen = step.blocks[i] if keep else step.blocks.pop()  # popped: freed as the pass goes down
             grad_z, grad_weight, grad_bias = norm_relu_pool_backward(
                 grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias
             )
@@ -158,8 +159,6 @@ class FusedEngine:
             grad.bias.copy_(grad_bias)
             if keep:
                 seen.grad_out, seen.grad_z = grad_out, grad_z
-            else:
-                step.blocks[i] = None  # type: ignore[call-overload]  # this block's activations are done with
             if i > 0:
                 grad_out = _conv_input_grad(grad_z, block.conv, seen.x)
         return losses, result, step if keep else None
@@ -179,12 +178,12 @@ class FusedEngine:
         result = torch.empty_like(theta) if want_theta else None
         grads = self._split(result) if result is not None else None
 
-        # Forward: x, z and their tangents, block by block.
-        x = _Pair(images.contiguous(memory_format=torch.channels_last), None)
-        seen: list[tuple[_Pair, _Pair, Tensor]] = []
+        # Forward: x, z and their tangents, block by block. The images have none: they are not moved.
+        x: _Pair | Tensor = images.contiguous(memory_format=torch.channels_last)
+        seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
         for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):
             kept = saved.blocks[i] if saved else None
-            if kept:
+            if kept and isinstance(x, _Pair):
                 x = _Pair(kept.x, x.tangent)
             z = self._convolve(x, block.conv, along.conv, kept)
             out, statistics = norm_relu_pool_dual(
@@ -194,7 +193,7 @@ class FusedEngine:
             x = _Pair(out, out) if kept else _values_first(out)
 
         # The linear layer and the loss.
-        assert x.tangent is not None
+        assert isinstance(x, _Pair)  # depth is at least 1
         features_tangent = x.tangent.flatten(1)
         features = saved.features if saved else x.value.flatten(1)
         logits = saved.logits if saved else torch.addmm(p.bias, features, p.weight.t())
@@ -219,7 +218,6 @@ class FusedEngine:
                 block.weight, along.weight, block.bias, tangent_only=tangent_only,
             )  # fmt: skip
             if kept:
-                assert kept.grad_z is not None
                 grad_z = _Pair(kept.grad_z, grad_stack)
             else:
                 grad_z = _Pair(grad_stack, grad_stack) if tangent_only else _tangents_first(grad_stack)
@@ -228,24 +226,23 @@ class FusedEngine:
                 grads.blocks[i].conv_bias.zero_()
                 grads.blocks[i].weight.copy_(weight_tangent)
                 grads.blocks[i].bias.copy_(bias_tangent)
-            if i > 0:
+            if isinstance(x, _Pair):
                 below = saved.blocks[i - 1].grad_out if saved else None
-                grad_out = self._input_backward(grad_z, block.conv, along.conv, x.value, below)
+                grad_out = self._input_backward(grad_z, block.conv, along.conv, x, below)
             elif want_images:
-                images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x.value, rows)
+                images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x, rows)
         return DualResult(slopes.mean(), result, images_tangent, labels_tangent if labels.is_floating_point() else None)
 
     @staticmethod
-    def _convolve(x: _Pair, w: Tensor, w_tangent: Tensor, kept: _Activations | None) -> _Pair:
+    def _convolve(x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None) -> _Pair:
         """z = w*x and its tangent w_tangent*x + w*x_tangent."""
+        if isinstance(x, Tensor):
+            return _Pair(kept.z if kept else _conv(x, w), _conv(x, w_tangent))
         tangent = _conv(x.value, w_tangent)
-        if x.tangent is None:
-            return _Pair(kept.z if kept else _conv(x.value, w), tangent)
-        if kept:
+        if x.stack is None:
+            assert kept is not None  # values that were made again come stacked
             return _Pair(kept.z, tangent.add_(_conv(x.tangent, w)))
-        assert x.stack is not None
         z = _values_first(_conv(x.stack, w))
-        assert z.tangent is not None
         z.tangent.add_(tangent)
         return z
 
@@ -256,42 +253,34 @@ class FusedEngine:
         """Gradient of what the last block gave, and its tangent."""
         shape = (-1, z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
         tangent = torch.mm(grad_logits_tangent, p.weight).addmm_(grad_logits, v.weight).view(shape)
-        if saved:
-            grad_out = saved.blocks[-1].grad_out
-            assert grad_out is not None
-            return _Pair(grad_out, tangent)
-        return _Pair(torch.mm(grad_logits, p.weight).view(shape), tangent)
+        value = saved.blocks[-1].grad_out if saved else torch.mm(grad_logits, p.weight).view(shape)
+        return _Pair(value, tangent)
 
     @staticmethod
-    def _weight_tangent(grad_z: _Pair, x: _Pair, w: Tensor) -> Tensor:
+    def _weight_tangent(grad_z: _Pair, x: _Pair | Tensor, w: Tensor) -> Tensor:
         """wgrad(dz_tangent, x) + wgrad(dz, x_tangent)."""
-        assert grad_z.tangent is not None
-        if x.tangent is None:
-            return _conv_weight_grad(grad_z.tangent, x.value, w)
+        if isinstance(x, Tensor):
+            return _conv_weight_grad(grad_z.tangent, x, w)
         if grad_z.stack is not None and x.stack is not None:
             return _conv_weight_grad(grad_z.stack, x.stack, w)
         return _conv_weight_grad(grad_z.tangent, x.value, w).add_(_conv_weight_grad(grad_z.value, x.tangent, w))
 
     @staticmethod
-    def _input_backward(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: Tensor, kept_grad: Tensor | None) -> _Pair:
+    def _input_backward(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: _Pair, kept_grad: Tensor | None) -> _Pair:
         """dx = wᵀ*dz and its tangent wᵀ*dz_tangent + w_tangentᵀ*dz."""
-        assert grad_z.tangent is not None
+        crossed = _conv_input_grad(grad_z.value, w_tangent, x.value)
         if kept_grad is not None:
-            tangent = _conv_input_grad(grad_z.tangent, w, x).add_(_conv_input_grad(grad_z.value, w_tangent, x))
-            return _Pair(kept_grad, tangent)
-        assert grad_z.stack is not None
-        # Only the shape of the input matters here; an expanded view takes no memory.
-        like = x[:1].expand(2 * len(x), -1, -1, -1)
-        grad = _tangents_first(_conv_input_grad(grad_z.stack, w, like))
-        assert grad.tangent is not None
-        grad.tangent.add_(_conv_input_grad(grad_z.value, w_tangent, x))
+            return _Pair(kept_grad, _conv_input_grad(grad_z.tangent, w, x.value).add_(crossed))
+        assert grad_z.stack is not None  # what was not kept comes stacked
+        assert x.stack is not None
+        grad = _tangents_first(_conv_input_grad(grad_z.stack, w, x.stack))
+        grad.tangent.add_(crossed)
         return grad
 
     @staticmethod
     def _images_tangent(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
         """Tangent of the gradient with respect to the images of ``rows``."""
         value, tangent = grad_z.value, grad_z.tangent
-        assert tangent is not None
         if rows is not None:
-            value, tangent, x = (value.index_select(0, rows), tangent.index_select(0, rows), x.index_select(0, rows))
+            value, tangent, x = (t.index_select(0, rows) for t in (value, tangent, x))
         return _conv_input_grad(tangent, w, x).add_(_conv_input_grad(value, w_tangent, x))

@@ -1,7 +1,7 @@
 """Softmax cross-entropy with hard or soft labels: losses and gradient in one call, and both on dual numbers.
 
 For one sample with logits l, label weights y and p = softmax(l): loss = -Σ_k y_k log p_k. Gradients are those of the
-mean over the batch, as in ``torch.nn.functional.cross_entropy``. The duals are design equations 3.1: with tangent l̇,
+mean over the batch, as in ``torch.nn.functional.cross_entropy``. On dual numbers, with tangent l̇,
 the tangent of log p is l̇ - Σ_j p_j l̇_j.
 """
 

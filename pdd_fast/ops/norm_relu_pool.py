@@ -215,7 +215,7 @@ def _kernel_dual(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     z, z_tangent = _dense(z), _dense(z_tangent)
     vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias, bias_tangent))
-    out, statistics = _allocate_dual(z, z_tangent, *vectors, eps, tangent_only)
+    out, statistics = _allocate_dual(z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only)
     _native.call(
         "norm_relu_pool_dual", z, *z.shape, eps,
         address(z), address(z_tangent), *map(address, vectors),
@@ -262,7 +262,7 @@ def norm_relu_pool_dual(
     eps: float = EPS,
     tangent_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`norm_relu_pool` on dual numbers (design 3.2).
+    """:func:`norm_relu_pool` on dual numbers (docs/mathematics.md, section 2).
 
     Returns:
         out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next convolution is one call;
@@ -362,7 +362,7 @@ def norm_relu_pool_dual_backward(
     bias: Tensor,  # [C]
     tangent_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`norm_relu_pool_backward` on dual numbers (design 3.2).
+    """:func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
 
     Returns:
         grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of the convolution before

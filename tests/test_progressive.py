@@ -1,0 +1,333 @@
+"""The stages: what they make, that a run can be stopped anywhere, and that stopping leaves no trace in the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from pdd_fast import load_distilled
+from pdd_fast.config import Config, resolve
+from pdd_fast.errors import RunError, UsageError
+from pdd_fast.progressive import distill
+from pdd_fast.reporting import SILENT, Reporter, Task
+from pdd_fast.runs import Run
+from pdd_fast.trajectories import Trajectory, list_trajectories
+from pdd_fast.workbench import Workbench
+
+
+def configuration(**changes: Any) -> Config:
+    return resolve(**(tiny.SETTINGS | changes))
+
+
+class Stopped(BaseException):
+    """Like KeyboardInterrupt: no handler for ordinary errors sees it."""
+
+
+class Stopper(Reporter):
+    """Raises when the ``limit``-th unit of work is reported; counts them otherwise."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.count, self.tasks = limit, 0, list[str]()
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        stopper = self
+        self.tasks.append(name)
+
+        class Counting(Task):
+            def advance(self, count: int = 1, **values: Any) -> None:
+                stopper.count += 1
+                if stopper.count == stopper.limit:
+                    raise Stopped
+
+        yield Counting()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, int]:
+    """An uninterrupted run, and how often it reported."""
+    run = Run.create(tmp_path_factory.mktemp("finished") / "run", configuration())
+    counter = Stopper()
+    distill(run, counter)
+    return run, counter.count
+
+
+def bytes_of(run: Run) -> dict[str, bytes]:
+    """Every file that the result consists of."""
+    return {str(p.relative_to(run.path)): p.read_bytes() for p in sorted(run.path.rglob("*.safetensors"))}
+
+
+def measured(run: Run) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or the allocator says."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in run.metrics.read()]
+
+
+def test_the_run_directory(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    assert sorted(bytes_of(run)) == [
+        "distilled.safetensors",
+        *(f"experts/trajectory-00{k}.safetensors" for k in (0, 1)),
+        "stage-1/distilled.safetensors",
+        *(
+            f"stage-{s}/{name}.safetensors"
+            for s in (2, 3)
+            for name in ("distilled", "trajectories/trajectory-000", "trajectories/trajectory-001")
+        ),
+    ]
+    assert not list(run.path.rglob("*.tmp"))
+    assert not list(run.path.rglob("*.partial"))
+
+
+def test_the_distilled_set(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    found = load_distilled(run.path)
+    assert found.stage.tolist() == [1] * 10 + [2] * 10 + [3] * 10
+    assert found.labels.tolist() == list(range(10)) * 3
+    assert found.images.shape == (30, 1, 8, 8)
+    assert found.images.dtype == torch.float32
+    assert len(found.learning_rates) == 3
+    assert len(set(found.learning_rates.tolist())) == 3  # learned apart, each from inner_lr
+    assert (found.learning_rates - 0.02).abs().max() < 0.005
+    assert found.metadata["network"]["width"] == 4
+    assert found.metadata["augmentation"] == {"strategy": run.config.augment, "mode": "single"}
+
+
+def test_earlier_subsets_stay_as_they_were(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    last = load_distilled(run.path)
+    for stage in (1, 2):
+        before = load_distilled(run.stage_file(stage))
+        assert torch.equal(last.images[last.stage <= stage], before.images)
+        assert torch.equal(last.learning_rates[:stage], before.learning_rates)
+
+
+def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(iterations=0))
+    found = distill(run)
+    train = Workbench.prepare(run.config).train
+    rows = []
+    for image, label in zip(found.images, found.labels, strict=True):
+        same = (train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
+        assert len(same) == 1
+        assert train.labels[same[0]] == label
+        rows += same
+    assert len(set(rows)) == 30
+
+
+def test_images_and_rates_are_learned(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    start = Workbench.prepare(run.config)
+    rows = start.random_real_rows(run.config.stage_ipc, "initial images")
+    found = load_distilled(run.path)
+    for stage, group in enumerate(rows, start=1):
+        initial = start.train.images[group]
+        rows_here = [row for row in run.metrics.read() if row["stage"] == stage and "held_out_accuracy" in row]
+        best = max(rows_here, key=lambda row: row["held_out_accuracy"])  # the first of equals
+        moved = not torch.equal(found.subset(stage).images, initial)
+        assert moved == (best["iteration"] > 0)
+
+
+def test_metrics_hold_every_iteration_and_every_judgement(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    rows = run.metrics.read()
+    losses = [(row["stage"], row["iteration"]) for row in rows if "loss" in row]
+    assert losses == [(s, i) for s in (1, 2, 3) for i in (1, 2, 3, 4)]
+    judged = [(row["stage"], row["iteration"]) for row in rows if "held_out_accuracy" in row]
+    assert judged == [(s, i) for s in (1, 2, 3) for i in (0, 2, 4)]
+    for row in rows:
+        if "loss" in row:
+            assert row["seconds"] > 0
+            assert row["memory"] > 1e6
+            assert row["loss"] > 0
+
+
+def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    bench = Workbench.prepare(run.config)
+    from pdd_fast.training import Student
+    from pdd_fast.unions import Union
+
+    for stage, before in ((2, run.experts_dir), (3, run.stage_trajectories_dir(2))):
+        union = Union.load(run.stage_file(stage - 1), bench)
+        for k, trajectory in enumerate(list_trajectories(run.stage_trajectories_dir(stage))):
+            assert trajectory.epochs == run.config.transition_real_epochs == 4
+            student = Student.start(list_trajectories(before)[k].checkpoint(0))
+            bench.train_on_union(
+                student, union.images, union.labels, union.rates[-1], run.config.transition_epochs,
+                "transition", stage, k,
+            )  # fmt: skip
+            assert torch.equal(trajectory.checkpoint(0), student.theta)
+            assert not torch.equal(trajectory.checkpoint(1), student.theta)
+
+
+def test_twice_gives_the_same_bytes_and_another_seed_others(finished: tuple[Run, int], tmp_path: Path) -> None:
+    run, _ = finished
+    again = Run.create(tmp_path / "again", configuration())
+    distill(again)
+    assert bytes_of(again) == bytes_of(run)
+    assert measured(again) == measured(run)
+    other = Run.create(tmp_path / "other", configuration(seed=1))
+    distill(other)
+    assert bytes_of(other)["distilled.safetensors"] != bytes_of(run)["distilled.safetensors"]
+
+
+@pytest.mark.parametrize("kept_every_time", [True, False], ids=["saved often", "saved at the stop"])
+def test_stopped_anywhere_and_continued_gives_the_same_bytes(
+    finished: tuple[Run, int], tmp_path: Path, kept_every_time: bool
+) -> None:
+    """Every report of progress is a place to stop: epochs, iterations, judgements, transitions."""
+    run, reports = finished
+    expected, expected_metrics = bytes_of(run), measured(run)
+    assert reports > 30
+    for limit in range(1, reports + 1, 1 if kept_every_time else 5):
+        config = configuration(checkpoint_seconds=0 if kept_every_time else 1000)
+        stopped = Run.create(tmp_path / f"stopped-{limit}", config)
+        with pytest.raises(Stopped):
+            distill(stopped, Stopper(limit))
+        distill(Run.open(stopped.path))
+        assert bytes_of(stopped) == expected, limit
+        assert measured(stopped) == expected_metrics, limit
+
+
+def test_stopped_again_and_again_gives_the_same_bytes(finished: tuple[Run, int], tmp_path: Path) -> None:
+    run, _ = finished
+    stopped = Run.create(tmp_path / "run", configuration(checkpoint_seconds=0))
+    for _ in range(200):
+        try:
+            distill(Run.open(stopped.path), Stopper(3))
+            break
+        except Stopped:
+            continue
+    assert bytes_of(stopped) == bytes_of(run)
+    assert measured(stopped) == measured(run)
+
+
+def start_in_background(folder: Path, **changes: Any) -> subprocess.Popen[bytes]:
+    main = "import sys; from pdd_fast.cli.main import main; main(sys.argv[1:])"
+    flags = tiny.flags(**changes)
+    return subprocess.Popen(
+        [sys.executable, "-c", main, "distill", "--run-dir", str(folder), *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_killed_in_the_middle_of_stage_two_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+    # Iterations enough that the kill hits one of them; each is saved.
+    changes = {"stages": 2, "ipc": 2, "iterations": 60, "eval_every": 20, "checkpoint_seconds": 0}
+    whole = Run.create(tmp_path / "whole", configuration(**changes))
+    distill(whole)
+    killed = tmp_path / "killed"
+    process = start_in_background(killed, **changes)
+    metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and '"stage": 2, "iteration": 2' in metrics.read_text():
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "distilled.safetensors").exists()
+    assert (killed / "stage-2" / "checkpoint.safetensors").exists()
+    distill(Run.open(killed))
+    assert bytes_of(Run.open(killed)) == bytes_of(whole)
+
+
+def test_a_finished_run_is_left_alone(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    before, counter = bytes_of(run), Stopper()
+    distill(Run.open(run.path), counter)
+    assert counter.count == 0
+    assert bytes_of(run) == before
+
+
+def test_two_processes_keep_out_of_one_directory(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    with run.lock(), pytest.raises(UsageError, match="in use by another process"):
+        distill(Run.open(run.path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_img": 1e30}, r"stage 1, iteration \d+: .*lr_img \(now 1e\+30\)"),
+        ({"lr_lr": 1e6}, r"stage 1, iteration \d+: .*lr_lr \(now 1e\+06\)"),
+        # A rate so large that the loss wants less of it, and a step that takes it below zero.
+        ({"lr_lr": 1e3, "inner_lr": 0.5}, r"stage 1, iteration 1: the learned inner rate became -.*lr_lr \(now 1000\)"),
+    ],
+)
+def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
+    changes: dict[str, float], message: str, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "run", configuration(**changes))
+    with pytest.raises(RunError, match=message):
+        distill(run)
+    assert len(list_trajectories(run.experts_dir)) == 2
+    tensors, _ = run.load_checkpoint(1) or ({}, {})
+    assert torch.isfinite(tensors["method.images"]).all()
+    assert float(tensors["method.rate"]) > 0
+
+
+def test_more_images_than_a_class_has_are_refused_before_any_work(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(ipc=200))
+    with pytest.raises(UsageError, match=r"ipc must be at most .*, got 200: class '\d' has \d+"):
+        distill(run)
+    assert not run.experts_dir.exists()
+
+
+def test_an_uneven_split_gives_the_earlier_stages_more(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(ipc=5, iterations=1))
+    found = distill(run)
+    assert [len(found.subset(s)) for s in (1, 2, 3)] == [20, 20, 10]
+    assert [len(found.union(s)) for s in (1, 2, 3)] == [20, 40, 50]
+
+
+def test_one_stage_is_plain_trajectory_matching(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(stages=1))
+    reporter = Stopper()
+    found = distill(run, reporter)
+    assert reporter.tasks == ["experts", "stage 1/1"]
+    assert found.stages == 1
+
+
+def test_both_engines_and_both_memories_learn_the_same_images(tmp_path: Path) -> None:
+    found = {}
+    for engine in ("fused", "autograd"):
+        for memory in ("recompute", "cache"):
+            run = Run.create(
+                tmp_path / f"{engine}-{memory}", configuration(engine=engine, memory=memory, stages=1, iterations=2)
+            )
+            found[engine, memory] = distill(run).images
+    first = found.pop(("fused", "recompute"))
+    for name, images in found.items():
+        assert (images - first).abs().max() < 1e-3, name
+
+
+def test_selection_by_test_images_trains_on_all_training_images(tmp_path: Path) -> None:
+    config = configuration(select="test")
+    bench = Workbench.prepare(config)
+    assert len(bench.train) == len(bench.data.train) + len(bench.data.validation)
+    assert bench.held_out is bench.data.test
+    by_validation = Workbench.prepare(replace(config, select="validation"))
+    assert by_validation.held_out is by_validation.data.validation
+    assert len(by_validation.train) == len(bench.data.train)
+    distill(Run.create(tmp_path / "run", config), SILENT)
+    assert Trajectory(tmp_path / "run" / "experts" / "trajectory-000.safetensors").metadata["held_out_accuracy"] > 0
+
+
+def test_configuration_is_stored_whole(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    stored = json.loads((run.path / "config.json").read_text())
+    assert stored["config"] == run.config.to_dict()
+    assert stored["versions"]["torch"] == torch.__version__
