@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from pdd_fast.ops.dsa import DRAWS, OPERATIONS, dsa, dsa_adjoint
@@ -21,7 +22,7 @@ _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
 _IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_h": 1.0, "scale_w": 1.0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # an == of tensors has no truth value
 class AugmentParameters:
     """What was drawn for a batch of b images: which operations, in which order, and every image's numbers.
 
@@ -49,7 +50,7 @@ class AugmentParameters:
         cls, operations: tuple[str, ...], batch_size: int, image_size: int | tuple[int, int],
         cutout_size: tuple[int, int] | None = None, **draws: Tensor,
     ) -> AugmentParameters:  # fmt: skip
-        """Parameters with the given draws, each [batch_size]; the others hold what changes nothing.
+        """Parameters with the given draws, each [batch_size], on one device; the others hold what changes nothing.
 
         Raises:
             ValueError, TypeError: an operation or a draw is unknown, or a draw has another length.
@@ -61,12 +62,13 @@ class AugmentParameters:
         unknown = [name for name in draws if name not in DRAWS]
         if unknown:
             raise TypeError(f"AugmentParameters: there is no draw {unknown[0]!r}; the draws are {', '.join(DRAWS)}")
-        values = {}
+        device = next((value.device for value in draws.values()), None)
+        values: dict[str, Any] = {}
         for name in DRAWS:
             dtype = torch.bool if name == "flip" else torch.int64 if name in _INTEGERS else torch.float64
             value = draws.get(name)
             if value is None:
-                value = torch.full((batch_size,), _IDENTITY.get(name, 0.0))
+                value = torch.full((batch_size,), _IDENTITY.get(name, 0.0), device=device)
             if tuple(value.shape) != (batch_size,):
                 raise ValueError(f"AugmentParameters: {name} must have shape ({batch_size},), got {tuple(value.shape)}")
             values[name] = value.detach().to(dtype)
@@ -152,7 +154,8 @@ class DSA:
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high or value == math.inf:
-                raise ValueError(f"DSA: {name} must lie in [{low}, {high}], got {value}")
+                end = ")" if high == math.inf else "]"
+                raise ValueError(f"DSA: {name} must lie in [{low}, {high}{end}, got {value}")
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -213,7 +216,8 @@ class DSA:
 def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
     """Augmented images [b, C, H, W], in the memory format of ``images``.
 
-    Differentiable to any order in ``images``: the map is affine, its derivative is :func:`augment_adjoint`.
+    Differentiable to any order in ``images``, in reverse and forward mode: the map is affine, and the transpose of its
+    linear part is :func:`augment_adjoint`.
 
     Args:
         images: [b, C, H, W], float32 or float64.
@@ -222,22 +226,27 @@ def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
     Raises:
         ValueError, TypeError: the images do not fit the parameters.
     """
-    _check(images, parameters)
+    _check("augment", "images", images, parameters)
     if not parameters.operations:
         return images
-    if torch.is_grad_enabled() and images.requires_grad:
+    if _is_followed(images):
         return _Augment.apply(images, parameters, False)
     return _forward(images, parameters, linear=False)
 
 
 def augment_adjoint(grad: Tensor, parameters: AugmentParameters) -> Tensor:
     """Aᵀ ``grad`` [b, C, H, W], with A the linear part of :func:`augment` for the same parameters."""
-    _check(grad, parameters)
+    _check("augment_adjoint", "grad", grad, parameters)
     if not parameters.operations:
         return grad
-    if torch.is_grad_enabled() and grad.requires_grad:
+    if _is_followed(grad):
         return _Adjoint.apply(grad, parameters)
     return _adjoint(grad, parameters)
+
+
+def _is_followed(images: Tensor) -> bool:
+    """Whether torch records what is done with ``images``: for reverse mode, or for a tangent they carry along."""
+    return (torch.is_grad_enabled() and images.requires_grad) or forward_ad.unpack_dual(images).tangent is not None
 
 
 def _forward(images: Tensor, p: AugmentParameters, linear: bool) -> Tensor:
@@ -246,6 +255,10 @@ def _forward(images: Tensor, p: AugmentParameters, linear: bool) -> Tensor:
 
 def _adjoint(grad: Tensor, p: AugmentParameters) -> Tensor:
     return dsa_adjoint(grad, p.packed(grad.device), p.operation_numbers, list(p.cutout_size))
+
+
+def _linear(tangent: Tensor, p: AugmentParameters) -> Tensor:
+    return _Augment.apply(tangent, p, True) if _is_followed(tangent) else _forward(tangent, p, linear=True)
 
 
 class _Augment(torch.autograd.Function):
@@ -258,6 +271,10 @@ class _Augment(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         return augment_adjoint(grad, ctx.parameters), None, None  # type: ignore[attr-defined]
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _linear(tangent, ctx.parameters)
+
 
 class _Adjoint(torch.autograd.Function):
     @staticmethod
@@ -267,24 +284,28 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        parameters = ctx.parameters  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() and grad.requires_grad:
-            return _Augment.apply(grad, parameters, True), None
-        return _forward(grad, parameters, linear=True), None
+        return _linear(grad, ctx.parameters), None  # type: ignore[attr-defined]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return augment_adjoint(tangent, ctx.parameters)
 
 
-def _check(images: Tensor, parameters: AugmentParameters) -> None:
+def _check(function: str, argument: str, images: Tensor, parameters: AugmentParameters) -> None:
     if images.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"augment: images must be float32 or float64, got {images.dtype}")
+        raise TypeError(f"{function}: {argument} must be float32 or float64, got {images.dtype}")
     expected = (len(parameters), "C", *parameters.image_size)
     fits = images.dim() == 4 and (images.shape[0], *images.shape[2:]) == (expected[0], *parameters.image_size)
     if not fits:
         shape = ", ".join(map(str, expected))
-        raise ValueError(f"augment: images must have shape [{shape}], got {tuple(images.shape)}")
+        raise ValueError(f"{function}: {argument} must have shape [{shape}], got {tuple(images.shape)}")
 
 
 def _size(operator: str, image_size: int | tuple[int, int]) -> tuple[int, int]:
-    H, W = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2:
+        raise ValueError(f"{operator}: image_size must be one number or two, got {sides}")
+    H, W = sides
     if H < 1 or W < 1:
         raise ValueError(f"{operator}: image_size must be at least 1 pixel, got {H}x{W}")
     return H, W

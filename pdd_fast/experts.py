@@ -51,8 +51,10 @@ def record_trajectories(
 
     Epoch e of network k draws from a generator of its own, so an interrupted network goes on with the same bits.
     """
-    config = bench.config
+    config, train = bench.config, bench.train
     missing = [k for k in range(config.experts) if not trajectory_path(folder, k).exists()]
+    for k in set(range(config.experts)) - set(missing):
+        partial_path(folder, k).unlink(missing_ok=True)  # where a kill came between the last two writes
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ def record_trajectories(
             saved = time.monotonic()
             for epoch in range(len(checkpoints) - 1, epochs):
                 draw = bench.generator(purpose, k, epoch)
-                bench.real_sgd.epoch(student, bench.train.images, bench.train.labels, config.expert_lr, draw)
+                bench.real_sgd.epoch(student, train.images, train.labels, config.expert_lr, draw)
                 checkpoints.append(student.theta.cpu().clone())
                 task.advance(1, network=k + 1)
                 if time.monotonic() - saved > config.checkpoint_seconds and epoch + 1 < epochs:

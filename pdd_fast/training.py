@@ -37,7 +37,7 @@ class Sgd:
 
     def step(self, student: Student, images: Tensor, labels: Tensor, rate: float, generator: torch.Generator) -> None:
         """One step on ``images`` [b, C, H, W], augmented anew, with ``labels`` [b]."""
-        draw = self.dsa.sample(len(images), tuple(images.shape[2:]), generator)
+        draw = self.dsa.sample(len(images), (images.shape[2], images.shape[3]), generator)
         _, gradient, _ = self.engine.gradient(student.theta, augment(images, draw), labels)
         if self.weight_decay:
             gradient.add_(student.theta, alpha=self.weight_decay)
@@ -64,9 +64,9 @@ class Sgd:
         """``steps`` steps, epoch after epoch, at ``rate`` and from half time on at a tenth of it.
 
         Returns:
-            the parameters [P] after each number of steps in ``stops`` (increasing).
+            the parameters [P] after each number of steps in ``stops`` (increasing, in [0, ``steps``]).
         """
-        seen: list[Tensor] = []
+        seen = [student.theta.clone()] if 0 in stops else []
         done = 0
         while done < steps:
             for index in self._batches(len(images), generator):

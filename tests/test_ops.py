@@ -89,6 +89,19 @@ def test_wrong_types_and_shapes_are_named(operator: Operator) -> None:
                 operator.function(*wrong)
 
 
+@pytest.mark.parametrize("value", [0.0, 1.1, 3.3e4, -3.3e7])
+@pytest.mark.parametrize("size", [(9, 7), (32, 32), (3, 3)])
+def test_a_constant_plane_has_no_variance(value: float, size: tuple[int, int], device: torch.device) -> None:
+    """Its mean is rounded; taken as it is, the rounding would be amplified by up to 1/sqrt(eps) = 316."""
+    from pdd_fast.ops.norm_relu_pool import norm_relu_pool
+
+    z = torch.full((1, 20, *size), value, device=device)
+    out, mean, rstd = norm_relu_pool(z, torch.ones(20, device=device), torch.zeros(20, device=device))
+    assert not out.any()
+    assert torch.equal(mean, z[:, :, 0, 0])
+    assert torch.allclose(rstd, torch.tensor(1e-5).rsqrt().to(device))
+
+
 def test_reference_runs_with_a_warning_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     from pdd_fast.ops.cross_entropy import cross_entropy
 

@@ -31,7 +31,10 @@ class ConvNet(nn.Module):
         self, in_channels: int, num_classes: int, image_size: int | tuple[int, int], width: int = 128, depth: int = 3
     ) -> None:
         super().__init__()
-        height, width_px = (image_size, image_size) if isinstance(image_size, int) else image_size
+        sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(sides) != 2:
+            raise ValueError(f"ConvNet: image_size must be one number or two, got {sides}")
+        height, width_px = sides
         for name, value in (
             ("in_channels", in_channels), ("num_classes", num_classes), ("width", width), ("depth", depth),
         ):  # fmt: skip

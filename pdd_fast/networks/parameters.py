@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -49,17 +50,16 @@ def check_parameters(operator: str, net: nn.Module, theta: Tensor) -> None:
 
 
 def initial_parameters(net: nn.Module, seed: int) -> Tensor:
-    """Freshly drawn parameters [P] for a module like ``net``, from ``seed`` alone; ``net`` keeps its own.
+    """Freshly drawn parameters [P] for a module like ``net``, from ``seed`` alone: the same on every device.
 
-    Every submodule is asked to ``reset_parameters()``, as its constructor did; the global random state is left alone.
+    Every submodule of a copy is asked to ``reset_parameters()``, as its constructor did. ``net``, its buffers included,
+    and the global random states are left alone.
     """
-    kept = flatten_parameters(net)
+    fresh = copy.deepcopy(net).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in net.modules():
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the GPUs' states too
+        for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()
-    drawn = flatten_parameters(net)
-    load_parameters(net, kept)
-    return drawn
+    return flatten_parameters(fresh).to(next(net.parameters()).device)

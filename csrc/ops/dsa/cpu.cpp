@@ -77,7 +77,7 @@ void shift(const T* image, T* out, ImageShape shape, int64_t u, int64_t v) {
     for (int64_t c = 0; c < shape.channels; ++c) {
         for (int64_t i = 0; i < shape.height; ++i) {
             const bool inside = i + u >= 0 && i + u < shape.height;
-            const T* row = image + (c * shape.height + i + u) * shape.width;
+            const T* row = inside ? image + (c * shape.height + i + u) * shape.width : nullptr;
             for (int64_t j = 0; j < shape.width; ++j)
                 *out++ = inside && j + v >= 0 && j + v < shape.width ? row[j + v] : T(0);
         }
@@ -102,7 +102,7 @@ template <class T>
 void sample(const T* image, T* out, ImageShape shape, const Sampling& sampling) {
     for (int64_t i = 0; i < shape.height; ++i) {
         for (int64_t j = 0; j < shape.width; ++j) {
-            const Taps taps(sampling, i, j);
+            const Taps taps(sampling, shape, i, j);
             for (int64_t c = 0; c < shape.channels; ++c)
                 out[c * shape.pixels() + i * shape.width + j] = taps.sample(image + c * shape.pixels(), shape);
         }

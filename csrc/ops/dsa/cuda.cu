@@ -74,7 +74,7 @@ __device__ void mirror(const T* image, T* out, const ImageShape& shape) {
 template <class T>
 __device__ void sample(const T* image, T* out, const ImageShape& shape, const Sampling& sampling) {
     for_each(shape.pixels(), [&](int64_t k) {
-        const Taps taps(sampling, k / shape.width, k % shape.width);
+        const Taps taps(sampling, shape, k / shape.width, k % shape.width);
         for (int64_t c = 0; c < shape.channels; ++c)
             out[c * shape.pixels() + k] = taps.sample(image + c * shape.pixels(), shape);
     });

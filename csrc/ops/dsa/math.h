@@ -22,13 +22,21 @@ struct ImageShape {
     PDD_HD int64_t elements() const { return channels * height * width; }
 };
 
+// value held to [low, high], NaN to low. A draw may be any number; one that does not fit an integer must not be cast.
+PDD_HD double held(double value, double low, double high) {
+    const double raised = value > low ? value : low;
+    return raised < high ? raised : high;
+}
+
+constexpr double kFar = 1e15;  // beyond any image, and sums of a few such still fit an int64_t
+
 // One image's row of draws.
 struct Draws {
     const double* first;  // draw d of this image lies at first[d * batch]
     int64_t batch;
 
     PDD_HD double operator[](int draw) const { return first[draw * batch]; }
-    PDD_HD int64_t integer(int draw) const { return static_cast<int64_t>(first[draw * batch]); }
+    PDD_HD int64_t integer(int draw) const { return static_cast<int64_t>(held(first[draw * batch], -kFar, kFar)); }
 };
 
 // Rows [top, bottom) and columns [left, right) that cutout blanks.
@@ -91,8 +99,10 @@ struct Taps {
     int64_t row, column;  // of the upper left tap; may lie outside
     double rows[2], columns[2];
 
-    PDD_HD Taps(const Sampling& s, int64_t i, int64_t j) {
-        const double y = s.y(i, j), x = s.x(i, j);
+    PDD_HD Taps(const Sampling& s, ImageShape shape, int64_t i, int64_t j) {
+        // From one pixel outside on, all four weights are 0 already.
+        const double y = held(s.y(i, j), -1, static_cast<double>(shape.height));
+        const double x = held(s.x(i, j), -1, static_cast<double>(shape.width));
         row = static_cast<int64_t>(floor(y));
         column = static_cast<int64_t>(floor(x));
         for (int k = 0; k < 2; ++k) {
@@ -131,11 +141,10 @@ struct Reach {
         const double i = s.cy + (s.xx * dy - s.yx * dx) / determinant;
         const double across = (fabs(s.yy) + fabs(s.xy)) / fabs(determinant) + slack;
         const double down = (fabs(s.xx) + fabs(s.yx)) / fabs(determinant) + slack;
-        // Clamped as doubles: far outside, the numbers do not fit an integer.
-        top = static_cast<int64_t>(fmax(ceil(i - down), 0.0));
-        left = static_cast<int64_t>(fmax(ceil(j - across), 0.0));
-        bottom = static_cast<int64_t>(fmax(fmin(floor(i + down), static_cast<double>(bottom)), -1.0));
-        right = static_cast<int64_t>(fmax(fmin(floor(j + across), static_cast<double>(right)), -1.0));
+        top = static_cast<int64_t>(held(ceil(i - down), 0, static_cast<double>(shape.height)));
+        left = static_cast<int64_t>(held(ceil(j - across), 0, static_cast<double>(shape.width)));
+        bottom = static_cast<int64_t>(held(floor(i + down), -1, static_cast<double>(bottom)));
+        right = static_cast<int64_t>(held(floor(j + across), -1, static_cast<double>(right)));
     }
 };
 

@@ -76,21 +76,22 @@ template <class T, class Pack>
 Channel<Pack> measure(const Plane<T, Pack>& plane, const T* z, double eps, const T* weight, const T* bias) {
     using M = Memory<Pack>;
     const int64_t height = plane.shape.height, width = plane.shape.width;
-    Sum<Pack> sum, square;
+    Sum<Pack> sum, rest, square;
     plane.for_each_pixel(
         height, width, [&](int64_t h, int64_t w) { sum.add(M::load(z + plane.pixel(h, w))); },
         [&] { sum.close_row(); });
-    const Pack mean = sum.total * plane.inverse_size();
+    const Pack guess = sum.total * plane.inverse_size();
     plane.for_each_pixel(
         height, width,
         [&](int64_t h, int64_t w) {
-            const Pack d = M::load(z + plane.pixel(h, w)) - mean;
+            const Pack d = M::load(z + plane.pixel(h, w)) - guess;
+            rest.add(d);
             square.add(d * d);
         },
-        [&] { square.close_row(); });
-    const Pack variance = square.total * plane.inverse_size();
-    const Pack rstd = T(1) / M::sqrt(variance + static_cast<T>(eps));
-    return {mean, rstd, plane.of_channel(weight), plane.of_channel(bias)};
+        [&] { rest.close_row(), square.close_row(); });
+    const Moments<Pack> moments(guess, rest.total * plane.inverse_size(), square.total * plane.inverse_size());
+    const Pack rstd = T(1) / M::sqrt(moments.variance + static_cast<T>(eps));
+    return {moments.mean, rstd, plane.of_channel(weight), plane.of_channel(bias)};
 }
 
 template <class Pack>

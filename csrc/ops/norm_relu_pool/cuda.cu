@@ -76,16 +76,18 @@ __device__ Channel<T> measure(const Plane& plane, const T* z, double eps, const 
     const T inverse = static_cast<T>(1.0 / static_cast<double>(plane.shape.height * plane.shape.width));
     T sum = 0;
     for (int64_t i = plane.row; i < plane.pixels(); i += kRows) sum += z[plane.at(i)];
-    const T mean = sum_rows(sum, shared) * inverse;
-    T square = 0;
+    const T guess = sum_rows(sum, shared) * inverse;
+    T rest = 0, square = 0;
     for (int64_t i = plane.row; i < plane.pixels(); i += kRows) {
-        const T d = z[plane.at(i)] - mean;
+        const T d = z[plane.at(i)] - guess;
+        rest += d;
         square += d * d;
     }
-    const T variance = sum_rows(square, shared) * inverse;
-    const T rstd = T(1) / sqrt(variance + static_cast<T>(eps));
+    const T mean_rest = sum_rows(rest, shared) * inverse, mean_square = sum_rows(square, shared) * inverse;
+    const Moments<T> moments(guess, mean_rest, mean_square);
+    const T rstd = T(1) / sqrt(moments.variance + static_cast<T>(eps));
     if (!plane.inside) return {};
-    return {mean, rstd, weight[plane.channel], bias[plane.channel]};
+    return {moments.mean, rstd, weight[plane.channel], bias[plane.channel]};
 }
 
 __host__ __device__ inline int64_t tasks(const PlaneShape& shape) {

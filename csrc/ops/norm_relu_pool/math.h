@@ -17,6 +17,19 @@ namespace pdd::PDD_BACKEND {
 
 constexpr double kPoolWeight = 0.25;  // one of the 2x2 elements
 
+// Mean and variance of a plane from a first guess at the mean and the sums of d and d^2 over d = z - guess. The guess
+// is the rounded mean; where |z| is large, its rounding would otherwise count as variance (a constant plane of 3.3e4
+// came out at 0.8 instead of 0). Chan, Golub and LeVeque 1983, equation 1.7.
+template <class T>
+struct Moments {
+    T mean, variance;
+
+    PDD_HD Moments(T guess, T mean_d, T mean_square_d)
+        : mean(guess + mean_d), variance(mean_square_d - mean_d * mean_d) {
+        variance = variance > T{} ? variance : T{};  // the difference of two roundings may fall below 0
+    }
+};
+
 // One channel of one image.
 template <class T>
 struct Channel {

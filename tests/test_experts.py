@@ -1,0 +1,303 @@
+"""Experts: what is stored, and that a trajectory does not show whether it was made in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from pdd_fast import experts
+from pdd_fast.config import Config, resolve
+from pdd_fast.errors import UsageError
+from pdd_fast.experts import make_experts, record_trajectories
+from pdd_fast.networks.parameters import flatten_parameters
+from pdd_fast.reporting import SILENT, Reporter, Task
+from pdd_fast.runs import Run
+from pdd_fast.training import Student, accuracy
+from pdd_fast.trajectories import Trajectory, list_trajectories, partial_path, trajectory_path
+from pdd_fast.workbench import Workbench
+
+EPOCHS, EXPERTS = 4, 2
+
+
+def configuration(**changes: Any) -> Config:
+    settings = {"experts": EXPERTS, "expert_train_epochs": EPOCHS, "expert_momentum": 0.5, "checkpoint_seconds": 0}
+    return resolve(**(tiny.SETTINGS | settings | changes))
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt: no handler for ordinary errors sees it."""
+
+
+class Recorder(Reporter):
+    """Keeps what it is told; raises at the ``limit``-th epoch that is finished."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.epochs, self.totals, self.advances = limit, 0, list[tuple[int, int]](), list[int]()
+        self.values: list[dict[str, Any]] = []
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        recorder = self
+        recorder.totals.append((total, done))
+
+        class Recording(Task):
+            def advance(self, count: int = 1, **values: Any) -> None:
+                recorder.advances.append(count)
+                recorder.values.append(values)
+                recorder.epochs += "network" in values
+                if recorder.epochs == recorder.limit:
+                    raise Interrupted
+
+        yield Recording()
+
+
+def made(path: Path, config: Config, reporter: Reporter = SILENT) -> Run:
+    run = Run.create(path, config)
+    make_experts(run, reporter)
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def interrupt(path: Path, config: Config, limit: int) -> Run:
+    run = Run.create(path, config)
+    with pytest.raises(Interrupted):
+        make_experts(run, Recorder(limit))
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("experts") / "run", configuration())
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench.prepare(configuration())
+
+
+# ---- what is stored ---------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_file_for_every_expert_and_nothing_else(finished: Run) -> None:
+    names = ["trajectory-000.safetensors", "trajectory-001.safetensors"]
+    assert sorted(path.name for path in finished.experts_dir.iterdir()) == names
+
+
+def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
+    count = flatten_parameters(bench.engine.net).numel()
+    for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
+        assert (trajectory.epochs, trajectory.parameters) == (EPOCHS, count)
+        last = trajectory.checkpoint(EPOCHS)
+        assert last.dtype == torch.float32
+        reached = accuracy(bench.engine, last, bench.data.validation.images, bench.data.validation.labels)
+        expected = {"network": bench.network, "data": "digits", "seed": 0, "index": number, "purpose": "expert"}
+        assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
+        assert trajectory.metadata["network"]["width"] == 4
+
+
+def test_checkpoint_0_is_the_start_and_every_expert_has_its_own(finished: Run, bench: Workbench) -> None:
+    first, second = (trajectory.checkpoint(0) for trajectory in list_trajectories(finished.experts_dir))
+    assert torch.equal(first, bench.initial_parameters("expert", 0))
+    assert torch.equal(second, bench.initial_parameters("expert", 1))
+    assert not torch.equal(first, second)
+
+
+def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, bench: Workbench) -> None:
+    for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
+        student = Student.start(trajectory.checkpoint(0))
+        for epoch in range(EPOCHS):
+            draw = bench.generator("expert", number, epoch)
+            train = bench.data.train
+            bench.real_sgd.epoch(student, train.images, train.labels, bench.config.expert_lr, draw)
+            assert torch.equal(student.theta, trajectory.checkpoint(epoch + 1))
+        assert float(student.velocity.norm()) > 0  # so the interrupted runs below have a momentum to lose
+
+
+def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one shared memory with another or with the network, the last epoch would stand in its place too."""
+    written: list[list[Tensor]] = []
+
+    def keep(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
+        written.append(checkpoints)
+
+    monkeypatch.setattr(experts, "write_trajectory", keep)
+    starts = [bench.initial_parameters("expert", k) for k in range(EXPERTS)]
+    kept = [start.clone() for start in starts]
+    record_trajectories(bench, tmp_path, starts.__getitem__, EPOCHS, "expert", SILENT, "")
+    for start, copy, checkpoints in zip(starts, kept, written, strict=True):
+        assert torch.equal(start, copy)
+        assert torch.equal(checkpoints[0], copy)
+        assert len({checkpoint.data_ptr() for checkpoint in [start, *checkpoints]}) == EPOCHS + 2
+        for before, after in pairwise(checkpoints):
+            assert not torch.equal(before, after)
+
+
+def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path) -> None:
+    images = bench.data.validation.images
+    kept = images.clone()
+    try:
+        images.zero_()
+        record_trajectories(
+            bench, tmp_path, lambda k: bench.initial_parameters("expert", k), EPOCHS, "expert", SILENT, ""
+        )
+    finally:
+        images.copy_(kept)
+    other = made(tmp_path / "run", configuration())
+    for found, expected in zip(list_trajectories(tmp_path), list_trajectories(other.experts_dir), strict=True):
+        assert torch.equal(found.checkpoint(EPOCHS), expected.checkpoint(EPOCHS))
+        assert found.metadata["held_out_accuracy"] != expected.metadata["held_out_accuracy"]
+
+
+def test_the_papers_choice_trains_on_all_training_images(bench: Workbench, tmp_path: Path) -> None:
+    paper = Workbench.prepare(configuration(select="test", experts=1))
+    theta = bench.initial_parameters("expert", 0)
+    record_trajectories(paper, tmp_path, lambda k: theta, 1, "expert", SILENT, "")
+    train, validation = bench.data.train, bench.data.validation
+    images, labels = torch.cat([train.images, validation.images]), torch.cat([train.labels, validation.labels])
+    student = Student.start(theta)
+    bench.real_sgd.epoch(student, images, labels, bench.config.expert_lr, bench.generator("expert", 0, 0))
+    trajectory = Trajectory(trajectory_path(tmp_path, 0))
+    assert torch.equal(trajectory.checkpoint(1), student.theta)
+    reached = accuracy(bench.engine, student.theta, bench.data.test.images, bench.data.test.labels)
+    assert trajectory.metadata["held_out_accuracy"] == round(reached, 2)
+
+
+def test_seed_and_purpose_change_the_trajectories(finished: Run, bench: Workbench, tmp_path: Path) -> None:
+    expected = Trajectory(trajectory_path(finished.experts_dir, 0))
+    other_seed = made(tmp_path / "seed", configuration(seed=1))
+    assert not torch.equal(Trajectory(trajectory_path(other_seed.experts_dir, 0)).checkpoint(0), expected.checkpoint(0))
+    folder = tmp_path / "purpose"
+    record_trajectories(bench, folder, lambda k: expected.checkpoint(0), 1, "transition", SILENT, "")
+    found = Trajectory(trajectory_path(folder, 0))
+    assert torch.equal(found.checkpoint(0), expected.checkpoint(0))
+    assert not torch.equal(found.checkpoint(1), expected.checkpoint(1))
+
+
+def test_experts_learn(finished: Run) -> None:
+    for trajectory in list_trajectories(finished.experts_dir):
+        assert trajectory.metadata["held_out_accuracy"] > 20  # ten classes: guessing reaches 10
+
+
+# ---- interruptions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 3, EPOCHS, EPOCHS + 2, 2 * EPOCHS])
+def test_a_trajectory_does_not_show_an_interruption(finished: Run, tmp_path: Path, limit: int) -> None:
+    run = interrupt(tmp_path / "run", configuration(), limit)
+    assert len(list(run.experts_dir.glob("*.safetensors"))) == (limit - 1) // EPOCHS
+    make_experts(Run.open(run.path))
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+
+def test_a_trajectory_does_not_show_an_interruption_after_every_epoch(finished: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    interruptions = 0
+    while True:
+        # The epoch that is reported last is not saved yet: two an attempt are the least that get on.
+        recorder = Recorder(2)
+        try:
+            make_experts(run, recorder)
+            break
+        except Interrupted:
+            interruptions += 1
+            assert interruptions < 2 * EXPERTS * EPOCHS
+    assert interruptions > EPOCHS
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+
+def test_finished_epochs_are_not_trained_again(tmp_path: Path) -> None:
+    run = interrupt(tmp_path / "run", configuration(), limit=EPOCHS + 3)  # the second expert, two epochs saved
+    assert [path.name for path in run.experts_dir.glob("*.partial")] == [partial_path(run.experts_dir, 1).name]
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert recorder.totals == [(EXPERTS * EPOCHS, EPOCHS)]
+    assert recorder.epochs == 2
+    assert sum(recorder.advances) == EPOCHS  # a bar that starts at `done` ends at its total
+    assert [value["network"] for value in recorder.values if "network" in value] == [2, 2]
+
+
+def test_work_is_saved_only_as_often_as_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 0.2  # two readings an epoch, three where it is saved
+        return now[0]
+
+    monkeypatch.setattr(experts, "time", SimpleNamespace(monotonic=tick))
+    saved: list[int] = []
+    write = experts.write_partial
+
+    def remember(folder: Path, k: int, checkpoints: list[Tensor], state: dict[str, Tensor]) -> None:
+        saved.append(len(checkpoints) - 1)
+        write(folder, k, checkpoints, state)
+
+    monkeypatch.setattr(experts, "write_partial", remember)
+    made(tmp_path / "often", configuration(experts=1))
+    assert saved == [1, 2, 3]  # after the last epoch the trajectory itself is written
+    saved.clear()
+    made(tmp_path / "seldom", configuration(experts=1, checkpoint_seconds=0.3))
+    assert saved == [2]
+    saved.clear()
+    made(tmp_path / "never", configuration(experts=1, checkpoint_seconds=1e9))
+    assert saved == []
+
+
+def test_existing_experts_are_not_trained_again(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    run.experts_dir.mkdir()
+    kept = trajectory_path(run.experts_dir, 0)
+    kept.write_bytes(trajectory_path(finished.experts_dir, 0).read_bytes())
+    before = kept.stat().st_mtime_ns
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert recorder.epochs == EPOCHS
+    assert kept.stat().st_mtime_ns == before
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an expert was trained again")
+
+    monkeypatch.setattr("pdd_fast.training.Sgd.epoch", refuse)
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert recorder.totals == []
+
+
+def test_a_kill_between_the_last_two_writes_leaves_nothing_behind(finished: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    run.experts_dir.mkdir()
+    for number in range(EXPERTS):
+        path = trajectory_path(run.experts_dir, number)
+        path.write_bytes(trajectory_path(finished.experts_dir, number).read_bytes())
+    partial_path(run.experts_dir, 1).write_bytes(b"what was saved before")
+    make_experts(run)
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+
+def test_a_damaged_partial_file_is_named(tmp_path: Path) -> None:
+    run = interrupt(tmp_path / "run", configuration(), limit=3)
+    path = partial_path(run.experts_dir, 0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=path.name):
+        make_experts(run)
+
+
+def test_two_processes_do_not_train_in_one_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    with run.lock(), pytest.raises(UsageError, match="is in use by another process"):
+        make_experts(Run.open(run.path))
+    assert not run.experts_dir.exists()
