@@ -107,7 +107,7 @@ class AugmentParameters:
 
 @dataclass(frozen=True)
 class DSA:
-    """A strategy: which operations are drawn, and from which ranges (design 3.4).
+    """A strategy: which operations are drawn, and from which ranges (docs/mathematics.md, section 5).
 
     Args:
         strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate; "none" for no

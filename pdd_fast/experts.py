@@ -8,15 +8,23 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pdd_fast.errors import UsageError
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
 from pdd_fast.training import Student, accuracy
-from pdd_fast.trajectories import partial_path, read_partial, trajectory_path, write_partial, write_trajectory
+from pdd_fast.trajectories import (
+    Trajectory,
+    partial_path,
+    read_partial,
+    trajectory_path,
+    write_partial,
+    write_trajectory,
+)
 from pdd_fast.workbench import Workbench
 
 
 def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
-    """Trains the experts that ``run`` still lacks (design 5.1); goes on with one that was interrupted.
+    """Trains the experts that ``run`` still lacks; goes on with one that was interrupted.
 
     Raises:
         UsageError: the data cannot be loaded, or stored experts do not fit.
@@ -50,10 +58,14 @@ def record_trajectories(
     """Trains one network per expert on real data from ``start(k)`` [P], keeping the weights of every epoch.
 
     Epoch e of network k draws from a generator of its own, so an interrupted network goes on with the same bits.
+
+    Raises:
+        UsageError: a trajectory that is there already is of another network, length or data set.
     """
     config, train = bench.config, bench.train
     missing = [k for k in range(config.experts) if not trajectory_path(folder, k).exists()]
     for k in set(range(config.experts)) - set(missing):
+        _check_fits(Trajectory(trajectory_path(folder, k)), bench, epochs)
         partial_path(folder, k).unlink(missing_ok=True)  # where a kill came between the last two writes
     if not missing:
         return
@@ -84,6 +96,14 @@ def record_trajectories(
             write_trajectory(trajectory_path(folder, k), checkpoints, metadata)
             partial_path(folder, k).unlink(missing_ok=True)
             task.advance(0, accuracy=reached)
+
+
+def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
+    found = (trajectory.metadata.get("data"), trajectory.metadata.get("network"), trajectory.epochs)
+    expected = (bench.data.name, bench.network, epochs)
+    for name, value, wanted in zip(("data", "network", "epochs"), found, expected, strict=True):
+        if value != wanted:
+            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {value}")
 
 
 def _begin(bench: Workbench, folder: Path, k: int, start: Callable[[int], Tensor]) -> tuple[list[Tensor], Student]:

@@ -277,6 +277,25 @@ def test_existing_experts_are_not_trained_again(finished: Run, tmp_path: Path, m
     assert recorder.totals == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 5}, "network must be .*'width': 5.*, got .*'width': 4"),
+        ({"expert_train_epochs": EPOCHS + 1}, f"epochs must be {EPOCHS + 1} .*, got {EPOCHS}"),
+    ],
+)
+def test_experts_of_another_run_that_do_not_fit_are_named(
+    finished: Run, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    run = Run.create(tmp_path / "run", configuration(**changes))
+    run.experts_dir.mkdir()
+    foreign = trajectory_path(run.experts_dir, 0)
+    foreign.write_bytes(trajectory_path(finished.experts_dir, 0).read_bytes())
+    with pytest.raises(UsageError, match=f"trajectory-000.safetensors: {message}"):
+        make_experts(run)
+    assert sorted(run.experts_dir.iterdir()) == [foreign]
+
+
 def test_a_kill_between_the_last_two_writes_leaves_nothing_behind(finished: Run, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", configuration())
     run.experts_dir.mkdir()

@@ -1,4 +1,4 @@
-"""The ConvNet of the dataset-distillation literature (design 3.3)."""
+"""The ConvNet of the dataset-distillation literature."""
 
 from __future__ import annotations
 

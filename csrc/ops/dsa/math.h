@@ -1,10 +1,8 @@
-// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; ranges as in design 3.4) at one
-// pixel, shared by the CPU and CUDA back ends. Images are planar here: element (c, i, j) lies at (c*H + i)*W
-// + j.
+// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; docs/mathematics.md, section 5) at one
+// pixel, shared by the CPU and CUDA back ends. Images are planar here: element (c, i, j) lies at (c*H + i)*W + j.
 //
-// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather too: for
-// an input pixel it visits the few outputs whose taps can reach it, so no thread ever adds to another's
-// result.
+// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather too: for an input
+// pixel it visits the few outputs whose taps can reach it, so no thread ever adds to another's result.
 #pragma once
 
 #include <cmath>
