@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
+from pathlib import PurePath
 from typing import Any, get_type_hints
 
 from pdd_fast.errors import UsageError
@@ -91,6 +93,7 @@ _CHOICES = {
     "engine": ("auto", "fused", "autograd"),
     "memory": ("recompute", "cache"),
 }
+_AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch
 _AT_LEAST: dict[str, float] = {
     "stages": 1, "ipc": 1, "width": 1, "depth": 1, "experts": 1, "expert_train_epochs": 1, "expert_batch": 1,
     "iterations": 0, "inner_steps": 1, "expert_epochs": 1, "max_start_epoch": 0, "inner_batch": 0, "eval_every": 0,
@@ -117,7 +120,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     names = recipe_names()
     if name not in names:
         raise UsageError(f"recipe must be one of {', '.join(names)}, got {name!r}{_nearest(name, names)}")
-    return tomllib.loads((resources.files("pdd_fast.recipes") / f"{name}.toml").read_text())
+    return tomllib.loads((resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def resolve(recipe: str | None = None, **settings: Any) -> Config:
@@ -131,7 +134,7 @@ def resolve(recipe: str | None = None, **settings: Any) -> Config:
     dataset = str(settings.get("dataset", Config.dataset))
     if recipe is None and dataset in recipe_names():
         recipe = dataset
-    merged = (load_recipe(recipe) if recipe else {}) | settings
+    merged = (load_recipe(recipe) if recipe is not None else {}) | settings
     config = replace(Config(), **{key: _convert(key, value) for key, value in merged.items()})
     _check(config)
     return config
@@ -145,7 +148,7 @@ def from_dict(stored: dict[str, Any]) -> Config:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name.lower(), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -154,11 +157,11 @@ def _convert(key: str, value: Any) -> Any:
         raise UsageError(f"unknown setting {key!r}{_nearest(key, list(_TYPES))}")
     wanted = _TYPES[key]
     try:
-        if wanted is int and not isinstance(value, bool) and float(value) == int(float(value)):
-            return int(float(value))
+        if wanted is int and not isinstance(value, bool):
+            return _whole(value)
         if wanted is float and not isinstance(value, bool):
             return float(value)
-        if wanted is str:
+        if wanted is str and isinstance(value, str | PurePath):
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
@@ -166,15 +169,33 @@ def _convert(key: str, value: Any) -> Any:
     raise UsageError(f"{key} must be {name}, got {value!r}")
 
 
+def _whole(value: Any) -> int:
+    """Raises TypeError, ValueError or OverflowError where ``value`` is not a whole number; "1e3" is one."""
+    if isinstance(value, str):
+        try:
+            return int(value)  # not by way of float, in which whole numbers are exact up to 2^53 only
+        except ValueError:
+            value = float(value)
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
 def _check(config: Config) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, float) and value != value:
-            raise UsageError(f"{field.name} must be a number, got nan")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{field.name} must be a finite number, got {value}")
     for key, choices in _CHOICES.items():
         value = getattr(config, key)
         if value not in choices:
             raise UsageError(f"{key} must be {' or '.join(choices)}, got {value!r}")
+    names = [] if config.augment.lower() in ("", "none") else config.augment.split("_")
+    if not set(names) <= set(_AUGMENTATIONS) or len(set(names)) < len(names):
+        raise UsageError(
+            f"augment must join names of {', '.join(_AUGMENTATIONS)} by '_', each once at most, or be none, got "
+            f"{config.augment!r}"
+        )
     for key, least in _AT_LEAST.items():
         if getattr(config, key) < least:
             raise UsageError(f"{key} must be at least {least:g}, got {getattr(config, key)}")

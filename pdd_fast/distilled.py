@@ -23,12 +23,12 @@ class DistilledUnion(TensorDataset):
         self.images, self.labels, self.learning_rate = images, labels, learning_rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # field by field, == would ask for the truth of a tensor
 class DistilledSet:
     """All stages of a distilled set.
 
     Raises:
-        ValueError: shapes do not fit each other, stages have gaps, or images are not finite.
+        ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates not positive.
     """
 
     images: Tensor  # [n, C, H, W] float32, normalised as training data are
@@ -39,17 +39,32 @@ class DistilledSet:
     metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, base, seed
 
     def __post_init__(self) -> None:
-        n = len(self.images)
         if self.images.dim() != 4:
             raise ValueError(f"DistilledSet: images must have shape [n, C, H, W], got {tuple(self.images.shape)}")
+        n, channels = self.images.shape[:2]
+        hard = self.labels.dtype == torch.int64 and self.labels.dim() == 1
+        if not hard and not (self.labels.is_floating_point() and self.labels.dim() == 2):
+            found = f"{self.labels.dtype} of shape {tuple(self.labels.shape)}"
+            raise ValueError(f"DistilledSet: labels must be int64 [n] or floating-point [n, classes], got {found}")
+        for name in ("stage", "learning_rates"):
+            if getattr(self, name).dim() != 1:
+                found = f"shape {tuple(getattr(self, name).shape)}"
+                raise ValueError(f"DistilledSet: {name} must be a vector, got {found}")
         for name in ("labels", "stage"):
             if len(getattr(self, name)) != n:
                 raise ValueError(f"DistilledSet: {name} must have {n} rows, got {len(getattr(self, name))}")
+        for name in ("mean", "std"):
+            if len(getattr(self.normalisation, name)) != channels:
+                found = getattr(self.normalisation, name)
+                raise ValueError(f"DistilledSet: normalisation {name} must have {channels} numbers, got {found}")
         present = sorted(set(self.stage.tolist()))
         if present != list(range(1, self.stages + 1)):
             raise ValueError(f"DistilledSet: stage must number 1..{self.stages} without gaps, got {present}")
-        if not bool(torch.isfinite(self.images).all()):
-            raise ValueError("DistilledSet: images must be finite, got NaN or infinity")
+        for name in ("images", "labels", "learning_rates"):
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise ValueError(f"DistilledSet: {name} must be finite, got NaN or infinity")
+        if not bool((self.learning_rates > 0).all()):
+            raise ValueError(f"DistilledSet: learning_rates must be above 0, got {self.learning_rates.tolist()}")
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.images.shape[1:]))
@@ -101,14 +116,14 @@ def load_distilled(path: str | Path) -> DistilledSet:
     if file.is_dir():
         file = file / "distilled.safetensors"
     tensors, metadata = read_tensors(file)
+    names = ("images", "labels", "stage", "learning_rates")
+    missing = [name for name in names if name not in tensors]
+    missing += [] if "normalisation" in metadata else ["normalisation"]
+    if missing:
+        raise UsageError(f"{file} is not a distilled set: it lacks {', '.join(missing)}")
     try:
-        return DistilledSet(
-            tensors["images"],
-            tensors["labels"],
-            tensors["stage"],
-            tensors["learning_rates"],
-            Normalisation.from_dict(metadata.pop("normalisation")),
-            metadata,
-        )
-    except (KeyError, ValueError) as error:
+        normalisation = Normalisation.from_dict(metadata.pop("normalisation"))
+        images, labels, stage, rates = (tensors[name] for name in names)
+        return DistilledSet(images, labels, stage, rates, normalisation, metadata)
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a distilled set: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb") as file:
+        with temporary.open("r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner may read; give the mode that open() would have given.
         umask = os.umask(0)
@@ -65,9 +67,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     process.
     """
     text = json.dumps(metadata, sort_keys=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(contiguous, temporary, metadata={_METADATA: text})
+        try:
+            save_file(copies, temporary, metadata={_METADATA: text})
+        except SafetensorError as error:  # the system's refusal, e.g. of a full disk, in words alone
+            raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 @contextmanager
@@ -81,14 +87,22 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise UsageError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(_METADATA)
-            if metadata is None:
-                raise UsageError(f"{path} was not written by pdd-fast")
-            yield file, json.loads(metadata)
-    except (SafetensorError, ValueError, OSError) as error:
-        if isinstance(error, UsageError):
-            raise
+            yield file, _metadata_of(path, file)
+    except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged or is not a safetensors file: {error}") from error
+
+
+def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
+    text = (file.metadata() or {}).get(_METADATA)
+    if text is None:
+        raise UsageError(f"{path} was not written by pdd-fast")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: its metadata are not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} was not written by pdd-fast: its metadata are not an object")
+    return content
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,8 @@ from pdd_fast.distilled import DistilledSet
 from pdd_fast.files import atomic_path
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
-MOST_COLUMNS = 50
+MOST_COLUMNS = 50  # of a stage
+MOST_COLUMNS_IN_ALL = 400  # matplotlib draws no picture wider than 2^16 dots, which is 970 images
 _COLOURS = {
     "pdd": "#0b6e99",
     "random": "#8a8a8a",
@@ -32,18 +33,21 @@ _LABELS = {
 def image_grid(distilled: DistilledSet, path: Path) -> None:
     """Writes a PNG with one panel per stage: a row per class, a column per image."""
     pixels = distilled.pixels().permute(0, 2, 3, 1).numpy()  # [n, H, W, C]
-    names = distilled.metadata.get("classes") or [str(k) for k in range(int(distilled.labels.max()) + 1)]
     labels = distilled.labels if distilled.labels.dim() == 1 else distilled.labels.argmax(1)
+    names = distilled.metadata.get("classes") or [str(k) for k in range(int(labels.max()) + 1)]
     shown = min(len(names), MOST_CLASSES)
-    columns = [
-        min(MOST_COLUMNS, max(int(((distilled.stage == s) & (labels == k)).sum()) for k in range(shown)))
+    most = max(1, min(MOST_COLUMNS, MOST_COLUMNS_IN_ALL // distilled.stages))
+    counts = [
+        max(1, *(int(((distilled.stage == s) & (labels == k)).sum()) for k in range(shown)))
         for s in range(1, distilled.stages + 1)
     ]
+    columns = [min(most, count) for count in counts]
     H, W, C = pixels.shape[1:]
     inches = 0.45  # of one image
     width, height = inches * sum(columns) + 0.15 * len(columns) + 1.4, inches * shown * H / W + 0.9
-    figure = Figure(figsize=(max(width, 4.0), height), dpi=150)
-    panels = figure.subplots(1, len(columns), squeeze=False, gridspec_kw={"width_ratios": columns, "wspace": 0.08})[0]
+    figure = Figure(figsize=(max(width, 4.0), height), dpi=150, layout="compressed")
+    # In dots and not in images, because the lines between images are fewer by one: every panel then has one scale.
+    panels = figure.subplots(1, len(columns), squeeze=False, width_ratios=[n * (W + 1) - 1 for n in columns])[0]
     for stage, (panel, count) in enumerate(zip(panels, columns, strict=True), start=1):
         canvas = np.ones((shown * (H + 1) - 1, count * (W + 1) - 1, C), dtype=np.float32)
         for k in range(shown):
@@ -57,10 +61,14 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
         panel.set_yticks([])
         for spine in panel.spines.values():
             spine.set_visible(False)
-    panels[0].set_yticks([k * (H + 1) + H / 2 for k in range(shown)], [str(n) for n in names[:shown]], fontsize=8)
+    # Folder names become class names: a $ in them is no mathematics.
+    middles = [k * (H + 1) + H / 2 for k in range(shown)]
+    panels[0].set_yticks(middles, [str(n) for n in names[:shown]], fontsize=8, parse_math=False)
     panels[0].tick_params(length=0)
     more = f", the first {shown} of {len(names)} classes" if shown < len(names) else ""
-    figure.suptitle(f"{distilled.metadata.get('data', 'distilled set')}: {len(pixels)} images{more}", fontsize=10)
+    more += f", the first {most} of a class and stage" if max(counts) > most else ""
+    title = f"{distilled.metadata.get('data', 'distilled set')}: {len(pixels)} images{more}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
     _save(figure, path)
 
 
@@ -86,6 +94,7 @@ def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"{protocol['data']}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
         fontsize=10,
+        parse_math=False,
     )
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

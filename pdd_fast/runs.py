@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Iterator
@@ -38,8 +39,13 @@ class Metrics:
         self._path = path
 
     def append(self, **values: Any) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        line = json.dumps(values) + "\n"
+        with self._path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # torn by a kill: this line must not be lost with it
+                    line = "\n" + line
+            file.write(line.encode())
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; one that a kill tore is left out."""
@@ -68,8 +74,10 @@ class Run:
             UsageError: something is there already.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if (path / "config.json").exists():
             raise UsageError(f"{path} exists; continue it with --resume or choose another --run-dir")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} exists and is not a run directory; choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         versions = {"pdd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
         write_json(path / "config.json", {"config": config.to_dict(), "versions": versions})
@@ -88,7 +96,10 @@ class Run:
         stored = read_json(path / "config.json")
         if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
             raise UsageError(f"{path / 'config.json'} does not hold a run's configuration")
-        return cls(path, configuration.from_dict(stored["config"]))
+        try:
+            return cls(path, configuration.from_dict(stored["config"]))
+        except UsageError as error:
+            raise UsageError(f"{path / 'config.json'}: {error}") from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -101,8 +112,10 @@ class Run:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
+                except BlockingIOError as error:
                     raise UsageError(f"{self.path} is in use by another process") from error
+                except OSError as error:  # some network file systems know no locks
+                    raise UsageError(f"{self.path} cannot be locked: {error}; choose another --run-dir") from error
             yield
 
     # ---- places ----
@@ -153,10 +166,16 @@ class Run:
         path = self.checkpoint_file(stage)
         return read_tensors(path) if path.exists() else None
 
-    def truncate_metrics(self, stage: int, iteration: int) -> None:
-        """Drops what was measured after ``iteration`` of ``stage``, which a continued run measures again."""
+    def truncate_metrics(self, stage: int, iteration: int, judged: int) -> None:
+        """Drops what a continued run measures again: all after ``iteration`` of ``stage``, and the held-out accuracies
+        after its iteration ``judged``."""
+
+        def is_kept(row: dict[str, Any]) -> bool:
+            last = judged if "held_out_accuracy" in row else iteration
+            return (row.get("stage", 0), row.get("iteration", 0)) <= (stage, last)
+
         rows = self.metrics.read()
-        kept = [row for row in rows if (row.get("stage", 0), row.get("iteration", 0)) <= (stage, iteration)]
+        kept = [row for row in rows if is_kept(row)]
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
@@ -164,5 +183,9 @@ class Run:
         write_json(self.evaluation_file, evaluation)
 
     def read_evaluation(self) -> dict[str, Any]:
-        """Raises UsageError where the run was not evaluated."""
-        return read_json(self.evaluation_file)
+        """Raises UsageError where the run was not evaluated, or the file is not an evaluation."""
+        evaluation = read_json(self.evaluation_file)
+        missing = {"protocol", "stages", "steps", "results"} - set(evaluation if isinstance(evaluation, dict) else ())
+        if missing:
+            raise UsageError(f"{self.evaluation_file} is not an evaluation: it lacks {', '.join(sorted(missing))}")
+        return evaluation

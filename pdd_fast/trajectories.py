@@ -59,12 +59,18 @@ def list_trajectories(folder: Path) -> list[Trajectory]:
     Raises:
         UsageError: there are none, or they are not of one shape.
     """
-    found = [Trajectory(path) for path in sorted(folder.glob("trajectory-*.safetensors"))]
+    # The thousandth name has a digit more, hence length first.
+    paths = sorted(folder.glob("trajectory-*.safetensors"), key=lambda path: (len(path.name), path.name))
+    found = [Trajectory(path) for path in paths]
     if not found:
         raise UsageError(f"{folder} holds no trajectories")
-    shapes = {(t.epochs, t.parameters) for t in found}
-    if len(shapes) > 1:
-        raise UsageError(f"{folder}: trajectories must be of one length and network, got (epochs, parameters) {shapes}")
+    first = found[0]
+    for other in found[1:]:
+        if (other.epochs, other.parameters) != (first.epochs, first.parameters):
+            raise UsageError(
+                f"{other.path} must have {first.epochs} epochs of {first.parameters} parameters like the first "
+                f"trajectory beside it, got {other.epochs} of {other.parameters}"
+            )
     return found
 
 

@@ -30,8 +30,8 @@ class Union:
     @classmethod
     def load(cls, path: Path, bench: Workbench) -> Union:
         stored = load_distilled(path)
-        tensors = (t.to(bench.device) for t in (stored.images, stored.labels, stored.stage))
-        return cls(*tensors, rates=stored.learning_rates.tolist())
+        images, labels, stage = (t.to(bench.device) for t in (stored.images, stored.labels, stored.stage))
+        return cls(images, labels, stage, rates=stored.learning_rates.tolist())
 
     @property
     def stages(self) -> int:
@@ -43,7 +43,7 @@ class Union:
         return self.images[rows], self.labels[rows]
 
     def extended(self, images: Tensor, labels: Tensor, rate: float) -> Union:
-        number = torch.full_like(labels, self.stages + 1)
+        number = self.stage.new_full((len(labels),), self.stages + 1)
         return Union(
             torch.cat([self.images, images]),
             torch.cat([self.labels, labels]),

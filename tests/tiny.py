@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
-    "dataset": "digits", "stages": 3, "ipc": 3, "width": 4, "depth": 1, "experts": 2, "expert_train_epochs": 4,
-    "max_start_epoch": 1, "expert_epochs": 2, "expert_batch": 256, "expert_lr": 0.02, "iterations": 4,
-    "inner_steps": 3, "lr_img": 10.0, "lr_lr": 1e-5, "inner_lr": 0.02, "eval_every": 2, "eval_networks": 2,
-    "eval_epochs": 3, "transition_epochs": 3, "union_epochs": 4, "repeats": 2, "device": "cpu",
+    "dataset": "digits", "augment": "color_crop_cutout_flip_scale_rotate", "stages": 3, "ipc": 3, "width": 4,
+    "depth": 1, "experts": 2, "expert_train_epochs": 4, "max_start_epoch": 1, "expert_epochs": 2, "expert_batch": 256,
+    "expert_lr": 0.02, "iterations": 4, "inner_steps": 3, "lr_img": 10.0, "lr_lr": 1e-5, "inner_lr": 0.02,
+    "eval_every": 2, "eval_networks": 2, "eval_epochs": 3, "transition_epochs": 3, "union_epochs": 4, "repeats": 2,
+    "device": "cpu",
 }  # fmt: skip
 
 

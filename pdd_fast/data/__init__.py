@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.splits import ImageData, Split, prepare, require_images_per_class
@@ -36,9 +37,12 @@ def load(name: str, data_dir: str = "data", validation_fraction: float = 0.1) ->
     elif name.startswith(_FOLDER):
         from pdd_fast.data.imagefolder import read as read_folder
 
-        pixels = read_folder(name.removeprefix(_FOLDER))
+        folder = name.removeprefix(_FOLDER)
+        pixels = read_folder(folder)
+        # The name goes into distilled sets that are given away: the folder's own, not where it lies on this disk.
+        name = _FOLDER + Path(folder).expanduser().resolve().name
     else:
-        close = difflib.get_close_matches(name, NAMES, n=1)
+        close = difflib.get_close_matches(name.lower(), NAMES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UsageError(f"dataset must be one of {', '.join(NAMES)} or imagefolder:DIR, got {name!r}{hint}")
     return prepare(name, pixels, validation_fraction)

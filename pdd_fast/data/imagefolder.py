@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from pdd_fast.data.splits import Pixels
@@ -19,29 +19,33 @@ _ANNOTATIONS = "val_annotations.txt"
 
 
 def read(folder: str) -> Pixels:
-    """Both splits, decoded into one uint8 tensor each. Grey where every image is grey, else RGB.
+    """Both splits, decoded into one uint8 tensor each. Grey where every image of both is grey, else RGB.
 
     Raises:
-        UsageError: a folder is missing or empty, classes differ between the splits, a file cannot be decoded, or images
-            are not of one size; the message names the first offender.
+        UsageError: a folder is missing or empty, classes differ between the splits, a file cannot be decoded or has
+            more than 8 bits a channel, or images are not of one size; the message names the first offender.
     """
     root = Path(folder).expanduser()
     if not (root / "train").is_dir():
         raise UsageError(f"imagefolder:{folder} must hold a folder train/, got {_found(root)}")
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    # Tiny ImageNet's own test/ has no labels, so an annotated val/ comes first.
+    annotated = (root / "val" / _ANNOTATIONS).is_file()
+    names = ("val",) if annotated else ("test", "val")
+    test = next((root / name for name in names if (root / name).is_dir()), None)
     if test is None:
         raise UsageError(f"imagefolder:{folder} must hold a folder test/ or val/, got {_found(root)}")
     classes, train_files, train_labels = _list(root / "train")
-    if (test / _ANNOTATIONS).is_file():
+    if annotated:
         test_files, test_labels = _list_annotated(test, classes)
     else:
-        names, test_files, test_labels = _list(test)
-        if names != classes:
-            odd = sorted(set(names) ^ set(classes))[0]
+        test_classes, test_files, test_labels = _list(test)
+        if test_classes != classes:
+            odd = sorted(set(test_classes) ^ set(classes))[0]
+            where = "train/" if odd in classes else f"{test.name}/"
             raise UsageError(
-                f"imagefolder:{folder}: train/ and {test.name}/ must hold the same classes; {odd!r} is in one only"
+                f"imagefolder:{folder}: train/ and {test.name}/ must hold the same classes, got {odd!r} in {where} only"
             )
-    grey, size = _look(train_files)
+    grey, size = _look(train_files + test_files)
     return Pixels(classes, _decode(train_files, grey, size), train_labels, _decode(test_files, grey, size), test_labels)
 
 
@@ -62,7 +66,8 @@ def _list(folder: Path) -> tuple[tuple[str, ...], list[Path], Tensor]:
         # Tiny ImageNet keeps a class's images one level deeper, in images/.
         inside = folder / name
         inside = inside / "images" if (inside / "images").is_dir() else inside
-        own = sorted(path for path in inside.iterdir() if path.suffix.lower() in _SUFFIXES)
+        # Hidden files are the system's: macOS leaves a ._NAME.png beside a NAME.png that it copies to a foreign disk.
+        own = sorted(p for p in inside.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != ".")
         if not own:
             raise UsageError(f"{inside} holds no images ({', '.join(sorted(_SUFFIXES))})")
         files += own
@@ -74,8 +79,15 @@ def _list_annotated(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path],
     """Tiny ImageNet's val/ as it is shipped: all images in one folder, classes in a tab-separated file."""
     numbers = {name: label for label, name in enumerate(classes)}
     files, labels = [], []
-    for line in (folder / _ANNOTATIONS).read_text().splitlines():
-        name, label = line.split("\t")[:2]
+    try:
+        lines = (folder / _ANNOTATIONS).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{folder / _ANNOTATIONS} cannot be read as text: {error}") from error
+    for line in filter(str.strip, lines):
+        name, tab, rest = line.partition("\t")
+        label = rest.split("\t")[0]
+        if not tab:
+            raise UsageError(f"{folder / _ANNOTATIONS} must hold lines of file, tab, class, got {line!r}")
         if label not in numbers:
             raise UsageError(f"{folder / _ANNOTATIONS} names the class {label!r}, which train/ does not hold")
         files.append(folder / "images" / name)
@@ -84,12 +96,17 @@ def _list_annotated(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path],
 
 
 def _open(path: Path) -> Image.Image:
+    """A decoded image of 8 bits a channel at most."""
     try:
         image = Image.open(path)
         image.load()
-        return image
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
         raise UsageError(f"{path} cannot be decoded as an image: {error}") from error
+    if image.mode[0] in "IF":  # 16 or 32 bits; Pillow's conversion would clip all but the lowest 8 without a word
+        raise UsageError(
+            f"{path} must have 8 bits a channel, got Pillow's mode {image.mode!r}; convert the images first"
+        )
+    return image
 
 
 def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
@@ -99,8 +116,8 @@ def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
     def is_grey(path: Path) -> bool:
         try:
             with Image.open(path) as image:
-                return image.mode in ("1", "L", "LA", "I", "I;16")
-        except (UnidentifiedImageError, OSError):
+                return image.mode in ("1", "L", "LA")
+        except Exception:
             return True  # _decode names it
 
     return all(map(is_grey, files)), size

@@ -42,4 +42,4 @@ class Normalisation:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Normalisation:
-        return cls(tuple(stored["mean"]), tuple(stored["std"]))
+        return cls(tuple(map(float, stored["mean"])), tuple(map(float, stored["std"])))

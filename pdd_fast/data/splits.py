@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -55,9 +56,9 @@ class ImageData:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    @property
+    @cached_property
     def full_train(self) -> Split:
-        """All training images."""
+        """All training images; a copy, made once because callers ask anew for every epoch and every class."""
         images = torch.cat([self.train.images, self.validation.images])
         return Split(images, torch.cat([self.train.labels, self.validation.labels]))
 
@@ -81,8 +82,11 @@ def prepare(name: str, pixels: Pixels, validation_fraction: float) -> ImageData:
     """Checks, normalises and splits what a reader gave.
 
     Raises:
-        UsageError: labels or shapes do not fit, or a class has too few images to hold one out.
+        UsageError: labels or shapes do not fit, a class has too few images to hold one out, or ``validation_fraction``
+            is not in (0, 1).
     """
+    if not 0 < validation_fraction < 1:
+        raise UsageError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
     train, test = _unit(pixels.train), _unit(pixels.test)
     if train.shape[1:] != test.shape[1:]:
         raise UsageError(
@@ -116,18 +120,25 @@ def _unit(pixels: Tensor) -> Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
 
 
-def _held_out(name: str, split: Split, classes: tuple[str, ...], fraction: float) -> Tensor:
-    """Mask of the validation images: ``fraction`` of every class, at least one. The choice is fixed for a data set, so
-    that runs with different seeds are judged by the same images."""
+def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor:
+    """Bool [n]: ``fraction`` of every class, at least one image and never all of them. The choice is fixed for given
+    labels, so that runs with different seeds are judged by the same images."""
     draw = torch.Generator().manual_seed(0)
-    mask = torch.zeros(len(split), dtype=torch.bool)
-    for label, title in enumerate(classes):
-        rows = split.rows_of(label)
-        if len(rows) < 2:
-            raise UsageError(f"{name}: class {title!r} must have at least 2 training images, got {len(rows)}")
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(num_classes):
+        rows = (labels == label).nonzero().flatten()
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
         mask[rows[torch.randperm(len(rows), generator=draw)[:count]]] = True
     return mask
+
+
+def _held_out(name: str, split: Split, classes: tuple[str, ...], fraction: float) -> Tensor:
+    """Mask of the validation images."""
+    for label, title in enumerate(classes):
+        count = len(split.rows_of(label))
+        if count < 2:
+            raise UsageError(f"{name}: class {title!r} must have at least 2 training images, got {count}")
+    return stratified_mask(split.labels, len(classes), fraction)
 
 
 def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...]) -> None:

@@ -28,9 +28,10 @@ def read(name: str, data_dir: str) -> Pixels:
     """
     try:
         from torchvision import datasets
-    except (ImportError, RuntimeError) as error:
-        # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms does not exist.
-        reason = str(error).splitlines()[0]
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms does not exist, and
+        # at a second attempt with AttributeError: partially initialized module.
+        reason = _reason(error)
         raise UsageError(
             f"dataset {name!r} needs torchvision, which does not import here ({reason}); install the torchvision "
             f"release that belongs to torch {torch.__version__}, or use imagefolder:DIR"
@@ -45,12 +46,17 @@ def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
     split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         return kind(data_dir, download=False, **split)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # MNIST's files are not checksummed: a damaged one raises whatever the reader meets
         argument = f"split={split['split']!r}" if name == "svhn" else f"train={train}"
         raise UsageError(
-            f"dataset {name!r} was not found in {data_dir!r}; choose another --data-dir, or fetch it once with "
-            f"torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
+            f"dataset {name!r} was not found whole in {data_dir!r} ({_reason(error)}); choose another --data-dir, or "
+            f"fetch it once with torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, without the full stop that would end our sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _images(dataset: Any) -> Tensor:

@@ -1,0 +1,263 @@
+"""Settings: defaults, recipes, conversion of what people type, and every bound."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdd_fast import config
+from pdd_fast.augmentation import DSA
+from pdd_fast.config import Config, from_dict, load_recipe, recipe_names, resolve
+from pdd_fast.errors import UsageError
+from pdd_fast.ops.dsa import OPERATIONS
+
+TYPES = get_type_hints(Config)
+NAMES = [field.name for field in fields(Config)]
+NUMBERS = [name for name in NAMES if TYPES[name] is not str]
+# Within every bound that links two settings, and of no recipe, so that one setting at a time can be tried.
+SMALL: dict[str, Any] = {
+    "dataset": "mnist-like", "stages": 1, "ipc": 1, "max_start_epoch": 0, "expert_epochs": 1, "expert_train_epochs": 1,
+}  # fmt: skip
+
+
+# ---- defaults and recipes ----
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_resolves_to_what_it_says(name: str) -> None:
+    found, recipe = resolve(name), load_recipe(name)
+    assert recipe, "a recipe that sets nothing is none"
+    assert {key: getattr(found, key) for key in recipe} == recipe
+    assert all(type(getattr(found, key)) is TYPES[key] for key in NAMES)
+
+
+def test_the_defaults_stand_where_nothing_else_is_asked_for() -> None:
+    assert resolve(dataset="cifar-like") == Config(dataset="cifar-like")
+    assert from_dict({}) == Config()
+
+
+def test_the_recipe_of_the_data_set_is_taken_unless_another_is_named() -> None:
+    assert resolve(dataset="digits") == resolve("digits") == resolve()
+    assert resolve("digits", dataset="mnist-like").width == load_recipe("digits")["width"]
+    assert resolve("digits", dataset="mnist-like").dataset == "mnist-like"
+    assert resolve(dataset="mnist-like").width == Config.width
+
+
+def test_settings_go_before_the_recipe() -> None:
+    assert load_recipe("digits")["iterations"] != 3
+    assert resolve("digits", iterations=3).iterations == 3
+
+
+@pytest.mark.parametrize(("name", "hint"), [("digit", "; did you mean 'digits'?"), ("", ""), ("xyzzy", "")])
+def test_an_unknown_recipe_is_answered_with_the_nearest(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=rf"recipe must be one of .*digits.*, got '{name}'{re.escape(hint)}$"):
+        resolve(name)
+
+
+# ---- names and conversion ----
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("iteration", "iterations"),
+        ("inner_step", "inner_steps"),
+        ("lr_imgs", "lr_img"),
+        ("IPC", "ipc"),
+        ("wdith", "width"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest(key: str, nearest: str) -> None:
+    settings: dict[str, Any] = {key: 1}
+    message = rf"^unknown setting '{key}'; did you mean '{nearest}'\?$"
+    with pytest.raises(UsageError, match=message):
+        resolve(**settings)
+    with pytest.raises(UsageError, match=message):
+        from_dict(settings)
+
+
+def test_a_setting_like_no_other_is_answered_without_a_guess() -> None:
+    with pytest.raises(UsageError, match=r"unknown setting 'xyzzy'$"):
+        resolve(xyzzy=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_typed_is_what_is_set(name: str) -> None:
+    default = getattr(Config(**SMALL), name)
+    typed = resolve(**SMALL | {name: str(default)})
+    assert getattr(typed, name) == default
+    assert type(getattr(typed, name)) is TYPES[name]
+
+
+@given(st.integers(0, 10**30))
+def test_whole_numbers_keep_every_digit(seed: int) -> None:
+    assert resolve(seed=seed).seed == resolve(seed=str(seed)).seed == resolve(seed=f" {seed} ").seed == seed
+
+
+@given(st.floats(min_value=0, allow_infinity=False))
+def test_numbers_keep_every_bit(value: float) -> None:
+    assert resolve(lr_img=value).lr_img == resolve(lr_img=repr(value)).lr_img == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"), [("1e3", 1000), ("20.0", 20), (20.0, 20), ("1_000", 1000), ("+7", 7), (True + 1, 2)]
+)
+def test_whole_numbers_may_be_written_in_other_ways(typed: Any, value: int) -> None:
+    found = resolve(iterations=typed).iterations
+    assert (found, type(found)) == (value, int)
+
+
+@pytest.mark.parametrize("value", ["1.5", 1.5, "ten", "", "inf", float("inf"), "nan", None, [1], True])
+def test_what_is_not_a_whole_number_is_named(value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^iterations must be a whole number, got {re.escape(repr(value))}$"):
+        resolve(iterations=value)
+
+
+@pytest.mark.parametrize("value", ["much", "", None, [1.0], False])
+def test_what_is_not_a_number_is_named(value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^inner_lr must be a number, got {re.escape(repr(value))}$"):
+        resolve(inner_lr=value)
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if TYPES[name] is float])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_numbers_must_be_finite(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{name} must be a finite number, got (nan|inf|-inf)$"):
+        resolve(**{name: value})
+
+
+def test_text_may_be_a_path_but_nothing_else() -> None:
+    assert resolve(data_dir=Path("some") / "where").data_dir == str(Path("some/where"))
+    for value in (5, None, ["digits"]):
+        with pytest.raises(UsageError, match=rf"^dataset must be text, got {re.escape(repr(value))}$"):
+            resolve(dataset=value)
+
+
+# ---- bounds ----
+
+
+def test_every_number_has_a_least_value() -> None:
+    assert set(NUMBERS) == set(config._AT_LEAST) | set(config._ABOVE)
+
+
+@pytest.mark.parametrize(("name", "least"), config._AT_LEAST.items())
+def test_the_least_value_is_taken_and_less_is_not(name: str, least: float) -> None:
+    assert getattr(resolve(**SMALL | {name: least}), name) == least
+    less = least - 1 if TYPES[name] is int else least - sys.float_info.min
+    for value in (less, least - 1000):
+        with pytest.raises(UsageError, match=rf"^{name} must be at least {least:g}, got {re.escape(str(value))}"):
+            resolve(**SMALL | {name: value})
+
+
+@pytest.mark.parametrize(("name", "bound"), config._BELOW.items())
+def test_a_value_must_be_below_its_bound(name: str, bound: float) -> None:
+    assert getattr(resolve(**SMALL | {name: bound - 1e-9}), name) < bound
+    for value in (float(bound), bound + 1.0):
+        with pytest.raises(UsageError, match=rf"^{name} must be below {bound:g}, got {value}$"):
+            resolve(**SMALL | {name: value})
+
+
+@pytest.mark.parametrize(("name", "bound"), config._ABOVE.items())
+def test_a_value_must_be_above_its_bound(name: str, bound: float) -> None:
+    assert getattr(resolve(**SMALL | {name: bound + 1e-9}), name) > bound
+    for value in (float(bound), bound - 1.0):
+        with pytest.raises(UsageError, match=rf"^{name} must be above {bound:g}, got {value}$"):
+            resolve(**SMALL | {name: value})
+
+
+@pytest.mark.parametrize(("name", "choices"), config._CHOICES.items())
+def test_a_choice_is_one_of_its_own(name: str, choices: tuple[str, ...]) -> None:
+    for choice in choices:
+        assert getattr(resolve(**SMALL | {name: choice}), name) == choice
+    for other in ("", "other", choices[0].upper()):
+        with pytest.raises(UsageError, match=rf"^{name} must be {' or '.join(choices)}, got '{other}'$"):
+            resolve(**SMALL | {name: other})
+
+
+STRATEGY = st.lists(st.sampled_from([*OPERATIONS, "none", "", "blur", "Crop"]), max_size=4).map("_".join)
+
+
+@given(STRATEGY | st.text(alphabet="_aor", max_size=6))
+def test_an_augmentation_is_taken_exactly_where_dsa_takes_it(strategy: str) -> None:
+    try:
+        taken = DSA(strategy).operations
+    except ValueError:
+        with pytest.raises(UsageError, match=rf"^augment must join names of .*, got {re.escape(repr(strategy))}$"):
+            resolve(**SMALL | {"augment": strategy})
+    else:
+        assert DSA(resolve(**SMALL | {"augment": strategy}).augment).operations == taken
+
+
+def test_there_are_no_more_stages_than_images_of_a_class() -> None:
+    assert resolve(stages=3, ipc=3).stage_ipc == (1, 1, 1)
+    with pytest.raises(UsageError, match=r"^stages must be at most ipc \(3\), got 4"):
+        resolve(stages=4, ipc=3)
+
+
+def test_experts_are_trained_as_far_as_matching_looks() -> None:
+    assert resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=7).expert_train_epochs == 7
+    with pytest.raises(UsageError, match=r"^expert_train_epochs must be at least .* \(4 \+ 3\), got 6$"):
+        resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=6)
+
+
+def test_settings_are_checked_without_importing_torch() -> None:
+    code = "import sys, pdd_fast.config as c; c.resolve('digits', ipc=20); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---- what follows from the settings ----
+
+
+@given(st.integers(1, 60).flatmap(lambda stages: st.tuples(st.just(stages), st.integers(stages, 500))))
+def test_the_stages_share_the_images_of_a_class(stages_and_ipc: tuple[int, int]) -> None:
+    stages, ipc = stages_and_ipc
+    shares = resolve(stages=stages, ipc=ipc).stage_ipc
+    assert len(shares) == stages
+    assert sum(shares) == ipc
+    assert list(shares) == sorted(shares, reverse=True)
+    assert min(shares) >= 1
+    assert max(shares) - min(shares) <= 1
+
+
+def test_a_transition_records_one_epoch_more_than_matching_reaches() -> None:
+    assert resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=9).transition_real_epochs == 8
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "dataset": st.text(max_size=20),
+    "data_dir": st.text(max_size=20),
+    "stages": st.integers(1, 10),
+    "ipc": st.integers(10, 100),
+    "seed": st.integers(0, 2**80),
+    "width": st.integers(1, 512),
+    "validation_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "lr_img": st.floats(0, 1e300),
+    "inner_lr": st.floats(0, 10, exclude_min=True),
+    "momentum": st.floats(0, 1, exclude_max=True),
+    "engine": st.sampled_from(config._CHOICES["engine"]),
+    "memory": st.sampled_from(config._CHOICES["memory"]),
+    "checkpoint_seconds": st.floats(0, 1e9),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALUES))
+def test_a_stored_configuration_comes_back(settings: dict[str, Any]) -> None:
+    found = from_dict(SMALL | {"stages": 1, "ipc": 10} | settings)
+    assert from_dict(found.to_dict()) == found
+    assert from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert {key: getattr(found, key) for key in settings} == settings
+
+
+def test_a_stored_configuration_is_checked_again() -> None:
+    stored = Config().to_dict()
+    with pytest.raises(UsageError, match="ipc must be at least 1, got 0"):
+        from_dict(stored | {"ipc": 0})

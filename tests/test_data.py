@@ -1,0 +1,210 @@
+"""Data sets by name, the embedded digits, and how training images are normalised and split."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdd_fast import data
+from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.splits import ImageData, Pixels, Split, prepare, require_images_per_class, stratified_mask
+from pdd_fast.errors import UsageError
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("digit", "digits"), ("CIFAR10", "cifar10"), ("cifar-100", "cifar100"), ("Mnist", "mnist")]
+)
+def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"dataset must be one of digits, .*imagefolder:DIR, got '{name}'; did you mean"
+    ):
+        data.load(name)
+    with pytest.raises(UsageError, match=f"did you mean '{nearest}'"):
+        data.load(name)
+
+
+def test_a_name_like_no_other_is_answered_without_a_guess() -> None:
+    with pytest.raises(UsageError, match=r"got 'xyzzy'$"):
+        data.load("xyzzy")
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_the_validation_fraction_must_lie_between_0_and_1(fraction: float) -> None:
+    with pytest.raises(UsageError, match=f"validation_fraction must lie between 0 and 1, got {fraction}"):
+        data.load("digits", validation_fraction=fraction)
+
+
+# ---- digits ----
+
+
+def test_digits_are_all_there_and_a_fifth_of_every_class_is_the_test_set() -> None:
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    digits = data.load("digits")
+    assert digits.classes == tuple("0123456789")
+    assert (digits.in_channels, digits.image_size, digits.num_classes) == (1, (8, 8), 10)
+    assert digits.full_train.images.dtype == torch.float32
+    assert len(digits.full_train) + len(digits.test) == 1797
+    for label in range(10):
+        parts = [part.images[part.rows_of(label)] for part in (digits.train, digits.validation, digits.test)]
+        pixels = (digits.normalisation.invert(torch.cat(parts)) * 16).round().int().flatten(1)
+        expected = source.images[source.target == label].astype(int).reshape(-1, 64)
+        assert sorted(pixels.tolist()) == sorted(expected.tolist())
+        assert abs(len(parts[2]) / len(expected) - 0.2) < 0.005
+
+
+def test_digits_are_split_the_same_way_every_time() -> None:
+    torch.manual_seed(1)
+    first = data.load("digits")
+    torch.manual_seed(2)
+    assert torch.equal(data.load("digits").test.images, first.test.images)
+
+
+# ---- normalisation ----
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 5), st.floats(0.02, 1), st.floats(-1, 1), st.integers(0, 2**31),
+)  # fmt: skip
+def test_normalised_channels_have_mean_0_and_deviation_1(
+    channels: int, side: int, spread: float, centre: float, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(spread, 2 * spread, channels).view(-1, 1, 1)
+    pixels = torch.rand(7, channels, side, side + 1, generator=draw) * scale + centre
+    normalisation = Normalisation.fit(pixels)
+    images = normalisation.apply(pixels)
+    numpy = pixels.double().numpy()
+    np.testing.assert_allclose(normalisation.mean, numpy.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(normalisation.std, numpy.std((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(images.double().mean((0, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(images.double().numpy().std((0, 2, 3)), 1, atol=1e-4)
+    torch.testing.assert_close(normalisation.invert(images), pixels, rtol=0, atol=2e-6)
+
+
+@given(st.integers(0, 255), st.integers(2, 400))
+def test_a_constant_channel_is_only_centred(value: int, count: int) -> None:
+    pixels = torch.rand(count, 2, 3, 3)
+    pixels[:, 1] = torch.tensor(value, dtype=torch.uint8).float() / 255
+    normalisation = Normalisation.fit(pixels)
+    assert normalisation.std[1] == 1.0
+    assert 0 < normalisation.std[0] < 1
+    assert normalisation.apply(pixels)[:, 1].abs().max() < 1e-6
+
+
+def test_a_normalisation_survives_json_and_keeps_the_type_of_images() -> None:
+    normalisation = Normalisation.fit(torch.rand(9, 3, 4, 4))
+    assert Normalisation.from_dict(json.loads(json.dumps(normalisation.to_dict()))) == normalisation
+    assert normalisation.apply(torch.rand(2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+# ---- splits ----
+
+
+def numbered(labels: list[int], classes: int | None = None) -> Pixels:
+    """One-pixel images, each of a value of its own."""
+    count = classes or max(labels) + 1
+    values = torch.arange(len(labels), dtype=torch.float32).div(len(labels)).view(-1, 1, 1, 1)
+    test = torch.zeros(1, 1, 1, 1)
+    names = tuple(f"class {k}" for k in range(count))
+    return Pixels(names, values, torch.tensor(labels), test, torch.zeros(1, dtype=torch.int64))
+
+
+def numbers(found: ImageData, part: Split) -> list[int]:
+    """Which images of :func:`numbered` a split holds."""
+    values = found.normalisation.invert(part.images).flatten()
+    return (values * len(found.full_train)).round().int().tolist()
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=6), st.floats(0.01, 0.99), st.randoms(use_true_random=False))
+def test_the_validation_images_are_a_share_of_every_class_and_the_others_remain(
+    sizes: list[int], fraction: float, shuffled: Any
+) -> None:
+    labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+    shuffled.shuffle(labels)
+    found = prepare("numbered", numbered(labels), fraction)
+    train, held_out = numbers(found, found.train), numbers(found, found.validation)
+    assert sorted(train + held_out) == list(range(len(labels)))
+    assert [labels[i] for i in train] == found.train.labels.tolist()
+    assert [labels[i] for i in held_out] == found.validation.labels.tolist()
+    for label, size in enumerate(sizes):
+        count = len(found.validation.rows_of(label))
+        assert 1 <= count < size
+        assert abs(count - fraction * size) <= max(0.5, 1 - fraction * size, 1 - (1 - fraction) * size)
+
+
+def test_the_validation_images_are_the_same_every_time_and_are_drawn_at_random() -> None:
+    pixels = numbered([0] * 40 + [1] * 40)
+    torch.manual_seed(1)
+    first = prepare("numbered", pixels, 0.25)
+    torch.manual_seed(2)
+    second = prepare("numbered", pixels, 0.25)
+    held_out = numbers(first, first.validation)
+    assert held_out == numbers(second, second.validation)
+    assert len(held_out) == 20
+    assert held_out[:10] != list(range(10))
+    assert held_out[:10] != list(range(30, 40))
+
+
+def test_a_stratified_mask_never_takes_a_whole_class() -> None:
+    assert stratified_mask(torch.tensor([2, 0, 2, 0]), 3, 0.99).sum() == 2
+    assert not stratified_mask(torch.tensor([0]), 2, 0.5).any()
+
+
+def test_normalisation_is_fitted_on_all_training_images_and_not_on_the_test_images() -> None:
+    pixels = numbered([0, 0, 1, 1])
+    found = prepare("numbered", replace(pixels, test=torch.full((1, 1, 1, 1), 9.0)), 0.5)
+    assert found.normalisation == Normalisation.fit(pixels.train)
+    assert found.normalisation.invert(found.test.images).item() == pytest.approx(9.0)
+
+
+def test_bytes_are_scaled_to_the_unit_interval() -> None:
+    pixels = numbered([0, 0])
+    bytes_ = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    assert prepare("bytes", replace(pixels, train=bytes_, test=bytes_[:1]), 0.5).normalisation.mean == (0.5,)
+
+
+def test_the_full_training_set_is_put_together_once() -> None:
+    found = prepare("numbered", numbered([0, 0, 1, 1, 1]), 0.3)
+    assert found.full_train is found.full_train
+    assert sorted(numbers(found, found.full_train)) == [0, 1, 2, 3, 4]
+    moved = found.to(torch.device("cpu"))
+    assert torch.equal(moved.full_train.images, found.full_train.images)
+    assert found.train.rows(torch.tensor([1])).images.shape == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_labels": torch.tensor([0, 0, 1, 2])}, r"training labels must lie in \[0, 2\), got 0\.\.2"),
+        ({"train_labels": torch.tensor([0, -1, 1, 1])}, r"training labels must lie in \[0, 2\), got -1\.\.1"),
+        ({"test_labels": torch.tensor([2])}, r"test labels must lie in \[0, 2\), got 2\.\.2"),
+        ({"train_labels": torch.tensor([0, 0, 1])}, "there are 4 training images but 3 labels"),
+        ({"test": torch.zeros(0, 1, 1, 1)}, "there are no test images"),
+        ({"test": torch.zeros(1, 3, 1, 1)}, r"must have the shape of training images \(1, 1, 1\), got \(3, 1, 1\)"),
+        ({"train_labels": torch.tensor([0, 0, 0, 1])}, "class 'class 1' must have at least 2 training images, got 1"),
+        ({"train_labels": torch.tensor([0, 0, 0, 0])}, "class 'class 1' must have at least 2 training images, got 0"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_the_data_set(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^mine: .*{message}"):
+        prepare("mine", replace(numbered([0, 0, 1, 1]), **change), 0.1)
+
+
+def test_too_few_images_to_start_from_are_counted_by_class() -> None:
+    split = Split(torch.zeros(5, 1, 1, 1), torch.tensor([0, 0, 0, 1, 1]))
+    require_images_per_class(split, 2, ("ant", "bee"))
+    with pytest.raises(UsageError, match=r"ipc must be at most .*, got 3: class 'bee' has 2"):
+        require_images_per_class(split, 3, ("ant", "bee"))
+    with pytest.raises(UsageError, match="class 'wasp' has 0"):
+        require_images_per_class(split, 1, ("ant", "bee", "wasp"))
