@@ -1,4 +1,4 @@
-"""Union evaluation (design 5.5): what fresh networks learn from the growing union, and what they learn without it."""
+"""Union evaluation: what fresh networks learn from the growing union, and what they learn without it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,7 @@ Course = list[tuple[Tensor, Tensor, float, int, list[int]]]
 
 
 def evaluate_run(
-    run: Run,
-    reporter: Reporter = SILENT,
-    repeats: int | None = None,
-    against: Path | None = None,
-    device: str | None = None,
+    run: Run, reporter: Reporter = SILENT, repeats: int | None = None, against: Path | None = None
 ) -> dict[str, Any]:
     """Trains fresh networks on the distilled set of ``run`` and on what it is compared with; writes evaluation.json.
 
@@ -41,11 +37,10 @@ def evaluate_run(
     Args:
         repeats: fresh networks; None: what the run's configuration says.
         against: another run directory or distilled set on the same data.
-        device: where to compute; None: as the run was configured.
 
     Returns:
-        the content of evaluation.json (design 4). Accuracies are percent of the test images; ``std`` is the sample
-        standard deviation over repeats, 0 for one repeat.
+        the content of evaluation.json. Accuracies are percent of the test images; ``std`` is the sample standard
+        deviation over repeats, 0 for one repeat.
 
     Raises:
         UsageError: ``run`` is not finished, or ``against`` does not fit it.
@@ -55,7 +50,7 @@ def evaluate_run(
     if repeats is not None and repeats < 1:
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     config = replace(run.config, repeats=repeats or run.config.repeats)
-    bench = Workbench.prepare(config, device)
+    bench = Workbench.prepare(config)
     union = Union.load(run.distilled_file, bench)
     other = _load_other(against, bench) if against is not None else None
 

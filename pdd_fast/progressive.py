@@ -6,16 +6,14 @@ what lies in its directory: a run that was killed goes on with the same bits.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from pdd_fast.data import require_images_per_class
+from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.experts import ensure_experts, record_trajectories
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
@@ -28,7 +26,7 @@ from pdd_fast.workbench import Workbench
 
 
 def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
-    """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors`` (design 5.1 to 5.4).
+    """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors``.
 
     Raises:
         UsageError: data are missing or too few; the configuration does not fit them.
@@ -57,7 +55,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
 
 
 def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter) -> None:
-    """Trajectories for the stage after ``union`` (design 5.4): each start network is trained on the union and then,
+    """Trajectories for the stage after ``union``: each start network is trained on the union and then,
     recorded, on real data. Starts are chained: they are those of the stage before, trained further."""
     stage = union.stages + 1
     before = run.experts_dir if stage == 2 else run.stage_trajectories_dir(stage - 1)
@@ -95,7 +93,7 @@ class _Best:
 
 class _Selection:
     """Judges a stage's images as the final evaluation will: networks that were trained through the earlier unions are
-    trained on this one and scored on held-out images (design 5.3)."""
+    trained on this one and scored on held-out images."""
 
     def __init__(self, bench: Workbench, union: Union) -> None:
         self._bench, self._union = bench, union
@@ -139,7 +137,7 @@ def _run_stage(run: Run, bench: Workbench, union: Union, folder: Path, reporter:
     )
     method = METHODS[config.base](problem)
     best = _resume(run, stage, method)
-    run.truncate_metrics(stage, method.iteration)
+    run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)
     selection = _Selection(bench, union)
     try:
         with reporter.task(
@@ -157,11 +155,7 @@ def _run_stage(run: Run, bench: Workbench, union: Union, folder: Path, reporter:
                 values = method.step()
                 seconds = time.perf_counter() - began
                 run.metrics.append(
-                    stage=stage,
-                    iteration=method.iteration,
-                    **values,
-                    seconds=seconds,
-                    memory=memory_bytes(bench.device),
+                    stage=stage, iteration=method.iteration, **values, seconds=seconds, memory=peak_memory(bench.device)
                 )
                 task.advance(1, **values)
                 if time.monotonic() - saved > config.checkpoint_seconds:
@@ -210,11 +204,3 @@ def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
         return None
     images = tensors["best.images"].to(method.images.device)
     return _Best(images, state["rate"], state["accuracy"], int(state["iteration"]), int(state["judged"]))
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the device for CUDA, resident memory of this process otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

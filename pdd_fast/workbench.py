@@ -31,13 +31,13 @@ class Workbench:
     dsa: DSA
 
     @classmethod
-    def prepare(cls, config: Config, device: str | None = None) -> Workbench:
+    def prepare(cls, config: Config) -> Workbench:
         """Loads the data and builds the network.
 
         Raises:
             UsageError: data are missing or do not fit the configuration, or the device cannot be used.
         """
-        where = resolve_device(device or config.device)
+        where = resolve_device(config.device)
         images = load(config.dataset, config.data_dir, config.validation_fraction)
         side = min(images.image_size)
         if side < 2**config.depth:

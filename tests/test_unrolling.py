@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,15 +136,20 @@ def test_equals_plain_autograd_whatever_the_sizes(
 def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
     case: str, engine: str, device: torch.device
 ) -> None:
-    exact = make(**CASES[case])
-    truth = exact.gradients(plain.unroll)
-    rounded = exact.to(torch.float32, device)
-    plain_error = {n: relative_error(g, truth[n]) for n, g in rounded.gradients(plain.unroll).items()}
-    for name, gradient in rounded.gradients(pdd_fast.unroll, engine=engine).items():
-        error = relative_error(gradient, truth[name])
-        assert error <= max(3 * plain_error[name], 1e-6), name
+    """Medians over seven problems: one error of a single number, like the rate's gradient, is small by chance."""
+    found, plain_found = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
+    for seed in range(7):
+        exact = make(**CASES[case], seed=seed)
+        truth = exact.gradients(plain.unroll)
+        rounded = exact.to(torch.float32, device)
+        for name, gradient in rounded.gradients(plain.unroll).items():
+            plain_found[name].append(relative_error(gradient, truth[name]))
+        for name, gradient in rounded.gradients(pdd_fast.unroll, engine=engine).items():
+            found[name].append(relative_error(gradient, truth[name]))
+    for name, errors in found.items():
+        assert statistics.median(errors) <= max(3 * statistics.median(plain_found[name]), 1e-6), name
         # An activation that crosses zero by rounding changes the gradient by its whole share: up to 1e-3.
-        assert error <= 1e-3, name
+        assert max(errors) <= 1e-3, name
 
 
 @ENGINES

@@ -110,7 +110,8 @@ class TrajectoryMatching:
         if not math.isfinite(loss) or not bool(torch.isfinite(new.images).all()):
             raise RunError(
                 f"{where}: the matching loss is {loss:g} and the images are no longer finite; start again with a "
-                f"smaller lr_img (now {config.lr_img:g}) or inner_lr (now {config.inner_lr:g})"
+                f"smaller lr_img (now {config.lr_img:g}), lr_lr (now {config.lr_lr:g}) or inner_lr (now "
+                f"{config.inner_lr:g})"
             )
         rate = float(new.rate)
         if not rate > 0:

@@ -1,0 +1,139 @@
+"""Union evaluation: its file, its fairness, and its numbers against a loop written with torch.optim."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+import pdd_fast
+from pdd_fast.config import resolve
+from pdd_fast.errors import UsageError
+from pdd_fast.evaluate import evaluate_run
+from pdd_fast.networks.parameters import initial_parameters
+from pdd_fast.progressive import distill
+from pdd_fast.runs import Run
+from pdd_fast.workbench import Workbench
+
+
+def finished(path: Path, **changes: Any) -> Run:
+    run = Run.create(path, resolve(**(tiny.SETTINGS | changes)))
+    distill(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished(tmp_path_factory.mktemp("evaluate") / "run", union_epochs=30, inner_lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def evaluation(run: Run) -> dict[str, Any]:
+    return evaluate_run(run)
+
+
+def of(evaluation: dict[str, Any], name: str) -> dict[str, Any]:
+    (result,) = [r for r in evaluation["results"] if r["name"] == name]
+    return result
+
+
+def test_the_file_holds_what_was_returned(run: Run, evaluation: dict[str, Any]) -> None:
+    assert json.loads(run.evaluation_file.read_text()) == evaluation
+    assert evaluation["stages"] == 3
+    assert evaluation["steps"] == [30, 30, 30]  # 10, 20 and 30 images: one batch an epoch
+    assert evaluation["protocol"]["images_per_class"] == [1, 2, 3]
+    assert [r["name"] for r in evaluation["results"]] == ["pdd", "random", "last-union"]
+    for result in evaluation["results"]:
+        assert (result["labels"], result["network"]) == ("hard", "ConvNet")
+        assert len(result["seeds"]) == len(result["accuracy"]) == 2
+        columns = list(zip(*result["accuracy"], strict=True))
+        assert len(columns) == 3
+        assert result["mean"] == pytest.approx([statistics.fmean(c) for c in columns])
+        assert result["std"] == pytest.approx([statistics.stdev(c) for c in columns])
+        assert all(0 <= a <= 100 for row in result["accuracy"] for a in row)
+
+
+def test_every_result_starts_from_the_same_networks_and_repeats_from_different_ones(evaluation: dict[str, Any]) -> None:
+    seeds = {tuple(result["seeds"]) for result in evaluation["results"]}
+    assert len(seeds) == 1
+    assert len(set(seeds.pop())) == 2
+    assert len({tuple(row) for row in of(evaluation, "random")["accuracy"]}) == 2
+
+
+def test_numbers_equal_those_of_a_loop_with_torch_optim(run: Run, evaluation: dict[str, Any]) -> None:
+    """The protocol as a user would write it: one optimiser through all unions, its momentum kept."""
+    bench, distilled = Workbench.prepare(run.config), pdd_fast.load_distilled(run.path)
+    net = pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
+    dsa = pdd_fast.DSA(run.config.augment)
+    for repeat, expected in enumerate(of(evaluation, "pdd")["accuracy"]):
+        pdd_fast.load_parameters(net, initial_parameters(net, of(evaluation, "pdd")["seeds"][repeat]))
+        optimiser = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+        for stage in (1, 2, 3):
+            union, rate = distilled.union(stage), float(distilled.learning_rates[stage - 1])
+            draw = bench.generator("evaluation", repeat, stage - 1)
+            for step in range(30):
+                order = torch.randperm(len(union.images), generator=draw)
+                images = pdd_fast.augment(union.images[order], dsa.sample(len(order), 8, draw))
+                optimiser.param_groups[0]["lr"] = rate if step < 15 else rate / 10
+                optimiser.zero_grad()
+                F.cross_entropy(net(images), union.labels[order]).backward()
+                optimiser.step()
+            with torch.no_grad():
+                right = (net(bench.data.test.images).argmax(1) == bench.data.test.labels).float().mean()
+            # One image in 360 may lie so near a boundary that rounding decides.
+            assert 100 * float(right) == pytest.approx(expected[stage - 1], abs=0.6)
+
+
+def test_last_union_is_trained_from_the_start_for_as_many_steps(run: Run, evaluation: dict[str, Any]) -> None:
+    scores = of(evaluation, "last-union")["accuracy"]
+    assert all(len(row) == 3 for row in scores)
+    assert scores != of(evaluation, "pdd")["accuracy"]
+
+
+def test_same_numbers_again(run: Run, evaluation: dict[str, Any]) -> None:
+    assert evaluate_run(run) == evaluation
+
+
+def test_more_repeats_begin_with_the_same_ones(run: Run, evaluation: dict[str, Any]) -> None:
+    more = evaluate_run(run, repeats=3)
+    for result in more["results"]:
+        assert result["accuracy"][:2] == of(evaluation, result["name"])["accuracy"]
+        assert len(result["accuracy"]) == 3
+    evaluate_run(run)  # the file is the other tests' too
+
+
+def test_one_repeat_has_no_deviation(run: Run) -> None:
+    assert of(evaluate_run(run, repeats=1), "pdd")["std"] == [0.0, 0.0, 0.0]
+    evaluate_run(run)
+
+
+def test_against_a_set_of_one_stage(run: Run, evaluation: dict[str, Any], tmp_path: Path) -> None:
+    other = finished(tmp_path / "one", stages=1)
+    found = evaluate_run(run, against=other.path)
+    assert [r["name"] for r in found["results"]] == ["pdd", "random", "last-union", "one-stage"]
+    assert of(found, "pdd") == of(evaluation, "pdd")
+    assert found["protocol"]["against"] == str(other.path)
+    as_file = evaluate_run(run, against=other.distilled_file)
+    assert of(as_file, "one-stage") == of(found, "one-stage")
+    evaluate_run(run)
+
+
+def test_what_cannot_be_evaluated_is_refused(run: Run, tmp_path: Path) -> None:
+    unfinished = Run.create(tmp_path / "unfinished", run.config)
+    with pytest.raises(UsageError, match="holds no finished distilled set; continue it"):
+        evaluate_run(unfinished)
+    with pytest.raises(UsageError, match="repeats must be at least 1, got 0"):
+        evaluate_run(run, repeats=0)
+    with pytest.raises(UsageError, match="does not exist"):
+        evaluate_run(run, against=tmp_path / "nowhere")
+    foreign = pdd_fast.load_distilled(run.path)
+    foreign.metadata["data"] = "mnist"
+    foreign.save(tmp_path / "foreign.safetensors")
+    with pytest.raises(UsageError, match=r"--against must name a run on digits .*, got .* on mnist"):
+        evaluate_run(run, against=tmp_path / "foreign.safetensors")
