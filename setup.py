@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -40,7 +42,7 @@ CXX_FLAGS = [
 class Plan:
     """What will be built, and why."""
 
-    cxx: str
+    cxx: str  # a command line: CXX may be "ccache g++"
     levels: list[str]
     openmp: bool
     nvcc: str | None = None
@@ -68,12 +70,15 @@ def output_of(*command: str) -> str:
 
 
 def compiler_version(cxx: str) -> str:
-    return output_of(cxx, "--version").splitlines()[0]
+    return output_of(*shlex.split(cxx), "--version").splitlines()[0]
 
 
 def supports(cxx: str, *flags: str) -> bool:
-    command = [cxx, *flags, "-x", "c++", "-", "-o", os.devnull]
-    return subprocess.run(command, input="int main() {}", capture_output=True, text=True).returncode == 0
+    command = [*shlex.split(cxx), *flags, "-x", "c++", "-", "-o", os.devnull]
+    try:
+        return subprocess.run(command, input="int main() {}", capture_output=True, text=True).returncode == 0
+    except OSError:
+        return False
 
 
 def find_nvcc() -> str | None:
@@ -84,11 +89,15 @@ def find_nvcc() -> str | None:
 
 
 def decide() -> Plan:
-    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    found = shutil.which("g++") or shutil.which("clang++")
+    cxx = os.environ.get("CXX") or (shlex.quote(found) if found else None)
     if cxx is None:
         sys.exit("pdd-fast: a C++17 compiler is needed to build; install g++ or clang++, or set CXX")
+    if not supports(cxx, "-std=c++17"):
+        sys.exit(f"pdd-fast: a C++17 compiler is needed to build, but {cxx} does not compile; set CXX to another")
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    levels = [level for level in CPU_LEVELS if level == "baseline" or x86]
+    # All levels or the baseline alone, as the binding has it: gcc knows x86-64-v3 from release 11 on, clang from 12.
+    levels = list(CPU_LEVELS) if x86 and all(supports(cxx, *flags) for flags in CPU_LEVELS.values()) else ["baseline"]
     plan = Plan(cxx=cxx, levels=levels, openmp=supports(cxx, "-fopenmp"))
 
     wanted = os.environ.get("PDD_FAST_CUDA", "auto")
@@ -102,16 +111,36 @@ def decide() -> Plan:
             sys.exit("pdd-fast: PDD_FAST_CUDA=1 but no nvcc on PATH or in CUDA_HOME")
         plan.cuda_reason = "no nvcc on PATH or in CUDA_HOME"
     else:
-        known = {line.strip().removeprefix("compute_") for line in output_of(nvcc, "--list-gpu-arch").split()}
-        asked = os.environ.get("PDD_FAST_CUDA_ARCHS")
-        archs = asked.replace(";", ",").split(",") if asked else [arch for arch in CUDA_ARCHS if arch in known]
-        unknown = [arch for arch in archs if arch not in known]
+        try:
+            listed, version = output_of(nvcc, "--list-gpu-arch"), output_of(nvcc, "--version")
+        except (OSError, subprocess.CalledProcessError):  # broken, or too old to know the question
+            if wanted == "1":
+                sys.exit(f"pdd-fast: PDD_FAST_CUDA=1 but {nvcc} does not name its architectures")
+            plan.cuda_reason = "nvcc does not name its architectures"
+            return plan
+        known = [line.removeprefix("compute_") for line in listed.split()]
+        asked = os.environ.get("PDD_FAST_CUDA_ARCHS", "").replace(";", ",").split(",")
+        archs = [arch.strip() for arch in asked if arch.strip()] or [arch for arch in CUDA_ARCHS if arch in known]
+        unknown = [arch for arch in archs if arch.rstrip("af") not in known]
         if unknown:
-            sys.exit(f"pdd-fast: PDD_FAST_CUDA_ARCHS: this nvcc does not know {', '.join(unknown)}")
+            sys.exit(
+                f"pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows ({', '.join(known)}), got "
+                f"{', '.join(unknown)}"
+            )
         plan.nvcc, plan.cuda_archs = nvcc, archs
-        plan.nvcc_version = output_of(nvcc, "--version").split("release ")[1].split(",")[0]
+        plan.nvcc_version = version.split("release ")[1].split(",")[0]
         plan.cuda_reason = "PDD_FAST_CUDA=1" if wanted == "1" else "nvcc found"
     return plan
+
+
+def argument(path: str | Path) -> str:
+    """A path in a command of a ninja file."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def file(path: str | Path) -> str:
+    """A path among the inputs and outputs of a ninja file."""
+    return re.sub(r"([ :$])", r"$\1", str(path))
 
 
 class NinjaFile:
@@ -121,8 +150,8 @@ class NinjaFile:
         import pybind11
 
         self.plan, self.folder = plan, folder
-        include = [f"-I{ROOT / 'csrc'}"]
-        python = [f"-isystem {sysconfig.get_paths()['include']}", f"-isystem {pybind11.get_include()}"]
+        include = [f"-I{argument(ROOT / 'csrc')}"]
+        python = [f"-isystem {argument(path)}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
         werror = ["-Werror"] if os.environ.get("PDD_FAST_WERROR") == "1" else []
         openmp = ["-fopenmp"] if plan.openmp else []
         link = ["-shared", *openmp, *(["-undefined dynamic_lookup"] if sys.platform == "darwin" else ["-s"])]
@@ -131,6 +160,7 @@ class NinjaFile:
         if gencode:
             newest = max(plan.cuda_archs, key=lambda arch: int(arch.rstrip("af")))
             gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        cxx, compiler = plan.cxx.replace("$", "$$"), argument(plan.nvcc or "nvcc")
         nvcc_werror = ["-Werror all-warnings"] if werror else []
         nvcc = ["-std=c++17", "-O3", "-DPDD_BACKEND=cuda", "-Xcompiler=-fPIC,-fvisibility=hidden", *nvcc_werror]
         self.lines = [
@@ -139,26 +169,26 @@ class NinjaFile:
             f"python = {' '.join(python)}",
             f"nvccflags = {' '.join([*nvcc, *include, *gencode])}",
             "rule cxx",
-            f"  command = {plan.cxx} -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
+            f"  command = {cxx} -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvcc",
-            f"  command = {plan.nvcc} -MD -MF $out.d $nvccflags -c $in -o $out",
+            f"  command = {compiler} -MD -MF $out.d $nvccflags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {plan.cxx} $in {' '.join(link)} -o $out",
+            f"  command = {cxx} $in {' '.join(link)} -o $out",
             # nvcc knows where its own runtime lies; statically linked, the library loads without a driver.
             "rule cuda_link",
-            f"  command = {plan.nvcc} -shared -cudart static -Xlinker -s $in -o $out",
+            f"  command = {compiler} -shared -cudart static -Xlinker -s $in -o $out",
         ]
 
     def object(self, rule: str, source: str, name: str, flags: str = "") -> str:
-        self.lines += [f"build {name}.o: {rule} {ROOT / 'csrc' / source}", f"  flags = {flags}"]
+        self.lines += [f"build {name}.o: {rule} {file(ROOT / 'csrc' / source)}", f"  flags = {flags}"]
         return f"{name}.o"
 
     def library(self, rule: str, target: Path, objects: list[str]) -> None:
-        self.lines.append(f"build {target}: {rule} {' '.join(objects)}")
+        self.lines.append(f"build {file(target)}: {rule} {' '.join(objects)}")
 
     def cpu(self, target: Path) -> None:
         objects = [
@@ -181,9 +211,12 @@ class NinjaFile:
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        ninja = Path(sys.executable).parent / "ninja"
-        command = [str(ninja)] if ninja.is_file() else [shutil.which("ninja") or "ninja"]
-        subprocess.run([*command, "-C", str(self.folder)], check=True)
+        beside = Path(sys.executable).parent / "ninja"
+        ninja = str(beside) if beside.is_file() else shutil.which("ninja")
+        if ninja is None:
+            sys.exit("pdd-fast: ninja is needed to build; install it with `pip install ninja`")
+        if subprocess.run([ninja, "-C", str(self.folder)]).returncode:
+            sys.exit("pdd-fast: the kernels do not compile; the compiler's messages are above")
 
 
 class BuildKernels(build_ext):
@@ -194,6 +227,10 @@ class BuildKernels(build_ext):
         print(*plan.describe(), sep="\n", flush=True)
         ninja = NinjaFile(plan, Path(self.build_temp).resolve() / "kernels")
         targets = {"_cpu": ninja.cpu} | ({"_cuda": ninja.cuda} if plan.nvcc else {})
+        for ext in self.extensions:
+            # One that an earlier build left in place would be installed, and preferred, without having been asked for.
+            if ext.name.rpartition(".")[2] not in targets:
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         self.extensions = [ext for ext in self.extensions if ext.name.rpartition(".")[2] in targets]
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name)).resolve()

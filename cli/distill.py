@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
-from pdd_fast.cli import output
-from pdd_fast.cli.options import configuration, given_settings, require_same, run_options
 
+from pdd_fast.cli import output
+from pdd_fast.cli.options import FREE, configuration, continued, given_settings, run_options
 from pdd_fast.errors import UsageError
 
 
@@ -22,20 +24,15 @@ def command(resume: bool, **options: Any) -> None:
 
     Trains the experts first if there are none. Ctrl-C (or a kill) leaves a run that --resume continues.
     """
-    run = start(resume, **options)
-    from pdd_fast.evaluate import evaluate_run
-    from pdd_fast.progressive import distill
+    with begun("distill", resume, **options) as run:
+        from pdd_fast.cli.show import draw
+        from pdd_fast.evaluate import evaluate_run
+        from pdd_fast.progressive import distill
 
-    reporter = output.reporter()
-    try:
+        reporter = output.reporter()
         distill(run, reporter)
         evaluation = run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)
-    except KeyboardInterrupt as error:
-        error.continue_with = f"pdd-fast distill --resume --run-dir {shlex.quote(str(run.path))}"  # type: ignore[attr-defined]
-        raise
-    from pdd_fast.cli.show import draw
-
-    files = [run.distilled_file, run.evaluation_file, *draw(run)]
+        files = [run.distilled_file, run.evaluation_file, *draw(run)]
     if options["as_json"]:
         output.print_json({"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation})
         return
@@ -43,8 +40,36 @@ def command(resume: bool, **options: Any) -> None:
     output.print_files(files)
 
 
-def start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
-    """The run that the flags ask for, new or continued."""
+@contextmanager
+def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
+    """The run that the flags ask for, new or continued, to work on inside the block.
+
+    Where the block fails or is interrupted, the error says in ``continue_with`` how to go on. Where it fails before
+    anything was made, the new run goes away instead, so that the corrected call does not find it in its place.
+    """
+    run = _start(resume, **options)
+    try:
+        yield run
+    except BaseException as error:
+        if resume or isinstance(error, KeyboardInterrupt) or not _removed(run):
+            again = ["pdd-fast", command, "--resume", "--run-dir", str(run.path)]
+            if resume:  # a new run has these in its configuration
+                for key, value in given_settings(options).items():
+                    again += ["--set", f"{key}={value}"] if key in FREE else []
+            error.continue_with = shlex.join(again)  # type: ignore[attr-defined]
+        raise
+
+
+def _removed(run: Any) -> bool:
+    """Removes a run that nothing was made in, unless another process took it up; whether it is gone."""
+    with suppress(UsageError, OSError), run.lock():
+        files = [entry for entry in run.path.rglob("*") if not entry.is_dir()]
+        if {entry.name for entry in files} <= {"config.json", ".lock"}:
+            shutil.rmtree(run.path, ignore_errors=True)  # leaves "." and a link to a folder, emptied or not
+    return not (run.path / "config.json").exists()
+
+
+def _start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
     from pdd_fast.runs import Run, default_run_dir
 
     if not resume:
@@ -54,6 +79,4 @@ def start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
     if not path.exists():
         raise UsageError(f"{path} does not exist: there is nothing to resume; leave --resume out to begin")
     run = Run.open(path)
-    require_same(run.config, options)
-    device = given_settings(options).get("device")
-    return run if device is None else Run(run.path, replace(run.config, device=device))
+    return Run(run.path, continued(run.config, options))

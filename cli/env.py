@@ -8,9 +8,9 @@ from importlib import resources
 from typing import Any
 
 import click
-from pdd_fast.cli import output
 
 from pdd_fast._version import __version__
+from pdd_fast.cli import output
 
 _REBUILD = "install again with `pip install --force-reinstall --no-deps --verbose .` and read what the build prints"
 
@@ -36,28 +36,37 @@ def command(as_json: bool) -> None:
         print(f"  {sentence}")
 
 
+def _record() -> Any:
+    return json.loads((resources.files("pdd_fast") / "_build.json").read_text(encoding="utf-8"))
+
+
 def _built(advice: list[str]) -> dict[str, str]:
     try:
-        record = json.loads((resources.files("pdd_fast") / "_build.json").read_text())
+        record = _record()
         cpu, cuda = record["cpu"], record["cuda"]
-    except (OSError, ValueError, KeyError):
+        built = {
+            "compiler": cpu["compiler"],
+            "CPU kernels": ", ".join(cpu["levels"]) + ("" if cpu["openmp"] else ", one thread (no OpenMP)"),
+            "CUDA kernels": f"nvcc {cuda['nvcc']}, sm_" + ", sm_".join(cuda["archs"]) + " and PTX" if cuda else "none",
+        }
+        if not cuda:
+            built["why no CUDA"] = record["cuda_reason"]
+    except (OSError, ValueError, KeyError, TypeError):
         advice.append(f"the record of the build is missing: {_REBUILD}")
         return {"record": "missing"}
-    built = {
-        "compiler": cpu["compiler"],
-        "CPU kernels": ", ".join(cpu["levels"]) + ("" if cpu["openmp"] else ", one thread (no OpenMP)"),
-        "CUDA kernels": f"nvcc {cuda['nvcc']}, sm_" + ", sm_".join(cuda["archs"]) + " and PTX" if cuda else "none",
-    }
-    if not cuda:
-        built["why no CUDA"] = record["cuda_reason"]
     return built
+
+
+def _fails(error: Exception) -> str:
+    """What an import that fails says; releases that do not fit each other fail in all kinds of ways."""
+    return f"fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def _torch(facts: dict[str, dict[str, str]], advice: list[str]) -> Any:
     try:
         import torch
-    except (ImportError, OSError, RuntimeError) as error:
-        facts["torch"] = {"import": f"fails: {str(error).splitlines()[0]}"}
+    except Exception as error:
+        facts["torch"] = {"import": _fails(error)}
         advice.append("torch does not import: install it with `pip install torch`")
         return None
     found = {"version": torch.__version__, "threads": str(torch.get_num_threads())}
@@ -79,12 +88,31 @@ def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) ->
         library = _native.load(device)
         if library is not None:
             facts[f"{device.upper()} kernels"] = {"library": "loads", **library.capabilities()}
+            if device == "cuda" and torch.cuda.is_available():
+                _architectures(torch, advice)
             continue
         facts[f"{device.upper()} kernels"] = {"library": str(_native.load_error(device))}
         if device == "cpu":
             advice.append(f"the CPU kernels are missing and the slower reference runs in their place: {_REBUILD}")
         elif torch.cuda.is_available():
             advice.append(f"a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then {_REBUILD}")
+
+
+def _architectures(torch: Any, advice: list[str]) -> None:
+    """Whether the kernels run on every GPU: machine code of the same major version, or PTX of an older one."""
+    try:
+        built = _record()["cuda"]["archs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    codes = [divmod(int(arch.rstrip("af")), 10) for arch in built]
+    for i in range(torch.cuda.device_count()):
+        gpu = tuple(torch.cuda.get_device_capability(i))
+        if not any(code[0] == gpu[0] and code <= gpu for code in codes) and not max(codes) <= gpu:
+            number = f"{gpu[0]}{gpu[1]}"
+            advice.append(
+                f"GPU {i} is an sm_{number}, which the CUDA kernels were not built for: with "
+                f"PDD_FAST_CUDA_ARCHS={number} set, {_REBUILD}"
+            )
 
 
 def _torchvision(facts: dict[str, dict[str, str]], advice: list[str]) -> None:
@@ -95,6 +123,6 @@ def _torchvision(facts: dict[str, dict[str, str]], advice: list[str]) -> None:
     except ModuleNotFoundError:
         facts["torchvision"] = {"import": "not installed"}
         advice.append("cifar10, cifar100, mnist, fashionmnist and svhn need torchvision: `pip install torchvision`")
-    except (ImportError, RuntimeError, OSError) as error:
-        facts["torchvision"] = {"import": f"fails: {str(error).splitlines()[0]}"}
+    except Exception as error:
+        facts["torchvision"] = {"import": _fails(error)}
         advice.append("torchvision does not import: install the release that belongs to the installed torch")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+
 from pdd_fast.cli import output
+from pdd_fast.cli.options import continued
 
 
 @click.command(name="evaluate")
@@ -16,22 +18,23 @@ from pdd_fast.cli import output
     help="Another run on the same data, e.g. of one stage and the same --ipc.",
 )  # fmt: skip
 @click.option("--device", default=None, help="auto, cpu, cuda or cuda:N. [default: the run's]")
+@click.option("--data-dir", default=None, help="Where torchvision's data sets lie. [default: as in the run]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
-def command(run_dir: Path, repeats: int | None, against: Path | None, device: str | None, as_json: bool) -> None:
+def command(run_dir: Path, repeats: int | None, against: Path | None, as_json: bool, **where: str | None) -> None:
     """Train fresh networks through the unions of RUN and report their test accuracy stage by stage.
 
     Beside it, with the same number of SGD steps: random real images and the last union alone.
     """
     from pdd_fast.cli.show import draw
-
     from pdd_fast.evaluate import evaluate_run
     from pdd_fast.runs import Run
 
     run = Run.open(run_dir)
-    evaluation = evaluate_run(run, output.reporter(), repeats=repeats, against=against, device=device)
-    draw(run)
+    run = Run(run.path, continued(run.config, where))
+    evaluation = evaluate_run(run, output.reporter(), repeats=repeats, against=against)
+    files = [run.evaluation_file, *draw(run)]
     if as_json:
         output.print_json(evaluation)
         return
     output.print_evaluation(evaluation)
-    output.print_files([run.evaluation_file, run.accuracy_file])
+    output.print_files(files)

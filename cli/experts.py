@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import click
+
 from pdd_fast.cli import output
-from pdd_fast.cli.distill import start
+from pdd_fast.cli.distill import begun
 from pdd_fast.cli.options import run_options
 
 
@@ -19,16 +19,12 @@ def command(resume: bool, **options: Any) -> None:
 
     `pdd-fast distill --resume --run-dir DIR` goes on from there.
     """
-    run = start(resume, **options)
-    from pdd_fast.experts import make_experts
-    from pdd_fast.trajectories import list_trajectories
+    with begun("experts", resume, **options) as run:
+        from pdd_fast.experts import make_experts
+        from pdd_fast.trajectories import list_trajectories
 
-    try:
         make_experts(run, output.reporter())
-    except KeyboardInterrupt as error:
-        error.continue_with = f"pdd-fast experts --resume --run-dir {shlex.quote(str(run.path))}"  # type: ignore[attr-defined]
-        raise
-    found = list_trajectories(run.experts_dir)
+        found = list_trajectories(run.experts_dir)
     reached = [trajectory.metadata["held_out_accuracy"] for trajectory in found]
     if options["as_json"]:
         output.print_json({"run": str(run.path), "experts": len(found), "held_out_accuracy": reached})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import io
 import os
 import signal
 import sys
 import tempfile
 import traceback
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
@@ -24,6 +25,8 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "env": "What was built, what was found, what to do about it.",
 }
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
+_SMALLER = "lower inner_batch, inner_steps, width or union_batch with --set"
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words, and those of torch's CPU allocator
 
 
 class LazyGroup(click.Group):
@@ -31,6 +34,22 @@ class LazyGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            close = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(COMMANDS)}"
+            ctx.fail(f"no such command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
@@ -59,6 +78,13 @@ def _terminate(signum: int, frame: Any) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 the work failed, 2 the call was wrong, 130 or 143 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the caller has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            # A table's ± must not end a run of hours where the terminal's encoding lacks it.
+            stream.reconfigure(errors="replace")
     sys.exit(run(arguments))
 
 
@@ -69,24 +95,40 @@ def run(arguments: list[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _say(_wrong_call(error), error.exit_code)
     except PddFastError as error:
         return _say(str(error), error.exit_status)
     except (KeyboardInterrupt, click.Abort) as error:
-        hint = getattr(error, "continue_with", None) or getattr(error.__cause__, "continue_with", None)
-        _say("interrupted" + (f"; continue with: {hint}" if hint else ""))
-        return TERMINATED if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated) else INTERRUPTED
+        # click raises Abort from what it caught.
+        interrupt = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+        _say("interrupted" + _hint(interrupt))
+        return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
     except OSError as error:
-        return _say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        sentence = error.strerror or _line(error)
+        return _say((f"{sentence}: {error.filename}" if error.filename else sentence) + _hint(error))
     except MemoryError:
-        return _say("out of memory; lower inner_batch, inner_steps, width or union_batch with --set")
+        return _say(f"out of memory; {_SMALLER}")
     except Exception as error:
-        if "out of memory" in str(error).lower():
-            return _say(
-                f"out of memory; lower inner_batch, inner_steps, width or union_batch with --set ({_line(error)})"
-            )
+        if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            return _say(f"out of memory; {_SMALLER} ({_line(error)})")
         return _internal(error)
+
+
+def _wrong_call(error: click.ClickException) -> str:
+    """click's message of up to three sentences and a usage, as one."""
+    sentence = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.NoSuchOption):  # whose message differs from release to release
+        close = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
+        sentence = f"no such option {error.option_name}{close}"
+    sentence = sentence[:1].lower() + sentence[1:]
+    return sentence if context is None or sentence.endswith("?") else f"{sentence}; see {context.command_path} --help"
+
+
+def _hint(error: BaseException) -> str:
+    """How to go on, where a command has said so (:func:`pdd_fast.cli.distill.begun`)."""
+    command = getattr(error, "continue_with", None)
+    return f"; continue with: {command}" if command else ""
 
 
 def _line(error: BaseException) -> str:
@@ -100,9 +142,13 @@ def _say(sentence: str, status: int = 1) -> int:
 
 def _internal(error: Exception) -> int:
     if os.environ.get("PDD_FAST_TRACEBACK") == "1":
-        traceback.print_exc()
+        traceback.print_exception(error)
         return 1
-    handle, name = tempfile.mkstemp(prefix="pdd-fast-", suffix=".txt")
-    with os.fdopen(handle, "w") as file:
-        traceback.print_exc(file=file)
-    return _say(f"internal error: {type(error).__name__}: {_line(error)}; the details are in {Path(name)}")
+    try:
+        handle, name = tempfile.mkstemp(prefix="pdd-fast-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+        details = f"the details are in {name}"
+    except OSError:
+        details = "PDD_FAST_TRACEBACK=1 shows the details"
+    return _say(f"internal error: {type(error).__name__}: {_line(error)}; {details}{_hint(error)}")

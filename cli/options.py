@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ _FLAGS = (  # flag, setting, type, what --help says
     ("--data-dir", "data_dir", str, "Where torchvision's data sets lie."),
     ("--select", "select", click.Choice(["validation", "test"]), "What the best images are chosen by."),
 )
+# What a continued run may be given anew, because its results do not depend on it.
+FREE = ("device", "data_dir", "checkpoint_seconds")
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,12 +47,11 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     """The settings that were asked for on the command line, --set among them."""
     settings = {setting: options[setting] for _, setting, _, _ in _FLAGS if options.get(setting) is not None}
     for assignment in options.get("assignments", ()):
-        key, equals, value = assignment.partition("=")
+        key, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals or not key:
             raise UsageError(f"--set must have the form KEY=VALUE, got {assignment!r}")
-        if key in settings and str(settings[key]) != value:
+        if str(settings.setdefault(key, value)) != value:
             raise UsageError(f"{key} is given twice: {settings[key]} and {value}")
-        settings[key.strip()] = value.strip()
     return settings
 
 
@@ -58,13 +60,20 @@ def configuration(options: dict[str, Any]) -> Config:
     return resolve(options.get("recipe"), **given_settings(options))
 
 
-def require_same(stored: Config, options: dict[str, Any]) -> None:
-    """Raises UsageError where a flag asks for something else than the run that is to be continued."""
+def continued(stored: Config, options: dict[str, Any]) -> Config:
+    """The configuration of a run that is continued: its own, but for where to compute and where the data lie.
+
+    Raises:
+        UsageError: a flag asks for another result than the run's.
+    """
     if options.get("recipe") is not None:
         raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")
+    config = stored
     for key, value in given_settings(options).items():
-        if key == "device":
-            continue  # where to compute is not what to compute
-        wanted = getattr(from_dict(stored.to_dict() | {key: value}), key)
-        if wanted != getattr(stored, key):
-            raise UsageError(f"{key} must be {getattr(stored, key)} as in the run that is continued, got {wanted}")
+        changed = from_dict(stored.to_dict() | {key: value})
+        if key in FREE:
+            config = replace(config, **{key: getattr(changed, key)})
+        elif changed != stored:
+            wanted, kept = getattr(changed, key), getattr(stored, key)
+            raise UsageError(f"{key} must be {kept} as in the run that is continued, got {wanted}")
+    return config

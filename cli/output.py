@@ -19,6 +19,7 @@ from rich.text import Text
 from pdd_fast.reporting import Reporter, Task
 
 _PLAIN_WIDTH = 100  # columns of a table that does not go to a terminal
+_SPEED_SECONDS = 600.0  # a bar's speed is that of so long; an iteration may take minutes
 _PLAIN_SECONDS = 10.0  # between two lines of one task where there is no terminal
 
 
@@ -32,6 +33,14 @@ def _values(values: dict[str, Any]) -> str:
         f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in values.items()
     )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 class _SecondsColumn(TextColumn):
@@ -58,7 +67,7 @@ class BarReporter(Reporter):
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _SecondsColumn(),
             TimeRemainingColumn(compact=True), TextColumn("{task.fields[shown]}"),
         )  # fmt: skip
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self._console, speed_estimate_period=_SPEED_SECONDS) as progress:
             number = progress.add_task(name, total=total, completed=done, unit=unit, shown="")
             shown: dict[str, Any] = {}
 
@@ -70,7 +79,7 @@ class BarReporter(Reporter):
             yield Bar()
 
     def message(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, markup=False)
 
 
 class LineReporter(Reporter):
@@ -85,10 +94,12 @@ class LineReporter(Reporter):
         def line() -> None:
             seconds = time.monotonic() - began
             now = state["done"]
-            each = seconds / (now - done) if now > done else 0.0
-            left = each * (total - now)
-            text = f"{name}: {now}/{total} {unit}s  {each:.3g} s/{unit}  {seconds:.0f} s"
-            self.message(text + (f", {left:.0f} s left" if now < total else "") + f"  {_values(shown)}".rstrip())
+            parts = [f"{name}: {now}/{total} {unit}s"]
+            if now > done:
+                each = seconds / (now - done)
+                parts.append(f"{each:.3g} s/{unit}")
+                parts.append(_duration(seconds) + (f", {_duration(each * (total - now))} left" if now < total else ""))
+            self.message("  ".join(parts + ([_values(shown)] if shown else [])))
 
         class Lines(Task):
             def advance(self, count: int = 1, **values: Any) -> None:
@@ -116,23 +127,21 @@ def _console() -> Console:
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """The table of an evaluation: a row per result, a column per stage."""
+    """The table of an evaluation: a row per stage, a column per result."""
     protocol = evaluation["protocol"]
     repeats = len(evaluation["results"][0]["seeds"])
-    table = Table(
-        title=f"Test accuracy on {protocol['data']}, percent, mean ± std over {repeats} fresh networks",
-        title_justify="left",
-    )
-    table.add_column("trained on")
-    for stage, (images, steps) in enumerate(
-        zip(protocol["images_per_class"], evaluation["steps"], strict=True), start=1
-    ):
-        table.add_column(f"stage {stage}\n{images} img/class\n{steps} steps", justify="right")
-    for result in evaluation["results"]:
-        cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(result["mean"], result["std"], strict=True)]
-        table.add_row(result["name"], *cells)
-    console = _console()
-    console.print(table)
+    networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
+    print(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}")
+    # Stages run downwards: there may be any number of them, and the table has to fit into 80 columns.
+    table = Table()
+    for name in ("stage", "ipc", "steps", *(result["name"] for result in evaluation["results"])):
+        table.add_column(name, justify="right")
+    rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
+    for stage, (images, steps) in enumerate(rows):
+        cells = [f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}" for result in evaluation["results"]]
+        table.add_row(str(stage + 1), str(images), str(steps), *cells)
+    sys.stdout.flush()
+    _console().print(table)
 
 
 def print_files(paths: list[Path]) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from pdd_fast.cli import output
 
+from pdd_fast.cli import output
 from pdd_fast.errors import UsageError
 
 

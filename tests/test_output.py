@@ -1,0 +1,235 @@
+"""What a person reads: progress as bars and as lines, the table of an evaluation."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pdd_fast.cli import output
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def evaluation(stages: int = 2, repeats: int = 2) -> dict[str, Any]:
+    """The parts of an evaluation that its table shows."""
+    return {
+        "protocol": {"data": "digits", "images_per_class": list(range(1, stages + 1))},
+        "stages": stages,
+        "steps": [100 * (s + 1) for s in range(stages)],
+        "results": [
+            {"name": name, "seeds": list(range(repeats)), "mean": [50.0 + n + 10 * s for s in range(stages)],
+             "std": [1.5 * s for s in range(stages)]}
+            for n, name in enumerate(("pdd", "random", "last-union"))
+        ],
+    }  # fmt: skip
+
+
+def test_bars_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert isinstance(output.reporter(), output.BarReporter)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert isinstance(output.reporter(), output.LineReporter)
+
+
+# ---- lines ----
+
+
+def test_lines_come_now_and_then_and_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with output.LineReporter().task("stage 1/2", total=20, unit="iteration") as task:
+        for i in range(20):
+            clock.now += 2.0
+            task.advance(1, loss=0.5 - i / 100, inner_lr=0.01)
+    out, err = capsys.readouterr()
+    assert out == ""
+    # A line after more than ten seconds: after 12, 24 and 36, then the last one.
+    assert err.splitlines() == [
+        "stage 1/2: 6/20 iterations  2 s/iteration  12 s, 28 s left  loss 0.45  inner lr 0.01",
+        "stage 1/2: 12/20 iterations  2 s/iteration  24 s, 16 s left  loss 0.39  inner lr 0.01",
+        "stage 1/2: 18/20 iterations  2 s/iteration  36 s, 4 s left  loss 0.33  inner lr 0.01",
+        "stage 1/2: 20/20 iterations  2 s/iteration  40 s  loss 0.31  inner lr 0.01",
+    ]
+
+
+def test_a_slow_unit_gets_a_line_each_and_long_times_are_in_hours(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with output.LineReporter().task("experts", total=100, unit="epoch") as task:
+        for _ in range(2):
+            clock.now += 90.0
+            task.advance(1, network=1)
+        lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "experts: 1/100 epochs  90 s/epoch  1 min 30 s, 2 h 28 min left  network 1",
+        "experts: 2/100 epochs  90 s/epoch  3 min 00 s, 2 h 27 min left  network 1",
+    ]
+
+
+def test_a_continued_task_counts_its_own_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with output.LineReporter().task("stage 2/2", total=1000, unit="iteration", done=900) as task:
+        clock.now += 20.0
+        task.advance(10, loss=0.5)
+        lines = capsys.readouterr().err.splitlines()
+    assert lines == ["stage 2/2: 910/1000 iterations  2 s/iteration  20 s, 3 min 00 s left  loss 0.5"]
+
+
+def test_nothing_is_said_of_the_speed_of_what_has_not_begun(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with output.LineReporter().task("stage 1/2", total=5, unit="iteration", done=5) as task:
+        clock.now += 20.0
+        task.advance(0, accuracy=12.345)
+    assert capsys.readouterr().err.splitlines() == ["stage 1/2: 5/5 iterations  accuracy 12.35"] * 2
+
+
+def test_a_task_that_fails_ends_without_a_last_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with output.LineReporter().task("stage 1/2", total=5, unit="iteration") as task:
+            task.advance(1)
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fail()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (61, "1 min 01 s"), (3599.4, "59 min 59 s"),
+        (3600, "1 h 00 min"), (90_061, "25 h 01 min"),
+    ],
+)  # fmt: skip
+def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> None:
+    assert output._duration(seconds) == text
+
+
+# ---- bars ----
+
+
+@pytest.fixture
+def bars(clock: Clock) -> tuple[output.BarReporter, Callable[[], str]]:
+    """A reporter with bars, and what its terminal shows."""
+    reporter = output.BarReporter()
+    console = Console(file=io.StringIO(), record=True, width=200, force_terminal=True, get_time=clock)
+    reporter._console = console
+
+    def shown() -> str:
+        return console.export_text().rstrip().splitlines()[-1]
+
+    return reporter, shown
+
+
+def test_a_bar_shows_stage_iteration_speed_time_left_and_values(
+    bars: tuple[output.BarReporter, Callable[[], str]], clock: Clock
+) -> None:
+    reporter, shown = bars
+    with reporter.task("stage 2/5", total=1000, unit="iteration", done=100) as task:
+        for _ in range(10):
+            clock.now += 1.5
+            task.advance(1, loss=0.4567, inner_lr=0.0123)
+    line = shown()
+    assert line.startswith("stage 2/5 ")
+    # 890 iterations of 1.5 s are left: 22 minutes 15 seconds.
+    assert line.split()[-9:] == ["110/1000", "1.5", "s/iteration", "22:15", "loss", "0.4567", "inner", "lr", "0.0123"]
+
+
+def test_a_bar_knows_the_speed_of_iterations_that_take_minutes(
+    bars: tuple[output.BarReporter, Callable[[], str]], clock: Clock
+) -> None:
+    reporter, shown = bars
+    with reporter.task("stage 1/5", total=40, unit="iteration") as task:
+        for _ in range(10):
+            clock.now += 120.0
+            task.advance(1, loss=0.5)
+    assert shown().split()[-5:] == ["120", "s/iteration", "1:00:00", "loss", "0.5"]
+
+
+def test_messages_are_printed_as_they_are(bars: tuple[output.BarReporter, Callable[[], str]]) -> None:
+    reporter, shown = bars
+    reporter.message("runs/[red]digits[/red] holds 5 experts")
+    assert shown() == "runs/[red]digits[/red] holds 5 experts"
+
+
+def test_a_line_message_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    output.LineReporter().message("runs/[red]digits[/red]")
+    assert capsys.readouterr() == ("", "runs/[red]digits[/red]\n")
+
+
+# ---- results ----
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
+
+
+def test_the_table_has_a_row_a_stage_and_a_column_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_evaluation(evaluation())
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == "Test accuracy on digits, percent, mean ± std over 2 fresh networks"
+    rows = [cells(line) for line in lines if line[0] in "│┃"]
+    assert rows == [
+        ["stage", "ipc", "steps", "pdd", "random", "last-union"],
+        ["1", "1", "100", "50.0 ± 0.0", "51.0 ± 0.0", "52.0 ± 0.0"],
+        ["2", "2", "200", "60.0 ± 1.5", "61.0 ± 1.5", "62.0 ± 1.5"],
+    ]
+
+
+def test_one_network_is_not_called_networks(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_evaluation(evaluation(repeats=1))
+    assert capsys.readouterr().out.splitlines()[0].endswith(" over 1 fresh network")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("COLUMNS", "80")
+    content = evaluation(stages=100)
+    content["results"] = [
+        {"name": name, "seeds": [0, 1], "mean": [99.9] * 100, "std": [10.5] * 100}
+        for name in ("pdd", "random", "last-union", "one-stage")
+    ]
+    content["steps"] = [100_000] * 100
+    output.print_evaluation(content)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) == 1 + 4 + 100
+    assert cells(lines[-2]) == ["100", "100", "100000", *["99.9 ± 10.5"] * 4]
+
+
+def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({"name": "Ångström ±", "values": [1.5, None]})
+    assert capsys.readouterr() == ('{"name": "\\u00c5ngstr\\u00f6m \\u00b1", "values": [1.5, null]}\n', "")
+
+
+def test_facts_are_aligned_in_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_facts({"torch": {"version": "2", "built for CUDA": "no"}, "empty": {}})
+    assert capsys.readouterr().out == "torch\n  version         2\n  built for CUDA  no\nempty\n"
