@@ -128,6 +128,8 @@ def _console() -> Console:
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
     """The table of an evaluation: a row per stage, a column per result."""
+    from pdd_fast.evaluate import ALONE
+
     protocol = evaluation["protocol"]
     repeats = len(evaluation["results"][0]["seeds"])
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
@@ -138,7 +140,11 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
     for stage, (images, steps) in enumerate(rows):
-        cells = [f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}" for result in evaluation["results"]]
+        last = stage + 1 == len(evaluation["steps"])
+        cells = [
+            f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}" if last or result["name"] not in ALONE else ""
+            for result in evaluation["results"]
+        ]
         table.add_row(str(stage + 1), str(images), str(steps), *cells)
     sys.stdout.flush()
     _console().print(table)

@@ -17,6 +17,10 @@ from pdd_fast.training import Student, accuracy
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
+# What is trained on alone, from the first step. Set beside the others it is comparable at the end only, when all have
+# taken as many steps and hold as many images.
+ALONE = ("last-union", "one-stage", "against")
+
 # One set after another: images, labels, learning rate, SGD steps, and the numbers of steps after which to test.
 Course = list[tuple[Tensor, Tensor, float, int, list[int]]]
 

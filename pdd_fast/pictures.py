@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pdd_fast.distilled import DistilledSet
+from pdd_fast.evaluate import ALONE
 from pdd_fast.files import atomic_path
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
@@ -80,8 +81,7 @@ def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for result in evaluation["results"]:
         name, mean, std = result["name"], result["mean"], result["std"]
-        # The sets that are trained on alone are comparable at the end only, after as many steps as all the stages.
-        alone = name in ("last-union", "one-stage", "against")
+        alone = name in ALONE
         x, y, e = (images[-1:], mean[-1:], std[-1:]) if alone else (images, mean, std)
         axes.errorbar(
             x, y, yerr=e, marker="D" if alone else "o", linestyle="none" if alone else "-", markersize=5, capsize=3,
