@@ -179,7 +179,8 @@ def _judge(
     score = selection.score(union.extended(method.images, labels, rate))
     run.metrics.append(stage=stage, iteration=method.iteration, held_out_accuracy=score)
     task.advance(0, accuracy=score)
-    if best is None or score > best.accuracy:
+    # Of equals the later, which were learned from longer: few held-out images make equals common.
+    if best is None or score >= best.accuracy:
         return _Best(method.images.clone(), rate, score, method.iteration, method.iteration)
     return _Best(best.images, best.rate, best.accuracy, best.iteration, method.iteration)
 

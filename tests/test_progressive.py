@@ -133,7 +133,7 @@ def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int])
     for stage, group in enumerate(rows, start=1):
         measured_here = [row for row in run.metrics.read() if row["stage"] == stage]
         judged = [row for row in measured_here if "held_out_accuracy" in row]
-        best = max(judged, key=lambda row: row["held_out_accuracy"])["iteration"]  # the first of equals
+        best = max(judged, key=lambda row: (row["held_out_accuracy"], row["iteration"]))["iteration"]
         assert torch.equal(found.subset(stage).images, start.train.images[group]) == (best == 0)
         learned = [row["inner_lr"] for row in measured_here if "loss" in row and row["iteration"] == best]
         assert float(found.learning_rates[stage - 1]) == pytest.approx(learned[0] if learned else 0.02, rel=1e-6)
