@@ -68,6 +68,7 @@ class Config:
 
     # running
     device: str = "auto"
+    threads: int = 0  # of the CPU; 0: as many as torch takes. Another number may round differently
     checkpoint_seconds: float = 30.0  # how often unfinished work is saved
 
     @property
@@ -99,7 +100,7 @@ _AT_LEAST: dict[str, float] = {
     "iterations": 0, "inner_steps": 1, "expert_epochs": 1, "max_start_epoch": 0, "inner_batch": 0, "eval_every": 0,
     "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
     "seed": 0, "lr_img": 0, "lr_lr": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
-    "union_weight_decay": 0, "checkpoint_seconds": 0,
+    "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0,
 }  # fmt: skip
 _BELOW: dict[str, float] = {"validation_fraction": 1, "momentum": 1, "expert_momentum": 1, "union_momentum": 1}
 _ABOVE: dict[str, float] = {"expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}

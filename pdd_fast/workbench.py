@@ -32,12 +32,14 @@ class Workbench:
 
     @classmethod
     def prepare(cls, config: Config) -> Workbench:
-        """Loads the data and builds the network.
+        """Loads the data, builds the network, and sets the process's number of threads where the configuration has one.
 
         Raises:
             UsageError: data are missing or do not fit the configuration, or the device cannot be used.
         """
         where = resolve_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
         images = load(config.dataset, config.data_dir, config.validation_fraction)
         side = min(images.image_size)
         if side < 2**config.depth:
