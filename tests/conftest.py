@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Processes that the tests start import the installed package, not the source tree in the working directory, which has
+# no compiled kernels and no pdd_fast.cli.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 settings.register_profile("pdd-fast", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("pdd-fast")

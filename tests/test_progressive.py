@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -247,7 +246,7 @@ def test_killed_in_the_middle_of_stage_two_and_resumed_gives_the_same_bytes(tmp_
         if metrics.exists() and '"stage": 2, "iteration": 2' in metrics.read_text():
             break
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (killed / "distilled.safetensors").exists()
     assert (killed / "stage-2" / "checkpoint.safetensors").exists()
