@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import settings
 # Processes that the tests start import the installed package, not the source tree in the working directory, which has
 # no compiled kernels and no pdd_fast.cli.
 os.environ["PYTHONSAFEPATH"] = "1"
+
+# A shell that starts pytest in the background makes it ignore Ctrl-C, and with it every process that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("pdd-fast", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("pdd-fast")
