@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
@@ -10,7 +9,7 @@ from importlib import resources
 from pathlib import PurePath
 from typing import Any, get_type_hints
 
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     names = recipe_names()
     if name not in names:
-        raise UsageError(f"recipe must be one of {', '.join(names)}, got {name!r}{_nearest(name, names)}")
+        raise UsageError(f"recipe must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
     return tomllib.loads((resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
@@ -148,14 +147,9 @@ def from_dict(stored: dict[str, Any]) -> Config:
     return config
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
 def _convert(key: str, value: Any) -> Any:
     if key not in _TYPES:
-        raise UsageError(f"unknown setting {key!r}{_nearest(key, list(_TYPES))}")
+        raise UsageError(f"unknown setting {key!r}{nearest(key, list(_TYPES))}")
     wanted = _TYPES[key]
     try:
         if wanted is int and not isinstance(value, bool):

@@ -1,5 +1,10 @@
 """The errors that a person is meant to read: one sentence saying what is wrong with which value and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class PddFastError(Exception):
     """Base of the errors raised on purpose; the command line prints the message and no traceback."""
@@ -15,3 +20,9 @@ class UsageError(PddFastError, ValueError):
 
 class RunError(PddFastError, RuntimeError):
     """The work failed after it had begun; what was computed is kept (exit status 1)."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to add to a message about a name that is not one of ``names``: the likely one, or nothing."""
+    close = difflib.get_close_matches(name.lower(), list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.splits import ImageData, Split, prepare, require_images_per_class
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import UsageError, nearest
 
 __all__ = ["NAMES", "ImageData", "Normalisation", "Split", "load", "require_images_per_class"]
 
@@ -42,7 +41,6 @@ def load(name: str, data_dir: str = "data", validation_fraction: float = 0.1) ->
         # The name goes into distilled sets that are given away: the folder's own, not where it lies on this disk.
         name = _FOLDER + Path(folder).expanduser().resolve().name
     else:
-        close = difflib.get_close_matches(name.lower(), NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UsageError(f"dataset must be one of {', '.join(NAMES)} or imagefolder:DIR, got {name!r}{hint}")
+        known = f"{', '.join(NAMES)} or imagefolder:DIR"
+        raise UsageError(f"dataset must be one of {known}, got {name!r}{nearest(name, NAMES)}")
     return prepare(name, pixels, validation_fraction)
