@@ -22,9 +22,26 @@ inline unsigned grid_for(int64_t count) {
     return static_cast<unsigned>(count < kLargestGrid ? count : kLargestGrid);
 }
 
-// What the launch that came before left behind.
-inline Status launched() {
-    return static_cast<Status>(cudaGetLastError());
+// One launch, by the runtime's plain function in place of <<<...>>>, so that any C++ compiler reads these files: the tests
+// run them on the host (tests/native/host/cuda_runtime.h). A failure is reported once and leaves nothing behind for torch
+// to trip over.
+template <class... Parameters>
+Status launch(void (*kernel)(Parameters...), unsigned grid, dim3 block, size_t shared_bytes, Context context,
+              Parameters... parameters) {
+    void* arguments[] = {&parameters...};
+    const cudaError_t error = cudaLaunchKernel(kernel, dim3(grid), block, arguments, shared_bytes, stream_of(context));
+    if (error != cudaSuccess) cudaGetLastError();
+    return static_cast<Status>(error);
+}
+
+// The block's dynamic shared memory, as many bytes as the launch asked for; its content is undefined at first.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#if defined(PDD_CUDA_ON_HOST)
+    return pdd_host::dynamic_shared();
+#else
+    extern __shared__ __align__(16) unsigned char memory[];
+    return memory;
+#endif
 }
 
 // Sum over a warp's lanes, the same in all of them: a butterfly, so the order of additions is fixed.

@@ -42,15 +42,13 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_dual_kernel(const Cros
 template <class T>
 Status cross_entropy(const CrossEntropy<T>& p, Context context) {
     const unsigned grid = grid_for((p.batch + kThreads - 1) / kThreads);
-    cross_entropy_kernel<T><<<grid, kThreads, 0, stream_of(context)>>>(p);
-    return launched();
+    return launch(cross_entropy_kernel<T>, grid, kThreads, 0, context, p);
 }
 
 template <class T>
 Status cross_entropy_dual(const CrossEntropyDual<T>& p, Context context) {
     const unsigned grid = grid_for((p.batch + kThreads - 1) / kThreads);
-    cross_entropy_dual_kernel<T><<<grid, kThreads, 0, stream_of(context)>>>(p);
-    return launched();
+    return launch(cross_entropy_dual_kernel<T>, grid, kThreads, 0, context, p);
 }
 
 PDD_INSTANTIATE(cross_entropy, CrossEntropy)

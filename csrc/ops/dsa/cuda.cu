@@ -137,9 +137,8 @@ __device__ T* apply(int operation, bool adjoint, bool linear, Draws draws, const
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) dsa_kernel(const Dsa<T> p, bool adjoint) {
-    extern __shared__ __align__(16) unsigned char memory[];
     const ImageShape shape{p.channels, p.height, p.width};
-    T* partial = reinterpret_cast<T*>(memory);  // one per warp
+    T* partial = reinterpret_cast<T*>(dynamic_shared());  // one per warp
     T* first = partial + kThreads / 32;
     T* second = first + shape.elements();
     for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) dsa_kernel(const Dsa<T> p, bool adjo
 }
 
 template <class T>
-Status launch(const Dsa<T>& p, bool adjoint, Context context) {
+Status run(const Dsa<T>& p, bool adjoint, Context context) {
     for (int k = 0; k < p.operation_count; ++k)
         if (p.operations[k] < kColor || p.operations[k] > kRotate) return kUnknownOperation;
     const ImageShape shape{p.channels, p.height, p.width};
@@ -173,20 +172,19 @@ Status launch(const Dsa<T>& p, bool adjoint, Context context) {
             cudaFuncSetAttribute(dsa_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
         if (error != cudaSuccess) return static_cast<Status>(error);
     }
-    dsa_kernel<T><<<grid_for(p.batch), kThreads, static_cast<size_t>(bytes), stream_of(context)>>>(p, adjoint);
-    return launched();
+    return launch(dsa_kernel<T>, grid_for(p.batch), kThreads, static_cast<size_t>(bytes), context, p, adjoint);
 }
 
 }  // namespace
 
 template <class T>
 Status dsa(const Dsa<T>& p, Context context) {
-    return launch(p, false, context);
+    return run(p, false, context);
 }
 
 template <class T>
 Status dsa_adjoint(const Dsa<T>& p, Context context) {
-    return launch(p, true, context);
+    return run(p, true, context);
 }
 
 PDD_INSTANTIATE(dsa, Dsa)

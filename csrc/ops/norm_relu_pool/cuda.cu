@@ -249,27 +249,22 @@ __global__ void __launch_bounds__(kChannels* kRows)
 
 template <class T>
 Status norm_relu_pool(const NormReluPool<T>& p, Context context) {
-    norm_relu_pool_kernel<T><<<grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, stream_of(context)>>>(p);
-    return launched();
+    return launch(norm_relu_pool_kernel<T>, grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, context, p);
 }
 
 template <class T>
 Status norm_relu_pool_backward(const NormReluPoolBackward<T>& p, Context context) {
-    norm_relu_pool_backward_kernel<T><<<grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, stream_of(context)>>>(p);
-    return launched();
+    return launch(norm_relu_pool_backward_kernel<T>, grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, context, p);
 }
 
 template <class T>
 Status norm_relu_pool_dual(const NormReluPoolDual<T>& p, Context context) {
-    norm_relu_pool_dual_kernel<T><<<grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, stream_of(context)>>>(p);
-    return launched();
+    return launch(norm_relu_pool_dual_kernel<T>, grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, context, p);
 }
 
 template <class T>
 Status norm_relu_pool_dual_backward(const NormReluPoolDualBackward<T>& p, Context context) {
-    const dim3 block(kChannels, kRows);
-    norm_relu_pool_dual_backward_kernel<T><<<grid_for(tasks(p.shape)), block, 0, stream_of(context)>>>(p);
-    return launched();
+    return launch(norm_relu_pool_dual_backward_kernel<T>, grid_for(tasks(p.shape)), dim3(kChannels, kRows), 0, context, p);
 }
 
 PDD_INSTANTIATE(norm_relu_pool, NormReluPool)
