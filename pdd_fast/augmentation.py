@@ -7,15 +7,16 @@ adjoint of an unrolled training run needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from pdd_fast.ops.dsa import DRAWS, OPERATIONS, dsa, dsa_adjoint
+from pdd_fast.ops.dsa import DRAWS, NOTHING, OPERATIONS, dsa, dsa_adjoint
 
 MODES = ("single", "multiple")
 _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
@@ -43,7 +44,7 @@ class AugmentParameters:
     scale_h: Tensor  # [b] float64
     scale_w: Tensor  # [b] float64
     angle: Tensor  # [b] float64, radians
-    _packed: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _packed: dict[torch.device, PackedDraws] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -93,16 +94,44 @@ class AugmentParameters:
         draws = {name: change(getattr(self, name)) for name in DRAWS}
         return AugmentParameters(self.operations, self.image_size, self.cutout_size, **draws)
 
-    def packed(self, device: torch.device) -> Tensor:
-        """All draws as float64 [11, b] on ``device``; made once per device."""
+    def packed(self, device: torch.device) -> PackedDraws:
+        """What the kernels take, on ``device``; made once per device."""
         if device not in self._packed:
-            self._packed[device] = torch.stack([getattr(self, name).double() for name in DRAWS]).to(device)
+            self._packed[device] = PackedDraws.of([self]).to(device)
         return self._packed[device]
 
-    @property
-    def operation_numbers(self) -> list[int]:
-        """The operations as the kernels count them."""
-        return [OPERATIONS.index(name) for name in self.operations]
+
+class PackedDraws(NamedTuple):
+    """The draws of a batch of b images as the kernels take them: tensors alone, so that a captured graph can be given
+    others of the same shape."""
+
+    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS
+    operations: Tensor  # int32 [k, b], indices into pdd_fast.ops.dsa.OPERATIONS, in the order applied
+    cutout_size: tuple[int, int]
+
+    @classmethod
+    def of(cls, parameters: Sequence[AugmentParameters]) -> PackedDraws:
+        """The draws of several batches of images of one size, one after another."""
+        most = max(len(p.operations) for p in parameters)
+        values = [torch.stack([getattr(p, name).double() for name in DRAWS]) for p in parameters]
+        operations = []
+        for p in parameters:
+            numbers = [OPERATIONS.index(name) for name in p.operations] + [NOTHING] * (most - len(p.operations))
+            operations.append(
+                torch.tensor(numbers, dtype=torch.int32, device=p.brightness.device)[:, None].expand(-1, len(p))
+            )
+        return cls(torch.cat(values, 1), torch.cat(operations, 1), parameters[0].cutout_size)
+
+    def to(self, device: torch.device) -> PackedDraws:
+        return PackedDraws(self.values.to(device), self.operations.to(device), self.cutout_size)
+
+    def apply(self, images: Tensor, linear: bool = False) -> Tensor:
+        """:func:`augment` without autograd, or its linear part."""
+        return dsa(images, self.values, self.operations, list(self.cutout_size), linear)
+
+    def adjoint(self, grad: Tensor) -> Tensor:
+        """:func:`augment_adjoint` without autograd."""
+        return dsa_adjoint(grad, self.values, self.operations, list(self.cutout_size))
 
 
 @dataclass(frozen=True)
@@ -250,11 +279,11 @@ def _is_followed(images: Tensor) -> bool:
 
 
 def _forward(images: Tensor, p: AugmentParameters, linear: bool) -> Tensor:
-    return dsa(images, p.packed(images.device), p.operation_numbers, list(p.cutout_size), linear)
+    return p.packed(images.device).apply(images, linear)
 
 
 def _adjoint(grad: Tensor, p: AugmentParameters) -> Tensor:
-    return dsa_adjoint(grad, p.packed(grad.device), p.operation_numbers, list(p.cutout_size))
+    return p.packed(grad.device).adjoint(grad)
 
 
 def _linear(tangent: Tensor, p: AugmentParameters) -> Tensor:

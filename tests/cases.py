@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation import DSA
+from pdd_fast.augmentation import DSA, PackedDraws
+from pdd_fast.ops import add_rows as rows_ops
 from pdd_fast.ops import cross_entropy as ce
 from pdd_fast.ops import dsa as dsa_ops
 from pdd_fast.ops import norm_relu_pool as nrp
 
 # Rounding of float32 in sums over at most 65 x 33 pixels and over the batch; float64 differs by the order of additions.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
+# Half a unit in the last of the 8 and 11 bits that a result is stored in, and what float32 adds to it.
+HALF_TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 # Batch, channels, height, width: odd sides, channels that fill no vector, one image, tiny planes. A 2 x 2 plane whose
 # four pixels are all active (or none) has a gradient of exactly 0, hence 45 of them with five different biases.
@@ -33,6 +36,12 @@ class Operator:
     function: Callable[..., Any]
     reference: Callable[..., Any]
     arguments: Callable[[torch.dtype], Iterator[tuple[Any, ...]]]
+    takes_half: bool = False  # images may be bfloat16 or float16
+
+
+def stored_in(dtype: torch.dtype, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``arguments`` with their images, the tensors of four dimensions, stored as ``dtype``."""
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.dim() == 4 else a for a in arguments)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -110,7 +119,12 @@ def _dsa(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
             draw = DSA(strategy, mode="multiple").sample(shape[0], (shape[2], shape[3]))
             for images in layouts(torch.randn(shape, dtype=dtype)):
                 packed = draw.packed(torch.device("cpu"))
-                yield images, packed, draw.operation_numbers, list(draw.cutout_size), False
+                yield images, packed.values, packed.operations, list(packed.cutout_size), False
+    # Images that go through different operations, as many as there are or fewer.
+    several = [DSA(name, mode="multiple").sample(2, (9, 6)) for name in ("crop_color_flip", "rotate", "none", "scale")]
+    packed = PackedDraws.of(several)
+    for images in layouts(torch.randn(8, 3, 9, 6, dtype=dtype)):
+        yield images, packed.values, packed.operations, list(packed.cutout_size), False
 
 
 def _dsa_adjoint(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -118,25 +132,32 @@ def _dsa_adjoint(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield arguments[:-1]
 
 
+def _add_rows(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for shape, added in (((5, 3, 4, 4), 9), ((1, 7), 1), ((40, 2, 5, 3), 64), ((3, 1), 0), ((130, 33), 70)):
+        target, rows = torch.randn(shape, dtype=dtype), torch.randn(added, *shape[1:], dtype=dtype)
+        yield target, torch.randint(shape[0], (added,)), rows
+
+
 def _op(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.pdd_fast, name).default
 
 
 OPERATORS = [
-    Operator("norm_relu_pool", _op("norm_relu_pool"), nrp.norm_relu_pool_reference, _norm_relu_pool),
+    Operator("norm_relu_pool", _op("norm_relu_pool"), nrp.norm_relu_pool_reference, _norm_relu_pool, True),
     Operator(
         "norm_relu_pool_backward", _op("norm_relu_pool_backward"), nrp.norm_relu_pool_backward_reference,
-        _norm_relu_pool_backward,
+        _norm_relu_pool_backward, True,
     ),
     Operator(
-        "norm_relu_pool_dual", _op("norm_relu_pool_dual"), nrp.norm_relu_pool_dual_reference, _norm_relu_pool_dual
+        "norm_relu_pool_dual", _op("norm_relu_pool_dual"), nrp.norm_relu_pool_dual_reference, _norm_relu_pool_dual, True
     ),
     Operator(
         "norm_relu_pool_dual_backward", _op("norm_relu_pool_dual_backward"),
-        nrp.norm_relu_pool_dual_backward_reference, _norm_relu_pool_dual_backward,
+        nrp.norm_relu_pool_dual_backward_reference, _norm_relu_pool_dual_backward, True,
     ),
     Operator("cross_entropy", _op("cross_entropy"), ce.cross_entropy_reference, _cross_entropy),
     Operator("cross_entropy_dual", _op("cross_entropy_dual"), ce.cross_entropy_dual_reference, _cross_entropy_dual),
-    Operator("dsa", _op("dsa"), dsa_ops.dsa_reference, _dsa),
-    Operator("dsa_adjoint", _op("dsa_adjoint"), dsa_ops.dsa_adjoint_reference, _dsa_adjoint),
+    Operator("dsa", _op("dsa"), dsa_ops.dsa_reference, _dsa, True),
+    Operator("dsa_adjoint", _op("dsa_adjoint"), dsa_ops.dsa_adjoint_reference, _dsa_adjoint, True),
+    Operator("add_rows", _op("add_rows"), rows_ops.add_rows_reference, _add_rows),
 ]  # fmt: skip

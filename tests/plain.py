@@ -27,7 +27,8 @@ def unroll(
         x, y = images[batch], labels[batch]
         if augmentations is not None:
             draw = augmentations[i]
-            x = dsa_reference(x, draw.packed(x.device), draw.operation_numbers, list(draw.cutout_size), False)
+            packed = draw.packed(x.device)
+            x = dsa_reference(x, packed.values, packed.operations, list(packed.cutout_size), False)
         parts = theta.split([shape.numel() for shape in shapes.values()])
         parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
         loss = F.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OPERATORS, TOLERANCE, Operator, relative_error
+from cases import HALF_TOLERANCE, OPERATORS, TOLERANCE, Operator, relative_error, stored_in
 
 from pdd_fast.ops import _native
 
@@ -39,6 +39,20 @@ def test_kernel_equals_reference(operator: Operator, dtype: torch.dtype, device:
             assert part.shape == truth.shape
             assert part.dtype == dtype
             assert relative_error(part, truth) <= TOLERANCE[dtype], [getattr(a, "shape", a) for a in arguments]
+
+
+@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.takes_half], ids=lambda operator: operator.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_images_in_16_bits(operator: Operator, dtype: torch.dtype, device: torch.device) -> None:
+    """Arithmetic in 32 bits: images are off by their own rounding alone, everything else by that of float32."""
+    for arguments in operator.arguments(torch.float32):
+        stored = stored_in(dtype, arguments)
+        exact = tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in stored)
+        expected = results(operator.reference(*exact))
+        for part, truth in zip(results(operator.function(*moved(stored, device))), expected, strict=True):
+            assert part.dtype == (dtype if truth.dim() == 4 else torch.float32)
+            tolerance = HALF_TOLERANCE[dtype] if truth.dim() == 4 else TOLERANCE[torch.float32]
+            assert relative_error(part, truth) <= tolerance, [getattr(a, "shape", a) for a in arguments]
 
 
 @EVERY_OPERATOR
@@ -81,7 +95,7 @@ def test_opcheck(operator: Operator, device: torch.device) -> None:
 def test_wrong_types_and_shapes_are_named(operator: Operator) -> None:
     arguments = next(operator.arguments(torch.float32))
     with pytest.raises(TypeError, match=f"{operator.name}: .* must be"):
-        operator.function(arguments[0].half(), *arguments[1:])
+        operator.function(arguments[0].to(torch.int32), *arguments[1:])
     for i, argument in enumerate(arguments):
         if isinstance(argument, torch.Tensor):
             wrong = (*arguments[:i], argument.new_zeros((*argument.shape, 2)), *arguments[i + 1 :])

@@ -11,6 +11,8 @@ namespace pdd::bind {
 
 PDD_OPERATORS(PDD_DECLARE)
 
+int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
+
 // Why a call failed, for a status other than kSuccess.
 std::string status_string(Status status);
 

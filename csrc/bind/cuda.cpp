@@ -7,7 +7,8 @@
 
 namespace pdd::cuda {
 PDD_OPERATORS(PDD_DECLARE)
-}
+int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
+}  // namespace pdd::cuda
 
 namespace pdd::bind {
 
@@ -15,10 +16,15 @@ namespace pdd::bind {
     template <class T>                                          \
     Status function(const Params<T>& params, Context context) { \
         return cuda::function(params, context);                 \
-    }                                                           \
-    PDD_INSTANTIATE(function, Params)
+    }
 
 PDD_OPERATORS(PDD_FORWARD)
+PDD_HALF_OPERATORS(PDD_INSTANTIATE_HALF)
+PDD_FULL_OPERATORS(PDD_INSTANTIATE)
+
+int64_t dsa_scratch_images(DsaShape shape, int number_bytes) {
+    return cuda::dsa_scratch_images(shape, number_bytes);
+}
 
 std::string status_string(Status status) {
     if (status <= 0) return own_status_string(status);

@@ -21,11 +21,26 @@ T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Runs call(float{}) or call(double{}) without the interpreter lock.
+// Types as pdd_fast/ops/_native.py numbers them.
+enum Type : int { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
+
+// Runs call(T{}) without the interpreter lock.
 template <class Call>
-Status by_type(bool is_double, const Call& call) {
+Status by_full_type(int type, const Call& call) {
+    if (type != kFloat32 && type != kFloat64) throw std::invalid_argument("not a type of this kernel");
     py::gil_scoped_release release;
-    return is_double ? call(double{}) : call(float{});
+    return type == kFloat64 ? call(double{}) : call(float{});
+}
+
+template <class Call>
+Status by_type(int type, const Call& call) {
+#ifdef PDD_HALF
+    if (type == kBfloat16 || type == kFloat16) {
+        py::gil_scoped_release release;
+        return type == kBfloat16 ? call(bfloat16{}) : call(float16{});
+    }
+#endif
+    return by_full_type(type, call);
 }
 
 using Address = uintptr_t;
@@ -38,96 +53,102 @@ PYBIND11_MODULE(PDD_MODULE, m) {
     m.def("capabilities", &bind::capabilities);
 
     m.def("norm_relu_pool",
-          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, double eps, Address z,
+          [](int type, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, double eps, Address z,
              Address weight, Address bias, Address out, Address mean, Address rstd) {
-              return by_type(f64, [&](auto t) {
+              return by_type(type, [&](auto t) {
                   using T = decltype(t);
-                  return bind::norm_relu_pool<T>(
-                      {{B, C, H, W}, eps, at<T>(z), at<T>(weight), at<T>(bias), at<T>(out), at<T>(mean), at<T>(rstd)},
-                      {at<void>(stream), threads});
+                  return bind::norm_relu_pool<T>({{B, C, H, W},
+                                                  eps,
+                                                  at<T>(z),
+                                                  at<Compute<T>>(weight),
+                                                  at<Compute<T>>(bias),
+                                                  at<T>(out),
+                                                  at<Compute<T>>(mean),
+                                                  at<Compute<T>>(rstd)},
+                                                 {at<void>(stream), threads});
               });
           });
     m.def("norm_relu_pool_backward",
-          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, Address grad_out,
+          [](int type, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, Address grad_out,
              Address z, Address mean, Address rstd, Address weight, Address bias, Address grad_z,
              Address grad_weight_parts, Address grad_bias_parts) {
-              return by_type(f64, [&](auto t) {
+              return by_type(type, [&](auto t) {
                   using T = decltype(t);
                   return bind::norm_relu_pool_backward<T>({{B, C, H, W},
                                                            at<T>(grad_out),
                                                            at<T>(z),
-                                                           at<T>(mean),
-                                                           at<T>(rstd),
-                                                           at<T>(weight),
-                                                           at<T>(bias),
+                                                           at<Compute<T>>(mean),
+                                                           at<Compute<T>>(rstd),
+                                                           at<Compute<T>>(weight),
+                                                           at<Compute<T>>(bias),
                                                            at<T>(grad_z),
-                                                           at<T>(grad_weight_parts),
-                                                           at<T>(grad_bias_parts)},
+                                                           at<Compute<T>>(grad_weight_parts),
+                                                           at<Compute<T>>(grad_bias_parts)},
                                                           {at<void>(stream), threads});
               });
           });
     m.def("norm_relu_pool_dual",
-          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, double eps, Address z,
+          [](int type, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, double eps, Address z,
              Address z_tangent, Address weight, Address weight_tangent, Address bias, Address bias_tangent, Address out,
              Address out_tangent, Address mean, Address rstd, Address mean_tangent, Address kappa) {
-              return by_type(f64, [&](auto t) {
+              return by_type(type, [&](auto t) {
                   using T = decltype(t);
                   return bind::norm_relu_pool_dual<T>({{B, C, H, W},
                                                        eps,
                                                        at<T>(z),
                                                        at<T>(z_tangent),
-                                                       at<T>(weight),
-                                                       at<T>(weight_tangent),
-                                                       at<T>(bias),
-                                                       at<T>(bias_tangent),
+                                                       at<Compute<T>>(weight),
+                                                       at<Compute<T>>(weight_tangent),
+                                                       at<Compute<T>>(bias),
+                                                       at<Compute<T>>(bias_tangent),
                                                        at<T>(out),
                                                        at<T>(out_tangent),
-                                                       at<T>(mean),
-                                                       at<T>(rstd),
-                                                       at<T>(mean_tangent),
-                                                       at<T>(kappa)},
+                                                       at<Compute<T>>(mean),
+                                                       at<Compute<T>>(rstd),
+                                                       at<Compute<T>>(mean_tangent),
+                                                       at<Compute<T>>(kappa)},
                                                       {at<void>(stream), threads});
               });
           });
     m.def("norm_relu_pool_dual_backward",
-          [](bool f64, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, Address grad_out,
+          [](int type, Address stream, int threads, int64_t B, int64_t C, int64_t H, int64_t W, Address grad_out,
              Address grad_out_tangent, Address z, Address z_tangent, Address mean, Address rstd, Address mean_tangent,
              Address kappa, Address weight, Address weight_tangent, Address bias, Address grad_z,
              Address grad_z_tangent, Address grad_weight_tangent_parts, Address grad_bias_tangent_parts) {
-              return by_type(f64, [&](auto t) {
+              return by_type(type, [&](auto t) {
                   using T = decltype(t);
                   return bind::norm_relu_pool_dual_backward<T>({{B, C, H, W},
                                                                 at<T>(grad_out),
                                                                 at<T>(grad_out_tangent),
                                                                 at<T>(z),
                                                                 at<T>(z_tangent),
-                                                                at<T>(mean),
-                                                                at<T>(rstd),
-                                                                at<T>(mean_tangent),
-                                                                at<T>(kappa),
-                                                                at<T>(weight),
-                                                                at<T>(weight_tangent),
-                                                                at<T>(bias),
+                                                                at<Compute<T>>(mean),
+                                                                at<Compute<T>>(rstd),
+                                                                at<Compute<T>>(mean_tangent),
+                                                                at<Compute<T>>(kappa),
+                                                                at<Compute<T>>(weight),
+                                                                at<Compute<T>>(weight_tangent),
+                                                                at<Compute<T>>(bias),
                                                                 at<T>(grad_z),
                                                                 at<T>(grad_z_tangent),
-                                                                at<T>(grad_weight_tangent_parts),
-                                                                at<T>(grad_bias_tangent_parts)},
+                                                                at<Compute<T>>(grad_weight_tangent_parts),
+                                                                at<Compute<T>>(grad_bias_tangent_parts)},
                                                                {at<void>(stream), threads});
               });
           });
-    m.def("cross_entropy", [](bool f64, Address stream, int threads, int64_t B, int64_t K, Address logits, Address hard,
+    m.def("cross_entropy", [](int type, Address stream, int threads, int64_t B, int64_t K, Address logits, Address hard,
                               Address soft, Address losses, Address grad_logits) {
-        return by_type(f64, [&](auto t) {
+        return by_full_type(type, [&](auto t) {
             using T = decltype(t);
             return bind::cross_entropy<T>(
                 {B, K, at<T>(logits), at<int64_t>(hard), at<T>(soft), at<T>(losses), at<T>(grad_logits)},
                 {at<void>(stream), threads});
         });
     });
-    m.def("cross_entropy_dual", [](bool f64, Address stream, int threads, int64_t B, int64_t K, Address logits,
+    m.def("cross_entropy_dual", [](int type, Address stream, int threads, int64_t B, int64_t K, Address logits,
                                    Address logits_tangent, Address hard, Address soft, Address losses_tangent,
                                    Address grad_logits, Address grad_logits_tangent, Address grad_labels_tangent) {
-        return by_type(f64, [&](auto t) {
+        return by_full_type(type, [&](auto t) {
             using T = decltype(t);
             return bind::cross_entropy_dual<T>(
                 {B, K, at<T>(logits), at<T>(logits_tangent), at<int64_t>(hard), at<T>(soft), at<T>(losses_tangent),
@@ -136,32 +157,38 @@ PYBIND11_MODULE(PDD_MODULE, m) {
         });
     });
 
-    const auto define_dsa = [&m](const char* name, auto function_float, auto function_double) {
-        m.def(name, [=](bool f64, Address stream, int threads, const std::vector<int64_t>& shape, int64_t cutout_height,
-                        int64_t cutout_width, const std::vector<int>& operations, bool linear, Address draws,
+    m.def("add_rows", [](int type, Address stream, int threads, int64_t n, int64_t b, int64_t D, Address target,
+                         Address index, Address rows, Address out) {
+        return by_full_type(type, [&](auto t) {
+            using T = decltype(t);
+            return bind::add_rows<T>({n, b, D, at<T>(target), at<int64_t>(index), at<T>(rows), at<T>(out)},
+                                     {at<void>(stream), threads});
+        });
+    });
+
+    m.def("dsa_scratch_images", [](int64_t B, int64_t C, int64_t H, int64_t W, int number_bytes) {
+        return bind::dsa_scratch_images({B, C, H, W}, number_bytes);
+    });
+    const auto define_dsa = [&m](const char* name, const auto& function) {
+        m.def(name, [=](int type, Address stream, int threads, const std::vector<int64_t>& shape, int64_t cutout_height,
+                        int64_t cutout_width, int64_t operation_count, Address operations, bool linear, Address draws,
                         Address input, const std::vector<int64_t>& input_stride, Address output,
-                        const std::vector<int64_t>& output_stride) {
-            if (shape.size() != 4 || input_stride.size() != 4 || output_stride.size() != 4 ||
-                operations.size() > static_cast<size_t>(kDsaMaxOperations))
-                throw std::invalid_argument("dsa: shape and strides must hold 4 numbers each, operations at most 8");
-            const auto fill = [&](auto t) {
+                        const std::vector<int64_t>& output_stride, Address scratch, int64_t scratch_images) {
+            if (shape.size() != 4 || input_stride.size() != 4 || output_stride.size() != 4)
+                throw std::invalid_argument("dsa: shape and strides must hold 4 numbers each");
+            return by_type(type, [&](auto t) {
                 using T = decltype(t);
                 Dsa<T> p{};
                 p.batch = shape[0], p.channels = shape[1], p.height = shape[2], p.width = shape[3];
                 p.cutout_height = cutout_height, p.cutout_width = cutout_width;
-                for (size_t i = 0; i < operations.size(); ++i) p.operations[i] = operations[i];
-                p.operation_count = static_cast<int>(operations.size());
-                p.linear = linear;
-                p.draws = at<double>(draws);
-                p.input = at<T>(input), p.output = at<T>(output);
+                p.operation_count = operation_count, p.operations = at<int>(operations), p.linear = linear;
+                p.draws = at<double>(draws), p.input = at<T>(input), p.output = at<T>(output);
                 for (int i = 0; i < 4; ++i) p.input_stride[i] = input_stride[i], p.output_stride[i] = output_stride[i];
-                return p;
-            };
-            const Context context{at<void>(stream), threads};
-            py::gil_scoped_release release;
-            return f64 ? function_double(fill(double{}), context) : function_float(fill(float{}), context);
+                p.scratch = at<Compute<T>>(scratch), p.scratch_images = scratch_images;
+                return function(p, Context{at<void>(stream), threads});
+            });
         });
     };
-    define_dsa("dsa", &bind::dsa<float>, &bind::dsa<double>);
-    define_dsa("dsa_adjoint", &bind::dsa_adjoint<float>, &bind::dsa_adjoint<double>);
+    define_dsa("dsa", [](const auto& p, Context context) { return bind::dsa(p, context); });
+    define_dsa("dsa_adjoint", [](const auto& p, Context context) { return bind::dsa_adjoint(p, context); });
 }

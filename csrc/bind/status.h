@@ -15,8 +15,10 @@ inline std::string own_status_string(Status status) {
             return "labels must lie in [0, classes)";
         case kUnknownOperation:
             return "an operation is not known to this build";
-        case kSharedMemoryTooSmall:
-            return "one image does not fit in this GPU's shared memory";
+        case kRowOutOfRange:
+            return "index must lie in [0, rows)";
+        case kOutOfMemory:
+            return "there is no memory left for one image's scratch";
         default:
             return "unknown status " + std::to_string(status);
     }

@@ -15,6 +15,7 @@ using Status = int;
 constexpr Status kSuccess = 0;
 constexpr Status kLabelOutOfRange = -1;
 constexpr Status kUnknownOperation = -2;
-constexpr Status kSharedMemoryTooSmall = -3;
+constexpr Status kOutOfMemory = -3;
+constexpr Status kRowOutOfRange = -4;
 
 }  // namespace pdd

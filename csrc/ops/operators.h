@@ -1,22 +1,31 @@
-// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it, for
-// float and double, in its own namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same
-// order.
+// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it in its own
+// namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same order. All take float and double; with
+// PDD_HALF those of PDD_HALF_OPERATORS take bfloat16 and float16 too (on the CPU pdd_fast/ops/ converts instead).
 #pragma once
 
 #include "core/context.h"
+#include "core/storage.h"
+#include "ops/add_rows/params.h"
 #include "ops/cross_entropy/params.h"
 #include "ops/dsa/params.h"
 #include "ops/norm_relu_pool/params.h"
 
-#define PDD_OPERATORS(X)                                      \
+#define PDD_HALF_OPERATORS(X)                                 \
     X(norm_relu_pool, NormReluPool)                           \
     X(norm_relu_pool_backward, NormReluPoolBackward)          \
     X(norm_relu_pool_dual, NormReluPoolDual)                  \
     X(norm_relu_pool_dual_backward, NormReluPoolDualBackward) \
-    X(cross_entropy, CrossEntropy)                            \
-    X(cross_entropy_dual, CrossEntropyDual)                   \
     X(dsa, Dsa)                                               \
     X(dsa_adjoint, Dsa)
+
+#define PDD_FULL_OPERATORS(X)               \
+    X(cross_entropy, CrossEntropy)          \
+    X(cross_entropy_dual, CrossEntropyDual) \
+    X(add_rows, AddRows)
+
+#define PDD_OPERATORS(X)  \
+    PDD_HALF_OPERATORS(X) \
+    PDD_FULL_OPERATORS(X)
 
 #define PDD_DECLARE(name, Params) \
     template <class T>            \
@@ -26,8 +35,20 @@
     template ::pdd::Status name(const ::pdd::Params<float>&, Context); \
     template ::pdd::Status name(const ::pdd::Params<double>&, Context);
 
+#ifdef PDD_HALF
+#define PDD_INSTANTIATE_HALF(name, Params)                                       \
+    PDD_INSTANTIATE(name, Params)                                                \
+    template ::pdd::Status name(const ::pdd::Params<::pdd::bfloat16>&, Context); \
+    template ::pdd::Status name(const ::pdd::Params<::pdd::float16>&, Context);
+#else
+#define PDD_INSTANTIATE_HALF PDD_INSTANTIATE
+#endif
+
 #ifdef PDD_BACKEND
 namespace pdd::PDD_BACKEND {
 PDD_OPERATORS(PDD_DECLARE)
-}
+
+// How many images' scratch a call of dsa needs in the device's memory; number_bytes = sizeof(Compute<T>).
+int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
+}  // namespace pdd::PDD_BACKEND
 #endif

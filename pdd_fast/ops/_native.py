@@ -12,6 +12,9 @@ import torch
 
 # Imported after torch on purpose: the CPU library then shares the OpenMP threads that torch has started.
 
+# csrc/bind/module.cpp numbers them alike. The last two are stored in 16 bits and computed with in 32.
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 class MissingKernelsWarning(UserWarning):
     """The plain-torch reference runs in place of a compiled kernel."""
@@ -59,15 +62,25 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
     """
     library = load(like.device.type)
     assert library is not None
-    is_double = like.dtype == torch.float64
+    number = TYPES.index(like.dtype)
     function = getattr(library, name)
     if like.device.type == "cuda":
         with torch.cuda.device(like.device):
             stream = torch.cuda.current_stream().cuda_stream
-            status = function(is_double, stream, 0, *arguments)
+            status = function(number, stream, 0, *arguments)
     else:
-        status = function(is_double, 0, torch.get_num_threads(), *arguments)
+        status = function(number, 0, torch.get_num_threads(), *arguments)
     if status < 0:
         raise ValueError(f"{name}: {library.status_string(status)}")
     if status > 0:
         raise RuntimeError(f"{name}: {library.status_string(status)}")
+
+
+def scratch_images(images: torch.Tensor, number_bytes: int) -> int:
+    """How many images' scratch the dsa kernel of the device of ``images`` [B, C, H, W] wants to be given."""
+    library = load(images.device.type)
+    assert library is not None
+    if images.device.type == "cpu":
+        return library.dsa_scratch_images(*images.shape, number_bytes)
+    with torch.cuda.device(images.device):
+        return library.dsa_scratch_images(*images.shape, number_bytes)

@@ -37,8 +37,8 @@ def operator(
         device_type = arguments[0].device.type
         if _native.load(device_type) is None:
             _native.explain_missing(device_type)
-            return reference(*arguments)
-        return kernel(*arguments)
+            return computed_in_32_bits(reference, *arguments)
+        return kernel(*arguments) if device_type == "cuda" else computed_in_32_bits(kernel, *arguments)
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
@@ -52,21 +52,53 @@ def require(condition: bool, operator: str, argument: str, requirement: str, val
         raise ValueError(f"{operator}: {argument} must {requirement}, got {value}")
 
 
-def require_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{operator}: {argument} must be float32 or float64, got {tensor.dtype}")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums, statistics and per-channel vectors are held in, for images stored as ``dtype``."""
+    return torch.float32 if dtype in HALF else dtype
+
+
+def require_floating(operator: str, argument: str, tensor: torch.Tensor, half: bool = False) -> None:
+    allowed = (torch.float32, torch.float64, *(HALF if half else ()))
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[:-1])
+        last = str(allowed[-1]).removeprefix("torch.")
+        raise TypeError(f"{operator}: {argument} must be {names} or {last}, got {tensor.dtype}")
 
 
 def require_like(
-    operator: str, argument: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]
+    operator: str,
+    argument: str,
+    tensor: torch.Tensor,
+    like: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """``tensor`` has the given shape and the type and device of ``like``."""
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{operator}: {argument} must be {like.dtype}, got {tensor.dtype}")
+    """``tensor`` has the given shape, the device of ``like`` and its type, or ``dtype``."""
+    wanted = like.dtype if dtype is None else dtype
+    if tensor.dtype != wanted:
+        raise TypeError(f"{operator}: {argument} must be {wanted}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{operator}: {argument} must be on {like.device}, got {tensor.device}")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{operator}: {argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def computed_in_32_bits(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function`` on 16-bit tensors converted to float32; those of its results that are images rounded back.
+
+    What the CUDA kernels do in registers, for where there is no kernel: the CPU, and the references.
+    """
+    half = next((a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.dtype in HALF), None)
+    if half is None:
+        return function(*arguments)
+    wide = (a.float() if isinstance(a, torch.Tensor) and a.dtype == half else a for a in arguments)
+    results = function(*wide)
+    if isinstance(results, torch.Tensor):
+        return results.to(half)
+    return tuple(r.to(half) if r.dim() == 4 else r for r in results)
 
 
 def address(tensor: torch.Tensor | None) -> int:

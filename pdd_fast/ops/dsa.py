@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, operator, require, require_floating
+from pdd_fast.ops._registry import address, compute_dtype, operator, require, require_floating
 
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -21,7 +21,7 @@ DRAWS = (
     "brightness", "saturation", "contrast", "shift_h", "shift_w", "cutout_h", "cutout_w", "flip", "scale_h", "scale_w",
     "angle",
 )  # fmt: skip
-_MOST_OPERATIONS = 8  # kDsaMaxOperations
+NOTHING = -1  # an operation that leaves its image alone
 
 
 class Draws(NamedTuple):
@@ -40,17 +40,21 @@ class Draws(NamedTuple):
     angle: Tensor
 
 
-def _check(name: str, images: Tensor, draws: Tensor, operations: list[int], cutout: list[int]) -> None:
-    require_floating(name, "images", images)
+def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> None:
+    require_floating(name, "images", images, half=True)
     require(images.dim() == 4 and images.numel() > 0, name, "images", "have shape [B, C, H, W] and not be empty",
             tuple(images.shape))  # fmt: skip
+    require(images[0].numel() < 2**31, name, "images", "have fewer than 2**31 numbers each", tuple(images.shape))
     if draws.dtype != torch.float64:
         raise TypeError(f"{name}: draws must be torch.float64, got {draws.dtype}")
     require(draws.device == images.device, name, "draws", f"be on {images.device}", draws.device)
     shape = (len(DRAWS), len(images))
     require(tuple(draws.shape) == shape, name, "draws", f"have shape {shape}", tuple(draws.shape))
-    require(len(operations) <= _MOST_OPERATIONS and all(0 <= o < len(OPERATIONS) for o in operations), name,
-            "operations", f"be at most {_MOST_OPERATIONS} numbers in [0, {len(OPERATIONS)})", operations)  # fmt: skip
+    if operations.dtype != torch.int32:
+        raise TypeError(f"{name}: operations must be torch.int32, got {operations.dtype}")
+    require(operations.device == images.device, name, "operations", f"be on {images.device}", operations.device)
+    require(operations.dim() == 2 and operations.shape[1] == len(images), name, "operations",
+            f"have shape (k, {len(images)})", tuple(operations.shape))  # fmt: skip
     require(len(cutout) == 2 and min(cutout) >= 0, name, "cutout", "be a height and a width", cutout)
 
 
@@ -60,11 +64,15 @@ def _empty(images: Tensor) -> Tensor:
     return torch.empty_like(images, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _launch(name: str, images: Tensor, draws: Tensor, operations: list[int], cutout: list[int], linear: bool) -> Tensor:
-    draws, output = draws.contiguous(), _empty(images)
+def _launch(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool) -> Tensor:
+    draws, operations, output = draws.contiguous(), operations.contiguous(), _empty(images)
+    number = compute_dtype(images.dtype)
+    count = _native.scratch_images(images, number.itemsize)
+    scratch = images.new_empty((count, 2, images[0].numel()), dtype=number) if count else None
     _native.call(
-        name, images, list(images.shape), *cutout, operations, linear,
+        name, images, list(images.shape), *cutout, len(operations), address(operations), linear,
         address(draws), address(images), list(images.stride()), address(output), list(output.stride()),
+        address(scratch), count,
     )  # fmt: skip
     return output
 
@@ -99,35 +107,49 @@ def _sample(images: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> T
     return sampled.to(images.dtype)
 
 
-def dsa_reference(images: Tensor, draws: Tensor, operations: list[int], cutout: list[int], linear: bool) -> Tensor:
+def _apply(number: int, images: Tensor, d: Draws, cutout: list[int], linear: bool) -> Tensor:
+    """One operation on every image."""
+    if number == NOTHING:
+        return images
+    if not 0 <= number < len(OPERATIONS):
+        raise ValueError(f"dsa: operations must be numbers in [{NOTHING}, {len(OPERATIONS)}), got {number}")
+    operation = OPERATIONS[number]
+    if operation == "color":
+        if not linear:
+            images = images + d.brightness.to(images.dtype)
+        mean = images.mean(1, keepdim=True)
+        images = (images - mean) * d.saturation.to(images.dtype) + mean
+        mean = images.mean((1, 2, 3), keepdim=True)
+        return (images - mean) * d.contrast.to(images.dtype) + mean
+    if operation == "crop":
+        return _shift(images, d.shift_h, d.shift_w)
+    if operation == "cutout":
+        return _cut(images, d.cutout_h, d.cutout_w, cutout)
+    if operation == "flip":
+        return torch.where(d.flip != 0, images.flip(3), images)
+    if operation == "scale":
+        zero = torch.zeros_like(d.scale_w)
+        return _sample(images, d.scale_w, zero, zero, d.scale_h)
+    cosine, sine = d.angle.cos(), d.angle.sin()
+    return _sample(images, cosine, -sine, sine, cosine)
+
+
+def dsa_reference(images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool) -> Tensor:
     """Plain-torch :func:`dsa`; differentiable in ``images``."""
-    d = Draws(*(row.view(-1, 1, 1, 1) for row in draws))
-    like = images
-    for number in operations:
-        operation = OPERATIONS[number]
-        if operation == "color":
-            if not linear:
-                images = images + d.brightness.to(images.dtype)
-            mean = images.mean(1, keepdim=True)
-            images = (images - mean) * d.saturation.to(images.dtype) + mean
-            mean = images.mean((1, 2, 3), keepdim=True)
-            images = (images - mean) * d.contrast.to(images.dtype) + mean
-        elif operation == "crop":
-            images = _shift(images, d.shift_h, d.shift_w)
-        elif operation == "cutout":
-            images = _cut(images, d.cutout_h, d.cutout_w, cutout)
-        elif operation == "flip":
-            images = torch.where(d.flip != 0, images.flip(3), images)
-        elif operation == "scale":
-            zero = torch.zeros_like(d.scale_w)
-            images = _sample(images, d.scale_w, zero, zero, d.scale_h)
-        else:
-            cosine, sine = d.angle.cos(), d.angle.sin()
-            images = _sample(images, cosine, -sine, sine, cosine)
+    like, parts = images, []
+    for numbers in operations.unique(dim=1).t().tolist():  # images that go through the same operations go together
+        rows = (operations == operations.new_tensor(numbers)[:, None]).all(0).nonzero().flatten()
+        part = images.index_select(0, rows)
+        d = Draws(*(row.view(-1, 1, 1, 1) for row in draws.index_select(1, rows)))
+        for number in numbers:
+            part = _apply(number, part, d, cutout, linear)
+        parts.append((rows, part))
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    images = torch.cat([part for _, part in parts]).index_select(0, order)
     return _empty(like).copy_(images) if not images.requires_grad else images
 
 
-def dsa_adjoint_reference(grad: Tensor, draws: Tensor, operations: list[int], cutout: list[int]) -> Tensor:
+def dsa_adjoint_reference(grad: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> Tensor:
     """Plain-torch :func:`dsa_adjoint`, by autograd through :func:`dsa_reference`."""
     with torch.enable_grad():
         images = torch.zeros_like(grad, requires_grad=True)
@@ -139,7 +161,7 @@ def dsa_adjoint_reference(grad: Tensor, draws: Tensor, operations: list[int], cu
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 _dsa = operator(
-    "dsa(Tensor images, Tensor draws, int[] operations, int[] cutout, bool linear) -> Tensor",
+    "dsa(Tensor images, Tensor draws, Tensor operations, int[] cutout, bool linear) -> Tensor",
     check=lambda images, draws, operations, cutout, linear: _check("dsa", images, draws, operations, cutout),
     allocate=lambda images, draws, operations, cutout, linear: _empty(images),
     kernel=lambda images, draws, operations, cutout, linear: _launch("dsa", images, draws, operations, cutout, linear),
@@ -147,7 +169,7 @@ _dsa = operator(
 )
 
 _dsa_adjoint = operator(
-    "dsa_adjoint(Tensor grad, Tensor draws, int[] operations, int[] cutout) -> Tensor",
+    "dsa_adjoint(Tensor grad, Tensor draws, Tensor operations, int[] cutout) -> Tensor",
     check=lambda grad, draws, operations, cutout: _check("dsa_adjoint", grad, draws, operations, cutout),
     allocate=lambda grad, draws, operations, cutout: _empty(grad),
     kernel=lambda grad, draws, operations, cutout: _launch("dsa_adjoint", grad, draws, operations, cutout, True),
@@ -155,13 +177,14 @@ _dsa_adjoint = operator(
 )
 
 
-def dsa(images: Tensor, draws: Tensor, operations: list[int], cutout: list[int], linear: bool = False) -> Tensor:
+def dsa(images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool = False) -> Tensor:
     """Applies ``operations`` in order to every image, each with its own draws.
 
     Args:
-        images: [B, C, H, W], float32 or float64, any strides.
+        images: [B, C, H, W], float32, float64, bfloat16 or float16, any strides.
         draws: float64 [11, B], rows as in :data:`DRAWS`.
-        operations: indices into :data:`OPERATIONS`, at most 8.
+        operations: int32 [k, B], for every image the indices into :data:`OPERATIONS` of what it goes through, or
+            :data:`NOTHING`. On CUDA they are read by the kernel alone: an image with another number becomes NaN.
         cutout: height and width of what cutout blanks, pixels.
         linear: leave out the constant that brightness adds.
 
@@ -171,6 +194,6 @@ def dsa(images: Tensor, draws: Tensor, operations: list[int], cutout: list[int],
     return _dsa(images, draws, operations, cutout, linear)
 
 
-def dsa_adjoint(grad: Tensor, draws: Tensor, operations: list[int], cutout: list[int]) -> Tensor:
+def dsa_adjoint(grad: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> Tensor:
     """Aᵀ ``grad``, with A the linear part of :func:`dsa` for the same draws; arguments and result as there."""
     return _dsa_adjoint(grad, draws, operations, cutout)

@@ -2,6 +2,9 @@
 
 One block of the ConvNet after its convolution. Formulas stand in ``csrc/ops/norm_relu_pool/math.h``. Kernels read and
 write channels-last memory; other layouts are converted on the way in. Results are channels-last.
+
+Images [B, C, H, W] may be float32, float64, bfloat16 or float16. With the two last, everything that is not an image
+(statistics, per-channel vectors and their gradients) is float32, and so is all arithmetic.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, operator, require, require_floating, require_like
+from pdd_fast.ops._registry import address, compute_dtype, operator, require, require_floating, require_like
 
 EPS = 1e-5  # torch.nn.GroupNorm's default
 
@@ -26,17 +29,24 @@ def _empty(like: Tensor, batch: int, height: int, width: int) -> Tensor:
 
 def _check_images(name: str, z: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of the images, of the pooled images, and of a vector over channels."""
-    require_floating(name, "z", z)
+    require_floating(name, "z", z, half=True)
     require(z.dim() == 4, name, "z", "have shape [B, C, H, W]", tuple(z.shape))
     require(min(z.shape[2:]) >= 2, name, "z", "be at least 2 pixels high and wide", tuple(z.shape))
     require(z.numel() > 0, name, "z", "not be empty", tuple(z.shape))
     B, C, H, W = z.shape
+    require(C * H * W < 2**31, name, "z", "have fewer than 2**31 numbers an image", tuple(z.shape))
     return (B, C, H, W), (B, C, H // 2, W // 2), (C,)
 
 
 def _check_all(name: str, z: Tensor, shapes: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
     for argument, (tensor, shape) in shapes.items():
-        require_like(name, argument, tensor, z, shape)
+        is_images = len(shape) == 4
+        require_like(name, argument, tensor, z, shape, z.dtype if is_images else compute_dtype(z.dtype))
+
+
+def _new(z: Tensor, *shape: int) -> Tensor:
+    """Uninitialised statistics or vectors for images ``z``."""
+    return z.new_empty(shape, dtype=compute_dtype(z.dtype))
 
 
 # ---- norm_relu_pool ---------------------------------------------------------------------------------------------
@@ -49,7 +59,7 @@ def _check(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
 
 def _allocate(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     B, C, H, W = z.shape
-    return _empty(z, B, H // 2, W // 2), z.new_empty(B, C), z.new_empty(B, C)
+    return _empty(z, B, H // 2, W // 2), _new(z, B, C), _new(z, B, C)
 
 
 def _kernel(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +130,7 @@ def _allocate_backward(
     grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, C, H, W = z.shape
-    return _empty(z, B, H, W), z.new_empty(C), z.new_empty(C)
+    return _empty(z, B, H, W), _new(z, C), _new(z, C)
 
 
 def _kernel_backward(
@@ -130,7 +140,7 @@ def _kernel_backward(
     mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
     B, C, H, W = z.shape
     grad_z = _empty(z, B, H, W)
-    parts = z.new_empty(2, B, C)
+    parts = _new(z, 2, B, C)
     _native.call(
         "norm_relu_pool_backward", z, *z.shape,
         address(grad_out), address(z), address(mean), address(rstd), address(weight), address(bias),
@@ -206,7 +216,7 @@ def _allocate_dual(
     eps: float, tangent_only: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, C, H, W = z.shape
-    return _empty(z, B if tangent_only else 2 * B, H // 2, W // 2), z.new_empty(4, B, C)
+    return _empty(z, B if tangent_only else 2 * B, H // 2, W // 2), _new(z, 4, B, C)
 
 
 def _kernel_dual(
@@ -295,7 +305,7 @@ def _allocate_dual_backward(
     weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     B, C, H, W = z.shape
-    return _empty(z, B if tangent_only else 2 * B, H, W), z.new_empty(C), z.new_empty(C)
+    return _empty(z, B if tangent_only else 2 * B, H, W), _new(z, C), _new(z, C)
 
 
 def _kernel_dual_backward(
@@ -307,7 +317,7 @@ def _kernel_dual_backward(
     statistics = statistics.contiguous()
     B, C, H, W = z.shape
     grad_z = _empty(z, B if tangent_only else 2 * B, H, W)
-    parts = z.new_empty(2, B, C)
+    parts = _new(z, 2, B, C)
     _native.call(
         "norm_relu_pool_dual_backward", z, *z.shape,
         *map(address, images), *map(address, statistics), *map(address, vectors),

@@ -9,19 +9,32 @@
 
 namespace pdd::PDD_BACKEND {
 
-// max and log(sum(exp)) of one row of logits; exp never sees a positive argument.
-template <class T>
-struct LogSumExp {
-    T value;
+// Who works on a row of logits: one thread alone here, a warp in cuda.cu. A member takes the classes first, first +
+// step,
+// ...; sum and max are over the members, the same for all of them.
+struct Alone {
+    static constexpr int64_t first = 0, step = 1;
 
-    PDD_HD LogSumExp(const T* logits, int64_t classes) {
-        T largest = logits[0];
-        for (int64_t k = 1; k < classes; ++k) largest = logits[k] > largest ? logits[k] : largest;
-        T sum = 0;
-        for (int64_t k = 0; k < classes; ++k) sum += exp(logits[k] - largest);
-        value = largest + log(sum);
+    template <class T>
+    PDD_HD T sum(T value) const {
+        return value;
+    }
+    template <class T>
+    PDD_HD T max(T value) const {
+        return value;
     }
 };
+
+// log(sum(exp)) of one row of logits; exp never sees a positive argument.
+template <class Team, class T>
+PDD_HD T log_sum_exp(const Team& team, const T* logits, int64_t classes) {
+    T largest = logits[0];
+    for (int64_t k = team.first; k < classes; k += team.step) largest = logits[k] > largest ? logits[k] : largest;
+    largest = team.max(largest);
+    T sum = 0;
+    for (int64_t k = team.first; k < classes; k += team.step) sum += exp(logits[k] - largest);
+    return largest + log(team.sum(sum));
+}
 
 // The weight that the label gives to class k.
 template <class T>
@@ -30,11 +43,12 @@ struct Label {
     const T* soft;  // [K] or nullptr
 
     PDD_HD T weight(int64_t k) const { return soft ? soft[k] : static_cast<T>(k == index); }
-    PDD_HD T total(int64_t classes) const {
+    template <class Team>
+    PDD_HD T total(const Team& team, int64_t classes) const {
         if (!soft) return T(1);
         T sum = 0;
-        for (int64_t k = 0; k < classes; ++k) sum += soft[k];
-        return sum;
+        for (int64_t k = team.first; k < classes; k += team.step) sum += soft[k];
+        return team.sum(sum);
     }
     // A label outside [0, K) would train on nothing without a word; NaN is seen.
     PDD_HD T poison(int64_t classes) const {
@@ -42,29 +56,32 @@ struct Label {
     }
 };
 
-template <class T>
-PDD_HD void cross_entropy_sample(const T* logits, Label<T> label, int64_t classes, T scale, T* loss, T* grad) {
-    const T lse = LogSumExp<T>(logits, classes).value;
-    const T total = label.total(classes);
-    T sum = label.poison(classes);
-    for (int64_t k = 0; k < classes; ++k) {
+// The loss, for all members alike.
+template <class Team, class T>
+PDD_HD T cross_entropy_sample(const Team& team, const T* logits, Label<T> label, int64_t classes, T scale, T* grad) {
+    const T lse = log_sum_exp(team, logits, classes);
+    const T total = label.total(team, classes);
+    T sum = 0;
+    for (int64_t k = team.first; k < classes; k += team.step) {
         const T log_p = logits[k] - lse;
         const T y = label.weight(k);
         if (y != T(0)) sum -= y * log_p;  // 0 * log 0 is 0: a class of weight 0 may have a logit of -inf
         grad[k] = (exp(log_p) * total - y) * scale;
     }
-    *loss = sum;
+    return team.sum(sum) + label.poison(classes);
 }
 
-template <class T>
-PDD_HD void cross_entropy_dual_sample(const T* logits, const T* tangent, Label<T> label, int64_t classes, T scale,
-                                      T* loss_tangent, T* grad, T* grad_tangent, T* grad_label_tangent) {
-    const T lse = LogSumExp<T>(logits, classes).value;
+// The tangent of the loss, for all members alike.
+template <class Team, class T>
+PDD_HD T cross_entropy_dual_sample(const Team& team, const T* logits, const T* tangent, Label<T> label, int64_t classes,
+                                   T scale, T* grad, T* grad_tangent, T* grad_label_tangent) {
+    const T lse = log_sum_exp(team, logits, classes);
     T lse_tangent = 0;
-    for (int64_t k = 0; k < classes; ++k) lse_tangent += exp(logits[k] - lse) * tangent[k];
-    const T total = label.total(classes);
-    T sum = label.poison(classes);
-    for (int64_t k = 0; k < classes; ++k) {
+    for (int64_t k = team.first; k < classes; k += team.step) lse_tangent += exp(logits[k] - lse) * tangent[k];
+    lse_tangent = team.sum(lse_tangent);
+    const T total = label.total(team, classes);
+    T sum = 0;
+    for (int64_t k = team.first; k < classes; k += team.step) {
         const T p = exp(logits[k] - lse);
         const T log_p_tangent = tangent[k] - lse_tangent;
         const T y = label.weight(k);
@@ -73,7 +90,7 @@ PDD_HD void cross_entropy_dual_sample(const T* logits, const T* tangent, Label<T
         grad_tangent[k] = p * log_p_tangent * total * scale;
         if (grad_label_tangent) grad_label_tangent[k] = -log_p_tangent * scale;
     }
-    *loss_tangent = sum;
+    return team.sum(sum) + label.poison(classes);
 }
 
 }  // namespace pdd::PDD_BACKEND

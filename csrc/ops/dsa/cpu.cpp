@@ -1,6 +1,7 @@
 // One task is one image. It is copied to planar scratch, goes through the operations between two buffers that
 // stay in the first- or second-level cache (12 KB each for 3x32x32 floats), and is written back in the layout
 // of the output.
+#include <atomic>
 #include <cstdlib>
 
 #include "core/context.h"
@@ -17,6 +18,7 @@ class Scratch {
   public:
     explicit Scratch(ImageShape shape)
         : elements_(shape.elements()), memory_(static_cast<T*>(std::malloc(2 * elements_ * sizeof(T)))) {}
+    explicit operator bool() const { return memory_ != nullptr; }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { std::free(memory_); }
@@ -122,7 +124,7 @@ void sample_adjoint(const T* grad, T* out, ImageShape shape, const Sampling& sam
 }
 
 template <class T>
-Status apply(int operation, bool linear, Draws draws, ImageShape shape, const Dsa<T>& p, Scratch<T>& scratch) {
+void apply(int operation, bool linear, Draws draws, ImageShape shape, const Dsa<T>& p, Scratch<T>& scratch) {
     T *image = scratch.image(), *out = scratch.other();
     switch (operation) {
         case kColor:
@@ -132,15 +134,15 @@ Status apply(int operation, bool linear, Draws draws, ImageShape shape, const Ds
             }
             saturate(image, shape, static_cast<T>(draws[kSaturation]));
             contrast(image, shape, static_cast<T>(draws[kContrast]));
-            return kSuccess;
+            return;
         case kCrop:
             shift(image, out, shape, draws.integer(kShiftH), draws.integer(kShiftW));
             break;
         case kCutout:
             cutout(image, shape, cutout_box(draws, p.cutout_height, p.cutout_width));
-            return kSuccess;
+            return;
         case kFlip:
-            if (draws[kFlipped] == 0) return kSuccess;
+            if (draws[kFlipped] == 0) return;
             mirror(image, out, shape);
             break;
         case kScale:
@@ -150,20 +152,19 @@ Status apply(int operation, bool linear, Draws draws, ImageShape shape, const Ds
             sample(image, out, shape, rotation(draws, shape));
             break;
         default:
-            return kUnknownOperation;
+            return;
     }
     scratch.swap();
-    return kSuccess;
 }
 
 template <class T>
-Status apply_adjoint(int operation, Draws draws, ImageShape shape, const Dsa<T>& p, Scratch<T>& scratch) {
+void apply_adjoint(int operation, Draws draws, ImageShape shape, const Dsa<T>& p, Scratch<T>& scratch) {
     T *grad = scratch.image(), *out = scratch.other();
     switch (operation) {
         case kColor:
             contrast(grad, shape, static_cast<T>(draws[kContrast]));
             saturate(grad, shape, static_cast<T>(draws[kSaturation]));
-            return kSuccess;
+            return;
         case kCrop:
             shift(grad, out, shape, -draws.integer(kShiftH), -draws.integer(kShiftW));
             break;
@@ -177,47 +178,48 @@ Status apply_adjoint(int operation, Draws draws, ImageShape shape, const Dsa<T>&
             return apply(operation, true, draws, shape, p, scratch);  // cutout and flip: their own transposes
     }
     scratch.swap();
-    return kSuccess;
 }
 
-template <class T>
-Status check(const Dsa<T>& p) {
-    for (int k = 0; k < p.operation_count; ++k)
-        if (p.operations[k] < kColor || p.operations[k] > kRotate) return kUnknownOperation;
-    return kSuccess;
+// One image through body(scratch, k-th operation) for every operation that is one. The first failure of any image is
+// what the call answers.
+template <class T, class Body>
+Status each_image(const Dsa<T>& p, Context context, const Body& body) {
+    const ImageShape shape{p.channels, p.height, p.width};
+    for (int64_t k = 0; k < p.operation_count * p.batch; ++k)
+        if (p.operations[k] < kNothing || p.operations[k] > kRotate) return kUnknownOperation;
+    std::atomic<Status> status{kSuccess};
+    parallel_for(p.batch, context.threads, [&](int64_t b) {
+        Scratch<T> scratch(shape);
+        if (!scratch) {
+            status = kOutOfMemory;
+            return;
+        }
+        load(p, b, shape, scratch.image());
+        body(scratch, b, shape);
+        store(p, b, shape, scratch.image());
+    });
+    return status;
 }
 
 }  // namespace
 
 template <class T>
 Status dsa(const Dsa<T>& p, Context context) {
-    if (const Status bad = check(p)) return bad;
-    const ImageShape shape{p.channels, p.height, p.width};
-    parallel_for(p.batch, context.threads, [&](int64_t b) {
-        Scratch<T> scratch(shape);
-        load(p, b, shape, scratch.image());
-        for (int k = 0; k < p.operation_count; ++k)
-            apply(p.operations[k], p.linear, {p.draws + b, p.batch}, shape, p, scratch);
-        store(p, b, shape, scratch.image());
+    return each_image(p, context, [&](Scratch<T>& scratch, int64_t b, ImageShape shape) {
+        for (int64_t k = 0; k < p.operation_count; ++k)
+            apply(p.operations[k * p.batch + b], p.linear, {p.draws + b, p.batch}, shape, p, scratch);
     });
-    return kSuccess;
 }
 
 template <class T>
 Status dsa_adjoint(const Dsa<T>& p, Context context) {
-    if (const Status bad = check(p)) return bad;
-    const ImageShape shape{p.channels, p.height, p.width};
-    parallel_for(p.batch, context.threads, [&](int64_t b) {
-        Scratch<T> scratch(shape);
-        load(p, b, shape, scratch.image());
-        for (int k = p.operation_count - 1; k >= 0; --k)
-            apply_adjoint(p.operations[k], {p.draws + b, p.batch}, shape, p, scratch);
-        store(p, b, shape, scratch.image());
+    return each_image(p, context, [&](Scratch<T>& scratch, int64_t b, ImageShape shape) {
+        for (int64_t k = p.operation_count - 1; k >= 0; --k)
+            apply_adjoint(p.operations[k * p.batch + b], {p.draws + b, p.batch}, shape, p, scratch);
     });
-    return kSuccess;
 }
 
-PDD_INSTANTIATE(dsa, Dsa)
-PDD_INSTANTIATE(dsa_adjoint, Dsa)
+PDD_INSTANTIATE_HALF(dsa, Dsa)
+PDD_INSTANTIATE_HALF(dsa_adjoint, Dsa)
 
 }  // namespace pdd::PDD_BACKEND

@@ -73,15 +73,30 @@ PDD_HD Sampling scaling(Draws draws, ImageShape shape) {
             0.5 * static_cast<double>(shape.height - 1)};
 }
 
+struct Turn {
+    double cosine, sine;
+};
+
+PDD_HD Turn turn_of(double angle) {
+#if defined(__CUDA_ARCH__)
+    // cos and sin keep an array in local memory for angles beyond 10^5; those of multiples of pi do not.
+    double sine, cosine;
+    sincospi(angle * 0.31830988618379067154, &sine, &cosine);
+    return {cosine, sine};
+#else
+    return {cos(angle), sin(angle)};
+#endif
+}
+
 PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
     // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation in them
     // carries the ratio of the sides. A side of one pixel has the coordinate 0 alone.
     const double across = static_cast<double>(shape.width - 1), down = static_cast<double>(shape.height - 1);
-    const double cosine = cos(draws[kAngle]), sine = sin(draws[kAngle]);
-    return {cosine,
-            down > 0 ? -sine * across / down : 0.0,
-            across > 0 ? sine * down / across : 0.0,
-            cosine,
+    const Turn turn = turn_of(draws[kAngle]);
+    return {turn.cosine,
+            down > 0 ? -turn.sine * across / down : 0.0,
+            across > 0 ? turn.sine * down / across : 0.0,
+            turn.cosine,
             0.5 * across,
             0.5 * down};
 }

@@ -4,12 +4,12 @@
 
 #include <cstdint>
 
+#include "core/storage.h"
+
 namespace pdd {
 
-constexpr int kDsaMaxOperations = 8;
-
 // The operations' numbers; pdd_fast/ops/dsa.py holds the same list.
-enum DsaOperation : int { kColor = 0, kCrop = 1, kCutout = 2, kFlip = 3, kScale = 4, kRotate = 5 };
+enum DsaOperation : int { kNothing = -1, kColor = 0, kCrop = 1, kCutout = 2, kFlip = 3, kScale = 4, kRotate = 5 };
 
 // The rows of Dsa::draws; pdd_fast/ops/dsa.py holds the same list.
 enum DsaDraw : int {
@@ -31,13 +31,19 @@ template <class T>
 struct Dsa {
     int64_t batch, channels, height, width;
     int64_t cutout_height, cutout_width;  // size of the square that cutout blanks
-    int operations[kDsaMaxOperations];    // DsaOperation, in the order applied
-    int operation_count;
-    bool linear;          // leave out what is constant in the image (brightness); the adjoint ignores it
-    const double* draws;  // [kDsaDraws, B]
-    const T* input;       // [B, C, H, W], strides below
-    T* output;            // [B, C, H, W], strides below
+    int64_t operation_count;
+    const int* operations;  // [operation_count, B] DsaOperation, in the order applied
+    bool linear;            // leave out what is constant in the image (brightness); the adjoint ignores it
+    const double* draws;    // [kDsaDraws, B]
+    const T* input;         // [B, C, H, W], strides below
+    T* output;              // [B, C, H, W], strides below
     int64_t input_stride[4], output_stride[4];  // of B, C, H, W
+    Compute<T>* scratch;                        // [dsa_scratch_images, 2, C * H * W]; nullptr where that is 0
+    int64_t scratch_images;
+};
+
+struct DsaShape {
+    int64_t batch, channels, height, width;
 };
 
 }  // namespace pdd

@@ -264,9 +264,9 @@ Status norm_relu_pool_dual_backward(const NormReluPoolDualBackward<T>& p, Contex
     return kSuccess;
 }
 
-PDD_INSTANTIATE(norm_relu_pool, NormReluPool)
-PDD_INSTANTIATE(norm_relu_pool_backward, NormReluPoolBackward)
-PDD_INSTANTIATE(norm_relu_pool_dual, NormReluPoolDual)
-PDD_INSTANTIATE(norm_relu_pool_dual_backward, NormReluPoolDualBackward)
+PDD_INSTANTIATE_HALF(norm_relu_pool, NormReluPool)
+PDD_INSTANTIATE_HALF(norm_relu_pool_backward, NormReluPoolBackward)
+PDD_INSTANTIATE_HALF(norm_relu_pool_dual, NormReluPoolDual)
+PDD_INSTANTIATE_HALF(norm_relu_pool_dual_backward, NormReluPoolDualBackward)
 
 }  // namespace pdd::PDD_BACKEND

@@ -1,0 +1,59 @@
+"""Rows added where an index says, the same bits every time: the transpose of gathering a batch from a set of images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdd_fast.ops import _native
+from pdd_fast.ops._registry import address, operator, require, require_floating, require_like
+
+
+def _check(target: Tensor, index: Tensor, rows: Tensor) -> None:
+    name = "add_rows"
+    require_floating(name, "target", target)
+    require(target.dim() >= 1 and target.numel() > 0, name, "target", "have rows and not be empty", tuple(target.shape))
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: index must be torch.int64, got {index.dtype}")
+    require(index.dim() == 1, name, "index", "be a vector", tuple(index.shape))
+    require(index.device == target.device, name, "index", f"be on {target.device}", index.device)
+    require_like(name, "rows", rows, target, (len(index), *target.shape[1:]))
+
+
+def _kernel(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    target, index, rows = target.contiguous(), index.contiguous(), rows.contiguous()
+    out = torch.empty_like(target)
+    _native.call(
+        "add_rows", target, len(target), len(index), target[0].numel(),
+        address(target), address(index), address(rows), address(out),
+    )  # fmt: skip
+    return out
+
+
+def add_rows_reference(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Plain-torch :func:`add_rows`; on CUDA its order of additions, and so its last bits, are any."""
+    return target.index_add(0, index, rows).contiguous()
+
+
+_add_rows = operator(
+    "add_rows(Tensor target, Tensor index, Tensor rows) -> Tensor",
+    check=_check,
+    allocate=lambda target, index, rows: torch.empty_like(target, memory_format=torch.contiguous_format),
+    kernel=_kernel,
+    reference=add_rows_reference,
+)
+
+
+def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """A new tensor with ``target[j]`` + the sum of ``rows[r]`` over all r with ``index[r] == j``, in the order of r.
+
+    Args:
+        target: [n, ...], float32 or float64.
+        index: int64 [b] in [0, n), any of them more than once.
+        rows: [b, ...], of the type of ``target``.
+
+    Raises:
+        ValueError, TypeError: a shape, type or device does not fit; an index is out of range (CPU; on CUDA such a row is
+            left out).
+    """
+    return _add_rows(target, index, rows)
