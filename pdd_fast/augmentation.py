@@ -94,6 +94,12 @@ class AugmentParameters:
         draws = {name: change(getattr(self, name)) for name in DRAWS}
         return AugmentParameters(self.operations, self.image_size, self.cutout_size, **draws)
 
+    def _numbers(self, count: int) -> Tensor:
+        """int32 [count, b]: the operations as the kernels count them, and then nothing."""
+        numbers = [OPERATIONS.index(name) for name in self.operations] + [NOTHING] * (count - len(self.operations))
+        column = torch.tensor(numbers, dtype=torch.int32, device=self.brightness.device)
+        return column[:, None].expand(-1, len(self)).contiguous()
+
     def packed(self, device: torch.device) -> PackedDraws:
         """What the kernels take, on ``device``; made once per device."""
         if device not in self._packed:
@@ -114,12 +120,9 @@ class PackedDraws(NamedTuple):
         """The draws of several batches of images of one size, one after another."""
         most = max(len(p.operations) for p in parameters)
         values = [torch.stack([getattr(p, name).double() for name in DRAWS]) for p in parameters]
-        operations = []
-        for p in parameters:
-            numbers = [OPERATIONS.index(name) for name in p.operations] + [NOTHING] * (most - len(p.operations))
-            operations.append(
-                torch.tensor(numbers, dtype=torch.int32, device=p.brightness.device)[:, None].expand(-1, len(p))
-            )
+        operations = [p._numbers(most) for p in parameters]
+        if len(parameters) == 1:
+            return cls(values[0], operations[0], parameters[0].cutout_size)
         return cls(torch.cat(values, 1), torch.cat(operations, 1), parameters[0].cutout_size)
 
     def to(self, device: torch.device) -> PackedDraws:

@@ -25,6 +25,9 @@ HALF_TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 IMAGES = [
     (9, 5, 2, 2), (2, 3, 5, 4), (3, 8, 8, 8), (2, 17, 7, 9), (1, 33, 3, 2), (4, 32, 16, 16), (2, 128, 4, 4),
     (1, 1, 33, 17),
+    # Channels in whole packs of 16 bytes with idle lanes beside them; planes of more than 64 and more than 256 windows,
+    # which the CUDA kernels keep in part and read again.
+    (2, 24, 6, 5), (1, 8, 17, 31), (1, 16, 34, 33),
 ]  # fmt: skip
 
 

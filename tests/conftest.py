@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device there is; random inputs are drawn on the CPU and moved."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def host_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The CUDA kernels and their binding, compiled for the host, to be linked as they are or with a mistake in one."""
+    from host_cuda import module_objects
+
+    return module_objects(tmp_path_factory.mktemp("host-objects"))
 
 
 @pytest.fixture(autouse=True)

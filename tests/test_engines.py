@@ -11,6 +11,8 @@ from torch.nn import functional as F
 import pdd_fast
 from pdd_fast import engines
 from pdd_fast.engines import AutogradEngine, Engine, FusedEngine
+from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
+from pdd_fast.networks.parameters import initial_parameters
 
 BOTH = pytest.mark.parametrize("name", ["fused", "autograd"])
 KEEP = pytest.mark.parametrize("keep", [False, True], ids=["made again", "kept"])
@@ -48,6 +50,11 @@ def test_auto_is_fused_for_the_convnet_alone() -> None:
         engines.choose(nn.Linear(2, 2), "fused")
     with pytest.raises(ValueError, match="engine must be one of auto, fused, autograd, got 'slow'"):
         engines.choose(nn.Linear(2, 2), "slow")
+    for net in (pdd_fast.ConvNet(1, 2, 4, 3, 1), nn.Linear(2, 2)):
+        assert engines.choose(net).precision == "float32"
+        assert engines.choose(net, precision="tf32").precision == "tf32"
+        with pytest.raises(ValueError, match="precision must be one of float32, tf32, bfloat16, got 'half'"):
+            engines.choose(net, precision="half")
 
 
 @BOTH
@@ -165,3 +172,227 @@ def test_planar_and_channels_last_images_give_the_same(name: str) -> None:
     planar = engine.gradient(point.theta, point.images, point.labels)[1]
     last = point.images.contiguous(memory_format=torch.channels_last)
     assert relative_error(engine.gradient(point.theta, last, point.labels)[1], planar) <= 1e-13
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+
+class Rounded:
+    """A network in float32 and its passes in two precisions."""
+
+    def __init__(self, name: str, keep: bool, device: torch.device, soft: bool = True) -> None:
+        self.net = pdd_fast.ConvNet(3, 10, 16, width=16, depth=2).to(device)
+        self.theta = pdd_fast.flatten_parameters(self.net)
+        self.images, self.direction = torch.randn(10, 3, 16, 16).to(device), torch.randn(len(self.theta)).to(device)
+        self.labels = torch.randn(10, 10).softmax(1).to(device)
+        self.name, self.keep = name, keep
+
+    def passes(self, precision: str) -> dict[str, Tensor]:
+        engine = engines.choose(self.net, self.name, precision)
+        losses, gradient, saved = engine.gradient(self.theta, self.images, self.labels, self.keep)
+        dual = engine.dual(self.theta, self.images, self.labels, self.direction, saved)
+        logits = engine.logits(self.theta, self.images)
+        found = {"losses": losses, "gradient": gradient, "logits": logits, "slope": dual.slope}
+        for key in ("theta", "images", "labels"):
+            tensor = getattr(dual, key)
+            assert tensor is not None
+            found[f"tangent of {key}"] = tensor
+        return found
+
+
+@BOTH
+@KEEP
+def test_bfloat16_is_close_to_float32_and_gives_float32(name: str, keep: bool, device: torch.device) -> None:
+    """A bfloat16 number is good to 2^-9 = 0.2 %; logits add a few hundred of them. Gradients lose more, because some
+    activations change sides of the ReLU: 2 to 5 % here, 10 % in what is differentiated twice."""
+    point = Rounded(name, keep, device)
+    full, rounded = point.passes("float32"), point.passes("bfloat16")
+    bounds = {"losses": 1e-2, "logits": 1e-2, "gradient": 0.06, "slope": 0.06}
+    for key, found in rounded.items():
+        assert found.dtype == torch.float32, key
+        error = relative_error(found, full[key])
+        assert 1e-4 < error < bounds.get(key, 0.15), (key, error)
+
+
+def test_bfloat16_stores_activations_in_16_bits_and_nothing_else() -> None:
+    point = Rounded("fused", True, torch.device("cpu"))
+    engine = engines.choose(point.net, "fused", "bfloat16")
+    saved = engine.gradient(point.theta, point.images, point.labels, keep=True)[2]
+    for block in saved.blocks:
+        assert {t.dtype for t in (block.x, block.z, block.grad_out, block.grad_z)} == {torch.bfloat16}
+        assert {block.mean.dtype, block.rstd.dtype} == {torch.float32}
+    assert {saved.features.dtype, saved.logits.dtype} == {torch.float32}
+
+
+def test_bfloat16_rounds_operands_and_results_and_no_sum() -> None:
+    """Against float64 on the rounded operands: one rounding to 8 bits at the end, and what float32 adds to it."""
+    x, w, grad = (torch.randn(shape).bfloat16() for shape in ((4, 32, 6, 6), (8, 32, 3, 3), (4, 8, 6, 6)))
+    found = conv(x, w), conv_input_grad(grad, w, x), conv_weight_grad(grad, x, w)
+    exact = x.double().requires_grad_(), w.double().requires_grad_()
+    truth = F.conv2d(*exact, padding=1)
+    expected = truth.detach(), *torch.autograd.grad(truth, exact, grad.double())
+    for result, wanted in zip(found, expected, strict=True):
+        assert result.dtype == torch.bfloat16
+        assert ((result.double() - wanted).abs() <= 2**-8 * wanted.abs() + 1e-5).all()
+
+
+@BOTH
+def test_bfloat16_needs_float32_parameters(name: str) -> None:
+    point = Point()
+    engine = engines.choose(point.net, name, "bfloat16")
+    message = r"^precision 'bfloat16' needs parameters of torch\.float32, got torch\.float64$"
+    many = (point.theta[None], point.images[None], point.labels[None])
+    for call in (
+        lambda: engine.gradient(point.theta, point.images, point.labels),
+        lambda: engine.dual(point.theta, point.images, point.labels, point.direction, None),
+        lambda: engine.logits(point.theta, point.images),
+        lambda: engine.gradients(*many),
+        lambda: engine.logits_of(many[0], point.images),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+@BOTH
+def test_tf32_changes_nothing_in_float64_and_nothing_on_the_cpu(name: str, device: torch.device) -> None:
+    point = Point(device)
+    first, second = (engines.choose(point.net, name, p).gradient(point.theta, point.images, point.labels)[1]
+                     for p in ("float32", "tf32"))  # fmt: skip
+    assert torch.equal(first, second)
+    if device.type == "cpu":
+        single = Rounded(name, False, device)
+        for one, other in zip(single.passes("float32").values(), single.passes("tf32").values(), strict=True):
+            assert torch.equal(one, other)
+
+
+@BOTH
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_same_bits_twice(name: str, precision: str, device: torch.device) -> None:
+    point = Rounded(name, False, device)
+    for one, other in zip(point.passes(precision).values(), point.passes(precision).values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_weights_are_brought_into_cudnns_order_before_a_pass(device: torch.device) -> None:
+    weight = torch.randn(8, 4, 3, 3).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = operand(weight, dtype)
+        assert torch.equal(found, weight.to(dtype))
+        assert found.is_contiguous(memory_format=torch.channels_last) == (device.type == "cuda")
+
+
+# ---- networks side by side ------------------------------------------------------------------------------------------
+
+
+class Several:
+    """K networks with batches of their own."""
+
+    def __init__(self, networks: int, dtype: torch.dtype, device: torch.device, soft: bool = False) -> None:
+        self.net = pdd_fast.ConvNet(2, 4, (9, 7), width=5, depth=2).to(dtype)
+        self.theta = torch.stack([initial_parameters(self.net, k) for k in range(networks)])
+        self.theta += 0.2 * torch.randn_like(self.theta)
+        self.images = torch.randn(networks, 6, 2, 9, 7, dtype=dtype)
+        self.labels = torch.randint(4, (networks, 6))
+        if soft:
+            self.labels = torch.randn(networks, 6, 4, dtype=dtype).softmax(2)
+        self.net.to(device)
+        self.theta, self.images, self.labels = (t.to(device) for t in (self.theta, self.images, self.labels))
+
+    def one_at_a_time(self, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
+        alone = [engine.gradient(*each) for each in zip(self.theta, self.images, self.labels, strict=True)]
+        logits = torch.stack([engine.logits(theta, self.images[0]) for theta in self.theta])
+        return torch.stack([a[0] for a in alone]), torch.stack([a[1] for a in alone]), logits
+
+
+@BOTH
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("networks", [1, 2, 3, 5])
+def test_networks_side_by_side_are_those_one_at_a_time(
+    name: str, networks: int, soft: bool, device: torch.device
+) -> None:
+    """Sums of the same numbers in another order: 1e-12 in float64; in float32 2e-5, as for the operators."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        several = Several(networks, dtype, device, soft)
+        engine = engines.choose(several.net, name)
+        losses, gradients = engine.gradients(several.theta, several.images, several.labels)
+        logits = engine.logits_of(several.theta, several.images[0])
+        assert losses.shape == (networks, 6)
+        assert logits.shape == (networks, 6, 4)
+        for found, expected in zip((losses, gradients, logits), several.one_at_a_time(engine), strict=True):
+            assert found.dtype == dtype
+            for one, alone in zip(found, expected, strict=True):
+                assert relative_error(one, alone) <= tolerance
+
+
+@BOTH
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_one_network_alone_has_the_same_bits(name: str, precision: str, device: torch.device) -> None:
+    several = Several(1, torch.float32, device)
+    engine = engines.choose(several.net, name, precision)
+    losses, gradients, logits = several.one_at_a_time(engine)
+    found = engine.gradients(several.theta, several.images, several.labels)
+    assert torch.equal(found[0], losses)
+    assert torch.equal(found[1], gradients)
+    assert torch.equal(engine.logits_of(several.theta, several.images[0]), logits)
+
+
+def test_networks_side_by_side_in_bfloat16(device: torch.device) -> None:
+    """float32 sums in another order are rounded to the neighbouring bfloat16 now and then: 2^-8 of single numbers."""
+    several = Several(3, torch.float32, device)
+    engine = engines.choose(several.net, "fused", "bfloat16")
+    found = (
+        *engine.gradients(several.theta, several.images, several.labels),
+        engine.logits_of(several.theta, several.images[0]),
+    )
+    for one, expected in zip(found, several.one_at_a_time(engine), strict=True):
+        assert relative_error(one, expected) <= 2**-8
+
+
+def test_networks_side_by_side_take_one_convolution_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    original = F.conv2d
+
+    def remember(x: Tensor, w: Tensor, **options: int) -> Tensor:
+        seen.append((x.shape[1], w.shape[0], options["groups"]))
+        return original(x, w, **options)
+
+    monkeypatch.setattr(F, "conv2d", remember)
+    several = Several(3, torch.float32, torch.device("cpu"))
+    engine = engines.choose(several.net)
+    engine.gradients(several.theta, several.images, several.labels)
+    assert seen == [(6, 15, 3), (15, 15, 3)]
+    seen.clear()
+    engine.logits_of(several.theta, several.images[0])  # all look at the same images, which are not copied
+    assert seen == [(2, 15, 1), (15, 15, 3)]
+
+
+@BOTH
+def test_networks_side_by_side_leave_their_arguments_alone(name: str) -> None:
+    several = Several(3, torch.float32, torch.device("cpu"), soft=True)
+    copies = [t.clone() for t in (several.theta, several.images, several.labels)]
+    engine = engines.choose(several.net, name)
+    losses, gradients = engine.gradients(several.theta, several.images, several.labels)
+    assert not losses.requires_grad
+    assert not gradients.requires_grad
+    assert not engine.logits_of(several.theta, several.images[0]).requires_grad
+    for tensor, copy in zip((several.theta, several.images, several.labels), copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@BOTH
+def test_networks_that_do_not_fit_their_images_are_refused(name: str) -> None:
+    several = Several(3, torch.float32, torch.device("cpu"))
+    engine = engines.choose(several.net, name)
+    theta, images, labels = several.theta, several.images, several.labels
+    for arguments, message in (
+        ((theta[0], images, labels), r"theta must have shape \[K, P\], got \(\d+,\)"),
+        ((theta[:0], images, labels), r"theta must have shape \[K, P\], got \(0, \d+\)"),
+        ((theta, images[0], labels), r"images must have shape \[3, B, C, H, W\], got \(6, 2, 9, 7\)"),
+        ((theta[:2], images, labels), r"images must have shape \[2, B, C, H, W\], got \(3, 6, 2, 9, 7\)"),
+        ((theta, images, labels[:, :5]), r"labels must have shape \[3, 6\], got \(3, 5\)"),
+        ((theta, images, labels.float()), r"labels must have shape \[3, 6, classes\], got \(3, 6\)"),
+    ):
+        with pytest.raises(ValueError, match=f"^engine: {message}$"):
+            engine.gradients(*arguments)
+    with pytest.raises(ValueError, match=r"^engine: theta must have shape \[K, P\]"):
+        engine.logits_of(theta[0], images[0])

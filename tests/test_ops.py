@@ -19,7 +19,12 @@ def results(value: Any) -> tuple[torch.Tensor, ...]:
 
 
 def moved(arguments: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
+    """``arguments`` on ``device`` with the strides they have: ``to`` alone would pack a slice."""
+
+    def as_it_lies(a: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device).copy_(a)
+
+    return tuple(as_it_lies(a) if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
 def test_the_kernels_are_there(device: torch.device) -> None:
@@ -53,6 +58,23 @@ def test_images_in_16_bits(operator: Operator, dtype: torch.dtype, device: torch
             assert part.dtype == (dtype if truth.dim() == 4 else torch.float32)
             tolerance = HALF_TOLERANCE[dtype] if truth.dim() == 4 else TOLERANCE[torch.float32]
             assert relative_error(part, truth) <= tolerance, [getattr(a, "shape", a) for a in arguments]
+
+
+@pytest.mark.parametrize("operator", [o for o in OPERATORS if o.takes_half], ids=lambda operator: operator.name)
+def test_tensors_may_begin_anywhere(operator: Operator, device: torch.device) -> None:
+    """Kernels that move 16 bytes at once have to see where they can't: a weight is a slice of a flat vector."""
+
+    def further_on(a: Any) -> Any:
+        if not isinstance(a, torch.Tensor) or not a.is_floating_point() or not a.is_contiguous():
+            return a
+        return torch.cat([a.new_zeros(1), a.flatten()])[1:].view(a.shape)
+
+    for arguments in operator.arguments(torch.float32):
+        arguments = moved(arguments, device)
+        found = results(operator.function(*(further_on(a) for a in arguments)))
+        for part, expected in zip(found, results(operator.function(*arguments)), strict=True):
+            # Another kernel may take over, which adds in another order.
+            assert relative_error(part, expected) <= TOLERANCE[torch.float32]
 
 
 @EVERY_OPERATOR

@@ -123,6 +123,14 @@ def test_types_recipes_record_and_library_are_installed() -> None:
     assert isinstance(spec.loader, importlib.machinery.ExtensionFileLoader)
 
 
+def test_the_cuda_library_of_all_architectures_stays_below_40_megabytes() -> None:
+    spec = importlib.util.find_spec("pdd_fast._cuda")
+    if spec is None or spec.origin is None:
+        pytest.skip("built without CUDA")
+    record = json.loads((resources.files("pdd_fast") / "_build.json").read_text(encoding="utf-8"))
+    assert Path(spec.origin).stat().st_size < 40e6 / 6 * max(len(record["cuda"]["archs"]), 1)
+
+
 @pytest.mark.skipif(is_editable(), reason="an editable install holds a pointer to the sources, not the files")
 def test_every_file_is_installed_and_no_other() -> None:
     require_contents(str(file) for file in DISTRIBUTION.files or () if file.parts[0] == "pdd_fast")
@@ -235,7 +243,8 @@ def test_a_source_distribution_holds_all_that_a_build_reads(archive: Path) -> No
 
 
 def test_a_source_distribution_holds_the_tests(archive: Path) -> None:
-    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*") if path.suffix in (".py", ".cpp")}
+    suffixes = (".py", ".cpp", ".cu", ".h")
+    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*") if path.suffix in suffixes}
     assert needed <= packed(archive)
 
 
@@ -243,7 +252,7 @@ def test_a_source_distribution_holds_nothing_else(archive: Path) -> None:
     files = packed(archive)
     suffixes = {
         "csrc": (".h", ".cuh", ".cpp", ".cu"), "cli": (".py",), "pdd_fast": (".py", ".toml", ".typed"),
-        "tests": (".py", ".cpp"), "docs": (".md",), "pdd_fast.egg-info": (".txt", "PKG-INFO"),
+        "tests": (".py", ".cpp", ".cu", ".h"), "docs": (".md",), "pdd_fast.egg-info": (".txt", "PKG-INFO"),
     }  # fmt: skip
     top = {"setup.py", "setup.cfg", "pyproject.toml", "LICENSE", "MANIFEST.in", "PKG-INFO"}
     for name in files:

@@ -1,38 +1,24 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; native/sanitize.cpp says what is run."""
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer; native/sanitize.cpp says what is run."""
 
 from __future__ import annotations
 
-import ast
 import os
 import platform
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
+import host_cuda
 import pytest
+from host_cuda import ROOT, CompileError, built_with
 
-ROOT = Path(__file__).resolve().parents[1]
 DRIVER = ROOT / "tests" / "native" / "sanitize.cpp"
-COMPILER = shutil.which("g++")
 # The last two are not part of "undefined": what a draw of NaN or 1e300 does when it is cast to an integer.
-SANITIZERS = "address,undefined,float-cast-overflow,float-divide-by-zero"
+SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero"
+FLAGS = [SANITIZERS, "-fno-sanitize-recover=all", "-g1"]
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="g++ is not on PATH"),
-    pytest.mark.skipif(sys.platform != "linux", reason="g++ may be another compiler, without OpenMP"),
-    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the sources are not beside the tests"),
-]
-
-
-def built_with(name: str) -> Any:
-    """A constant of setup.py, which cannot be imported: it would build."""
-    for statement in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
-            return ast.literal_eval(statement.value)
-    raise AssertionError(f"setup.py sets no {name}")
+pytestmark = host_cuda.NEEDS_COMPILER
 
 
 def supported(level: str) -> bool:
@@ -43,25 +29,33 @@ def supported(level: str) -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and {"avx2", "fma", "bmi2"} <= set(flags.split())
 
 
-def compiled(target: Path, level: str, sources: list[Path]) -> Path:
-    assert COMPILER is not None
-    flags = [
-        *built_with("CXX_FLAGS"),
-        *built_with("CPU_LEVELS")[level],
-        f"-DPDD_BACKEND=cpu_{level}",
-        f"-I{ROOT / 'csrc'}",
-        f"-fsanitize={SANITIZERS}",
-        *("-O1", "-g1", "-fopenmp", "-fno-sanitize-recover=all"),
-    ]
-    result = subprocess.run(
-        [COMPILER, *flags, *map(str, sources), "-o", str(target)], capture_output=True, text=True, check=False
-    )
-    if "cannot find" in result.stderr and re.search(r"lib[a-z]*san|-l[a-z]*san", result.stderr):
+def skip_or_fail(error: CompileError, level: str) -> NoReturn:
+    if "cannot find" in str(error) and re.search(r"lib[a-z]*san|-l[a-z]*san", str(error)):
         pytest.skip("g++ has no sanitizer libraries")
-    if "bad value" in result.stderr:
+    if "bad value" in str(error):
         pytest.skip(f"this g++ does not know {' '.join(built_with('CPU_LEVELS')[level])}")
-    assert result.returncode == 0, result.stderr
+    raise error
+
+
+def compiled(target: Path, level: str, sources: list[Path]) -> Path:
+    flags = [*built_with("CXX_FLAGS"), *built_with("CPU_LEVELS")[level], f"-DPDD_BACKEND=cpu_{level}", *FLAGS]
+    try:
+        host_cuda.run_compiler(*flags, f"-I{ROOT / 'csrc'}", "-O1", "-fopenmp", *sources, "-o", target)
+    except CompileError as error:
+        skip_or_fail(error, level)
     return target
+
+
+def flags_for_the_host(sources: Path = host_cuda.SOURCES) -> list[str]:
+    """For the CUDA kernels; with -O1 compiling takes three times as long, and running little less."""
+    return [*host_cuda.flags_for(sources), *FLAGS, "-O0"]
+
+
+def host_objects_for_the_driver(folder: Path) -> list[Path]:
+    try:
+        return host_cuda.compiled(folder, [*host_cuda.kernels(), DRIVER], flags_for_the_host())
+    except CompileError as error:
+        skip_or_fail(error, "cuda")
 
 
 def run(program: Path, leaks: bool = True) -> subprocess.CompletedProcess[str]:
@@ -74,16 +68,24 @@ def run(program: Path, leaks: bool = True) -> subprocess.CompletedProcess[str]:
     return result
 
 
+def require_calls(result: subprocess.CompletedProcess[str], least: int) -> None:
+    assert result.returncode == 0, result.stderr
+    calls = re.fullmatch(r"(\d+) calls\n", result.stdout)
+    assert calls is not None, result.stdout
+    assert int(calls[1]) > least
+
+
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_kernels_stay_in_their_buffers_and_do_nothing_undefined(level: str, tmp_path: Path) -> None:
     if not supported(level):
         pytest.skip(f"this CPU does not run {level}")
     kernels = [ROOT / "csrc" / "ops" / operator / "cpu.cpp" for operator in built_with("OPERATORS")]
-    result = run(compiled(tmp_path / level, level, [*kernels, DRIVER]))
-    assert result.returncode == 0, result.stderr
-    calls = re.fullmatch(r"(\d+) calls\n", result.stdout)
-    assert calls is not None, result.stdout
-    assert int(calls[1]) > 5000
+    require_calls(run(compiled(tmp_path / level, level, [*kernels, DRIVER])), 5000)
+
+
+def test_cuda_kernels_stay_in_their_buffers_and_do_nothing_undefined(tmp_path: Path) -> None:
+    objects = host_objects_for_the_driver(tmp_path)
+    require_calls(run(host_cuda.linked(tmp_path / "cuda", objects, SANITIZERS)), 3000)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,14 @@ __all__ = ["AutogradEngine", "DualResult", "Engine", "FusedEngine", "choose"]
 NAMES = ("auto", "fused", "autograd")
 
 
-def choose(net: nn.Module, name: str = "auto") -> Engine:
+def choose(net: nn.Module, name: str = "auto", precision: str = "float32") -> Engine:
     """The engine called ``name`` for ``net``; "auto" is "fused" for a ConvNet and "autograd" for other modules.
 
+    Args:
+        precision: of convolutions, one of pdd_fast.precision.NAMES (docs/precision.md).
+
     Raises:
-        ValueError: an unknown name, or "fused" for a module that is not a ConvNet.
+        ValueError: an unknown name or precision, or "fused" for a module that is not a ConvNet.
     """
     if name not in NAMES:
         raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")
@@ -26,4 +29,6 @@ def choose(net: nn.Module, name: str = "auto") -> Engine:
     fits = type(net) is ConvNet
     if name == "fused" and not fits:
         raise ValueError(f"engine 'fused' must be given a pdd_fast.ConvNet, got {type(net).__name__}")
-    return FusedEngine(net) if isinstance(net, ConvNet) and fits and name != "autograd" else AutogradEngine(net)
+    if isinstance(net, ConvNet) and fits and name != "autograd":
+        return FusedEngine(net, precision)
+    return AutogradEngine(net, precision)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pdd_fast.engines.base import DualResult
+from pdd_fast import precision as precisions
+from pdd_fast.engines.base import DualResult, check_side_by_side
 from pdd_fast.networks.parameters import views
 
 
@@ -47,13 +48,23 @@ def _random_state_of(state: _RandomState | None, device: torch.device) -> Iterat
 
 
 class AutogradEngine:
-    """Engine for any module that maps images to logits. Buffers (running statistics) are read and never changed."""
+    """Engine for any module that maps images to logits. Buffers (running statistics) are read and never changed.
 
-    def __init__(self, net: nn.Module) -> None:
+    Precision "bfloat16" is torch's autocast: it decides operation by operation, and rounds the operands of linear
+    layers too, which the fused engine keeps in float32.
+    """
+
+    def __init__(self, net: nn.Module, precision: str = "float32") -> None:
         self.net = net
+        self.precision = precisions.check(precision)
         self._parameters = dict(net.named_parameters())
 
     def _logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        rounded = precisions.storage(self.precision, theta.dtype) != theta.dtype
+        with torch.autocast(theta.device.type, torch.bfloat16, enabled=rounded):
+            return self._called(theta, images).to(theta.dtype)
+
+    def _called(self, theta: Tensor, images: Tensor) -> Tensor:
         parameters = dict(zip(self._parameters, views(theta, iter(self._parameters.values())), strict=True))
         buffers = {
             name: buffer.to(theta.dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
@@ -76,17 +87,24 @@ class AutogradEngine:
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Graph | _RandomState | None]:
-        if keep:
-            # A copy: the caller may go on writing to the memory that theta is a view of, and the graph lives on.
-            losses, graph = self._graph(theta.clone(), images, labels, second=True)
-            return losses, graph.gradient.detach(), graph
-        before = _random_state(theta.device)
-        losses, graph = self._graph(theta, images, labels, second=False)
-        after = _random_state(theta.device)
+        with precisions.computing_in(self.precision, theta.device):
+            if keep:
+                # A copy: the caller may go on writing to the memory that theta is a view of, and the graph lives on.
+                losses, graph = self._graph(theta.clone(), images, labels, second=True)
+                return losses, graph.gradient.detach(), graph
+            before = _random_state(theta.device)
+            losses, graph = self._graph(theta, images, labels, second=False)
+            after = _random_state(theta.device)
         unchanged = torch.equal(before.cpu, after.cpu) and (
             before.cuda is None or after.cuda is None or torch.equal(before.cuda, after.cuda)
         )
         return losses, graph.gradient, None if unchanged else before
+
+    def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        check_side_by_side(theta, images, labels)
+        with precisions.computing_in(self.precision, theta.device):
+            found = [self._graph(*one, second=False) for one in zip(theta, images, labels, strict=True)]
+        return torch.stack([losses for losses, _ in found]), torch.stack([graph.gradient for _, graph in found])
 
     def dual(
         self,
@@ -98,6 +116,13 @@ class AutogradEngine:
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> DualResult:
+        with precisions.computing_in(self.precision, theta.device):
+            return self._dual(theta, images, labels, direction, saved, want_theta, rows)
+
+    def _dual(
+        self, theta: Tensor, images: Tensor, labels: Tensor, direction: Tensor, saved: _Graph | _RandomState | None,
+        want_theta: bool, rows: Tensor | None,
+    ) -> DualResult:  # fmt: skip
         if isinstance(saved, _Graph):
             graph = saved
         else:
@@ -124,5 +149,9 @@ class AutogradEngine:
         return DualResult(slope.detach(), results.get("theta"), images_result, results.get("labels"))
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), precisions.computing_in(self.precision, theta.device):
             return self._logits(theta, images)
+
+    def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        check_side_by_side(theta)
+        return torch.stack([self.logits(one, images) for one in theta])

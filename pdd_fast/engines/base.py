@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,10 +18,18 @@ class DualResult(NamedTuple):
 
 
 class Engine(Protocol):
-    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph."""
+    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph.
+
+    Tensors are float32 or float64, all of one type, whatever ``precision`` convolutions are computed in.
+    """
 
     @property
     def net(self) -> nn.Module: ...
+
+    @property
+    def precision(self) -> str:
+        """One of pdd_fast.precision.NAMES."""
+        ...
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Any]:
         """Losses [B], ∇_θ ℓ [P], and what :meth:`dual` needs to take this step up again.
@@ -56,3 +65,40 @@ class Engine(Protocol):
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         ...
+
+    def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`gradient` of K networks, each on images of its own: losses [K, B] and gradients [K, P].
+
+        Equal to one network at a time but for rounding; the same bits for K = 1. Nothing in it waits for the device.
+
+        Args:
+            theta: [K, P].
+            images: [K, B, C, H, W].
+            labels: int64 [K, B] or weights [K, B, classes].
+
+        Raises:
+            ValueError: the shapes do not fit one another.
+        """
+        ...
+
+    def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Logits [K, B, classes] of K networks at ``theta`` [K, P] on the same images [B, C, H, W].
+
+        Raises:
+            ValueError: ``theta`` has another shape.
+        """
+        ...
+
+
+def check_side_by_side(theta: Tensor, images: Tensor | None = None, labels: Tensor | None = None) -> None:
+    """Raises ValueError unless the arguments of :meth:`Engine.gradients` or :meth:`Engine.logits_of` fit together."""
+    if theta.dim() != 2 or len(theta) == 0:
+        raise ValueError(f"engine: theta must have shape [K, P], got {tuple(theta.shape)}")
+    if images is None or labels is None:
+        return
+    if images.dim() != 5 or len(images) != len(theta):
+        raise ValueError(f"engine: images must have shape [{len(theta)}, B, C, H, W], got {tuple(images.shape)}")
+    hard = labels.dtype == torch.int64
+    if labels.dim() != (2 if hard else 3) or labels.shape[:2] != images.shape[:2]:
+        expected = ", ".join(map(str, images.shape[:2])) + ("" if hard else ", classes")
+        raise ValueError(f"engine: labels must have shape [{expected}], got {tuple(labels.shape)}")

@@ -8,18 +8,26 @@ wgrad(dz_tangent, x) + wgrad(dz, x_tangent) is one call over 2B images.
 
 Left out because the result is known: the weight gradients of the value pass, the input gradient of the images that are
 frozen, and all that concerns a convolution's bias, which the instance norm removes: its gradient is exactly zero.
+
+With precision "bfloat16", images and activations, their tangents and their gradients are stored in 16 bits, and
+convolutions take their weights rounded to 16; parameters, statistics, the linear layer, the loss and all results stay
+float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from pdd_fast.engines.base import DualResult
+from pdd_fast import precision as precisions
+from pdd_fast.engines import side_by_side
+from pdd_fast.engines.base import DualResult, check_side_by_side
+from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
 from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.networks.parameters import views
 from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
@@ -38,6 +46,11 @@ class _Block(NamedTuple):
     conv_bias: Tensor  # [C]
     weight: Tensor  # [C]
     bias: Tensor  # [C]
+
+    @property
+    def affine(self) -> Tensor:
+        """[2, C], weight and bias, which are neighbours in the flat vector."""
+        return self.weight.as_strided((2, len(self.weight)), (len(self.weight), 1))
 
 
 class _Parameters(NamedTuple):
@@ -85,32 +98,29 @@ def _tangents_first(stack: Tensor) -> _Pair:
     return _Pair(value, tangent, stack)
 
 
-def _conv(x: Tensor, w: Tensor) -> Tensor:
-    return F.conv2d(x, w, padding=1)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
-def _conv_backward(grad: Tensor, x: Tensor, w: Tensor, wanted: int) -> Tensor:
-    """Gradient with respect to the input (``wanted`` 0) or the weight (1)."""
-    mask = [wanted == 0, wanted == 1, False]
-    return torch.ops.aten.convolution_backward(
-        grad, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )[wanted]  # fmt: skip
+def _pass(
+    method: Callable[Concatenate[FusedEngine, Tensor, _Arguments], _Result],
+) -> Callable[Concatenate[FusedEngine, Tensor, _Arguments], _Result]:
+    """A method that records no graph and computes in the engine's precision."""
 
+    @wraps(method)
+    def run(self: FusedEngine, theta: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.no_grad(), precisions.computing_in(self.precision, theta.device):
+            return method(self, theta, *args, **kwargs)
 
-def _conv_input_grad(grad: Tensor, w: Tensor, like: Tensor) -> Tensor:
-    """Adjoint of the convolution in its input. ``like`` [B, C_in, H, W] gives shape and memory format of the result."""
-    return _conv_backward(grad, like, w, 0)
-
-
-def _conv_weight_grad(grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    return _conv_backward(grad, x, w, 1)
+    return run
 
 
 class FusedEngine:
     """Engine for :class:`ConvNet`."""
 
-    def __init__(self, net: ConvNet) -> None:
+    def __init__(self, net: ConvNet, precision: str = "float32") -> None:
         self.net = net
+        self.precision = precisions.check(precision)
         self._shapes = list(net.parameters())
 
     def _split(self, theta: Tensor) -> _Parameters:
@@ -118,52 +128,74 @@ class FusedEngine:
         blocks = [_Block(*parts[i : i + 4]) for i in range(0, len(parts) - 2, 4)]
         return _Parameters(blocks, parts[-2], parts[-1])
 
-    def _forward(self, p: _Parameters, images: Tensor, step: _Step | None) -> Tensor:
-        x = images.contiguous(memory_format=torch.channels_last)
+    def _storage(self, theta: Tensor) -> torch.dtype:
+        return precisions.storage(self.precision, theta.dtype)
+
+    def _operands(self, theta: Tensor) -> _Parameters:
+        """The parameters as a pass computes with them."""
+        p, dtype = self._split(theta), self._storage(theta)
+        return p._replace(blocks=[block._replace(conv=operand(block.conv, dtype)) for block in p.blocks])
+
+    def _stored(self, theta: Tensor, images: Tensor) -> Tensor:
+        return images.to(self._storage(theta)).contiguous(memory_format=torch.channels_last)
+
+    def _forward(self, p: _Parameters, x: Tensor, step: _Step | None) -> Tensor:
         for block in p.blocks:
-            z = _conv(x, block.conv)
+            z = conv(x, block.conv)
             out, mean, rstd = norm_relu_pool(z, block.weight, block.bias)
             if step is not None:
                 step.blocks.append(_Activations(x, z, mean, rstd))
             x = out
-        features = x.flatten(1)
+        features = x.flatten(1).to(p.weight.dtype)
         logits = torch.addmm(p.bias, features, p.weight.t())
         if step is not None:
             step.features, step.logits = features, logits
         return logits
 
-    @torch.no_grad()
+    @_pass
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        return self._forward(self._split(theta), images, None)
+        return self._forward(self._operands(theta), self._stored(theta, images), None)
 
-    @torch.no_grad()
+    @_pass
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Step | None]:
-        p, step, result = self._split(theta), _Step(), torch.empty_like(theta)
+        p, step, result = self._operands(theta), _Step(), torch.zeros_like(theta)
         grads = self._split(result)
-        losses, grad_logits = cross_entropy(self._forward(p, images, step), labels)
+        losses, grad_logits = cross_entropy(self._forward(p, self._stored(theta, images), step), labels)
         torch.mm(grad_logits.t(), step.features, out=grads.weight)
         torch.sum(grad_logits, 0, out=grads.bias)
         last = step.blocks[-1].z
-        grad_out = torch.mm(grad_logits, p.weight).view(-1, last.shape[1], last.shape[2] // 2, last.shape[3] // 2)
+        shape = (-1, last.shape[1], last.shape[2] // 2, last.shape[3] // 2)
+        grad_out = torch.mm(grad_logits, p.weight).view(shape).to(last.dtype)
         for i in reversed(range(len(p.blocks))):
             block, grad = p.blocks[i], grads.blocks[i]
             seen = step.blocks[i] if keep else step.blocks.pop()  # popped: freed as the pass goes down
-            grad_z, grad_weight, grad_bias = norm_relu_pool_backward(
-                grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias
-            )
-            grad.conv.copy_(_conv_weight_grad(grad_z, seen.x, block.conv))
-            grad.conv_bias.zero_()
-            grad.weight.copy_(grad_weight)
-            grad.bias.copy_(grad_bias)
+            grad_z, parts = norm_relu_pool_backward(grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias)
+            grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv))
+            torch.sum(parts, 1, out=grad.affine)
             if keep:
                 seen.grad_out, seen.grad_z = grad_out, grad_z
             if i > 0:
-                grad_out = _conv_input_grad(grad_z, block.conv, seen.x)
+                grad_out = conv_input_grad(grad_z, block.conv, seen.x)
         return losses, result, step if keep else None
 
-    @torch.no_grad()
+    @_pass
+    def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        check_side_by_side(theta, images, labels)
+        if len(theta) == 1:
+            losses, gradient, _ = self.gradient(theta[0], images[0], labels[0])
+            return losses[None], gradient[None]
+        return side_by_side.gradients(self._shapes, theta, images, labels, self._storage(theta))
+
+    @_pass
+    def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        check_side_by_side(theta)
+        if len(theta) == 1:
+            return self.logits(theta[0], images)[None]
+        return side_by_side.logits_of(self._shapes, theta, self._stored(theta, images))
+
+    @_pass
     def dual(
         self,
         theta: Tensor,
@@ -174,12 +206,12 @@ class FusedEngine:
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> DualResult:
-        p, v = self._split(theta), self._split(direction)
-        result = torch.empty_like(theta) if want_theta else None
+        p, v = self._operands(theta), self._operands(direction)
+        result = torch.zeros_like(theta) if want_theta else None
         grads = self._split(result) if result is not None else None
 
         # Forward: x, z and their tangents, block by block. The images have none: they are not moved.
-        x: _Pair | Tensor = images.contiguous(memory_format=torch.channels_last)
+        x: _Pair | Tensor = self._stored(theta, images)
         seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
         for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):
             kept = saved.blocks[i] if saved else None
@@ -194,8 +226,8 @@ class FusedEngine:
 
         # The linear layer and the loss.
         assert isinstance(x, _Pair)  # depth is at least 1
-        features_tangent = x.tangent.flatten(1)
-        features = saved.features if saved else x.value.flatten(1)
+        features_tangent = x.tangent.flatten(1).to(theta.dtype)
+        features = saved.features if saved else x.value.flatten(1).to(theta.dtype)
         logits = saved.logits if saved else torch.addmm(p.bias, features, p.weight.t())
         logits_tangent = torch.addmm(v.bias, features, v.weight.t()).addmm_(features_tangent, p.weight.t())
         slopes, grad_logits, grad_logits_tangent, labels_tangent = cross_entropy_dual(logits, logits_tangent, labels)
@@ -213,7 +245,7 @@ class FusedEngine:
             kept = saved.blocks[i] if saved else None
             x, z, statistics = seen.pop()
             tangent_only = kept is not None or (i == 0 and not want_images)
-            grad_stack, weight_tangent, bias_tangent = norm_relu_pool_dual_backward(
+            grad_stack, parts = norm_relu_pool_dual_backward(
                 grad_out.value, grad_out.tangent, z.value, z.tangent, statistics,
                 block.weight, along.weight, block.bias, tangent_only=tangent_only,
             )  # fmt: skip
@@ -222,27 +254,25 @@ class FusedEngine:
             else:
                 grad_z = _Pair(grad_stack, grad_stack) if tangent_only else _tangents_first(grad_stack)
             if grads is not None:
-                grads.blocks[i].conv.copy_(self._weight_tangent(grad_z, x, block.conv))
-                grads.blocks[i].conv_bias.zero_()
-                grads.blocks[i].weight.copy_(weight_tangent)
-                grads.blocks[i].bias.copy_(bias_tangent)
+                self._weight_tangent(grad_z, x, block.conv, grads.blocks[i].conv)
+                torch.sum(parts, 1, out=grads.blocks[i].affine)
             if isinstance(x, _Pair):
                 below = saved.blocks[i - 1].grad_out if saved else None
                 grad_out = self._input_backward(grad_z, block.conv, along.conv, x, below)
             elif want_images:
-                images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x, rows)
+                images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x, rows, theta.dtype)
         return DualResult(slopes.mean(), result, images_tangent, labels_tangent if labels.is_floating_point() else None)
 
     @staticmethod
     def _convolve(x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None) -> _Pair:
         """z = w*x and its tangent w_tangent*x + w*x_tangent."""
         if isinstance(x, Tensor):
-            return _Pair(kept.z if kept else _conv(x, w), _conv(x, w_tangent))
-        tangent = _conv(x.value, w_tangent)
+            return _Pair(kept.z if kept else conv(x, w), conv(x, w_tangent))
+        tangent = conv(x.value, w_tangent)
         if x.stack is None:
             assert kept is not None  # values that were made again come stacked
-            return _Pair(kept.z, tangent.add_(_conv(x.tangent, w)))
-        z = _values_first(_conv(x.stack, w))
+            return _Pair(kept.z, tangent.add_(conv(x.tangent, w)))
+        z = _values_first(conv(x.stack, w))
         z.tangent.add_(tangent)
         return z
 
@@ -254,33 +284,37 @@ class FusedEngine:
         shape = (-1, z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
         tangent = torch.mm(grad_logits_tangent, p.weight).addmm_(grad_logits, v.weight).view(shape)
         value = saved.blocks[-1].grad_out if saved else torch.mm(grad_logits, p.weight).view(shape)
-        return _Pair(value, tangent)
+        return _Pair(value.to(z.dtype), tangent.to(z.dtype))
 
     @staticmethod
-    def _weight_tangent(grad_z: _Pair, x: _Pair | Tensor, w: Tensor) -> Tensor:
-        """wgrad(dz_tangent, x) + wgrad(dz, x_tangent)."""
+    def _weight_tangent(grad_z: _Pair, x: _Pair | Tensor, w: Tensor, out: Tensor) -> None:
+        """Writes wgrad(dz_tangent, x) + wgrad(dz, x_tangent) into ``out``, where the sum is not rounded to 16 bits."""
         if isinstance(x, Tensor):
-            return _conv_weight_grad(grad_z.tangent, x, w)
-        if grad_z.stack is not None and x.stack is not None:
-            return _conv_weight_grad(grad_z.stack, x.stack, w)
-        return _conv_weight_grad(grad_z.tangent, x.value, w).add_(_conv_weight_grad(grad_z.value, x.tangent, w))
+            out.copy_(conv_weight_grad(grad_z.tangent, x, w))
+        elif grad_z.stack is not None and x.stack is not None:
+            out.copy_(conv_weight_grad(grad_z.stack, x.stack, w))
+        else:
+            out.copy_(conv_weight_grad(grad_z.tangent, x.value, w))
+            out.add_(conv_weight_grad(grad_z.value, x.tangent, w))
 
     @staticmethod
     def _input_backward(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: _Pair, kept_grad: Tensor | None) -> _Pair:
         """dx = wᵀ*dz and its tangent wᵀ*dz_tangent + w_tangentᵀ*dz."""
-        crossed = _conv_input_grad(grad_z.value, w_tangent, x.value)
+        crossed = conv_input_grad(grad_z.value, w_tangent, x.value)
         if kept_grad is not None:
-            return _Pair(kept_grad, _conv_input_grad(grad_z.tangent, w, x.value).add_(crossed))
+            return _Pair(kept_grad, conv_input_grad(grad_z.tangent, w, x.value).add_(crossed))
         assert grad_z.stack is not None  # what was not kept comes stacked
         assert x.stack is not None
-        grad = _tangents_first(_conv_input_grad(grad_z.stack, w, x.stack))
+        grad = _tangents_first(conv_input_grad(grad_z.stack, w, x.stack))
         grad.tangent.add_(crossed)
         return grad
 
     @staticmethod
-    def _images_tangent(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: Tensor, rows: Tensor | None) -> Tensor:
-        """Tangent of the gradient with respect to the images of ``rows``."""
+    def _images_tangent(
+        grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: Tensor, rows: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Tangent of the gradient with respect to the images of ``rows``, in ``dtype``."""
         value, tangent = grad_z.value, grad_z.tangent
         if rows is not None:
             value, tangent, x = (t.index_select(0, rows) for t in (value, tangent, x))
-        return _conv_input_grad(tangent, w, x).add_(_conv_input_grad(value, w_tangent, x))
+        return conv_input_grad(tangent, w, x).to(dtype).add_(conv_input_grad(value, w_tangent, x))

@@ -89,10 +89,11 @@ def require_like(
 def computed_in_32_bits(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function`` on 16-bit tensors converted to float32; those of its results that are images rounded back.
 
-    What the CUDA kernels do in registers, for where there is no kernel: the CPU, and the references.
+    What the CUDA kernels do in registers, for where there is no kernel: the CPU, and the references. Where images have
+    16 bits, the first argument has.
     """
-    half = next((a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.dtype in HALF), None)
-    if half is None:
+    half = arguments[0].dtype
+    if half not in HALF:
         return function(*arguments)
     wide = (a.float() if isinstance(a, torch.Tensor) and a.dtype == half else a for a in arguments)
     results = function(*wide)

@@ -53,7 +53,7 @@ def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         rows: [b, ...], of the type of ``target``.
 
     Raises:
-        ValueError, TypeError: a shape, type or device does not fit; an index is out of range (CPU; on CUDA such a row is
-            left out).
+        ValueError, TypeError: a shape, type or device does not fit; an index is out of range (CPU; on CUDA such a row
+            is left out).
     """
     return _add_rows(target, index, rows)

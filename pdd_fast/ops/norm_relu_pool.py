@@ -128,26 +128,23 @@ def _check_backward(grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, wei
 
 def _allocate_backward(
     grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     B, C, H, W = z.shape
-    return _empty(z, B, H, W), _new(z, C), _new(z, C)
+    return _empty(z, B, H, W), _new(z, 2, B, C)
 
 
 def _kernel_backward(
     grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     grad_out, z = _dense(grad_out), _dense(z)
     mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
-    B, C, H, W = z.shape
-    grad_z = _empty(z, B, H, W)
-    parts = _new(z, 2, B, C)
+    grad_z, parts = _allocate_backward(grad_out, z, mean, rstd, weight, bias)
     _native.call(
         "norm_relu_pool_backward", z, *z.shape,
         address(grad_out), address(z), address(mean), address(rstd), address(weight), address(bias),
         address(grad_z), address(parts[0]), address(parts[1]),
     )  # fmt: skip
-    grad_weight, grad_bias = parts.sum(1).unbind()
-    return grad_z, grad_weight.clone(), grad_bias.clone()
+    return grad_z, parts
 
 
 def _upsample(pooled: Tensor, like: Tensor) -> Tensor:
@@ -164,17 +161,18 @@ def _plane_mean(images: Tensor) -> Tensor:
 
 def norm_relu_pool_backward_reference(
     grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Plain-torch :func:`norm_relu_pool_backward`."""
     x_hat = (z - _images(mean)) * _images(rstd)
     grad = _upsample(grad_out, z) * (x_hat * _images(weight) + _images(bias) > 0)
     centred = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
-    return (_dense(_images(rstd) * _images(weight) * centred), (grad * x_hat).sum((0, 2, 3)), grad.sum((0, 2, 3)))
+    parts = torch.stack([(grad * x_hat).sum((2, 3)), grad.sum((2, 3))])
+    return _dense(_images(rstd) * _images(weight) * centred), parts
 
 
 _norm_relu_pool_backward = operator(
     "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     check=_check_backward,
     allocate=_allocate_backward,
     kernel=_kernel_backward,
@@ -189,8 +187,14 @@ def norm_relu_pool_backward(
     rstd: Tensor,  # [B, C]
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to z [B, C, H, W], weight [C] and bias [C]."""
+) -> tuple[Tensor, Tensor]:
+    """The backward pass of :func:`norm_relu_pool`.
+
+    Returns:
+        grad_z: gradient with respect to z [B, C, H, W].
+        parts: [2, B, C], every image's term of the gradients with respect to weight and bias. The sums over B are the
+            caller's, who knows where they belong: the two are neighbours in a flat vector.
+    """
     return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
 
 
@@ -303,34 +307,32 @@ def _check_dual_backward(
 def _allocate_dual_backward(
     grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
     weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, C, H, W = z.shape
-    return _empty(z, B if tangent_only else 2 * B, H, W), _new(z, C), _new(z, C)
+    return _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
 
 
 def _kernel_dual_backward(
     grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
     weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     images = tuple(_dense(t) for t in (grad_out, grad_out_tangent, z, z_tangent))
     vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias))
     statistics = statistics.contiguous()
     B, C, H, W = z.shape
-    grad_z = _empty(z, B if tangent_only else 2 * B, H, W)
-    parts = _new(z, 2, B, C)
+    grad_z, parts = _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
     _native.call(
         "norm_relu_pool_dual_backward", z, *z.shape,
         *map(address, images), *map(address, statistics), *map(address, vectors),
         0 if tangent_only else address(grad_z[B:]), address(grad_z), address(parts[0]), address(parts[1]),
     )  # fmt: skip
-    grad_weight_tangent, grad_bias_tangent = parts.sum(1).unbind()
-    return grad_z, grad_weight_tangent.clone(), grad_bias_tangent.clone()
+    return grad_z, parts
 
 
 def norm_relu_pool_dual_backward_reference(
     grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
     weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain-torch :func:`norm_relu_pool_dual_backward`."""
     mean, rstd, mean_tangent, kappa = map(_images, statistics)
     x_hat = (z - mean) * rstd
@@ -347,13 +349,13 @@ def norm_relu_pool_dual_backward_reference(
     factor_tangent = rstd * _images(weight_tangent) - rstd * rstd * kappa * _images(weight)
     derivative = factor_tangent * centred + factor * centred_tangent
     grad_z = derivative if tangent_only else torch.cat([derivative, factor * centred])
-    return _dense(grad_z), product_tangent.sum((0, 2, 3)), grad_tangent.sum((0, 2, 3))
+    return _dense(grad_z), torch.stack([product_tangent.sum((2, 3)), grad_tangent.sum((2, 3))])
 
 
 _norm_relu_pool_dual_backward = operator(
     "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, Tensor z_tangent,"
     " Tensor statistics, Tensor weight, Tensor weight_tangent, Tensor bias, bool tangent_only)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
     check=_check_dual_backward,
     allocate=_allocate_dual_backward,
     kernel=_kernel_dual_backward,
@@ -371,13 +373,13 @@ def norm_relu_pool_dual_backward(
     weight_tangent: Tensor,  # [C]
     bias: Tensor,  # [C]
     tangent_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """:func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
 
     Returns:
         grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of the convolution before
             pairs tangents of gradients with values of inputs; with ``tangent_only`` the tangents alone [B, C, H, W].
-        tangents of the gradients with respect to weight [C] and bias [C].
+        parts: [2, B, C], every image's term of the tangents of the gradients with respect to weight and bias.
     """
     return _norm_relu_pool_dual_backward(
         grad_out, grad_out_tangent, z, z_tangent, statistics, weight, weight_tangent, bias, tangent_only

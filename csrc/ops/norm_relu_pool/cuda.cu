@@ -23,6 +23,7 @@ constexpr int kMostHeld = sizeof(T) == 2 ? 2 : 4;
 // How a block's threads are split; both powers of two.
 struct Split {
     int vectors, rows;
+    bool runs;  // whether vectors over the channels begin at multiples of 16 bytes
 
     __host__ __device__ int threads() const { return vectors * rows; }
     __host__ __device__ int64_t blocks(const PlaneShape& shape, int V) const {
@@ -198,17 +199,37 @@ __device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split, P
         }
 }
 
+// Of a thread's numbers about its channels, how many one instruction moves.
 template <class S, int V>
-__device__ __forceinline__ void read(S (&to)[V], const S* from, const Place<V>& place, int64_t at) {
+constexpr int kRun = V < kPack<S> ? V : kPack<S>;
+
+// `runs`: the numbers begin at multiples of 16 bytes. Statistics do; a weight may be a slice of a flat vector.
+template <class S, int V>
+__device__ __forceinline__ void read(S (&to)[V], const S* from, const Place<V>& place, int64_t at, bool runs = true) {
+    constexpr int R = kRun<S, V>;
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = place.inside ? from[at + v] : S(0);
+    for (int v = 0; v < V; v += R) {
+        Pack<S, R> run{};
+        if (place.inside && runs) run = load_pack<R>(from + at + v);
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+            if (place.inside && !runs) run.of[r] = from[at + v + r];
+            to[v + r] = run.of[r];
+        }
+    }
 }
 
 template <class S, int V>
 __device__ __forceinline__ void report(S* to, const S (&from)[V], const Place<V>& place) {
+    constexpr int R = kRun<S, V>;
     if (!place.reports()) return;
 #pragma unroll
-    for (int v = 0; v < V; ++v) to[place.statistic() + v] = from[v];
+    for (int v = 0; v < V; v += R) {
+        Pack<S, R> run;
+#pragma unroll
+        for (int r = 0; r < R; ++r) run.of[r] = from[v + r];
+        store_pack(to + place.statistic() + v, run);
+    }
 }
 
 // What the kernels know of a thread's channels, held as the formulas' structs one channel at a time.
@@ -294,8 +315,8 @@ __global__ void __launch_bounds__(kThreads, 1) norm_relu_pool_kernel(const NormR
         }
         report(p.mean, channels.mean, place);
         report(p.rstd, channels.rstd, place);
-        read(channels.weight, p.weight, place, place.channel);
-        read(channels.bias, p.bias, place, place.channel);
+        read(channels.weight, p.weight, place, place.channel, split.runs);
+        read(channels.bias, p.bias, place, place.channel, split.runs);
         each_window<E>(place, [&](int e, const Window& w) {
             if (!w.pooled()) return;
             const Pixels<T, V> pixels = z(e, w);
@@ -331,8 +352,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         Channels<S, V> channels;
         read(channels.mean, p.mean, place, place.statistic());
         read(channels.rstd, p.rstd, place, place.statistic());
-        read(channels.weight, p.weight, place, place.channel);
-        read(channels.bias, p.bias, place, place.channel);
+        read(channels.weight, p.weight, place, place.channel, split.runs);
+        read(channels.bias, p.bias, place, place.channel, split.runs);
         S sums[2][V] = {};  // of the gradient of what ReLU sees, and of that times x_hat
         each_window<E>(place, [&](int e, const Window& w) {
             if (!w.pooled()) return;
@@ -427,10 +448,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         report(p.rstd, channels.rstd, place);
         report(p.mean_tangent, tangents.mean, place);
         report(p.kappa, tangents.kappa, place);
-        read(channels.weight, p.weight, place, place.channel);
-        read(channels.bias, p.bias, place, place.channel);
-        read(tangents.weight, p.weight_tangent, place, place.channel);
-        read(tangents.bias, p.bias_tangent, place, place.channel);
+        read(channels.weight, p.weight, place, place.channel, split.runs);
+        read(channels.bias, p.bias, place, place.channel, split.runs);
+        read(tangents.weight, p.weight_tangent, place, place.channel, split.runs);
+        read(tangents.bias, p.bias_tangent, place, place.channel, split.runs);
         each_window<E>(place, [&](int e, const Window& w) {
             if (!w.pooled()) return;
             const Pixels<T, V> pixels = z(e, w), along = z_tangent(e, w);
@@ -477,8 +498,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         ChannelTangents<S, V> tangents{};  // the tangent of the bias stays 0: nothing here depends on it
         read(channels.mean, p.mean, place, place.statistic());
         read(channels.rstd, p.rstd, place, place.statistic());
-        read(channels.weight, p.weight, place, place.channel);
-        read(channels.bias, p.bias, place, place.channel);
+        read(channels.weight, p.weight, place, place.channel, split.runs);
+        read(channels.bias, p.bias, place, place.channel, split.runs);
         read(tangents.mean, p.mean_tangent, place, place.statistic());
         read(tangents.kappa, p.kappa, place, place.statistic());
         S sums[4][V] = {};  // of the gradient of what ReLU sees, that times x_hat, and the tangents of both
@@ -510,7 +531,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         z_tangent.renewed();
         report(p.grad_bias_tangent_parts, sums[2], place);
         report(p.grad_weight_tangent_parts, sums[3], place);
-        read(tangents.weight, p.weight_tangent, place, place.channel);
+        read(tangents.weight, p.weight_tangent, place, place.channel, split.runs);
         each_window<E>(place, [&](int e, const Window& w) {
             const Pixels<T, V> pixels = z(e, w), along = z_tangent(e, w);
             const Pooled<T, V> above = grad_out(e, w), above_tangent = grad_out_tangent(e, w);
@@ -554,7 +575,7 @@ int64_t windows_of(const PlaneShape& shape) {
 
 // Blocks of at least two warps that read runs of at least 32 bytes, where there are channels enough.
 template <class T, int V, int E>
-Split split_of(const PlaneShape& shape) {
+Split split_of(const PlaneShape& shape, bool runs) {
     constexpr int run = sizeof(T) == 2 && E == kMostHeld<T> ? 2 : 4;  // packs
     const int packs = power_of_two_from((shape.channels + V - 1) / V);
     int rows = E == 0 ? kThreads / run : power_of_two_from((windows_of(shape) + E - 1) / E);
@@ -563,59 +584,71 @@ Split split_of(const PlaneShape& shape) {
     if (vectors > packs) vectors = packs;
     while (rows * vectors > kThreads) rows /= 2;  // E == 0 alone: the others' planes are small enough
     while (rows * vectors < 32) rows *= 2;        // whole warps; the rows too many own no window
-    return {vectors, rows};
+    return {vectors, rows, runs};
 }
 
 template <class T, int V, int E, class Params>
-Status start(void (*kernel)(Params, Split), const Params& p, Context context) {
-    const Split split = split_of<T, V, E>(p.shape);
+Status start(void (*kernel)(Params, Split), const Params& p, bool runs, Context context) {
+    const Split split = split_of<T, V, E>(p.shape, runs);
     return launch(kernel, grid_for(p.shape.batch * split.blocks(p.shape, V)), static_cast<unsigned>(split.threads()), 0,
                   context, p, split);
 }
 
 // Chooses the kernel for the plane's size, the number of channels and the addresses.
-#define PDD_START(kernel, T, p, context, packed)                                                \
-    {                                                                                           \
-        constexpr int V = kPack<T>, E = kMostHeld<T>;                                           \
-        if constexpr (sizeof(T) < 8) {                                                          \
-            const int64_t windows = windows_of((p).shape);                                      \
-            if ((packed) && windows <= 64) return start<T, V, 1>(kernel<T, V, 1>, p, context);  \
-            if ((packed) && windows <= 256) return start<T, V, E>(kernel<T, V, E>, p, context); \
-            if (packed) return start<T, V, 0>(kernel<T, V, 0>, p, context);                     \
-        }                                                                                       \
-        return start<T, 1, 0>(kernel<T, 1, 0>, p, context);                                     \
-    }
+#define PDD_START(kernel, T, p, context, packed, runs)                                                \
+    [&]() -> Status {                                                                                 \
+        constexpr int V = kPack<T>, E = kMostHeld<T>;                                                 \
+        if constexpr (sizeof(T) < 8) {                                                                \
+            const int64_t windows = windows_of((p).shape);                                            \
+            if ((packed) && windows <= 64) return start<T, V, 1>(kernel<T, V, 1>, p, runs, context);  \
+            if ((packed) && windows <= 256) return start<T, V, E>(kernel<T, V, E>, p, runs, context); \
+            if (packed) return start<T, V, 0>(kernel<T, V, 0>, p, runs, context);                     \
+        }                                                                                             \
+        return start<T, 1, 0>(kernel<T, 1, 0>, p, runs, context);                                     \
+    }()
 
+// Whether images and statistics can be moved in packs.
 template <class T, class... Pointers>
-bool whole_packs(const PlaneShape& shape, Pointers... images) {
-    return shape.channels % kPack<T> == 0 && aligned(images...);
+bool in_packs(const PlaneShape& shape, Pointers... pointers) {
+    return shape.channels % kPack<T> == 0 && aligned(pointers...);
 }
 
 }  // namespace
 
 template <class T>
 Status norm_relu_pool(const NormReluPool<T>& p, Context context) {
-    PDD_START(norm_relu_pool_kernel, T, p, context, whole_packs<T>(p.shape, p.z, p.out))
+    return PDD_START(norm_relu_pool_kernel, T, p, context, in_packs<T>(p.shape, p.z, p.out, p.mean, p.rstd),
+                     aligned(p.weight, p.bias));
 }
 
 template <class T>
 Status norm_relu_pool_backward(const NormReluPoolBackward<T>& p, Context context) {
-    PDD_START(norm_relu_pool_backward_kernel, T, p, context, whole_packs<T>(p.shape, p.grad_out, p.z, p.grad_z))
+    return PDD_START(
+        norm_relu_pool_backward_kernel, T, p, context,
+        in_packs<T>(p.shape, p.grad_out, p.z, p.mean, p.rstd, p.grad_z, p.grad_weight_parts, p.grad_bias_parts),
+        aligned(p.weight, p.bias));
 }
 
 template <class T>
 Status norm_relu_pool_dual(const NormReluPoolDual<T>& p, Context context) {
-    PDD_START(norm_relu_pool_dual_kernel, T, p, context,
-              whole_packs<T>(p.shape, p.z, p.z_tangent, p.out, p.out_tangent))
+    return PDD_START(
+        norm_relu_pool_dual_kernel, T, p, context,
+        in_packs<T>(p.shape, p.z, p.z_tangent, p.out, p.out_tangent, p.mean, p.rstd, p.mean_tangent, p.kappa),
+        aligned(p.weight, p.weight_tangent, p.bias, p.bias_tangent));
 }
 
 template <class T>
-Status norm_relu_pool_dual_backward(const NormReluPoolDualBackward<T>& p, Context context){
-    PDD_START(norm_relu_pool_dual_backward_kernel, T, p, context,
-              whole_packs<T>(p.shape, p.grad_out, p.grad_out_tangent, p.z, p.z_tangent, p.grad_z, p.grad_z_tangent))}
+Status norm_relu_pool_dual_backward(const NormReluPoolDualBackward<T>& p, Context context) {
+    return PDD_START(
+        norm_relu_pool_dual_backward_kernel, T, p, context,
+        in_packs<T>(p.shape, p.grad_out, p.grad_out_tangent, p.z, p.z_tangent, p.mean, p.rstd, p.mean_tangent, p.kappa,
+                    p.grad_z, p.grad_z_tangent, p.grad_weight_tangent_parts, p.grad_bias_tangent_parts),
+        aligned(p.weight, p.weight_tangent, p.bias));
+}
 
-PDD_INSTANTIATE_HALF(norm_relu_pool, NormReluPool) PDD_INSTANTIATE_HALF(norm_relu_pool_backward, NormReluPoolBackward)
-    PDD_INSTANTIATE_HALF(norm_relu_pool_dual, NormReluPoolDual)
-        PDD_INSTANTIATE_HALF(norm_relu_pool_dual_backward, NormReluPoolDualBackward)
+PDD_INSTANTIATE_HALF(norm_relu_pool, NormReluPool)
+PDD_INSTANTIATE_HALF(norm_relu_pool_backward, NormReluPoolBackward)
+PDD_INSTANTIATE_HALF(norm_relu_pool_dual, NormReluPoolDual)
+PDD_INSTANTIATE_HALF(norm_relu_pool_dual_backward, NormReluPoolDualBackward)
 
 }  // namespace pdd::PDD_BACKEND

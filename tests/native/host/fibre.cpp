@@ -1,0 +1,86 @@
+// Threads of a block: stacks that the host switches between.
+#include <sys/mman.h>
+
+#include <new>
+
+#include "internal.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+#define __sanitizer_start_switch_fiber(...)
+#define __sanitizer_finish_switch_fiber(...)
+#endif
+
+namespace pdd_host {
+namespace {
+
+constexpr size_t kPage = 4096, kStackBytes = 128 * 1024;
+
+Fibre* left = nullptr;
+Fibre* entered = nullptr;
+
+#if defined(__x86_64__)
+// swapcontext makes two system calls, and a sum over a block is thousands of switches.
+extern "C" void pdd_host_switch(void** from, void* to);
+asm(R"(
+.pushsection .text
+.local pdd_host_switch
+.type pdd_host_switch, @function
+pdd_host_switch:
+    endbr64
+    push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15
+    mov %rsp, (%rdi)
+    mov %rsi, %rsp
+    pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp
+    ret
+.popsection
+)");
+
+void prepare(Fibre& fibre, void (*start)()) {
+    // What pdd_host_switch pops: six registers and where to return to; then a call's usual alignment.
+    auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(const_cast<void*>(fibre.stack)) + fibre.bytes);
+    top[-2] = reinterpret_cast<uintptr_t>(start);
+    fibre.at = top - 8;
+}
+void swap(Fibre& from, Fibre& to) {
+    pdd_host_switch(&from.at, to.at);
+}
+#else
+void prepare(Fibre& fibre, void (*start)()) {
+    getcontext(&fibre.at);
+    fibre.at.uc_stack.ss_sp = const_cast<void*>(fibre.stack);
+    fibre.at.uc_stack.ss_size = fibre.bytes;
+    fibre.at.uc_link = nullptr;
+    makecontext(&fibre.at, start, 0);
+}
+void swap(Fibre& from, Fibre& to) {
+    swapcontext(&from.at, &to.at);
+}
+#endif
+
+}  // namespace
+
+void make_fibre(Fibre& fibre, unsigned number, void (*start)()) {
+    void* memory =
+        mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, kPage, PROT_NONE);  // an overflow ends the program
+    fibre.stack = static_cast<char*>(memory) + kPage;
+    fibre.bytes = kStackBytes - number % 16 * 192;  // apart, or the stacks' tops would share cache lines
+    prepare(fibre, start);
+}
+
+void arrive() {
+    __sanitizer_finish_switch_fiber(entered->fake_stack, &left->stack, &left->bytes);
+}
+
+void go(Fibre& from, Fibre& to) {
+    left = &from;
+    entered = &to;
+    __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
+    swap(from, to);
+    arrive();
+}
+
+}  // namespace pdd_host
