@@ -67,6 +67,11 @@ class Config:
 
     # running
     device: str = "auto"
+    precision: str = "auto"  # of convolutions: float32, tf32 or bfloat16; auto: tf32 on a GPU, float32 on the CPU
+    side_by_side: int = (
+        0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Other groups round differently
+    )
+    graph: str = "auto"  # whether a GPU replays captured graphs of launches: auto, or off. The bits are the same
     threads: int = 0  # of the CPU; 0: as many as torch takes. Another number may round differently
     checkpoint_seconds: float = 30.0  # how often unfinished work is saved
 
@@ -92,6 +97,8 @@ _CHOICES = {
     "augment_mode": ("single", "multiple"),
     "engine": ("auto", "fused", "autograd"),
     "memory": ("recompute", "cache"),
+    "precision": ("auto", "float32", "tf32", "bfloat16"),
+    "graph": ("auto", "off"),
 }
 _AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch
 _AT_LEAST: dict[str, float] = {
@@ -99,7 +106,7 @@ _AT_LEAST: dict[str, float] = {
     "iterations": 0, "inner_steps": 1, "expert_epochs": 1, "max_start_epoch": 0, "inner_batch": 0, "eval_every": 0,
     "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
     "seed": 0, "lr_img": 0, "lr_lr": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
-    "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0,
+    "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0, "side_by_side": 0,
 }  # fmt: skip
 _BELOW: dict[str, float] = {"validation_fraction": 1, "momentum": 1, "expert_momentum": 1, "union_momentum": 1}
 _ABOVE: dict[str, float] = {"expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}

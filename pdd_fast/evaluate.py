@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pdd_fast.distilled import DistilledSet, load_distilled
 from pdd_fast.errors import UsageError
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
-from pdd_fast.training import Student, accuracy
+from pdd_fast.training import accuracies
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
@@ -21,8 +22,16 @@ from pdd_fast.workbench import Workbench
 # taken as many steps and hold as many images.
 ALONE = ("last-union", "one-stage", "against")
 
-# One set after another: images, labels, learning rate, SGD steps, and the numbers of steps after which to test.
-Course = list[tuple[Tensor, Tensor, float, int, list[int]]]
+
+class Leg(NamedTuple):
+    """A set that networks are trained on before the next one."""
+
+    images: Tensor  # [n, C, H, W]
+    labels: Tensor  # [n]
+    rate: float
+    steps: int
+    stops: list[int]  # the numbers of steps after which to test
+    rows: Tensor | None = None  # int64 [K, m] on the CPU, the images of each network; None: all, for every network
 
 
 def evaluate_run(
@@ -68,19 +77,19 @@ def evaluate_run(
         names.append("one-stage" if other.stages == 1 else "against")
     found: dict[str, list[list[float]]] = {name: [] for name in names}
     with reporter.task("evaluation", total=config.repeats * len(names), unit="network") as task:
-        for repeat in range(config.repeats):
+        for group in bench.groups(config.repeats):
             for name in names:
                 if name == "pdd":
                     course = _in_order(union, steps)
                 elif name == "random":
-                    course = _random(bench, union.stages, steps, repeat)
+                    course = _random(bench, union.stages, steps, group)
                 else:
                     chosen = union if name == "last-union" else other
                     assert chosen is not None
-                    course = [(chosen.images, chosen.labels, chosen.rates[-1], total, boundaries)]
-                scores = _follow(bench, course, repeat)
-                found[name].append(scores)
-                task.advance(1, result=name, accuracy=scores[-1])
+                    course = [Leg(chosen.images, chosen.labels, chosen.rates[-1], total, boundaries)]
+                for scores in _follow(bench, course, group):
+                    found[name].append(scores)
+                    task.advance(1, result=name, accuracy=scores[-1])
 
     evaluation = {
         "protocol": {
@@ -128,24 +137,32 @@ def _load_other(path: Path, bench: Workbench) -> Union:
     return Union.load(file, bench)
 
 
-def _in_order(union: Union, steps: list[int]) -> Course:
-    return [(*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)]
+def _in_order(union: Union, steps: list[int]) -> list[Leg]:
+    return [
+        Leg(*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)
+    ]
 
 
-def _random(bench: Workbench, stages: int, steps: list[int], repeat: int) -> Course:
-    groups = bench.random_real_rows(bench.config.stage_ipc, "random images", repeat)
-    union = Union.empty(bench)
-    for rows in groups[:stages]:
-        union = union.extended(bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr)
-    return _in_order(union, steps)
+def _random(bench: Workbench, stages: int, steps: list[int], group: range) -> list[Leg]:
+    """Real images, other ones for every network, in as many stages as the union has."""
+    chosen = [bench.random_real_rows(bench.config.stage_ipc, "random images", repeat) for repeat in group]
+    train, rate = bench.train, bench.config.inner_lr
+    return [
+        Leg(train.images, train.labels, rate, count, [count], torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu())
+        for stage, count in zip(range(1, stages + 1), steps, strict=True)
+    ]
 
 
-def _follow(bench: Workbench, course: Course, repeat: int) -> list[float]:
-    """Test accuracy at every stop of a course, for the fresh network of this repeat."""
-    student = Student.start(bench.initial_parameters("evaluation", repeat))
-    test, scores = bench.data.test, []
-    for number, (images, labels, rate, steps, stops) in enumerate(course):
-        draw = bench.generator("evaluation", repeat, number)
-        for theta in bench.synthetic_sgd.run(student, images, labels, rate, steps, draw, stops):
-            scores.append(accuracy(bench.engine, theta, test.images, test.labels))
+def _follow(bench: Workbench, course: list[Leg], group: range) -> list[list[float]]:
+    """For every fresh network of these repeats, test accuracy at every stop of a course."""
+    students, test = bench.initial_students("evaluation", group), bench.data.test
+    scores: list[list[float]] = [[] for _ in group]
+    for number, leg in enumerate(course):
+        draws = [bench.generator("evaluation", repeat, number) for repeat in group]
+        seen = bench.synthetic_sgd.run(
+            students, leg.images, leg.labels, leg.rate, leg.steps, draws, leg.stops, leg.rows
+        )
+        for theta in seen:
+            for row, score in zip(scores, accuracies(bench.engine, theta, test.images, test.labels), strict=True):
+                row.append(score)
     return scores

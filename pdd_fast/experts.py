@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from pdd_fast.errors import UsageError
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
-from pdd_fast.training import Student, accuracy
+from pdd_fast.training import Loop, Students, accuracies
 from pdd_fast.trajectories import (
     Trajectory,
     partial_path,
@@ -38,7 +39,7 @@ def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
     record_trajectories(
         bench,
         run.experts_dir,
-        lambda k: bench.initial_parameters("expert", k),
+        lambda group: bench.initial_students("expert", group).theta,
         bench.config.expert_train_epochs,
         "expert",
         reporter,
@@ -49,53 +50,79 @@ def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
 def record_trajectories(
     bench: Workbench,
     folder: Path,
-    start: Callable[[int], Tensor],
+    start: Callable[[range], Tensor],
     epochs: int,
     purpose: str,
     reporter: Reporter,
     title: str,
 ) -> None:
-    """Trains one network per expert on real data from ``start(k)`` [P], keeping the weights of every epoch.
+    """Trains one network per expert on real data, keeping the weights of every epoch.
 
-    Epoch e of network k draws from a generator of its own, so an interrupted network goes on with the same bits.
+    Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K, P]. Epoch e of
+    network k draws from a generator of its own, so an interrupted group goes on with the same bits. Where some of a
+    group are finished and others are not, all are trained, and the missing ones written.
 
     Raises:
         UsageError: a trajectory that is there already is of another network, length or data set.
     """
     config, train = bench.config, bench.train
-    missing = [k for k in range(config.experts) if not trajectory_path(folder, k).exists()]
-    for k in set(range(config.experts)) - set(missing):
-        _check_fits(Trajectory(trajectory_path(folder, k)), bench, epochs)
-        partial_path(folder, k).unlink(missing_ok=True)  # where a kill came between the last two writes
-    if not missing:
+    groups, there = bench.groups(config.experts), set[int]()
+    for k in range(config.experts):
+        if trajectory_path(folder, k).exists():
+            _check_fits(Trajectory(trajectory_path(folder, k)), bench, epochs)
+            there.add(k)
+    for group in groups:
+        if there.issuperset(group):
+            _forget(folder, group)  # where a kill came between the last two writes
+    if len(there) == config.experts:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    done = (config.experts - len(missing)) * epochs
-    with reporter.task(title, total=config.experts * epochs, unit="epoch", done=done) as task:
-        for k in missing:
-            checkpoints, student = _begin(bench, folder, k, start)
-            task.advance(len(checkpoints) - 1)
+    with reporter.task(title, total=config.experts * epochs, unit="epoch", done=len(there) * epochs) as task:
+        for group in groups:
+            missing = [k for k in group if k not in there]
+            if not missing:
+                continue
+            checkpoints, students = _begin(bench, folder, group, start)
+            task.advance((len(checkpoints) - 1) * len(missing))
+            loop = Loop(bench.real_sgd, students, train.images, train.labels)
             saved = time.monotonic()
             for epoch in range(len(checkpoints) - 1, epochs):
-                draw = bench.generator(purpose, k, epoch)
-                bench.real_sgd.epoch(student, train.images, train.labels, config.expert_lr, draw)
-                checkpoints.append(student.theta.cpu().clone())
-                task.advance(1, network=k + 1)
+                loop.epoch(config.expert_lr, [bench.generator(purpose, k, epoch) for k in group])
+                checkpoints.append(students.theta.to("cpu", copy=True))
+                task.advance(len(missing), network=_in_words(missing))
                 if time.monotonic() - saved > config.checkpoint_seconds and epoch + 1 < epochs:
-                    write_partial(folder, k, checkpoints, {"velocity": student.velocity.cpu()})
+                    write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
                     saved = time.monotonic()
-            reached = accuracy(bench.engine, student.theta, bench.held_out.images, bench.held_out.labels)
-            metadata = {
-                "network": bench.network,
-                "data": bench.data.name,
-                "seed": config.seed,
-                "index": k,
-                "purpose": purpose,
-                "held_out_accuracy": round(reached, 2),
-            }
-            write_trajectory(trajectory_path(folder, k), checkpoints, metadata)
-            partial_path(folder, k).unlink(missing_ok=True)
-            task.advance(0, accuracy=reached)
+            del loop  # and the memory of its graphs, before the next group's start is trained
+            reached = accuracies(bench.engine, students.theta, bench.held_out.images, bench.held_out.labels)
+            for k in missing:
+                place = k - group[0]
+                own = [checkpoint[place] for checkpoint in checkpoints]
+                write_trajectory(trajectory_path(folder, k), own, _metadata(bench, k, purpose, reached[place]))
+                task.advance(0, accuracy=reached[place])
+            _forget(folder, group)  # only now: what is missing of a group is made from it
+
+
+def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[str, Any]:
+    return {
+        "network": bench.network,
+        "data": bench.data.name,
+        "seed": bench.config.seed,
+        "index": k,
+        "purpose": purpose,
+        "held_out_accuracy": round(reached, 2),
+    }
+
+
+def _in_words(numbers: Sequence[int]) -> int | str:
+    """Networks as people count them: 3, or "1-8"."""
+    first, last = numbers[0] + 1, numbers[-1] + 1
+    return first if first == last else f"{first}-{last}"
+
+
+def _forget(folder: Path, group: range) -> None:
+    for k in group:  # the first one's is the group's; the others may have been left by groups of another size
+        partial_path(folder, k).unlink(missing_ok=True)
 
 
 def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
@@ -106,11 +133,15 @@ def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
             raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {value}")
 
 
-def _begin(bench: Workbench, folder: Path, k: int, start: Callable[[int], Tensor]) -> tuple[list[Tensor], Student]:
-    """Checkpoints so far (on the CPU) and the network in training (on the run's device)."""
-    partial = read_partial(folder, k)
-    if partial is None:
-        theta = start(k)
-        return [theta.cpu().clone()], Student.start(theta)
-    checkpoints, state = partial
-    return checkpoints, Student(checkpoints[-1].to(bench.device, copy=True), state["velocity"].to(bench.device))
+def _begin(
+    bench: Workbench, folder: Path, group: range, start: Callable[[range], Tensor]
+) -> tuple[list[Tensor], Students]:
+    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the run's device)."""
+    partial = read_partial(folder, group[0])
+    if partial is not None:
+        checkpoints, state = partial
+        # Work of a group of another size (on another device, say) is no beginning of this one's.
+        if checkpoints[-1].shape == state["velocity"].shape and checkpoints[-1].shape[:-1] == (len(group),):
+            return checkpoints, Students(*(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"])))
+    students = Students.start(start(group))
+    return [students.theta.to("cpu", copy=True)], students

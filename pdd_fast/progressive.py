@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pdd_fast.data import require_images_per_class
@@ -19,7 +20,7 @@ from pdd_fast.experts import ensure_experts, record_trajectories
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
-from pdd_fast.training import Student, accuracy
+from pdd_fast.training import Students, accuracies
 from pdd_fast.trajectories import list_trajectories
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
@@ -62,12 +63,11 @@ def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter) -> 
     starts = list_trajectories(before)
     config = bench.config
 
-    def start(k: int) -> Tensor:
-        student = Student.start(starts[k].checkpoint(0).to(bench.device))
-        bench.train_on_union(
-            student, union.images, union.labels, union.rates[-1], config.transition_epochs, "transition", stage, k
-        )
-        return student.theta
+    def start(group: range) -> Tensor:
+        students = Students.start(torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device))
+        draws = [bench.generator("transition", stage, k) for k in group]
+        bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
+        return students.theta
 
     record_trajectories(
         bench,
@@ -97,25 +97,24 @@ class _Selection:
 
     def __init__(self, bench: Workbench, union: Union) -> None:
         self._bench, self._union = bench, union
-        config = bench.config
         self._students = []
-        for j in range(config.eval_networks):
-            student = Student.start(bench.initial_parameters("selection", j))
+        for group in bench.groups(bench.config.eval_networks):
+            students = bench.initial_students("selection", group)
             for stage in range(1, union.stages + 1):
-                rate = union.rates[stage - 1]
-                bench.train_on_union(student, *union.up_to(stage), rate, config.eval_epochs, "selection", j, stage)
-            self._students.append(student)
+                self._train(group, students, *union.up_to(stage), union.rates[stage - 1], stage)
+            self._students.append((group, students))
+
+    def _train(self, group: range, students: Students, images: Tensor, labels: Tensor, rate: float, stage: int) -> None:
+        draws = [self._bench.generator("selection", j, stage) for j in group]
+        self._bench.train_on_union(students, images, labels, rate, self._bench.config.eval_epochs, draws)
 
     def score(self, union: Union) -> float:
         """Mean held-out accuracy in percent; the same draws for every candidate, so that candidates are compared."""
-        bench, scores = self._bench, []
-        for j, carried in enumerate(self._students):
-            student = Student(carried.theta.clone(), carried.velocity.clone())
-            bench.train_on_union(
-                student, union.images, union.labels, union.rates[-1], bench.config.eval_epochs,
-                "selection", j, union.stages,
-            )  # fmt: skip
-            scores.append(accuracy(bench.engine, student.theta, bench.held_out.images, bench.held_out.labels))
+        held_out, scores = self._bench.held_out, list[float]()
+        for group, carried in self._students:
+            students = carried.copy()
+            self._train(group, students, union.images, union.labels, union.rates[-1], union.stages)
+            scores += accuracies(self._bench.engine, students.theta, held_out.images, held_out.labels)
         return sum(scores) / len(scores)
 
 

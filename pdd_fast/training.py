@@ -1,28 +1,42 @@
-"""Plain training: the SGD step that experts, transitions, selection and evaluation share, on flat parameter vectors."""
+"""Plain training: the SGD that experts, transitions, selection and evaluation share, on flat parameter vectors.
+
+Networks are trained side by side, K at a time, each on batches and draws of its own, those that it would have had
+alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation import DSA, augment
+from pdd_fast.augmentation import DSA
 from pdd_fast.engines import Engine
+from pdd_fast.graphs import Replay
+from pdd_fast.tape import Drawn, Tape, steps_per_tape
 
 
 @dataclass
-class Student:
-    """A network in training: its parameters and their momentum, changed in place."""
+class Students:
+    """K networks in training: their parameters and their momentum, changed in place."""
 
-    theta: Tensor  # [P]
-    velocity: Tensor  # [P]
+    theta: Tensor  # [K, P]
+    velocity: Tensor  # [K, P]
 
     @classmethod
-    def start(cls, theta: Tensor) -> Student:
-        """A student at ``theta``, at rest."""
+    def start(cls, theta: Tensor) -> Students:
+        """Students at ``theta`` [K, P], at rest."""
         return cls(theta.clone(), torch.zeros_like(theta))
+
+    def copy(self) -> Students:
+        return Students(self.theta.clone(), self.velocity.clone())
+
+    def __len__(self) -> int:
+        return len(self.theta)
 
 
 @dataclass(frozen=True)
@@ -34,62 +48,126 @@ class Sgd:
     batch: int  # images of a step, at most
     momentum: float = 0.0
     weight_decay: float = 0.0
-
-    def step(self, student: Student, images: Tensor, labels: Tensor, rate: float, generator: torch.Generator) -> None:
-        """One step on ``images`` [b, C, H, W], augmented anew, with ``labels`` [b]."""
-        draw = self.dsa.sample(len(images), (images.shape[2], images.shape[3]), generator)
-        _, gradient, _ = self.engine.gradient(student.theta, augment(images, draw), labels)
-        if self.weight_decay:
-            gradient.add_(student.theta, alpha=self.weight_decay)
-        if self.momentum:
-            gradient = student.velocity.mul_(self.momentum).add_(gradient)
-        student.theta.add_(gradient, alpha=-rate)
-
-    def epoch(self, student: Student, images: Tensor, labels: Tensor, rate: float, generator: torch.Generator) -> None:
-        """Every image once, in random order."""
-        for index in self._batches(len(images), generator):
-            index = index.to(images.device)
-            self.step(student, images.index_select(0, index), labels.index_select(0, index), rate, generator)
+    graph: bool = True  # whether steps may be captured as CUDA graphs; the bits are the same
 
     def run(
         self,
-        student: Student,
+        students: Students,
         images: Tensor,
         labels: Tensor,
         rate: float,
         steps: int,
-        generator: torch.Generator,
+        generators: Sequence[torch.Generator],
         stops: Sequence[int] = (),
+        rows: Tensor | None = None,
     ) -> list[Tensor]:
         """``steps`` steps, epoch after epoch, at ``rate`` and from half time on at a tenth of it.
 
+        Args:
+            images, labels: [n, C, H, W], and [n] or [n, classes].
+            generators: one for each student.
+            rows: int64 [K, m] on the CPU, the images that each student is trained on; None: all, for every student.
+
         Returns:
-            the parameters [P] after each number of steps in ``stops`` (increasing, in [0, ``steps``]).
+            the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0, ``steps``]).
         """
-        seen = [student.theta.clone()] if 0 in stops else []
-        done = 0
-        while done < steps:
-            for index in self._batches(len(images), generator):
-                if done == steps:
-                    break
-                index = index.to(images.device)
-                now = rate if done < (steps + 1) // 2 else rate / 10
-                self.step(student, images.index_select(0, index), labels.index_select(0, index), now, generator)
-                done += 1
-                if done in stops:
-                    seen.append(student.theta.clone())
+        seen = [students.theta.clone()] if 0 in stops else []
+        loop = Loop(self, students, images, labels, steps, rows)
+        rates = [rate if step < (steps + 1) // 2 else rate / 10 for step in range(steps)]
+        for done in loop.advance(rates, generators):
+            if done in stops:
+                seen.append(students.theta.clone())
         return seen
 
     def steps_per_epoch(self, images: int) -> int:
         return -(-images // self.batch)
 
-    def _batches(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return torch.randperm(count, generator=generator).split(self.batch)
+
+class Loop:
+    """K students on one set of images, step after step.
+
+    Everything random in a number of steps is drawn before the first of them, and what a step reads lies in memory that
+    stays in place. So on CUDA a step is one launch of a graph (two graphs where the last batch of an epoch is smaller),
+    and the host, which waits for none of them, draws the next steps meanwhile.
+
+    Args:
+        images, labels, rows: as for :meth:`Sgd.run`.
+        steps: how many are going to be taken at a time, an epoch where 0.
+    """
+
+    def __init__(
+        self, sgd: Sgd, students: Students, images: Tensor, labels: Tensor, steps: int = 0, rows: Tensor | None = None
+    ) -> None:
+        self._sgd, self._students, self._images, self._labels, self._rows = sgd, students, images, labels, rows
+        self._count = len(images) if rows is None else rows.shape[1]
+        self._full = min(sgd.batch, self._count)
+        self._steps_per_epoch = sgd.steps_per_epoch(self._count)
+        self._capacity = steps_per_tape(steps or self._steps_per_epoch, len(students) * self._full)
+        self._lanes: dict[int, tuple[Tape, Replay]] = {}  # by the number of images of a step
+
+    def epoch(self, rate: float, generators: Sequence[torch.Generator]) -> None:
+        """Every image once, in an order of its own for every student."""
+        for _ in self.advance([rate] * self._steps_per_epoch, generators):
+            pass
+
+    def advance(self, rates: Sequence[float], generators: Sequence[torch.Generator]) -> Iterator[int]:
+        """A step at each of ``rates``, every network from a new epoch on; the number of steps done, after each."""
+        source, done = self._draw(generators), 0
+        while done < len(rates):
+            drawn = list(islice(source, min(self._capacity, len(rates) - done)))
+            for size in {step.size for step in drawn}:
+                chosen = [i for i, step in enumerate(drawn) if step.size == size]
+                self._lane(size)[0].write([drawn[i] for i in chosen], [rates[done + i] for i in chosen])
+            for step in drawn:
+                self._lane(step.size)[1]()
+                done += 1
+                yield done
+
+    def _draw(self, generators: Sequence[torch.Generator]) -> Iterator[Drawn]:
+        """What every network draws, in the order in which it would alone: an epoch's order, then batch by batch."""
+        size = (self._images.shape[2], self._images.shape[3])
+        while True:
+            orders = [torch.randperm(self._count, generator=draw).split(self._sgd.batch) for draw in generators]
+            for batches in zip(*orders, strict=True):
+                augmentations = [
+                    self._sgd.dsa.sample(len(batch), size, draw)
+                    for batch, draw in zip(batches, generators, strict=True)
+                ]
+                if self._rows is not None:
+                    batches = tuple(row[batch] for row, batch in zip(self._rows, batches, strict=True))
+                yield Drawn(torch.stack(batches), augmentations)
+
+    def _lane(self, size: int) -> tuple[Tape, Replay]:
+        """The tape of steps on ``size`` images a network, and such a step."""
+        if size not in self._lanes:
+            sgd, theta = self._sgd, self._students.theta
+            # An epoch has one smaller batch at most.
+            capacity = self._capacity if size == self._full else -(-self._capacity // self._steps_per_epoch)
+            counted = theta.device.type == "cuda"
+            tape = Tape(capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted)
+            # Not a method of this object, which holds the Replay: the memory of a graph is to go when its loop does.
+            step = partial(_step, sgd, theta, self._students.velocity, self._images, self._labels, tape)
+            self._lanes[size] = tape, Replay(step, theta.device, enabled=sgd.graph)
+        return self._lanes[size]
 
 
-def accuracy(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = 1000) -> float:
-    """Percent of ``images`` [n, C, H, W] that the network at ``theta`` puts in the class of ``labels`` [n]."""
-    right = torch.zeros((), dtype=torch.int64, device=theta.device)
-    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-        right += (engine.logits(theta, x).argmax(1) == y).sum()
-    return 100.0 * int(right) / len(images)
+def _step(sgd: Sgd, theta: Tensor, velocity: Tensor, images: Tensor, labels: Tensor, tape: Tape) -> None:
+    index = tape.indices()
+    x = tape.augment(images.index_select(0, index)).unflatten(0, (len(theta), -1))
+    _, gradient = sgd.engine.gradients(theta, x, labels.index_select(0, index).unflatten(0, (len(theta), -1)))
+    if sgd.weight_decay:
+        gradient.add_(theta, alpha=sgd.weight_decay)
+    if sgd.momentum:
+        gradient = velocity.mul_(sgd.momentum).add_(gradient)
+    theta.addcmul_(gradient, tape.rate(), value=-1)
+    tape.advance()
+
+
+def accuracies(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = 1000) -> list[float]:
+    """For each of the networks at ``theta`` [K, P] the percent of ``images`` [n, C, H, W] that it puts in the class of
+    ``labels`` [n]; ``batch`` images at a time, of all networks together."""
+    right = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
+    each = max(1, batch // len(theta))
+    for x, y in zip(images.split(each), labels.split(each), strict=True):
+        right += (engine.logits_of(theta, x).argmax(2) == y).sum(1)
+    return [100.0 * count / len(images) for count in right.tolist()]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdd_fast import engines
-from pdd_fast.augmentation import AugmentParameters, augment, augment_adjoint
+from pdd_fast.augmentation import AugmentParameters, PackedDraws
 from pdd_fast.networks.parameters import check_parameters
+from pdd_fast.ops.add_rows import add_rows
 
 MEMORY = ("recompute", "cache")
 
@@ -29,6 +30,7 @@ def unroll(
     memory: str = "recompute",
     *,
     frozen: Tensor | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """Parameters after N = ``len(batches)`` SGD steps θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i], y[b_i]).
 
@@ -46,6 +48,7 @@ def unroll(
         engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
         memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them.
         frozen: None, or bool [n]: images whose gradient is neither needed nor computed (their rows of it are zero).
+        precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
 
     Returns:
         θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate.
@@ -53,11 +56,153 @@ def unroll(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
-    spec = _check(net, theta, images, labels, batches, augmentations, engine, memory, frozen)
+    chosen = engines.choose(net, engine, precision)
+    spec = _check(chosen, theta, images, labels, batches, augmentations, memory, frozen)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
     _require(rates.dim() == 0 or tuple(rates.shape) == (len(batches),),
              "learning_rate", f"be a number or have shape ({len(batches)},)", tuple(rates.shape))  # fmt: skip
     return _Unroll.apply(theta, images, labels, rates, spec)
+
+
+# ---- the two passes: tensors of fixed shapes, no autograd, no wait for the device ------------------------------------
+
+
+@dataclass(frozen=True)
+class UnrollSpec:
+    """What is fixed for one unroll: for each of its N steps one entry of every list. All tensors on its device."""
+
+    engine: engines.Engine
+    keep: bool  # keep every step's activations for the way back
+    batches: Sequence[Tensor]  # int64 [b]
+    draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
+    rows: Sequence[Tensor | None]  # int64, rows of the batch whose image gradient is wanted; None: all
+
+
+class Wanted(NamedTuple):
+    """What :func:`adjoint` is asked for; the slopes come by themselves."""
+
+    theta: bool
+    images: bool
+    labels: bool
+
+
+class Gradients(NamedTuple):
+    """Derivatives of an outer loss L through the unroll (docs/mathematics.md, section 1)."""
+
+    theta: Tensor | None  # [P] ∂L/∂θ_0; None where not wanted, as below
+    images: Tensor | None  # [n, C, H, W]
+    labels: Tensor | None  # [n, classes]
+    slopes: Tensor  # [N] s_i = −∂L/∂α_i
+
+
+def forward_path(
+    spec: UnrollSpec, theta: Tensor, images: Tensor, labels: Tensor, alphas: Tensor
+) -> tuple[Tensor, list[Any]]:
+    """θ_0..θ_N as [N + 1, P], and what the engine kept of every step.
+
+    Args:
+        theta: [P].
+        images: [n, C, H, W].
+        labels: int64 [n] or weights [n, classes].
+        alphas: [N], one rate a step.
+    """
+    path = _parameter_rows(theta, len(spec.batches) + 1)
+    path[0] = theta
+    kept = []
+    for i in range(len(spec.batches)):
+        x, y = _step_input(spec, i, images, labels)
+        _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=spec.keep)
+        torch.addcmul(path[i], gradient, alphas[i], value=-1, out=path[i + 1])
+        kept.append(saved)
+    return path, kept
+
+
+def adjoint(
+    spec: UnrollSpec,
+    path: Tensor,
+    kept: Sequence[Any],
+    images: Tensor,
+    labels: Tensor,
+    alphas: Tensor,
+    grad: Tensor,
+    wanted: Wanted,
+) -> Gradients:
+    """The way back from λ_N = ``grad`` [P], one dual pass a step.
+
+    Args:
+        path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels`` and ``alphas``.
+        wanted: what to compute. Labels that are class indices have no gradient.
+    """
+    steps = len(spec.batches)
+    none = torch.empty(0, dtype=torch.int64, device=path.device)
+    carried = grad.clone()  # λ_{i+1}
+    images_grad = torch.zeros_like(images) if wanted.images else None
+    labels_grad = torch.zeros_like(labels) if wanted.labels else None
+    slopes = alphas.new_empty(steps)
+    for i in reversed(range(steps)):
+        x, y = _step_input(spec, i, images, labels)
+        rows = spec.rows[i] if wanted.images else none
+        # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
+        dual = spec.engine.dual(path[i], x, y, carried, kept[i], want_theta=i > 0 or wanted.theta, rows=rows)
+        slopes[i] = dual.slope
+        if images_grad is not None and dual.images is not None:
+            batch, draws, part = spec.batches[i], spec.draws[i], dual.images
+            if rows is not None:
+                batch, draws = batch.index_select(0, rows), None if draws is None else _part(draws, rows)
+            if draws is not None:
+                part = draws.adjoint(part)
+            images_grad = add_rows(images_grad, batch, part.mul_(-alphas[i]))
+        if labels_grad is not None and dual.labels is not None:
+            labels_grad = add_rows(labels_grad, spec.batches[i], dual.labels.mul_(-alphas[i]))
+        if dual.theta is not None:
+            carried.addcmul_(dual.theta, alphas[i], value=-1)
+    return Gradients(carried if wanted.theta else None, images_grad, labels_grad, slopes)
+
+
+def _parameter_rows(like: Tensor, rows: int) -> Tensor:
+    """Uninitialised [rows, P]."""
+    if like.device.type != "cuda":
+        return like.new_empty(rows, like.numel())
+    # P is rarely a multiple of 4, and convolutions by weights that do not lie on 16 bytes take slower kernels.
+    padded = -(-like.numel() // 64) * 64
+    return like.new_empty(rows, padded)[:, : like.numel()]
+
+
+def _step_input(spec: UnrollSpec, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Augmented images and labels of step i."""
+    batch, draws = spec.batches[i], spec.draws[i]
+    x = images.index_select(0, batch)
+    return (x if draws is None else draws.apply(x)), labels.index_select(0, batch)
+
+
+def _part(draws: PackedDraws, rows: Tensor) -> PackedDraws:
+    """The draws of some of the images."""
+    return PackedDraws(draws.values.index_select(1, rows), draws.operations.index_select(1, rows), draws.cutout_size)
+
+
+class _Unroll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: UnrollSpec) -> Tensor:
+        path, kept = forward_path(spec, theta, images, labels, rates.expand(len(spec.batches)))
+        ctx.spec, ctx.kept = spec, kept
+        ctx.save_for_backward(images, labels, rates, path)
+        return path[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        images, labels, rates, path = ctx.saved_tensors  # type: ignore[attr-defined]
+        spec: UnrollSpec = ctx.spec  # type: ignore[attr-defined]
+        wanted = Wanted(*ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
+        alphas = rates.expand(len(spec.batches))
+        found = adjoint(spec, path, ctx.kept, images, labels, alphas, grad, wanted)  # type: ignore[attr-defined]
+        rates_grad = None
+        if ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
+            rates_grad = -found.slopes.sum() if rates.dim() == 0 else -found.slopes
+        return found.theta, found.images, found.labels, rates_grad, None
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def _require(condition: bool, argument: str, requirement: str, value: Any) -> None:
@@ -65,31 +210,19 @@ def _require(condition: bool, argument: str, requirement: str, value: Any) -> No
         raise ValueError(f"unroll: {argument} must {requirement}, got {value}")
 
 
-@dataclass
-class _Spec:
-    """What is fixed for one unroll."""
-
-    engine: engines.Engine
-    keep: bool
-    batches: list[Tensor]  # [b] indices, on the device
-    augmentations: list[AugmentParameters | None]
-    rows: list[Tensor | None]  # rows of each batch whose image gradient is wanted; None: all
-
-
 def _check(
-    net: nn.Module,
+    engine: engines.Engine,
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
     batches: Sequence[Tensor],
     augmentations: Sequence[AugmentParameters] | None,
-    engine: str,
     memory: str,
     frozen: Tensor | None,
-) -> _Spec:
+) -> UnrollSpec:
     if theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"unroll: theta must be float32 or float64, got {theta.dtype}")
-    check_parameters("unroll", net, theta)
+    check_parameters("unroll", engine.net, theta)
     for name, tensor in (("images", images), ("labels", labels)):
         _require(tensor.device == theta.device, name, f"be on {theta.device}", tensor.device)
         if tensor.dtype != theta.dtype and not (name == "labels" and tensor.dtype == torch.int64):
@@ -101,7 +234,7 @@ def _check(
         _require(tuple(labels.shape) == (n,), "labels", f"have shape ({n},)", tuple(labels.shape))
     else:
         _require(labels.dim() == 2 and len(labels) == n, "labels", f"have shape ({n}, classes)", tuple(labels.shape))
-    _check_network(net, images, labels)
+    _check_network(engine.net, images, labels)
     _require(memory in MEMORY, "memory", f"be {' or '.join(MEMORY)}", repr(memory))
 
     indices = []
@@ -113,12 +246,15 @@ def _check(
         _require(low >= 0 and high < n, f"batches[{i}]", f"hold indices in [0, {n})", f"{low}..{high}")
         indices.append(batch.to(theta.device))
 
-    draws: list[AugmentParameters | None] = [None] * len(batches)
+    draws: list[PackedDraws | None] = [None] * len(batches)
     if augmentations is not None:
         _require(len(augmentations) == len(batches), "augmentations", f"hold {len(batches)} draws", len(augmentations))
+        H, W = images.shape[2:]
         for i, (draw, batch) in enumerate(zip(augmentations, batches, strict=True)):
             _require(len(draw) == len(batch), f"augmentations[{i}]", f"be drawn for {len(batch)} images", len(draw))
-        draws = list(augmentations)
+            drawn = draw.image_size
+            _require(drawn == (H, W), f"augmentations[{i}]", f"be drawn for images of {H}x{W} pixels", drawn)
+            draws[i] = draw.packed(theta.device) if draw.operations else None
 
     rows: list[Tensor | None] = [None] * len(batches)
     if frozen is not None:
@@ -129,7 +265,7 @@ def _check(
         for i, batch in enumerate(batches):
             learned = (~mask[batch.cpu()]).nonzero().flatten()
             rows[i] = None if len(learned) == len(batch) else learned.to(theta.device)
-    return _Spec(engines.choose(net, engine), memory == "cache", indices, draws, rows)
+    return UnrollSpec(engine, memory == "cache", indices, draws, rows)
 
 
 def _check_network(net: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -147,76 +283,3 @@ def _check_network(net: nn.Module, images: Tensor, labels: Tensor) -> None:
         _require(low >= 0 and high < classes, "labels", f"lie in [0, {classes})", f"{low}..{high}")
     else:
         _require(labels.shape[1] == classes, "labels", f"have shape ({len(labels)}, {classes})", tuple(labels.shape))
-
-
-def _step_input(spec: _Spec, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Augmented images and labels of step i."""
-    batch, draw = spec.batches[i], spec.augmentations[i]
-    x = images.index_select(0, batch)
-    return (x if draw is None else augment(x, draw)), labels.index_select(0, batch)
-
-
-def _accumulate_rows(target: Tensor, index: Tensor, rows: Tensor) -> None:
-    """target[index] += rows with repeated indices, the same bits every time.
-
-    On the CPU index_add_ goes through the rows in order; on CUDA it adds with atomics in any order, while index_put_
-    sorts the indices first.
-    """
-    if target.device.type == "cuda":
-        target.index_put_((index,), rows, accumulate=True)
-    else:
-        target.index_add_(0, index, rows)
-
-
-class _Unroll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: _Spec) -> Tensor:
-        steps = len(spec.batches)
-        alphas = rates.expand(steps)
-        path = theta.new_empty(steps + 1, theta.numel())  # θ_0..θ_N, one a row
-        path[0] = theta
-        kept = []
-        for i in range(steps):
-            x, y = _step_input(spec, i, images, labels)
-            _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=spec.keep)
-            torch.addcmul(path[i], gradient, alphas[i], value=-1, out=path[i + 1])
-            kept.append(saved)
-        ctx.spec, ctx.kept = spec, kept
-        ctx.save_for_backward(images, labels, rates, path)
-        return path[steps].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        images, labels, rates, path = ctx.saved_tensors  # type: ignore[attr-defined]
-        spec: _Spec = ctx.spec  # type: ignore[attr-defined]
-        kept: list[Any] = ctx.kept  # type: ignore[attr-defined]
-        want_theta, want_images, want_labels, want_rates, _ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        steps = len(spec.batches)
-        alphas = rates.expand(steps)
-        none = torch.empty(0, dtype=torch.int64, device=path.device)
-        adjoint = grad.clone()  # λ_{i+1}
-        images_grad = torch.zeros_like(images) if want_images else None
-        labels_grad = torch.zeros_like(labels) if want_labels else None
-        slopes = rates.new_empty(steps)
-        for i in reversed(range(steps)):
-            x, y = _step_input(spec, i, images, labels)
-            rows = spec.rows[i] if want_images else none
-            # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
-            dual = spec.engine.dual(path[i], x, y, adjoint, kept[i], want_theta=i > 0 or want_theta, rows=rows)
-            slopes[i] = dual.slope
-            if images_grad is not None and dual.images is not None:
-                batch, draw, part = spec.batches[i], spec.augmentations[i], dual.images
-                if rows is not None:
-                    batch, draw = batch.index_select(0, rows), draw[rows] if draw is not None else None
-                if draw is not None:
-                    part = augment_adjoint(part, draw)
-                _accumulate_rows(images_grad, batch, part.mul_(-alphas[i]))
-            if labels_grad is not None and dual.labels is not None:
-                _accumulate_rows(labels_grad, spec.batches[i], dual.labels.mul_(-alphas[i]))
-            if dual.theta is not None:
-                adjoint.addcmul_(dual.theta, alphas[i], value=-1)
-        rates_grad = None
-        if want_rates:
-            rates_grad = -slopes.sum() if rates.dim() == 0 else -slopes
-        return adjoint if want_theta else None, images_grad, labels_grad, rates_grad, None

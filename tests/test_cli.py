@@ -149,6 +149,7 @@ def test_help_names_every_flag_with_its_default(command: str) -> None:
         ("--dataset", Config.dataset), ("--stages", Config.stages), ("--ipc", Config.ipc), ("--base", Config.base),
         ("--recipe", "the data set's"), ("--run-dir", "runs/DATA-ipc..."), ("--seed", Config.seed),
         ("--device", Config.device), ("--data-dir", Config.data_dir), ("--select", Config.select),
+        ("--precision", Config.precision),
     ):  # fmt: skip
         assert f"[default: {default}]" in text.partition(f" {flag} ")[2].partition(" --")[0], flag
     for flag in ("--set KEY=VALUE", "--json", "--resume"):
@@ -288,7 +289,10 @@ def test_pictures_can_be_looked_at(finished: Finished) -> None:
 
 
 def test_flags_and_set_say_the_same(here: Path) -> None:
-    flags = {"dataset": "digits", "stages": 1, "ipc": 2, "seed": 3, "device": "cpu", "data_dir": "x", "select": "test"}
+    flags = {
+        "dataset": "digits", "stages": 1, "ipc": 2, "seed": 3, "device": "cpu", "precision": "tf32", "data_dir": "x",
+        "select": "test",
+    }  # fmt: skip
     named = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
     small = {"experts": 1, "expert_train_epochs": 1, "expert_epochs": 1, "max_start_epoch": 0, "width": 2, "depth": 1}
     assignments = [f"--set={key}={value}" for key, value in small.items()]
@@ -430,6 +434,10 @@ WRONG = {  # what is wrong: arguments, and what the sentence has to name
     "too deep for the images": (["distill", "--set", "depth=7"], ["depth", "at most 3", "7"]),
     "no such folder": (["distill", "--dataset", "imagefolder:nowhere"], ["imagefolder:nowhere", "train"]),
     "no such data": (["distill", "--dataset", "mnist", "--data-dir", "nowhere"], ["'mnist'"]),
+    "not a precision": (["distill", "--precision", "fp8"], ["--precision", "'fp8'", "bfloat16"]),
+    "not a precision, set": (["distill", "--set", "precision=fp8"], ["precision", "'fp8'", "bfloat16"]),
+    "not a graph": (["distill", "--set", "graph=on"], ["graph", "'on'", "auto or off"]),
+    "no group": (["distill", "--set", "side_by_side=-1"], ["side_by_side", "at least 0", "-1"]),
     "device that is none": (["distill", "--device", "gpu"], ["device", "'gpu'", "cuda:N"]),
     "GPU that is not there": (["distill", "--device", "cuda:99"], ["cuda:99"]),
     "nothing to resume": (["distill", "--resume", "--run-dir", "nowhere"], ["nowhere", "--resume"]),
@@ -506,7 +514,8 @@ def test_a_run_is_not_resumed_with_another_setting(flags: list[str], named: list
 
 def test_a_run_is_resumed_with_another_place_to_work(run: Path) -> None:
     before = contents(run)
-    flags = ["--device", "auto", "--data-dir", "elsewhere", "--set", "checkpoint_seconds=1"]
+    flags = ["--device", "auto", "--data-dir", "elsewhere"]
+    flags += [f"--set={setting}" for setting in ("checkpoint_seconds=1", "side_by_side=2", "graph=off")]
     assert call("distill", "--resume", "--run-dir", run, *flags).status == 0
     assert contents(run) == before | {".lock": b""}
     outcome = call("distill", "--resume", "--run-dir", run, "--device", "gpu")
@@ -791,7 +800,7 @@ def test_the_continuation_of_a_continuation_keeps_its_place_to_work(
 
 def test_ctrl_c_while_evaluating_says_no_more_than_that(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(run)
-    interrupt_after(monkeypatch, "pdd_fast.evaluate.accuracy", 2, signal.SIGINT)
+    interrupt_after(monkeypatch, "pdd_fast.evaluate.accuracies", 2, signal.SIGINT)
     outcome = call("evaluate", run)
     assert (outcome.status, outcome.out) == (130, "")
     assert outcome.err.splitlines()[-1] == "pdd-fast: interrupted"

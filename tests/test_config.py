@@ -245,6 +245,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "momentum": st.floats(0, 1, exclude_max=True),
     "engine": st.sampled_from(config._CHOICES["engine"]),
     "memory": st.sampled_from(config._CHOICES["memory"]),
+    "precision": st.sampled_from(config._CHOICES["precision"]),
+    "side_by_side": st.integers(0, 100),
+    "graph": st.sampled_from(config._CHOICES["graph"]),
     "checkpoint_seconds": st.floats(0, 1e9),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import pdd_fast
+from pdd_fast import evaluate
 from pdd_fast.config import resolve
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run
@@ -106,6 +108,30 @@ def test_more_repeats_begin_with_the_same_ones(run: Run, evaluation: dict[str, A
         assert result["accuracy"][:2] == of(evaluation, result["name"])["accuracy"]
         assert len(result["accuracy"]) == 3
     evaluate_run(run)  # the file is the other tests' too
+
+
+def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, Any]) -> None:
+    """Each repeat has its own network, draws and random images, in whichever group it is; rounding may move an image of
+    the 359 across a boundary."""
+    together = Run(run.path, replace(run.config, side_by_side=2, repeats=3))
+    found, alone = evaluate_run(together), evaluate_run(Run(run.path, replace(run.config, repeats=3)))
+    for result in found["results"]:
+        assert result["seeds"] == of(alone, result["name"])["seeds"]
+        for row, expected in zip(result["accuracy"], of(alone, result["name"])["accuracy"], strict=True):
+            assert row == pytest.approx(expected, abs=0.6)
+    evaluate_run(run)
+
+
+def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
+    bench = Workbench.prepare(run.config)
+    legs = evaluate._random(bench, 3, [7, 8, 9], range(1, 3))
+    assert [(leg.rate, leg.steps, leg.stops) for leg in legs] == [(0.05, 7, [7]), (0.05, 8, [8]), (0.05, 9, [9])]
+    for position, repeat in enumerate((1, 2)):
+        rows = bench.random_real_rows((1, 1, 1), "random images", repeat)
+        for stage, leg in enumerate(legs, start=1):
+            assert leg.rows is not None
+            assert torch.equal(leg.rows[position], torch.cat(rows[:stage]))
+    assert not torch.equal(*legs[0].rows)
 
 
 def test_one_repeat_has_no_deviation(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from pdd_fast.experts import make_experts, record_trajectories
 from pdd_fast.networks.parameters import flatten_parameters
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
-from pdd_fast.training import Student, accuracy
+from pdd_fast.training import Loop, Students, accuracies
 from pdd_fast.trajectories import Trajectory, list_trajectories, partial_path, trajectory_path
 from pdd_fast.workbench import Workbench
 
@@ -87,6 +87,11 @@ def bench() -> Workbench:
     return Workbench.prepare(configuration())
 
 
+def starting(bench: Workbench) -> Callable[[range], Tensor]:
+    """What a group of experts starts from."""
+    return lambda group: bench.initial_students("expert", group).theta
+
+
 # ---- what is stored ---------------------------------------------------------------------------------------------
 
 
@@ -101,7 +106,8 @@ def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
         assert (trajectory.epochs, trajectory.parameters) == (EPOCHS, count)
         last = trajectory.checkpoint(EPOCHS)
         assert last.dtype == torch.float32
-        reached = accuracy(bench.engine, last, bench.data.validation.images, bench.data.validation.labels)
+        validation = bench.data.validation
+        (reached,) = accuracies(bench.engine, last[None], validation.images, validation.labels)
         expected = {"network": bench.network, "data": "digits", "seed": 0, "index": number, "purpose": "expert"}
         assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
         assert trajectory.metadata["network"]["width"] == 4
@@ -116,13 +122,12 @@ def test_checkpoint_0_is_the_start_and_every_expert_has_its_own(finished: Run, b
 
 def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, bench: Workbench) -> None:
     for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
-        student = Student.start(trajectory.checkpoint(0))
+        students, train = Students.start(trajectory.checkpoint(0)[None]), bench.data.train
+        loop = Loop(bench.real_sgd, students, train.images, train.labels)
         for epoch in range(EPOCHS):
-            draw = bench.generator("expert", number, epoch)
-            train = bench.data.train
-            bench.real_sgd.epoch(student, train.images, train.labels, bench.config.expert_lr, draw)
-            assert torch.equal(student.theta, trajectory.checkpoint(epoch + 1))
-        assert float(student.velocity.norm()) > 0  # so the interrupted runs below have a momentum to lose
+            loop.epoch(bench.config.expert_lr, [bench.generator("expert", number, epoch)])
+            assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1))
+        assert float(students.velocity.norm()) > 0  # so the interrupted runs below have a momentum to lose
 
 
 def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
@@ -135,12 +140,12 @@ def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
         written.append(checkpoints)
 
     monkeypatch.setattr(experts, "write_trajectory", keep)
-    starts = [bench.initial_parameters("expert", k) for k in range(EXPERTS)]
+    starts = [starting(bench)(range(k, k + 1)) for k in range(EXPERTS)]
     kept = [start.clone() for start in starts]
-    record_trajectories(bench, tmp_path, starts.__getitem__, EPOCHS, "expert", SILENT, "")
+    record_trajectories(bench, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, "")
     for start, copy, checkpoints in zip(starts, kept, written, strict=True):
         assert torch.equal(start, copy)
-        assert torch.equal(checkpoints[0], copy)
+        assert torch.equal(checkpoints[0], copy[0])
         assert len({checkpoint.data_ptr() for checkpoint in [start, *checkpoints]}) == EPOCHS + 2
         for before, after in pairwise(checkpoints):
             assert not torch.equal(before, after)
@@ -151,9 +156,7 @@ def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path
     kept = images.clone()
     try:
         images.zero_()
-        record_trajectories(
-            bench, tmp_path, lambda k: bench.initial_parameters("expert", k), EPOCHS, "expert", SILENT, ""
-        )
+        record_trajectories(bench, tmp_path, starting(bench), EPOCHS, "expert", SILENT, "")
     finally:
         images.copy_(kept)
     other = made(tmp_path / "run", configuration())
@@ -164,15 +167,14 @@ def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path
 
 def test_the_papers_choice_trains_on_all_training_images(bench: Workbench, tmp_path: Path) -> None:
     paper = Workbench.prepare(configuration(select="test", experts=1))
-    theta = bench.initial_parameters("expert", 0)
-    record_trajectories(paper, tmp_path, lambda k: theta, 1, "expert", SILENT, "")
+    record_trajectories(paper, tmp_path, starting(bench), 1, "expert", SILENT, "")
     train, validation = bench.data.train, bench.data.validation
     images, labels = torch.cat([train.images, validation.images]), torch.cat([train.labels, validation.labels])
-    student = Student.start(theta)
-    bench.real_sgd.epoch(student, images, labels, bench.config.expert_lr, bench.generator("expert", 0, 0))
+    students = bench.initial_students("expert", [0])
+    Loop(bench.real_sgd, students, images, labels).epoch(bench.config.expert_lr, [bench.generator("expert", 0, 0)])
     trajectory = Trajectory(trajectory_path(tmp_path, 0))
-    assert torch.equal(trajectory.checkpoint(1), student.theta)
-    reached = accuracy(bench.engine, student.theta, bench.data.test.images, bench.data.test.labels)
+    assert torch.equal(trajectory.checkpoint(1), students.theta[0])
+    (reached,) = accuracies(bench.engine, students.theta, bench.data.test.images, bench.data.test.labels)
     assert trajectory.metadata["held_out_accuracy"] == round(reached, 2)
 
 
@@ -181,7 +183,7 @@ def test_seed_and_purpose_change_the_trajectories(finished: Run, bench: Workbenc
     other_seed = made(tmp_path / "seed", configuration(seed=1))
     assert not torch.equal(Trajectory(trajectory_path(other_seed.experts_dir, 0)).checkpoint(0), expected.checkpoint(0))
     folder = tmp_path / "purpose"
-    record_trajectories(bench, folder, lambda k: expected.checkpoint(0), 1, "transition", SILENT, "")
+    record_trajectories(bench, folder, lambda group: expected.checkpoint(0)[None], 1, "transition", SILENT, "")
     found = Trajectory(trajectory_path(folder, 0))
     assert torch.equal(found.checkpoint(0), expected.checkpoint(0))
     assert not torch.equal(found.checkpoint(1), expected.checkpoint(1))
@@ -271,7 +273,7 @@ def test_existing_experts_are_not_trained_again(finished: Run, tmp_path: Path, m
     def refuse(*_: object) -> None:
         raise AssertionError("an expert was trained again")
 
-    monkeypatch.setattr("pdd_fast.training.Sgd.epoch", refuse)
+    monkeypatch.setattr(Loop, "epoch", refuse)
     recorder = Recorder()
     make_experts(run, recorder)
     assert recorder.totals == []
@@ -320,3 +322,116 @@ def test_two_processes_do_not_train_in_one_run(tmp_path: Path) -> None:
     with run.lock(), pytest.raises(UsageError, match="is in use by another process"):
         make_experts(Run.open(run.path))
     assert not run.experts_dir.exists()
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+MANY = 5  # experts, in groups of three and two
+
+
+def grouped(**changes: Any) -> Config:
+    return configuration(**({"experts": MANY, "side_by_side": 3} | changes))
+
+
+@pytest.fixture(scope="module")
+def finished_in_groups(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("groups") / "run", grouped())
+
+
+def test_experts_are_trained_in_groups_that_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    epoch = Loop.epoch
+
+    def remember(self: Loop, rate: float, generators: list[torch.Generator]) -> None:
+        seen.append(len(generators))
+        epoch(self, rate, generators)
+
+    monkeypatch.setattr(Loop, "epoch", remember)
+    recorder = Recorder()
+    made(tmp_path / "run", grouped(), recorder)
+    assert seen == [3] * EPOCHS + [2] * EPOCHS
+    assert recorder.totals == [(MANY * EPOCHS, 0)]
+    assert sum(recorder.advances) == MANY * EPOCHS
+    assert [v["network"] for v in recorder.values if "network" in v] == ["1-3"] * EPOCHS + ["4-5"] * EPOCHS
+
+
+def test_experts_in_groups_are_those_trained_alone(finished_in_groups: Run, tmp_path: Path) -> None:
+    """But for rounding: each has its own start, order and draws. A wrong draw would differ by the whole of an epoch."""
+    alone = made(tmp_path / "run", configuration(experts=MANY))
+    for one, other in zip(
+        list_trajectories(finished_in_groups.experts_dir), list_trajectories(alone.experts_dir), strict=True
+    ):
+        assert torch.equal(one.checkpoint(0), other.checkpoint(0))
+        assert one.metadata["index"] == other.metadata["index"]
+        way = float((other.checkpoint(EPOCHS) - other.checkpoint(0)).norm())
+        assert float((one.checkpoint(EPOCHS) - other.checkpoint(EPOCHS)).norm()) < 1e-3 * way
+
+
+@pytest.mark.parametrize("limit", range(1, 2 * EPOCHS + 1))
+def test_a_group_does_not_show_an_interruption(finished_in_groups: Run, tmp_path: Path, limit: int) -> None:
+    """After the ``limit``-th epoch of the eight that two groups take."""
+    run = interrupt(tmp_path / "run", grouped(), limit)
+    assert len(list(run.experts_dir.glob("*.safetensors"))) == 3 * ((limit - 1) // EPOCHS)
+    make_experts(Run.open(run.path))
+    assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
+
+
+@pytest.mark.parametrize("written", [1, 2, 3, 4])
+def test_a_stop_between_the_files_of_a_group_leaves_no_trace(
+    finished_in_groups: Run, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", grouped())
+    count, times = 0, {}
+    write = experts.write_trajectory
+
+    def stop(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
+        nonlocal count
+        if count == written:
+            raise Interrupted
+        count += 1
+        write(path, checkpoints, metadata)
+        times[path] = path.stat().st_mtime_ns
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "write_trajectory", stop)
+        with pytest.raises(Interrupted):
+            make_experts(run)
+    assert list(run.experts_dir.glob("*.partial")) == [partial_path(run.experts_dir, written // 3 * 3)]
+    recorder = Recorder()
+    make_experts(Run.open(run.path), recorder)
+    assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing finished is written again
+    assert recorder.totals == [(MANY * EPOCHS, written * EPOCHS)]
+    assert sum(recorder.advances) == (MANY - written) * EPOCHS
+
+
+def test_a_group_that_lacks_one_is_trained_again_and_the_one_written(finished_in_groups: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", grouped())
+    run.experts_dir.mkdir()
+    for k in (0, 2, 3, 4):
+        path = trajectory_path(run.experts_dir, k)
+        path.write_bytes(trajectory_path(finished_in_groups.experts_dir, k).read_bytes())
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
+    assert recorder.totals == [(MANY * EPOCHS, 4 * EPOCHS)]
+    assert [v["network"] for v in recorder.values if "network" in v] == [2] * EPOCHS
+
+
+def test_work_of_a_group_of_another_size_is_begun_again(finished_in_groups: Run, tmp_path: Path) -> None:
+    """As where a run goes on on another device. What groups of another size finished is kept."""
+    run = interrupt(tmp_path / "run", configuration(experts=MANY), limit=EPOCHS + 3)
+    assert [path.name for path in run.experts_dir.glob("*.partial")] == ["trajectory-001.partial"]
+    first = trajectory_path(run.experts_dir, 0).read_bytes()
+    make_experts(Run(run.path, grouped()))
+    expected = contents(finished_in_groups.experts_dir)
+    found = contents(run.experts_dir)
+    assert found.pop("trajectory-000.safetensors") == first
+    del expected["trajectory-000.safetensors"]
+    assert found == expected
+
+    other = interrupt(tmp_path / "other", grouped(), limit=3)
+    assert [path.name for path in other.experts_dir.glob("*.partial")] == ["trajectory-000.partial"]
+    make_experts(Run(other.path, configuration(experts=MANY)))
+    alone = made(tmp_path / "alone", configuration(experts=MANY))
+    assert contents(other.experts_dir) == contents(alone.experts_dir)

@@ -1,12 +1,23 @@
-"""Peak resident memory of an unroll, each measured in a process of its own: what a process has freed stays with it."""
+"""What things take in memory, and that too little of it is said in a sentence.
+
+Peaks are measured in processes of their own: what a process has freed stays with it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+from pdd_fast import ConvNet, engines, memory
+from pdd_fast.errors import RunError, UsageError
+from pdd_fast.matching.step import MatchingInputs, MatchingState, MatchingStep
 
 # Started by exec from a process as large as pytest with torch, a child inherits that process's peak on Linux: VmHWM is
 # reset with the new address space, ru_maxrss is not.
@@ -70,3 +81,213 @@ def test_the_cache_is_what_grows() -> None:
 def test_fifty_steps_of_fifty_images_fit_in_1500_megabytes() -> None:
     """The CIFAR-10 setting; plain autograd takes more than 10 GB (benchmarks/unroll.py measures it)."""
     assert measure(128, 32, 50, 3, [50], "fused", "recompute")["50"] < 1.5e9
+
+
+# ---- the formulas ---------------------------------------------------------------------------------------------------
+
+# A small case first, so that libraries and threads are there; the peak of the large one is counted from what is
+# resident after it. With a low threshold for mmap every tensor goes back to the system when it is freed.
+FORMULA_CHILD = """
+import json, sys
+import test_memory
+options = json.loads(sys.argv[1])
+run = getattr(test_memory, options.pop("run"))
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) * 1024
+
+small = options | {"batch": 2} | ({"images": 2, "steps": 2} if "steps" in options else {})
+for _ in range(2):
+    run(**small)
+before = status("VmRSS")
+estimate = run(**options)
+print(json.dumps({"estimate": estimate, "measured": status("VmHWM") - before}))
+"""
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+
+
+def iterate(
+    batch: int, steps: int, images: int, width: int = 32, size: int = 32, engine: str = "fused",
+    memory_mode: str = "recompute", device: str = "cpu",
+) -> int:  # fmt: skip
+    """One iteration on as many learned as frozen images; what it should have taken."""
+    net = ConvNet(3, 10, size, width, depth=3).to(device)
+    labels = torch.arange(2 * images, device=device) % 10
+    step = MatchingStep(
+        engines.choose(net, engine), labels, torch.randn(images, 3, size, size, device=device), steps=steps,
+        batch=batch, memory=memory_mode,
+    )  # fmt: skip
+    start = torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
+    batches = torch.stack([torch.randperm(2 * images)[:batch] for _ in range(steps)])
+    inputs = MatchingInputs(start, start + 0.01, batches, None)
+    step(MatchingState.start(torch.randn(images, 3, size, size, device=device), 0.01), inputs)
+    return memory.matching_bytes(
+        net, batch=batch, steps=steps, learned=images, frozen=images, engine=engine, memory=memory_mode
+    )
+
+
+def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu") -> int:
+    """One training step; what it should have taken."""
+    net = ConvNet(3, 10, 32, width=32, depth=3).to(device)
+    theta = torch.cat([p.detach().flatten() for p in net.parameters()]).repeat(networks, 1)
+    velocity, data = torch.zeros_like(theta), torch.randn(batch, 3, 32, 32, device=device)
+    index = torch.arange(batch, device=device).repeat(networks)
+    images = data.index_select(0, index).unflatten(0, (networks, -1))
+    _, gradient = engines.choose(net, engine).gradients(theta, images, (index % 10).unflatten(0, (networks, -1)))
+    theta.addcmul_(velocity.mul_(0.9).add_(gradient.add_(theta, alpha=5e-4)), torch.full_like(theta[:, :1], 0.01))
+    return memory.training_bytes(net, batch=batch, networks=networks, engine=engine)
+
+
+FORMULAS: dict[str, dict[str, Any]] = {
+    "an iteration": {"run": "iterate", "batch": 128, "steps": 2, "images": 100},
+    "wide": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "width": 64},
+    "many parameters": {"run": "iterate", "batch": 16, "steps": 60, "images": 10, "width": 128, "size": 8},
+    "many images": {"run": "iterate", "batch": 16, "steps": 2, "images": 1500},
+    "kept activations": {"run": "iterate", "batch": 64, "steps": 6, "images": 100, "memory_mode": "cache"},
+    "autograd": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "engine": "autograd"},
+    "autograd, kept": {
+        "run": "iterate", "batch": 64, "steps": 4, "images": 50, "engine": "autograd", "memory_mode": "cache",
+    },
+    "a training step": {"run": "train", "batch": 256, "networks": 1},
+    "four networks": {"run": "train", "batch": 64, "networks": 4},
+    "four networks, autograd": {"run": "train", "batch": 128, "networks": 4, "engine": "autograd"},
+}  # fmt: skip
+
+
+@needs_proc
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_formulas_agree_with_what_a_process_takes(name: str) -> None:
+    folder = os.path.dirname(__file__)
+    # One thread: each has a workspace of its own.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
+    output = subprocess.run(
+        [sys.executable, "-c", FORMULA_CHILD, json.dumps(FORMULAS[name])],
+        check=True, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    found = json.loads(output.stdout)
+    assert 0.75 * found["measured"] <= found["estimate"] <= 1.25 * found["measured"], found
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_formulas_agree_with_what_a_gpu_allocates(name: str) -> None:
+    options = dict(FORMULAS[name])
+    run = {"iterate": iterate, "train": train}[options.pop("run")]
+    for count in {"batch", "images"} & options.keys():
+        options[count] *= 8  # large against what cuDNN works in, which no formula knows
+    run(**options | {"batch": 2} | ({"images": 2, "steps": 2} if "steps" in options else {}), device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    estimate = run(**options, device="cuda")
+    measured = torch.cuda.max_memory_allocated() - before
+    assert 0.6 * measured <= estimate <= 1.25 * measured, measured
+
+
+def test_estimates_grow_with_everything() -> None:
+    net, base = ConvNet(3, 10, 32, 32, 3), {"batch": 10, "steps": 5, "learned": 10, "frozen": 10, "element_size": 4}
+    least = memory.matching_bytes(net, **base)
+    for name in base:
+        assert memory.matching_bytes(net, **base | {name: 2 * base[name]}) > least, name
+    assert memory.matching_bytes(net, **base, memory="cache") > least
+    assert memory.matching_bytes(net, **base, engine="autograd") > least
+    # At 16 bits an activation takes half, parameters and learned images what they took.
+    half, bits32 = (memory.matching_bytes(net, **base | {"batch": 1000, "element_size": size}) for size in (2, 4))
+    assert 0.5 < half / bits32 < 0.55
+    assert memory.training_bytes(net, batch=10, networks=4) == 4 * memory.training_bytes(net, batch=10)
+
+
+# ---- what a device has ----------------------------------------------------------------------------------------------
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GB, 30 of them free and 7 in torch's hands, of which 5 are given out."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30_000_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 6_000_000_000)
+    properties = SimpleNamespace(total_memory=80_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_torch_holds_and_does_not_use_is_available() -> None:
+    assert memory.available(GPU) == 32_000_000_000
+    assert memory.available(CPU) is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_more_than_there_is_is_refused_in_a_sentence() -> None:
+    memory.require(GPU, 32_000_000_000, "stage 3: an iteration", "width (now 128)")
+    memory.require(CPU, 10**15, "stage 3: an iteration", "width (now 128)")
+    with pytest.raises(UsageError) as raised:
+        memory.require(GPU, 91_200_000_000, "stage 3: an iteration", "inner_batch (now 512) or width (now 128)")
+    assert str(raised.value) == (
+        "stage 3: an iteration would take about 91 GB and cuda:0 has 32 GB; "
+        "lower inner_batch (now 512) or width (now 128)"
+    )
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("each", "most", "group"),
+    [(10**9, 100, 40), (10**9, 16, 16), (3 * 10**10, 16, 1), (10**12, 16, 1), (1, 5, 5), (0, 5, 5)],
+)
+def test_groups_fill_half_of_the_whole_device(each: int, most: int, group: int) -> None:
+    assert memory.largest_group(each, GPU, most) == group
+    assert memory.largest_group(each, CPU, most) == 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_out_of_memory_becomes_a_sentence() -> None:
+    with (
+        pytest.raises(RunError) as raised,
+        memory.explained(GPU, "stage 3, iteration 12", "inner_batch (now 512) or width (now 128)"),
+    ):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+    assert str(raised.value) == (
+        "stage 3, iteration 12: cuda:0 is out of memory, at 6.0 GB taken at the most of 80 GB; "
+        "lower inner_batch (now 512) or width (now 128)"
+    )
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_so_does_that_of_the_host() -> None:
+    sentence = r"work: cpu is out of memory, at .* taken at the most; lower x$"
+    with pytest.raises(RunError, match=sentence), memory.explained(CPU, "work", "x"):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RunError, match=sentence), memory.explained(CPU, "work", "x"):
+        raise MemoryError
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), KeyboardInterrupt()])
+def test_other_errors_pass_as_they_are(error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised, memory.explained(CPU, "work", "x"):
+        raise error
+    assert raised.value is error
+
+
+@needs_cuda
+def test_a_gpu_that_runs_out_says_so_and_can_be_used_again() -> None:
+    sentence = r"work: cuda:0 is out of memory, at .* taken at the most of .* GB; lower x$"
+    with pytest.raises(RunError, match=sentence), memory.explained(GPU, "work", "x"):
+        torch.empty(2**50, dtype=torch.uint8, device=GPU)
+    assert torch.ones(3, device=GPU).sum().item() == 3
+    there = memory.available(GPU)
+    assert there is not None
+    assert 0 < there <= torch.cuda.get_device_properties(GPU).total_memory
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "1 MB"), (4_000_000, "4 MB"), (151_000_000, "151 MB"), (999_000_000, "999 MB"), (1_000_000_000, "1.0 GB"),
+     (9_940_000_000, "9.9 GB"), (10_400_000_000, "10 GB"), (91_000_000_000, "91 GB")],
+)  # fmt: skip
+def test_bytes_in_words(size: int, words: str) -> None:
+    assert memory.in_words(size) == words

@@ -17,13 +17,15 @@ import pytest
 import tiny
 import torch
 
-from pdd_fast import load_distilled
+from pdd_fast import load_distilled, progressive
 from pdd_fast.config import Config, resolve
 from pdd_fast.errors import RunError, UsageError
 from pdd_fast.progressive import distill
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
+from pdd_fast.training import Students, accuracies
 from pdd_fast.trajectories import Trajectory, list_trajectories
+from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
 
@@ -167,20 +169,41 @@ def test_metrics_hold_every_iteration_and_every_judgement(finished: tuple[Run, i
 def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, int]) -> None:
     run, _ = finished
     bench = Workbench.prepare(run.config)
-    from pdd_fast.training import Student
-    from pdd_fast.unions import Union
-
     for stage, before in ((2, run.experts_dir), (3, run.stage_trajectories_dir(2))):
         union = Union.load(run.stage_file(stage - 1), bench)
         for k, trajectory in enumerate(list_trajectories(run.stage_trajectories_dir(stage))):
             assert trajectory.epochs == run.config.transition_real_epochs == 4
-            student = Student.start(list_trajectories(before)[k].checkpoint(0))
+            students = Students.start(list_trajectories(before)[k].checkpoint(0)[None])
+            draw = bench.generator("transition", stage, k)
             bench.train_on_union(
-                student, union.images, union.labels, union.rates[-1], run.config.transition_epochs,
-                "transition", stage, k,
-            )  # fmt: skip
-            assert torch.equal(trajectory.checkpoint(0), student.theta)
-            assert not torch.equal(trajectory.checkpoint(1), student.theta)
+                students, union.images, union.labels, union.rates[-1], run.config.transition_epochs, [draw]
+            )
+            assert torch.equal(trajectory.checkpoint(0), students.theta[0])
+            assert not torch.equal(trajectory.checkpoint(1), students.theta[0])
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_selection_judges_networks_that_went_through_the_earlier_unions(
+    finished: tuple[Run, int], together: int
+) -> None:
+    """Each of the three by itself, with its own draws, and none changed by having judged."""
+    run, _ = finished
+    bench = Workbench.prepare(replace(run.config, eval_networks=3, side_by_side=together))
+    unions = [Union.load(run.stage_file(stage), bench) for stage in (1, 2, 3)]
+    selection = progressive._Selection(bench, unions[1])
+    expected = []
+    for j in range(3):
+        students = bench.initial_students("selection", [j])
+        for stage, union in enumerate(unions, start=1):
+            draws = [bench.generator("selection", j, stage)]
+            rate, epochs = union.rates[-1], run.config.eval_epochs
+            bench.train_on_union(students, union.images, union.labels, rate, epochs, draws)
+        expected += accuracies(bench.engine, students.theta, bench.held_out.images, bench.held_out.labels)
+    assert len(set(expected)) > 1
+    score = selection.score(unions[2])
+    # Side by side, rounding may move one of the 144 held-out images across a boundary.
+    assert score == pytest.approx(sum(expected) / 3, abs=1e-9 if together == 1 else 0.3)
+    assert selection.score(unions[2]) == score
 
 
 def test_twice_gives_the_same_bytes_and_another_seed_others(finished: tuple[Run, int], tmp_path: Path) -> None:
@@ -210,6 +233,48 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(
         distill(Run.open(stopped.path))
         assert bytes_of(stopped) == expected, limit
         assert measured(stopped) == expected_metrics, limit
+
+
+def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:
+    """Four networks in groups of three and one; experts, transitions and selection alike."""
+    changes = {
+        "experts": 4, "eval_networks": 4, "side_by_side": 3, "stages": 2, "ipc": 2, "expert_train_epochs": 3,
+        "iterations": 1, "eval_every": 0, "eval_epochs": 1, "transition_epochs": 1, "checkpoint_seconds": 0,
+    }  # fmt: skip
+    whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
+    distill(whole, counter)
+    expected, expected_metrics = bytes_of(whole), measured(whole)
+    assert len(list_trajectories(whole.stage_trajectories_dir(2))) == 4
+    assert counter.count > 20
+    for limit in range(1, counter.count + 1):
+        stopped = Run.create(tmp_path / f"stopped-{limit}", configuration(**changes))
+        with pytest.raises(Stopped):
+            distill(stopped, Stopper(limit))
+        distill(Run.open(stopped.path))
+        assert bytes_of(stopped) == expected, limit
+        assert measured(stopped) == expected_metrics, limit
+
+
+def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
+    """But for rounding. No image moves (lr_img and lr_lr 0), so that stage 2 starts from the same union."""
+    found = []
+    for together in (1, 3):
+        config = configuration(experts=4, stages=2, ipc=2, lr_img=0, lr_lr=0, eval_networks=4, side_by_side=together)
+        run = Run.create(tmp_path / f"{together}", config)
+        distill(run)
+        found.append(run)
+    alone, beside = (list_trajectories(run.stage_trajectories_dir(2)) for run in found)
+    for k in range(4):
+        for epoch in (0, alone[k].epochs):
+            one, other = alone[k].checkpoint(epoch), beside[k].checkpoint(epoch)
+            way = float((one - list_trajectories(found[0].experts_dir)[k].checkpoint(0)).norm())
+            if k == 3:  # alone in its group
+                assert torch.equal(one, other)
+            else:
+                assert 0 < float((one - other).norm()) < 1e-3 * way, (k, epoch)
+    scores = [[row["held_out_accuracy"] for row in run.metrics.read() if "held_out_accuracy" in row] for run in found]
+    # One of the 144 held-out images may lie so near a boundary that rounding decides, and this is a mean of four.
+    assert scores[0] == pytest.approx(scores[1], abs=100 / 144 / 2)
 
 
 def test_stopped_again_and_again_gives_the_same_bytes(finished: tuple[Run, int], tmp_path: Path) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from pdd_fast import memory, precision
+from pdd_fast.augmentation import PackedDraws
+from pdd_fast.engines import FusedEngine
 from pdd_fast.errors import RunError
 from pdd_fast.matching.base import StageProblem
+from pdd_fast.matching.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep, can_capture
+from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.seeds import generator
-from pdd_fast.unrolling import unroll
 
 
 def trajectory_matching_loss(theta_N: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -28,125 +32,141 @@ def trajectory_matching_loss(theta_N: Tensor, start: Tensor, target: Tensor) -> 
     return (theta_N - target).square().sum() / (start - target).square().sum()
 
 
-@dataclass(frozen=True)
-class _State:
-    """Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one."""
-
-    iteration: int
-    images: Tensor  # [n, C, H, W]
-    images_velocity: Tensor
-    rate: Tensor  # [] learned inner learning rate
-    rate_velocity: Tensor
-
-
 class TrajectoryMatching:
-    """MTT as a base method: images and inner rate by SGD with momentum on the matching loss."""
+    """MTT as a base method: images and inner rate by SGD with momentum on the matching loss.
+
+    Raises:
+        UsageError: an iteration would take more memory than the GPU has.
+    """
 
     def __init__(self, problem: StageProblem) -> None:
         self._problem = problem
-        images = problem.initial_images
-        rate = torch.tensor(problem.config.inner_lr, dtype=images.dtype, device=images.device)
-        self._state = _State(0, images.clone(), torch.zeros_like(images), rate, torch.zeros_like(rate))
-        self._labels = torch.cat([problem.frozen_labels, problem.labels])
-        self._frozen = torch.arange(len(self._labels)) < len(problem.frozen_labels)
+        config, images = problem.config, problem.initial_images
+        self._total = len(problem.frozen_labels) + len(problem.labels)
+        self._batch = min(config.inner_batch or len(problem.labels), self._total)
+        memory.require(images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower())
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
+        self._done = (0, MatchingState.start(images, config.inner_lr))
+        self._ahead: tuple[int, MatchingInputs] | None = None  # the inputs of an iteration, made while a GPU was busy
+        drawn = problem.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
+        self._step = MatchingStep(
+            problem.engine,
+            torch.cat([problem.frozen_labels, problem.labels]),
+            problem.frozen_images,
+            steps=config.inner_steps,
+            batch=self._batch,
+            operations=len(drawn.operations),
+            cutout=drawn.cutout_size,
+            memory=config.memory,
+            lr_img=config.lr_img,
+            lr_lr=config.lr_lr,
+            momentum=config.momentum,
+            graph=config.graph != "off" and can_capture(problem.engine, images.device),
+        )
 
     @property
     def iteration(self) -> int:
-        return self._state.iteration
+        return self._done[0]
 
     @property
     def images(self) -> Tensor:
-        return self._state.images
+        return self._done[1].images
 
     @property
     def learning_rate(self) -> float:
-        return float(self._state.rate)
+        return float(self._done[1].rate)
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        H, W = self._problem.initial_images.shape[2:]
+        return H, W
+
+    def _bytes(self) -> int:
+        """What an iteration takes at its peak; 0 for a network that the formula is not for."""
+        problem, config = self._problem, self._problem.config
+        engine, net = problem.engine, problem.engine.net
+        if not isinstance(net, ConvNet):
+            return 0
+        return memory.matching_bytes(
+            net,
+            batch=self._batch,
+            steps=config.inner_steps,
+            learned=len(problem.labels),
+            frozen=len(problem.frozen_labels),
+            engine="fused" if isinstance(engine, FusedEngine) else "autograd",
+            memory=config.memory,
+            element_size=precision.storage(engine.precision, problem.initial_images.dtype).itemsize,
+        )
+
+    def _lower(self) -> str:
+        """What makes an iteration take less, the most effective last."""
+        config = self._problem.config
+        numbers = f"inner_batch (now {self._batch}) or width (now {config.width})"
+        if config.memory == "cache":
+            return f"{numbers}, or set memory=recompute"
+        return numbers if config.engine != "autograd" else f"{numbers}, or set engine=fused"
 
     def step(self) -> dict[str, float]:
-        problem, config, state = self._problem, self._problem.config, self._state
-        draw = generator(config.seed, "matching", problem.stage, state.iteration)
+        iteration, state = self._done
+        if self._ahead is None or self._ahead[0] != iteration:
+            self._ahead = (iteration, self._inputs(iteration))
+        where = f"stage {self._problem.stage}, iteration {iteration + 1}"
+        with memory.explained(state.images.device, where, self._lower()):
+            result = self._step(state, self._ahead[1], meanwhile=self._look_ahead)
+        self._guard(where, result)
+        self._done = (iteration + 1, result.state)
+        return {"loss": result.loss, "inner_lr": result.rate}
+
+    def _look_ahead(self) -> None:
+        """Makes the next iteration's inputs. What goes wrong with them goes wrong again when they are needed."""
+        following = self.iteration + 1
+        with suppress(Exception):
+            self._ahead = (following, self._inputs(following))
+
+    def _inputs(self, iteration: int) -> MatchingInputs:
+        problem, config = self._problem, self._problem.config
+        draw = generator(config.seed, "matching", problem.stage, iteration)
         trajectory = problem.trajectories[self._integer(len(problem.trajectories), draw)]
         first = self._integer(config.max_start_epoch + 1, draw)
-        device = state.images.device
-        start, target = (row.to(device) for row in trajectory.pair(first, config.expert_epochs))
+        start, target = trajectory.pair(first, config.expert_epochs)
         batches = self._batches(draw)
-        size = (state.images.shape[2], state.images.shape[3])
-        augmentations = [problem.dsa.sample(len(batch), size, draw) for batch in batches]
+        draws = None
+        if problem.dsa.operations:
+            draws = PackedDraws.of([problem.dsa.sample(self._batch, self._image_size, draw) for _ in batches])
+        return MatchingInputs(start, target, torch.stack(batches), draws)
 
-        images = state.images.detach().requires_grad_()
-        rate = state.rate.detach().requires_grad_()
-        theta_N = unroll(
-            problem.engine.net,
-            start,
-            torch.cat([problem.frozen_images, images]),
-            self._labels,
-            rate,
-            batches,
-            augmentations,
-            engine=config.engine,
-            memory=config.memory,
-            frozen=self._frozen,
-        )
-        loss = trajectory_matching_loss(theta_N, start, target)
-        images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
-
-        images_velocity = state.images_velocity * config.momentum + images_grad
-        rate_velocity = state.rate_velocity * config.momentum + rate_grad
-        new = _State(
-            state.iteration + 1,
-            state.images - config.lr_img * images_velocity,
-            images_velocity,
-            state.rate - config.lr_lr * rate_velocity,
-            rate_velocity,
-        )
-        value = float(loss.detach())
-        self._guard(value, new)
-        self._state = new
-        return {"loss": value, "inner_lr": float(new.rate)}
-
-    def _guard(self, loss: float, new: _State) -> None:
-        where = f"stage {self._problem.stage}, iteration {new.iteration}"
+    def _guard(self, where: str, result: MatchingResult) -> None:
         config = self._problem.config
-        if not math.isfinite(loss) or not bool(torch.isfinite(new.images).all()):
+        if not math.isfinite(result.loss) or not result.finite:
             raise RunError(
-                f"{where}: the matching loss is {loss:g} and the images are no longer finite; start again with a "
-                f"smaller lr_img (now {config.lr_img:g}), lr_lr (now {config.lr_lr:g}) or inner_lr (now "
+                f"{where}: the matching loss is {result.loss:g} and the images are no longer finite; start again with "
+                f"a smaller lr_img (now {config.lr_img:g}), lr_lr (now {config.lr_lr:g}) or inner_lr (now "
                 f"{config.inner_lr:g})"
             )
-        rate = float(new.rate)
-        if not rate > 0:
+        if not result.rate > 0:
             raise RunError(
-                f"{where}: the learned inner rate became {rate:g}; start again with a smaller lr_lr (now "
+                f"{where}: the learned inner rate became {result.rate:g}; start again with a smaller lr_lr (now "
                 f"{config.lr_lr:g})"
             )
 
     def _batches(self, draw: torch.Generator) -> list[Tensor]:
         """N batches: the union in random order, again and again, in whole batches of the stage's own size."""
-        config, total = self._problem.config, len(self._labels)
-        size = min(config.inner_batch or len(self._problem.labels), total)
+        size, steps = self._batch, self._problem.config.inner_steps
         batches: list[Tensor] = []
-        while len(batches) < config.inner_steps:
-            order = torch.randperm(total, generator=draw)
-            batches += order[: total // size * size].split(size)
-        return batches[: config.inner_steps]
+        while len(batches) < steps:
+            order = torch.randperm(self._total, generator=draw)
+            batches += order[: self._total // size * size].split(size)
+        return batches[:steps]
 
     @staticmethod
     def _integer(bound: int, draw: torch.Generator) -> int:
         return int(torch.randint(bound, (), generator=draw))
 
     def state(self) -> dict[str, Tensor]:
-        state = self._state
-        return {
-            "iteration": torch.tensor(state.iteration),
-            "images": state.images.cpu(),
-            "images_velocity": state.images_velocity.cpu(),
-            "rate": state.rate.cpu(),
-            "rate_velocity": state.rate_velocity.cpu(),
-        }
+        iteration, state = self._done
+        return {"iteration": torch.tensor(iteration)} | {name: t.cpu() for name, t in state._asdict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        device = self._state.images.device
-        self._state = _State(
-            int(state["iteration"]),
-            *(state[name].to(device) for name in ("images", "images_velocity", "rate", "rate_velocity")),
-        )
+        device = self.images.device
+        loaded = MatchingState(*(state[name].to(device) for name in MatchingState._fields))
+        self._done = (int(state["iteration"]), loaded)

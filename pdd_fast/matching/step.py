@@ -1,0 +1,234 @@
+"""One iteration of trajectory matching as one function on tensors that stay where they are, so that it can be a graph.
+
+The mathematics is that of ``trajectory_matching_loss(unroll(...))`` differentiated by autograd, and so are the bits;
+here λ_N is written down, and nothing on the way asks the device for a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdd_fast.augmentation import PackedDraws
+from pdd_fast.engines import Engine, FusedEngine
+from pdd_fast.graphs import Backend, Replay, Upload
+from pdd_fast.ops import _native
+from pdd_fast.ops.dsa import DRAWS, NOTHING
+from pdd_fast.unrolling import MEMORY, UnrollSpec, Wanted, adjoint, forward_path
+
+
+class MatchingState(NamedTuple):
+    """What an iteration changes. Never written to: an iteration gives a new one."""
+
+    images: Tensor  # [n, C, H, W]
+    images_velocity: Tensor  # [n, C, H, W]
+    rate: Tensor  # [] inner learning rate
+    rate_velocity: Tensor  # []
+
+    @classmethod
+    def start(cls, images: Tensor, rate: float) -> MatchingState:
+        """At rest at ``images`` [n, C, H, W] and ``rate``."""
+        first = torch.tensor(rate, dtype=images.dtype, device=images.device)
+        return cls(images.clone(), torch.zeros_like(images), first, torch.zeros_like(first))
+
+
+class MatchingInputs(NamedTuple):
+    """What an iteration draws; on the CPU."""
+
+    start: Tensor  # [P] θ_0
+    target: Tensor  # [P] θ_T
+    batches: Tensor  # int64 [N, b], rows of the frozen images followed by the learned ones
+    draws: PackedDraws | None  # of N·b images, batch after batch, as PackedDraws.of gives them
+
+
+class MatchingResult(NamedTuple):
+    state: MatchingState
+    loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖², before the update
+    rate: float  # the new state's
+    finite: bool  # whether all of the new state's images are
+
+
+def can_capture(engine: Engine, device: torch.device) -> bool:
+    """Whether an iteration can be a CUDA graph: autograd's engine asks for random states, the plain-torch operators for
+    numbers of the device."""
+    return device.type == "cuda" and isinstance(engine, FusedEngine) and _native.load("cuda") is not None
+
+
+class MatchingStep:
+    """One iteration of MTT: N inner steps forward, N back, and an SGD update with momentum of images and rate.
+
+    Args:
+        engine: of the network, on the device of the images.
+        labels: int64 [m + n] or weights [m + n, classes], of the frozen images and then of the learned ones.
+        frozen_images: [m, C, H, W], m may be 0; their type and device are those of everything else.
+        steps: N, at least 1.
+        batch: b, images of an inner step, at most m + n.
+        operations: k, the most operations that any draw applies; 0: no augmentation.
+        cutout: height and width of what the operation cutout blanks, pixels.
+        memory: "recompute" or "cache", as for :func:`pdd_fast.unroll`.
+        lr_img, lr_lr, momentum: of the update; the two rates are those of the images and of the inner rate.
+        graph: one launch from the second call on (:class:`pdd_fast.graphs.Replay`); without effect on the CPU.
+        backend: how a graph is captured; for tests.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what it must be and what it is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        labels: Tensor,
+        frozen_images: Tensor,
+        *,
+        steps: int,
+        batch: int,
+        operations: int = 0,
+        cutout: tuple[int, int] = (0, 0),
+        memory: str = "recompute",
+        lr_img: float = 0.0,
+        lr_lr: float = 0.0,
+        momentum: float = 0.0,
+        graph: bool = False,
+        backend: Backend | None = None,
+    ) -> None:
+        frozen, total = len(frozen_images), len(labels)
+        _require(frozen_images.dim() == 4, "frozen_images", "have shape [m, C, H, W]", tuple(frozen_images.shape))
+        _require(total > frozen, "labels", f"be more than the {frozen} frozen images", total)
+        _require(labels.device == frozen_images.device, "labels", f"be on {frozen_images.device}", labels.device)
+        _require(steps >= 1, "steps", "be at least 1", steps)
+        _require(1 <= batch <= total, "batch", f"lie in [1, {total}]", batch)
+        _require(operations >= 0, "operations", "be at least 0", operations)
+        _require(memory in MEMORY, "memory", f"be {' or '.join(MEMORY)}", repr(memory))
+        device, dtype = frozen_images.device, frozen_images.dtype
+        parameters = sum(p.numel() for p in engine.net.parameters())
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "start": ((parameters,), dtype), "target": ((parameters,), dtype), "batches": ((steps, batch), torch.int64),
+        }  # fmt: skip
+        if operations:
+            shapes["values"] = ((steps, len(DRAWS), batch), torch.float64)
+            shapes["operations"] = ((steps, operations, batch), torch.int32)
+        self._inputs = Upload(shapes, device)
+        fixed = self._inputs.tensors
+        draws: list[PackedDraws | None] = [None] * steps
+        if operations:
+            draws = [PackedDraws(fixed["values"][i], fixed["operations"][i], cutout) for i in range(steps)]
+        spec = UnrollSpec(engine, memory == "cache", fixed["batches"].unbind(), draws, [None] * steps)
+        images = frozen_images.new_empty((total, *frozen_images.shape[1:]))
+        images[:frozen] = frozen_images
+        self._buffers = _Buffers(
+            spec, labels, fixed["start"], fixed["target"], images, frozen,
+            _empty_state(images[frozen:]), _empty_state(images[frozen:]), images.new_empty(3, dtype=torch.float64),
+            lr_img, lr_lr, momentum,
+        )  # fmt: skip
+        self._shape, self._operations, self._cutout = (steps, batch), operations, cutout
+        self._replay = Replay(partial(_iterate, self._buffers), device, graph, backend=backend)
+        # How many rows of a batch are frozen changes from batch to batch. Where shapes have to stay, frozen images get
+        # a gradient too, which nobody reads: some 3 % of the operations at width 128. On CUDA also without a graph, so
+        # that both give the same bits.
+        self._skips_frozen = frozen > 0 and device.type != "cuda" and not self._replay.captures
+
+    def __call__(
+        self, state: MatchingState, inputs: MatchingInputs, meanwhile: Callable[[], None] | None = None
+    ) -> MatchingResult:
+        """The iteration from ``state``, which is left as it is, so that nothing is lost where it is interrupted.
+
+        Args:
+            meanwhile: what the host does while a GPU is at work.
+
+        Raises:
+            ValueError: an input does not fit what the constructor was told, or an index is out of range.
+        """
+        buffers = self._buffers
+        self._write(inputs)
+        if self._skips_frozen:
+            buffers.spec = replace(buffers.spec, rows=_learned_rows(inputs.batches, buffers.frozen))
+        for target, source in zip(buffers.old, state, strict=True):
+            target.copy_(source)
+        self._replay()
+        if meanwhile is not None:
+            meanwhile()
+        loss, rate, finite = buffers.numbers.tolist()  # the only wait of an iteration
+        return MatchingResult(MatchingState(*(tensor.clone() for tensor in buffers.new)), loss, rate, finite == 1)
+
+    def _write(self, inputs: MatchingInputs) -> None:
+        steps, batch = self._shape
+        total = len(self._buffers.images)
+        batches = inputs.batches
+        _require(batches.dtype == torch.int64, "batches", "be torch.int64", batches.dtype)
+        _require(tuple(batches.shape) == self._shape, "batches", f"have shape {self._shape}", tuple(batches.shape))
+        low, high = int(batches.min()), int(batches.max())
+        _require(low >= 0 and high < total, "batches", f"hold indices in [0, {total})", f"{low}..{high}")
+        sources = {"start": inputs.start, "target": inputs.target, "batches": batches}
+        if self._operations:
+            draws = inputs.draws
+            if draws is None:
+                raise ValueError("MatchingStep: draws must be given where operations is not 0, got None")
+            k, images = draws.operations.shape
+            _require(images == steps * batch, "draws", f"be of {steps * batch} images", images)
+            _require(k <= self._operations, "draws", f"apply at most {self._operations} operations", k)
+            _require(draws.cutout_size == self._cutout, "draws", f"have cutout_size {self._cutout}", draws.cutout_size)
+            operations = draws.operations.new_full((self._operations, images), NOTHING)
+            operations[:k] = draws.operations
+            sources["values"] = draws.values.view(len(DRAWS), steps, batch).transpose(0, 1)
+            sources["operations"] = operations.view(self._operations, steps, batch).transpose(0, 1)
+        else:
+            _require(inputs.draws is None, "draws", "be None where operations is 0", inputs.draws)
+        self._inputs.write(**sources)
+
+
+def _require(condition: bool, argument: str, requirement: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"MatchingStep: {argument} must {requirement}, got {value}")
+
+
+@dataclass
+class _Buffers:
+    """What :func:`_iterate` reads and writes."""
+
+    spec: UnrollSpec
+    labels: Tensor  # [m + n]
+    start: Tensor  # [P]
+    target: Tensor  # [P]
+    images: Tensor  # [m + n, C, H, W], the frozen ones written once
+    frozen: int  # m
+    old: MatchingState
+    new: MatchingState
+    numbers: Tensor  # float64 [3], as MatchingResult has them after the state
+    lr_img: float
+    lr_lr: float
+    momentum: float
+
+
+def _empty_state(like: Tensor) -> MatchingState:
+    return MatchingState(torch.empty_like(like), torch.empty_like(like), like.new_empty(()), like.new_empty(()))
+
+
+def _learned_rows(batches: Tensor, frozen: int) -> list[Tensor | None]:
+    """Rows of each batch that are not of the first ``frozen`` images; None where all are not."""
+    learned = [(batch >= frozen).nonzero().flatten() for batch in batches]
+    return [None if len(rows) == len(batch) else rows for rows, batch in zip(learned, batches, strict=True)]
+
+
+@torch.no_grad()
+def _iterate(b: _Buffers) -> None:
+    old, new = b.old, b.new
+    b.images[b.frozen :] = old.images
+    alphas = old.rate.expand(len(b.spec.batches))
+    path, kept = forward_path(b.spec, b.start, b.images, b.labels, alphas)
+    # ∂L/∂θ_N = 2 (θ_N − θ_T) / ‖θ_0 − θ_T‖², rounded as autograd rounds it: the reciprocal first.
+    difference, distance = path[-1] - b.target, (b.start - b.target).square().sum()
+    loss = difference.square().sum() / distance
+    grad = distance.reciprocal() * (difference * 2)
+    wanted = Wanted(theta=False, images=True, labels=False)
+    found = adjoint(b.spec, path, kept, b.images, b.labels, alphas, grad, wanted)
+    assert found.images is not None
+    new.images_velocity.copy_(old.images_velocity * b.momentum + found.images[b.frozen :])
+    new.rate_velocity.copy_(old.rate_velocity * b.momentum - found.slopes.sum())
+    new.images.copy_(old.images - b.lr_img * new.images_velocity)
+    new.rate.copy_(old.rate - b.lr_lr * new.rate_velocity)
+    b.numbers.copy_(torch.stack([loss, new.rate, new.images.isfinite().all()]))

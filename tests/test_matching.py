@@ -1,0 +1,440 @@
+"""One iteration of trajectory matching: the bits of autograd's route, fresh or replayed, and a state that is never half
+of one."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import relative_error
+from recorder import Recorder
+from torch import Tensor
+
+import pdd_fast
+from pdd_fast import engines, memory
+from pdd_fast.augmentation import AugmentParameters, PackedDraws
+from pdd_fast.config import Config
+from pdd_fast.engines import Engine, FusedEngine
+from pdd_fast.errors import RunError, UsageError
+from pdd_fast.graphs import CaptureWarning
+from pdd_fast.matching import StageProblem, TrajectoryMatching
+from pdd_fast.matching.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep
+from pdd_fast.trajectories import list_trajectories, write_trajectory
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds less than two GPUs")
+CLASSES, STEPS, BATCH, SIZE = 3, 4, 5, (8, 7)
+SINGLE, MULTIPLE = pdd_fast.DSA(), pdd_fast.DSA("color_crop_cutout", mode="multiple")
+UPDATE = {"lr_img": 0.5, "lr_lr": 1e-3, "momentum": 0.6}
+
+
+class Case:
+    """A stage in small: a network, m frozen and n learned images, and draws for as many iterations as asked for."""
+
+    def __init__(
+        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, frozen: int = 4, learned: int = 6,
+        engine: str = "fused", memory: str = "recompute", dsa: pdd_fast.DSA | None = SINGLE,
+    ) -> None:  # fmt: skip
+        draw = torch.Generator().manual_seed(0)
+        net = pdd_fast.ConvNet(3, CLASSES, SIZE, width=6, depth=2).to(dtype)
+        self.theta = pdd_fast.flatten_parameters(net) + 0.1
+        self.device, self.memory, self.dsa = device, memory, dsa
+        self.engine: Engine = engines.choose(net.to(device), engine)
+        images = torch.randn(frozen + learned, 3, *SIZE, generator=draw, dtype=dtype).to(device)
+        self.frozen, self.learned = images.split([frozen, learned])
+        self.labels = torch.randint(CLASSES, (frozen + learned,), generator=draw).to(device)
+
+    def inputs(self, seed: int) -> tuple[MatchingInputs, list[AugmentParameters] | None]:
+        draw = torch.Generator().manual_seed(seed)
+        start, target = (
+            self.theta + 0.1 * torch.randn(len(self.theta), generator=draw).to(self.theta.dtype) for _ in range(2)
+        )
+        batches = torch.stack([torch.randperm(len(self.labels), generator=draw)[:BATCH] for _ in range(STEPS)])
+        if self.dsa is None:
+            return MatchingInputs(start, target, batches, None), None
+        draws = [self.dsa.sample(BATCH, SIZE, draw) for _ in range(STEPS)]
+        return MatchingInputs(start, target, batches, PackedDraws.of(draws)), draws
+
+    def step(self, **options: Any) -> MatchingStep:
+        if self.dsa is not None:
+            drawn = self.dsa.sample(1, SIZE, torch.Generator())
+            options = {"operations": len(drawn.operations), "cutout": drawn.cutout_size} | options
+        options = {"steps": STEPS, "batch": BATCH, "memory": self.memory} | UPDATE | options
+        return MatchingStep(self.engine, self.labels, self.frozen, **options)
+
+    def first(self) -> MatchingState:
+        return MatchingState.start(self.learned, 0.03)
+
+    def run(self, step: MatchingStep, iterations: int) -> list[MatchingResult]:
+        state, results = self.first(), []
+        for seed in range(iterations):
+            results.append(step(state, self.inputs(seed)[0]))
+            state = results[-1].state
+        return results
+
+    def by_autograd(self, iterations: int) -> list[MatchingResult]:
+        """The same through the public functions and torch's own differentiation of the loss."""
+        state, results = self.first(), []
+        for seed in range(iterations):
+            inputs, draws = self.inputs(seed)
+            start, target = inputs.start.to(self.device), inputs.target.to(self.device)
+            images, rate = state.images.clone().requires_grad_(), state.rate.clone().requires_grad_()
+            end = pdd_fast.unroll(
+                self.engine.net, start, torch.cat([self.frozen, images]), self.labels, rate, list(inputs.batches),
+                draws, engine="fused" if isinstance(self.engine, FusedEngine) else "autograd", memory=self.memory,
+                frozen=torch.arange(len(self.labels)) < len(self.frozen),
+            )  # fmt: skip
+            loss = pdd_fast.trajectory_matching_loss(end, start, target)
+            images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
+            images_velocity = state.images_velocity * UPDATE["momentum"] + images_grad
+            rate_velocity = state.rate_velocity * UPDATE["momentum"] + rate_grad
+            state = MatchingState(
+                state.images - UPDATE["lr_img"] * images_velocity, images_velocity,
+                state.rate - UPDATE["lr_lr"] * rate_velocity, rate_velocity,
+            )  # fmt: skip
+            results.append(MatchingResult(state, float(loss.detach()), float(state.rate), True))
+        return results
+
+
+def assert_same(found: list[MatchingResult], expected: list[MatchingResult]) -> None:
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one[1:] == other[1:], i
+        for name, tensor in one.state._asdict().items():
+            assert torch.equal(tensor, getattr(other.state, name)), (i, name)
+
+
+CASES = {
+    "plain": {},
+    "kept activations": {"memory": "cache"},
+    "several operations": {"dsa": MULTIPLE},
+    "no augmentation": {"dsa": None},
+    "nothing frozen": {"frozen": 0, "learned": 7},
+    "mostly frozen": {"frozen": 30, "learned": 2},
+    "autograd": {"engine": "autograd"},
+    "autograd, kept": {"engine": "autograd", "memory": "cache"},
+    "float64": {"dtype": torch.float64},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_iteration_has_the_bits_of_autograds_route(name: str) -> None:
+    case = Case(**CASES[name])
+    assert_same(case.run(case.step(), 3), case.by_autograd(3))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "autograd" not in name])
+def test_what_was_recorded_once_serves_new_draws(name: str) -> None:
+    """The stand-in for a graph knows the operators of one iteration and nothing of Python; it refuses operators that
+    make the host wait for a GPU."""
+    case, recorder = Case(**CASES[name]), Recorder()
+    with warnings.catch_warnings(action="error"):
+        found = case.run(case.step(graph=True, backend=recorder), 5)
+    assert recorder.asked == ["warm up", "capture"]
+    fresh = []
+    for seed in range(5):  # a new object for every iteration: nothing replayed
+        before = fresh[-1].state if fresh else case.first()
+        fresh.append(case.step(graph=True, backend=Recorder())(before, case.inputs(seed)[0]))
+    assert_same(found, fresh)
+    # Frozen images get a gradient here and none there, so the first layer's adjoint is a convolution of other shapes.
+    for one, other in zip(found, case.run(case.step(), 5), strict=True):
+        assert relative_error(one.state.images_velocity, other.state.images_velocity) <= 1e-5
+
+
+def test_what_cannot_be_recorded_goes_on_with_the_same_bits() -> None:
+    """autograd's engine asks for random states; each iteration is still made once."""
+    case = Case(engine="autograd", frozen=0)
+    with pytest.warns(CaptureWarning):
+        found = case.run(case.step(graph=True, backend=Recorder()), 4)
+    assert_same(found, case.by_autograd(4))
+
+
+def test_an_iteration_leaves_its_arguments_alone() -> None:
+    case = Case()
+    step, state, inputs = case.step(), case.first(), case.inputs(0)[0]
+    first = step(state, inputs)
+    kept = MatchingState(*(tensor.clone() for tensor in first.state))
+    again = step(state, inputs)
+    step(first.state, case.inputs(1)[0])
+    assert_same([again], [first])
+    assert_same([first], [first._replace(state=kept)])
+
+
+def test_what_the_host_does_meanwhile_changes_nothing_and_stops_what_it_stops() -> None:
+    case, seen = Case(), list[int]()
+    step, state = case.step(), case.first()
+    expected = case.by_autograd(1)
+    assert_same([step(state, case.inputs(0)[0], meanwhile=lambda: seen.append(1))], expected)
+    assert seen == [1]
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step(state, case.inputs(5)[0], meanwhile=interrupt)
+    assert_same([step(state, case.inputs(0)[0])], expected)
+
+
+def test_images_that_are_no_longer_finite_are_told() -> None:
+    case = Case()
+    result = case.step(lr_img=1e45)(case.first(), case.inputs(0)[0])
+    assert not result.finite
+    assert case.step()(case.first(), case.inputs(0)[0]).finite
+
+
+def test_the_memory_of_a_step_goes_with_it() -> None:
+    case = Case()
+    step = case.step(graph=True, backend=Recorder())
+    case.run(step, 3)
+    held = weakref.ref(step._buffers)
+    gc.disable()
+    try:
+        del step
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "MatchingStep: steps must be at least 1, got 0"),
+        ({"batch": 11}, r"MatchingStep: batch must lie in \[1, 10\], got 11"),
+        ({"memory": "disk"}, "MatchingStep: memory must be recompute or cache, got 'disk'"),
+        ({"operations": -1}, "MatchingStep: operations must be at least 0, got -1"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case().step(**options)
+
+
+def test_there_must_be_something_to_learn() -> None:
+    case = Case()
+    with pytest.raises(ValueError, match="labels must be more than the 4 frozen images, got 4"):
+        MatchingStep(case.engine, case.labels[:4], case.frozen, steps=1, batch=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": torch.zeros(3)}, r"start must have shape \(\d+,\), got \(3,\)"),
+        ({"batches": torch.zeros(STEPS, 2, dtype=torch.int64)}, r"batches must have shape \(4, 5\), got \(4, 2\)"),
+        ({"batches": torch.zeros(STEPS, BATCH)}, "batches must be torch.int64, got torch.float32"),
+        ({"batches": torch.full((STEPS, BATCH), 10)}, r"batches must hold indices in \[0, 10\), got 10..10"),
+        ({"draws": None}, "draws must be given where operations is not 0"),
+        ({"draws": PackedDraws.of([SINGLE.sample(3, SIZE)])}, "draws must be of 20 images, got 3"),
+        ({"draws": PackedDraws.of([MULTIPLE.sample(20, SIZE)])}, "draws must apply at most 1 operations, got 3"),
+        (
+            {"draws": PackedDraws.of([pdd_fast.DSA("cutout", cutout=0.2).sample(20, SIZE)])},
+            r"draws must have cutout_size \(4, 4\), got \(2, 1\)",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
+    case = Case()
+    with pytest.raises(ValueError, match=message):
+        case.step()(case.first(), case.inputs(0)[0]._replace(**change))
+
+
+# ---- the base method ------------------------------------------------------------------------------------------------
+
+
+def problem(folder: Path, device: torch.device = CPU, engine: Engine | None = None, **settings: Any) -> StageProblem:
+    """A stage's problem with two trajectories on disk."""
+    case = Case(device)
+    engine = engine or case.engine
+    if not list(folder.glob("*")):
+        for k in range(2):
+            draw = torch.Generator().manual_seed(k)
+            rows = [case.theta + 0.1 * torch.randn(len(case.theta), generator=draw) for _ in range(5)]
+            write_trajectory(folder / f"trajectory-00{k}.safetensors", rows, {})
+    settings = {
+        "inner_steps": STEPS, "inner_batch": BATCH, "max_start_epoch": 2, "expert_epochs": 2, "lr_img": 0.5,
+        "lr_lr": 1e-3, "inner_lr": 0.03, "width": 6, "depth": 2,
+    } | settings  # fmt: skip
+    frozen = len(case.frozen)
+    return StageProblem(
+        replace(Config(), **settings), 2, engine, SINGLE, list_trajectories(folder), case.frozen, case.labels[:frozen],
+        case.learned, case.labels[frozen:],
+    )  # fmt: skip
+
+
+def states_of(method: TrajectoryMatching, iterations: int) -> list[dict[str, Tensor]]:
+    seen = []
+    for _ in range(iterations):
+        method.step()
+        seen.append(method.state())
+    return seen
+
+
+def same_state(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Tripping(FusedEngine):
+    """Raises at the call of a number; counts them."""
+
+    def __init__(self, error: BaseException, at: int) -> None:
+        super().__init__(Case().engine.net)  # type: ignore[arg-type]
+        self.error, self.at, self.calls = error, at, 0
+
+    def _trip(self) -> None:
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+
+    def gradient(self, *args: Any, **options: Any) -> Any:
+        self._trip()
+        return super().gradient(*args, **options)
+
+    def dual(self, *args: Any, **options: Any) -> Any:
+        self._trip()
+        return super().dual(*args, **options)
+
+
+@pytest.mark.parametrize("at", [1, 3, STEPS + 1, 2 * STEPS, 2 * STEPS + 2, 4 * STEPS])
+def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(tmp_path: Path, at: int) -> None:
+    expected = states_of(TrajectoryMatching(problem(tmp_path)), 4)
+    method = TrajectoryMatching(problem(tmp_path, engine=Tripping(KeyboardInterrupt(), at)))
+    seen = []
+    while len(seen) < 4:
+        before = method.state()
+        try:
+            method.step()
+            seen.append(method.state())
+        except KeyboardInterrupt:
+            assert same_state(method.state(), before)
+            assert method.iteration == len(seen)
+    assert all(same_state(one, other) for one, other in zip(seen, expected, strict=True))
+
+
+def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    """Also where inputs were made ahead for another iteration."""
+    method = TrajectoryMatching(problem(tmp_path))
+    expected = states_of(method, 4)
+    method.load_state(expected[0])
+    assert method.iteration == 1
+    assert all(same_state(one, other) for one, other in zip(states_of(method, 3), expected[1:], strict=True))
+    other = TrajectoryMatching(problem(tmp_path))
+    other.load_state(expected[1])
+    assert all(same_state(one, two) for one, two in zip(states_of(other, 2), expected[2:], strict=True))
+
+
+def test_a_trajectory_that_cannot_be_read_stops_the_iteration_that_needs_it(tmp_path: Path) -> None:
+    method = TrajectoryMatching(problem(tmp_path))
+    expected = states_of(TrajectoryMatching(problem(tmp_path)), 2)
+    stored = {path: path.read_bytes() for path in tmp_path.glob("*")}
+    method._ahead = (0, method._inputs(0))
+    for path in stored:
+        path.write_bytes(b"no longer a trajectory")
+    method.step()
+    assert same_state(method.state(), expected[0])
+    with pytest.raises(UsageError):
+        method.step()
+    for path, content in stored.items():
+        path.write_bytes(content)
+    method.step()
+    assert same_state(method.state(), expected[1])
+
+
+def test_out_of_memory_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    method = TrajectoryMatching(problem(tmp_path, engine=Tripping(error, 2 * STEPS + 1), memory="cache"))
+    method.step()
+    before = method.state()
+    with pytest.raises(RunError) as raised:
+        method.step()
+    message = str(raised.value)
+    assert message.startswith("stage 2, iteration 2: cpu is out of memory, at ")
+    assert message.endswith("; lower inner_batch (now 5) or width (now 6), or set memory=recompute")
+    assert same_state(method.state(), before)
+
+
+def test_too_large_an_iteration_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda device: 10_000)
+    with pytest.raises(
+        UsageError, match=r"^stage 2: an iteration would take about 1 MB and cpu has 1 MB; lower inner_"
+    ):
+        TrajectoryMatching(problem(tmp_path))
+    monkeypatch.setattr(memory, "available", lambda device: 10_000_000)
+    TrajectoryMatching(problem(tmp_path))
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+def check_on(device: torch.device, **options: Any) -> None:
+    case = Case(device, **options)
+    eager = case.run(case.step(), 5)
+    with warnings.catch_warnings(action="error", category=CaptureWarning):
+        assert_same(case.run(case.step(graph=True), 5), eager)
+    on_cpu = Case(CPU, dtype=torch.float64, **options)
+    first, truth = eager[0], on_cpu.run(on_cpu.step(), 1)[0]
+    assert first.loss == pytest.approx(truth.loss, rel=1e-4)
+    # Activations that cross zero by rounding change a gradient of so few by up to 1e-3 (test_unrolling.py).
+    assert relative_error(first.state.images_velocity.cpu(), truth.state.images_velocity) <= 5e-3
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", [name for name in CASES if "autograd" not in name and name != "float64"])
+def test_replays_on_a_gpu_have_the_bits_of_calls(name: str) -> None:
+    check_on(torch.device("cuda", 0), **CASES[name])
+
+
+@needs_cuda
+def test_on_a_stream_that_is_not_the_default() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check_on(torch.device("cuda", 0))
+
+
+@needs_two
+def test_on_a_second_gpu_while_the_first_is_current() -> None:
+    check_on(torch.device("cuda", 1))
+    assert torch.cuda.current_device() == 0
+
+
+@needs_cuda
+@pytest.mark.parametrize("graph", ["auto", "off"])
+def test_the_base_method_on_a_gpu(tmp_path: Path, graph: str) -> None:
+    """Interrupted while the GPU works, and resumed from the state on the host."""
+    device = torch.device("cuda", 0)
+    expected = states_of(TrajectoryMatching(problem(tmp_path, device, graph="off")), 4)
+    method = TrajectoryMatching(problem(tmp_path, device, graph=graph))
+    seen = states_of(method, 3)
+    look_ahead: Callable[[], None] = method._look_ahead
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    method._look_ahead = interrupt  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        method.step()
+    assert same_state(method.state(), seen[-1])
+    method._look_ahead = look_ahead  # type: ignore[method-assign]
+    method.step()
+    seen.append(method.state())
+    assert all(same_state(one, other) for one, other in zip(seen, expected, strict=True))
+
+
+@needs_cuda
+def test_an_iteration_waits_for_the_device_once() -> None:
+    case = Case(torch.device("cuda", 0))
+    step = case.step(graph=True)
+    results = case.run(step, 3)
+    inputs = case.inputs(3)[0]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True, action="always") as seen:
+            step(results[-1].state, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [w for w in seen if "synchroniz" in str(w.message)]
+    assert len(waits) == 1
