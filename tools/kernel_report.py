@@ -1,7 +1,9 @@
 """Registers, shared memory and spills of every CUDA kernel, from the compiler's report; the table in docs/kernels.md.
 
     python tools/kernel_report.py            # compiles, writes the table
-    python tools/kernel_report.py --check    # fails where a kernel spills or keeps an array in local memory, or the table is old
+    python tools/kernel_report.py --check    # writes nothing; fails where the table is old
+
+Both fail where a kernel spills registers or keeps an array in local memory.
 
 Needs nvcc and no GPU. The table is that of sm_90; sm_80 and sm_100 are held to the same rule.
 """
@@ -91,8 +93,8 @@ def report_of(source: Path, architecture: str) -> list[Kernel]:
 def table(kernels: list[Kernel], compiler: str) -> str:
     order = list(TYPES.values())
     lines = [
-        f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the windows that it holds in registers "
-        "(0: read again).",
+        f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the windows that it holds in "
+        "registers (0: read again).",
         "",
         "| kernel | numbers | in a pack | kept | registers | shared bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",

@@ -1,0 +1,201 @@
+"""The meta-gradient of one matching iteration, as it is written without this package: what ours is measured against.
+
+Every baseline is a function of a :class:`Problem` that prepares (compiles, say) and returns the iteration: a call that
+gives the gradients of the matching loss with respect to the images and the learning rate. All are exact except
+:func:`frozen`. They take the network as a plain torch module and the augmentations in plain torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from plain_dsa import PlainAugment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import pdd_fast
+
+Gradients = tuple[Tensor, Tensor]  # with respect to images [n, C, H, W] and the learning rate []
+Iteration = Callable[[], Gradients]
+
+
+@dataclass
+class Problem:
+    """One matching iteration: N steps from ``start`` on the images, then ‖θ_N − target‖² / ‖start − target‖²."""
+
+    net: nn.Module
+    start: Tensor  # [P]
+    target: Tensor  # [P]
+    images: Tensor  # [n, C, H, W]
+    labels: Tensor  # int64 [n]
+    rate: Tensor  # []
+    batches: list[Tensor]  # N of int64 [b]
+    draws: list[pdd_fast.AugmentParameters] | None = None
+    channels_last: bool = False
+    autocast: torch.dtype | None = None
+
+    @classmethod
+    def draw(
+        cls, n: int, steps: int, size: int, width: int, depth: int, device: torch.device, dtype: torch.dtype,
+        augment: bool = True,
+    ) -> Problem:  # fmt: skip
+        """All ``n`` images in every step. Drawn on the CPU in float32: the same on every device, in every precision."""
+        torch.manual_seed(0)
+        net = pdd_fast.ConvNet(3, 10, size, width, depth)
+        start = pdd_fast.flatten_parameters(net)
+        images = torch.randn(n, 3, size, size)
+        batches = [torch.randperm(n) for _ in range(steps)]
+        target = start + 0.01 * torch.randn_like(start)
+        dsa = pdd_fast.DSA("color_crop_cutout_flip_scale_rotate", mode="single")
+        draws = [dsa.sample(n, size) for _ in batches] if augment else None
+        start, target, images = (tensor.to(device, dtype) for tensor in (start, target, images))
+        labels, rate = (torch.arange(n) % 10).to(device), torch.tensor(0.01, device=device, dtype=dtype)
+        return cls(net.to(device, dtype), start, target, images, labels, rate, batches, draws)
+
+    def __post_init__(self) -> None:
+        device, dtype = self.images.device, self.images.dtype
+        self.shapes = {name: parameter.shape for name, parameter in self.net.named_parameters()}
+        self.index = [batch.to(device) for batch in self.batches]
+        self.steps = len(self.batches)  # fewer while warming up
+        # Before the clock starts, as ours packs its draws: every contender finds them on the device.
+        self.augments = [PlainAugment(draw, device, dtype) for draw in self.draws] if self.draws else None
+
+    def step_input(self, i: int, images: Tensor) -> tuple[Tensor, Tensor]:
+        """A_i X[b_i] and y[b_i]."""
+        x = images[self.index[i]]
+        x = self.augments[i](x) if self.augments else x
+        x = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        return x, self.labels[self.index[i]]
+
+    def step_loss(self, i: int, theta: Tensor, images: Tensor) -> Tensor:
+        """ℓ(θ, A_i X[b_i], y[b_i])."""
+        return self.loss(theta, *self.step_input(i, images))
+
+    def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Mean cross-entropy of the network at the flat vector ``theta``."""
+        parts = theta.split([shape.numel() for shape in self.shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        with self.precision():
+            return F.cross_entropy(torch.func.functional_call(self.net, parameters, (x,)), y)
+
+    def precision(self) -> AbstractContextManager[object]:
+        if self.autocast is None:
+            return nullcontext()
+        # Without the cache: θ changes every step, and what was cast in one graph must not turn up in the next.
+        return torch.autocast(self.images.device.type, dtype=self.autocast, cache_enabled=False)
+
+    def matching_loss(self, end: Tensor) -> Tensor:
+        return (end - self.target).square().sum() / (self.start - self.target).square().sum()
+
+    def adjoint(self, end: Tensor) -> Tensor:
+        """λ_N."""
+        return 2 * (end - self.target) / (self.start - self.target).square().sum()
+
+
+def plain(problem: Problem) -> Iteration:
+    """As MTT's scripts write it: create_graph=True through all steps."""
+
+    def iterate() -> Gradients:
+        images, rate = problem.images.detach().requires_grad_(), problem.rate.detach().requires_grad_()
+        theta = problem.start.detach().requires_grad_()
+        for i in range(problem.steps):
+            (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+            theta = theta - rate * gradient
+        images_grad, rate_grad = torch.autograd.grad(problem.matching_loss(theta), [images, rate])
+        return images_grad, rate_grad
+
+    return iterate
+
+
+def training_path(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
+    """θ_0..θ_N and the N gradients, without a graph across steps."""
+    path, gradients = [problem.start], []
+    for i in range(problem.steps):
+        theta = path[i].detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, problem.images), theta)
+        gradients.append(gradient)
+        path.append(path[i] - problem.rate * gradient)
+    return path, gradients
+
+
+def checkpointed(problem: Problem) -> Iteration:
+    """Autograd with only the parameters of every step kept: each step's double backward is made from them again."""
+
+    def iterate() -> Gradients:
+        path, gradients = training_path(problem)
+        adjoint = problem.adjoint(path[-1])
+        images = problem.images.detach().requires_grad_()
+        images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.rate)
+        for i in reversed(range(len(gradients))):
+            theta = path[i].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+            theta_part, images_part = torch.autograd.grad(gradient @ adjoint, [theta, images])
+            rate_grad -= gradients[i] @ adjoint
+            images_grad -= problem.rate * images_part
+            adjoint = adjoint - problem.rate * theta_part
+        return images_grad, rate_grad
+
+    return iterate
+
+
+def frozen(problem: Problem) -> Iteration:
+    """TESLA's approximation: θ_N = θ_0 − α Σ g_i(θ_i, X) with every θ_i a constant, so λ_i = λ_N. NOT exact.
+
+    One step's graph at a time, as TESLA has it: all steps then share the direction λ_N.
+    """
+
+    def iterate() -> Gradients:
+        path, gradients = training_path(problem)
+        adjoint = problem.adjoint(path[-1])
+        images = problem.images.detach().requires_grad_()
+        images_grad = torch.zeros_like(images)
+        for i in range(len(gradients)):
+            theta = path[i].detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+            (part,) = torch.autograd.grad(gradient @ adjoint, images)
+            images_grad -= problem.rate * part
+        return images_grad, -(torch.stack(gradients) @ adjoint).sum()
+
+    return iterate
+
+
+def functional(problem: Problem, compiled: bool = False) -> Iteration:
+    """The dual pass in torch.func: jvp of grad along the adjoint; on request both under torch.compile.
+
+    The augmentation stays outside: which one was drawn changes from step to step, and each would be compiled anew.
+    """
+    gradient_of = torch.func.grad(problem.loss)
+    both_of = torch.func.grad(problem.loss, argnums=(0, 1))
+
+    def dual(theta: Tensor, x: Tensor, y: Tensor, direction: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        along = (direction, torch.zeros_like(x))
+        return torch.func.jvp(lambda theta, x: both_of(theta, x, y), (theta, x), along)
+
+    if compiled:
+        # On a GPU with its CUDA graphs, which are what helps against hundreds of small launches.
+        mode = "reduce-overhead" if problem.images.is_cuda else None
+        gradient_of, dual = torch.compile(gradient_of, mode=mode), torch.compile(dual, mode=mode)
+
+    def iterate() -> Gradients:
+        path = [problem.start]
+        with torch.no_grad():
+            for i in range(problem.steps):
+                x, y = problem.step_input(i, problem.images)
+                path.append(path[i] - problem.rate * gradient_of(path[i], x, y))
+        adjoint = problem.adjoint(path[-1])
+        images = problem.images.detach().requires_grad_()
+        images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.rate)
+        for i in reversed(range(problem.steps)):
+            x, y = problem.step_input(i, images)
+            with torch.no_grad():
+                (gradient, _), (theta_part, x_part) = dual(path[i], x.detach(), y, adjoint)
+                rate_grad -= gradient @ adjoint
+                adjoint = adjoint - problem.rate * theta_part
+            (images_part,) = torch.autograd.grad(x, images, x_part)
+            images_grad -= problem.rate * images_part
+        return images_grad, rate_grad
+
+    return iterate

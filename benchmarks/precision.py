@@ -1,0 +1,143 @@
+"""Error of a meta-gradient in each precision of the convolutions, against float64 through all steps.
+
+    python benchmarks/precision.py --output benchmarks/results/precision.json
+
+The gradient of the matching loss with respect to the images and the rate, through N SGD steps on random images, all of
+them in every step. Medians over seeds (of network, images and target), with the smallest and the largest.
+
+On a CPU TF32 is emulated: every operand of every convolution is rounded to 10 bits of mantissa, to nearest with ties
+to even, and convolved in float32. That is what tensor cores do, but for the order of their sums; a GPU that cuts the
+other 13 bits off instead of rounding errs up to twice as much. On a GPU the real one is measured, and the emulation
+beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import present
+import torch
+from machine import ask
+from torch import Tensor
+
+import pdd_fast
+from pdd_fast.engines import convolution
+from pdd_fast.networks.parameters import initial_parameters
+
+RATE, AWAY = 0.01, 0.01  # the inner rate, and the size of the target's distance from the start
+EMULATED = "tf32, emulated"
+MEASURES = ("images", "cosine", "rate", "theta")
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """float32 numbers with 10 bits of mantissa, to nearest, ties to even."""
+    bits = tensor.view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Inside, the fused engine rounds the operands of its convolutions as TF32 does."""
+    original = convolution._run
+
+    def run(function: Callable[..., Tensor], *operands: Tensor, groups: int) -> Tensor:
+        return original(function, *map(rounded, operands), groups=groups)
+
+    with mock.patch.object(convolution, "_run", run):
+        yield
+
+
+def meta_gradient(args: Any, steps: int, seed: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the images and the rate, and the way that was gone, θ_N − θ_0."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    net = pdd_fast.ConvNet(3, 10, args.size, args.width, args.depth)
+    draw = torch.Generator().manual_seed(seed)
+    start = initial_parameters(net, seed)
+    images = torch.randn(args.batch, 3, args.size, args.size, generator=draw)
+    target = start + AWAY * torch.randn(start.shape, generator=draw)
+    labels = torch.arange(args.batch) % 10
+    start, images, target, labels = (t.to(args.device) for t in (start, images, target, labels))
+    start, images, target = (t.to(dtype) for t in (start, images, target))
+    rate = torch.tensor(RATE, dtype=dtype, device=args.device)
+    images.requires_grad_()
+    rate.requires_grad_()
+    batches = [torch.arange(args.batch)] * steps
+    name = precision if precision in ("tf32", "bfloat16") else "float32"
+    with emulated() if precision == EMULATED else nullcontext():
+        end = pdd_fast.unroll(net.to(args.device, dtype), start, images, labels, rate, batches, precision=name)
+        loss = pdd_fast.trajectory_matching_loss(end, start, target)
+        images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
+    return tuple(t.detach().double().cpu() for t in (images_grad, rate_grad, end - start))
+
+
+def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative errors; of the images' gradient the cosine of the angle to the true one too."""
+    images, rate, theta = (float((f - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True))
+    cosine = torch.nn.functional.cosine_similarity(found[0].flatten(), truth[0].flatten(), dim=0)
+    return {"images": images, "cosine": float(cosine), "rate": rate, "theta": theta}
+
+
+def measured(args: Any, names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for steps in args.steps:
+        samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for seed in range(args.seeds):
+            truth = meta_gradient(args, steps, seed, "float64")
+            for name in names:
+                samples[name].append(errors(meta_gradient(args, steps, seed, name), truth))
+        for name in names:
+            columns = {key: [sample[key] for sample in samples[name]] for key in MEASURES}
+            rows.append(
+                {"steps": steps, "precision": name}
+                | {key: statistics.median(values) for key, values in columns.items()}
+                | {f"{key}_all": values for key, values in columns.items()}
+            )
+            print(show(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """A row for every number of steps and precision."""
+    cells = [
+        [
+            str(row["steps"]),
+            row["precision"],
+            f"{row['images']:.1e}",
+            f"{min(row['images_all']):.1e}–{max(row['images_all']):.1e}",
+            f"{row['cosine']:.4f}",
+            f"{row['rate']:.1e}",
+            f"{row['theta']:.1e}",
+        ]
+        for row in rows
+    ]
+    return present.table(["N", "precision", "images' gradient", "smallest–largest", "cosine", "rate's", "θ_N"], cells)
+
+
+def main() -> None:
+    parser = present.Parser(__doc__)
+    parser.add_argument("--device", type=present.device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 50], help="numbers of steps (default 5 20 50)")
+    parser.add_numbers(
+        ("batch", 10, "images"), ("seeds", 5, "networks and images"), ("width", 128, "channels"),
+        ("depth", 3, "blocks"), ("size", 32, "pixels of a side"), ("threads", 0, "0: torch's own number"),
+    )  # fmt: skip
+    parser.add_argument("--output", type=present.Path, help="where the JSON goes")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    on_gpu = args.device.type == "cuda"
+    names = ["float32", *(["tf32"] if on_gpu else []), EMULATED, "bfloat16"]
+    rows = measured(args, names)
+    print(show(rows))
+    case = {name: getattr(args, name) for name in ("batch", "seeds", "width", "depth", "size")}
+    case |= {"rate": RATE, "device": str(args.device)}
+    record = {"benchmark": "precision", "case": case, "machine": ask(on_gpu, args.threads), "results": rows}
+    present.write_record(args.output, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""PREDICTIONS of what an iteration takes on a GPU, from its launches, bytes and operations, where none was measured.
+
+    python benchmarks/predict.py            # writes the table in docs/performance.md
+
+Every contender runs eagerly on the CPU for one and for two steps at the real sizes, and each operation that torch
+dispatches is written down: the bytes of its inputs and results, and its floating-point operations. What the second step
+adds, times N, is the iteration. On the GPU an operation takes the longest of its bytes over the memory's rate, its
+operations over the arithmetic's, and a launch; an eager iteration takes no less than its launches at the rate at which
+Python issues them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from baselines import Problem
+from contenders import contenders, ours
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from pdd_fast.engines import convolution
+from pdd_fast.ops._registry import computed_in_32_bits
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- written by benchmarks/predict.py -->", "<!-- end -->"
+
+# An H100 SXM by its data sheet (3.35 TB/s; dense: 67, 495, 989 TFLOP/s), and what of it such layers are assumed to get.
+MEMORY = 0.85 * 3.35e12
+ARITHMETIC = {"float32": 0.6 * 67e12, "tf32": 0.4 * 495e12, "bfloat16": 0.4 * 989e12}
+IN_GRAPH, EAGER = 2e-6, 6e-6  # seconds a launch, on the device in a graph and issued by Python
+
+
+NOT_LAUNCHED = re.compile(r"detach|_unsafe_view|empty|lift_fresh|scalar_tensor|_local_scalar_dense|is_pinned")
+CASES = ((20, 50), (100, 30), (256, 20))
+
+
+@dataclass
+class Tape(TorchDispatchMode):
+    """Bytes and operations of everything dispatched."""
+
+    taken: list[tuple[int, float]] = field(default_factory=list)  # bytes, operations
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function._schema.name
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        if is_view or NOT_LAUNCHED.search(name):
+            return result
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
+        size = sum(leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor))
+        flops = flop_registry.get(function.overloadpacket)
+        operations = float(flops(*args, **kwargs, out_val=result)) if flops else 0.0
+        self.taken.append((size, operations))
+        return result
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of an iteration takes."""
+
+    launches: int
+    bytes: int
+    operations: float
+    parts: tuple[tuple[int, float], ...]  # of every launch
+
+    def seconds(self, precision: str, graph: bool) -> float:
+        rate = ARITHMETIC[precision]
+        device = sum(max(size / MEMORY, operations / rate, IN_GRAPH) for size, operations in self.parts)
+        return device if graph else max(device, self.launches * EAGER)
+
+
+def as_on_a_gpu(tape: Tape) -> Callable[..., torch.Tensor]:
+    """What stands in for the engine's convolutions, which the CPU computes in float32 where images have 16 bits."""
+
+    def run(function: Callable[..., torch.Tensor], images: torch.Tensor, *others: torch.Tensor, groups: int) -> Any:
+        operands = (images, *others)
+        with _disable_current_modes():
+            result = computed_in_32_bits(function, *operands, groups)
+            with FlopCounterMode(display=False) as counter:
+                function(*(t.to("meta").float() for t in operands), groups)
+        size = sum(t.numel() * t.itemsize for t in (*operands, result))
+        tape.taken.append((size, float(counter.get_total_flops())))
+        return result
+
+    return run
+
+
+def recorded(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem, steps: int) -> list[tuple[int, float]]:
+    problem.steps = steps
+    iterate = prepare(problem)
+    iterate()  # what is made once is made
+    tape = Tape()
+    with tape, mock.patch.object(convolution, "_run", as_on_a_gpu(tape)):
+        iterate()
+    return tape.taken
+
+
+def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -> Work:
+    one, two = recorded(prepare, problem, 1), recorded(prepare, problem, 2)
+    # The multiset difference: what occurs once more in two steps than in one.
+    left = list(one)
+    added = []
+    for part in two:
+        if part in left:
+            left.remove(part)
+        else:
+            added.append(part)
+    return Work(len(added), sum(p[0] for p in added), sum(p[1] for p in added), tuple(added))
+
+
+def rows(n: int, steps: int) -> list[str]:
+    def problem() -> Problem:
+        # Planar images, moved by an operation of every step: drawn augmentations would differ between the steps.
+        return Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
+
+    lines = []
+    own = {p: step_of(lambda q, p=p: ours(q, False, p, "recompute"), problem()) for p in ("float32", "bfloat16")}
+    others = contenders("cpu", "recompute")
+    names = ("plain autograd", "plain autograd, channels-last", "frozen weights", "checkpointed autograd", "torch.func")
+    entries = [(f"ours, graph, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, True) for p in ARITHMETIC]
+    entries += [(f"ours, eager, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, False) for p in ARITHMETIC]
+    for name in names:
+        work = step_of(others[f"{name}, float32"].prepare, problem())
+        entries += [(f"{name}, {p}", work, p, False) for p in ("float32", "tf32")]
+    base = entries[1][1].seconds("tf32", True)
+    for name, work, precision, graph in entries:
+        seconds = work.seconds(precision, graph)
+        lines.append(
+            f"| {n} × {steps} | {name} | {work.launches * steps} | {work.bytes * steps / 1e9:.1f} | "
+            f"{work.operations * steps / 1e12:.2f} | {seconds * steps * 1e3:.0f} | {seconds / base:.1f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true", help="to the screen and not into the page")
+    args = parser.parse_args()
+    lines = [
+        "| batch × N | | launches | GB | TFLOP | **predicted** ms | times ours (graph, tf32) |",
+        "|---|---|---|---|---|---|---|",
+        *(line for n, steps in CASES for line in rows(n, steps)),
+    ]
+    content = "\n".join(lines)
+    if args.print:
+        print(content)
+        return
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

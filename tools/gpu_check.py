@@ -1,0 +1,206 @@
+"""Everything that can be checked on a machine with a GPU, in one command and one report.
+
+    make gpu-check OUT=report            # or: python tools/gpu_check.py --out report
+
+Builds and installs this checkout into the running Python, runs the tests on the GPU, the kernels under
+compute-sanitizer, and the benchmarks. OUT/report.md and OUT/report.json hold the machine, the versions, the commit and
+what came of every step. They are written anew after each, so that a machine that is lost takes one step with it. The
+exit status is 0 where every step was green, 1 where one was not, 2 where there is no GPU or no nvcc, 130 after an
+interrupt (make turns each of the last three into its own 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from steps import Report, Step, run_all
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+DRIVER = ROOT / "tools" / "sanitizer_driver.py"
+# -P: the working directory holds the sources, which have no compiled kernels; what is installed has to come first.
+PYTHON = [sys.executable, "-P"]
+CLEAN = {"racecheck": r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)"}
+SEEN = {"memcheck": "Invalid __global__ (read|write)", "initcheck": "Uninitialized __global__ memory read"}
+
+
+def find_tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: that of CUDA_HOME, on PATH, or of the toolkit whose nvcc is on PATH."""
+
+    def within(toolkit: Path) -> str | None:
+        # compute-sanitizer has a folder of its own, and not in every toolkit a link to it in bin.
+        places = (toolkit / "bin" / name, toolkit / name / name)
+        return next((str(path) for path in places if path.is_file() and os.access(path, os.X_OK)), None)
+
+    home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    found = (within(Path(home)) if home else None) or shutil.which(name)
+    return found or (within(Path(nvcc).resolve().parents[1]) if nvcc else None)
+
+
+def sanitizer_steps(program: str | None) -> list[Step]:
+    """Every operator under every tool; and planted mistakes, without which "0 errors" could mean that nobody looked.
+
+    Without torch's cache of memory every tensor is an allocation of its own, whose end memcheck knows, and none holds
+    what an earlier one has left. The filter leaves torch's own kernels alone, of which there are thousands.
+    """
+    missing = "" if program else "compute-sanitizer is not on PATH, in CUDA_HOME or beside nvcc"
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def command(tool: str, *arguments: str) -> list[str]:
+        own = ["--kernel-name", "kns=pdd", "--error-exitcode", "9", "--print-limit", "20"]
+        padding = ["--padding", "256"] if tool == "memcheck" else []
+        return [str(program), "--tool", tool, *own, *padding, *PYTHON, str(DRIVER), *arguments]
+
+    steps = []
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        says = f"{CLEAN.get(tool, 'ERROR SUMMARY: 0 errors')}\n\\d+ calls"
+        steps.append(Step(tool, command(tool), 300, says, missing=missing, environment=environment))
+        if tool in SEEN:
+            name, planted = f"{tool} sees a planted mistake", command(tool, "--plant", tool)
+            steps.append(Step(name, planted, 120, SEEN[tool], True, missing, environment))
+    return steps
+
+
+def benchmark_steps(out: Path) -> list[Step]:
+    """Two rounds where launches matter most; one, of five iterations each, where compiling would eat the time."""
+    environment = {"PYTHONSAFEPATH": ""}  # they import each other from their own folder
+
+    def step(name: str, script: str, limit: float, *arguments: str) -> Step:
+        record = str(out / f"{name.replace(' ', '-')}.json")
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks" / script),
+            "--device",
+            "cuda",
+            "--output",
+            record,
+            *arguments,
+        ]
+        return Step(name, command, limit, environment=environment, tables=True)
+
+    once = ("--rounds", "1", "--skip", "compiled, float32", "--limit", "200")
+    return [
+        step("iteration 20x50", "iteration.py", 600, "--case", "20x50", "--rounds", "2", "--limit", "200"),
+        step("iteration 100x30", "iteration.py", 600, "--case", "100x30", *once),
+        step("iteration 256x20", "iteration.py", 600, "--case", "256x20", *once),
+        step("training step", "training_step.py", 300, "--rounds", "2", "--limit", "60"),
+    ]
+
+
+def build_step(facts: dict[str, Any]) -> Step:
+    """For this GPU alone, unless others are asked for: six architectures take six times as long."""
+    environment = {"PDD_FAST_CUDA": "1"}
+    if "PDD_FAST_CUDA_ARCHS" not in os.environ:
+        environment["PDD_FAST_CUDA_ARCHS"] = str(facts["compute_capability"]).replace(".", "")
+    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--verbose"]
+    return Step("build", [*PYTHON, *install, str(ROOT)], 600, environment=environment)
+
+
+def pytest_step(name: str, which: str, limit: float) -> Step:
+    pytest = ["-m", "pytest", "-ra", "--color=no", "-p", "no:cacheprovider", "-p", "gpu_tests", "-m"]
+    path = os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
+    command = [*PYTHON, *pytest, "not slow", f"--gpu={which}"]
+    return Step(name, command, limit, r"\d+ passed", environment={"PYTHONPATH": path})
+
+
+def all_steps(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
+    """What is done, in order: what the rest stands on first."""
+    env = [*PYTHON, "-c", "from pdd_fast.cli.main import main; main()", "env", "--json"]
+    return [
+        *([] if args.skip_build else [build_step(facts)]),
+        Step("what was built", env, 60, r'"CUDA kernels": \{\s*"library": "loads"'),
+        pytest_step("tests on the GPU", "only", 600),
+        *sanitizer_steps(find_tool("compute-sanitizer")),
+        *benchmark_steps(args.out),
+        *([pytest_step("all other tests", "no", 1200)] if args.all_tests else []),
+    ]
+
+
+def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> list[Step]:
+    """The steps that --only and --skip leave; a name stands for all steps that begin with it."""
+    for name in [*only, *skip]:
+        if not any(step.name.startswith(name) for step in steps):
+            refuse(f"there is no step {name!r}; the steps are: {'; '.join(step.name for step in steps)}")
+    wanted = [s for s in steps if not only or s.name.startswith(tuple(only))]
+    return [s for s in wanted if not s.name.startswith(tuple(skip))] if skip else wanted
+
+
+def refuse(sentence: str) -> NoReturn:
+    print(f"gpu-check: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def preflight(args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of the machine; ends with a sentence where the check makes no sense."""
+    from machine import ask, said
+
+    facts = ask(with_gpu=True)
+    if facts["torch"] is None:
+        refuse(f"torch does not import in {sys.executable}; install it there, or run another Python")
+    if "gpu" not in facts:
+        refuse(f"torch {facts['torch']} finds no GPU here; run this where nvidia-smi lists one")
+    nvcc = find_tool("nvcc")
+    if nvcc is None and not args.skip_build:
+        refuse("there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or pass --skip-build")
+    # What was installed before is about to be replaced; the records of the benchmarks say what they measured.
+    kept = {key: value for key, value in facts.items() if key not in ("instruction_set", "threads", "pdd_fast")}
+    toolkit = said(nvcc, "--version").partition("release ")[2].partition(",")[0] if nvcc else ""
+    return kept | {"nvcc": toolkit or "none", "sources": version(), "begun": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+
+
+def version() -> str:
+    """The version of the sources, read without importing them."""
+    found = re.search(r'"(.+)"', (ROOT / "pdd_fast" / "_version.py").read_text(encoding="utf-8"))
+    return f"pdd-fast {found[1]}" if found else "unknown"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report, its logs and records")
+    parser.add_argument("--budget", type=float, default=1500, metavar="SECONDS", help="for everything (default 1500)")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="STEP", help="only steps that begin so; may repeat"
+    )
+    parser.add_argument("--skip", action="append", default=[], metavar="STEP", help="leave out steps that begin so")
+    parser.add_argument("--skip-build", action="store_true", help="check the pdd_fast that is installed")
+    parser.add_argument("--all-tests", action="store_true", help="also run the tests that need no GPU, at the end")
+    return parser
+
+
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    args.out = args.out.resolve()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what a terminal or a scheduler that goes away sends
+        signal.signal(number, interrupt)
+    facts = preflight(args)
+    os.environ["PDD_FAST_COMMIT"] = facts["commit"]  # what is built and measured changes no longer
+    steps = chosen(all_steps(args, facts), args.only, args.skip)
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)
+    report = Report("GPU check", facts, [], args.out)
+    try:
+        run_all(steps, report, args.budget, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print(f"interrupted; what there is: {args.out / 'report.md'}", file=sys.stderr)
+        return 130
+    print(f"{'green' if report.green else 'NOT green'}: {args.out / 'report.md'}")
+    return 0 if report.green else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

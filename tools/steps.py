@@ -1,0 +1,176 @@
+"""Runs a list of steps, each a process with a time limit, and keeps a report of what came of them.
+
+The report is written before and after every step, so that a machine that is lost takes nothing with it but the step it
+was in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHOWN = 20  # last lines of a step's log in the report, where it is not green
+PATIENCE = 10  # seconds to end in, once asked
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is run and what makes it green."""
+
+    name: str
+    command: Sequence[str]
+    limit: float  # seconds
+    says: str = ""  # regular expressions, one a line, that its output has to match
+    any_status: bool = False  # the output alone decides: for a program that is meant to fail
+    missing: str = ""  # why it cannot be run; it counts as not green
+    environment: dict[str, str] = field(default_factory=dict)
+    tables: bool = False  # the Markdown tables of its output go into the report
+
+
+@dataclass
+class Result:
+    """What came of a step."""
+
+    name: str
+    outcome: str = "not run"  # ok, failed, timed out, not found, interrupted, running
+    seconds: float = 0.0
+    limit: float = 0.0
+    status: int | None = None
+    log: str = ""
+    note: str = ""
+
+    @property
+    def green(self) -> bool:
+        return self.outcome == "ok"
+
+
+@dataclass
+class Report:
+    """Everything that is written down; ``facts`` are about the machine and the sources."""
+
+    title: str
+    facts: dict[str, Any]
+    results: list[Result]
+    folder: Path
+    tables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def green(self) -> bool:
+        return bool(self.results) and all(result.green for result in self.results)
+
+    def write(self) -> None:
+        """report.json and report.md, each whole or not at all."""
+        record = {"title": self.title, "green": self.green, "facts": self.facts}
+        record |= {"steps": [asdict(result) for result in self.results]}
+        _replace(self.folder / "report.json", json.dumps(record, indent=1) + "\n")
+        _replace(self.folder / "report.md", self.markdown())
+
+    def markdown(self) -> str:
+        lines = [f"# {self.title}: {'green' if self.green else 'NOT green'}", ""]
+        lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.facts.items()), ""]
+        lines += ["| step | outcome | seconds | limit | log | |", "|---|---|---|---|---|---|"]
+        for r in self.results:
+            log = f"[{r.log}]({r.log})" if r.log else ""
+            lines.append(f"| {r.name} | {r.outcome} | {r.seconds:.0f} | {r.limit:.0f} | {log} | {r.note} |")
+        for r in self.results:
+            if r.log and r.outcome not in ("ok", "running"):
+                tail = _text(self.folder / r.log).splitlines()[-SHOWN:]
+                lines += ["", f"## {r.name}: the end of {r.log}", "", *(f"    {line}" for line in tail)]
+        for name, tables in self.tables.items():
+            lines += ["", f"## {name}", "", tables]
+        return "\n".join(lines) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a step and all that it started, which is its own process group."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(PATIENCE)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def tables_in(log: str) -> str:
+    """The Markdown tables and the captions ("20x50: ...") of a log."""
+    lines = [line for line in log.splitlines() if line.startswith("|") or re.match(r"\w+: .*steps, width", line)]
+    text = ""
+    for before, line in zip(["", *lines], lines, strict=False):
+        starts = not before.startswith("|") or not line.startswith("|") or before.count("|") != line.count("|")
+        text += ("\n" if starts and before else "") + line + "\n"
+    return text
+
+
+def run(step: Step, result: Result, log: Path, limit: float) -> None:
+    """Runs one step for at most ``limit`` seconds and fills in its result, also where it is interrupted."""
+    began = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            step.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=os.environ | step.environment, start_new_session=True,
+        )  # fmt: skip
+        try:
+            result.status = process.wait(limit)
+            result.outcome = "ok" if result.status == 0 or step.any_status else "failed"
+        except subprocess.TimeoutExpired:
+            result.outcome = "timed out"
+        finally:
+            if process.returncode is None:
+                _end(process)
+                result.outcome = "timed out" if result.outcome == "timed out" else "interrupted"
+            result.seconds = time.monotonic() - began
+    if result.outcome == "ok":
+        unsaid = [said for said in step.says.splitlines() if not re.search(said, _text(log))]
+        if unsaid:
+            result.outcome, result.note = "failed", f"its output does not say {unsaid[0]!r}"
+
+
+def run_all(steps: Sequence[Step], report: Report, budget: float, tell: Callable[[str], None] = lambda _: None) -> None:
+    """Runs the steps in order until ``budget`` seconds are over. One that fails does not keep the next from running."""
+    end = time.monotonic() + budget
+    report.results[:] = [Result(step.name, limit=step.limit) for step in steps]
+    report.write()
+    for step, result in zip(steps, report.results, strict=True):
+        left = end - time.monotonic()
+        if step.missing:
+            result.outcome, result.note = "not found", step.missing
+        elif left <= 0:
+            result.note = f"the {budget:g} seconds were over"
+        else:
+            result.log, result.outcome = f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower()).strip('-')}.log", "running"
+            report.write()
+            tell(f"{step.name} (at most {min(step.limit, left):.0f} s)")
+            try:
+                run(step, result, report.folder / result.log, min(step.limit, left))
+            except OSError as error:
+                result.outcome, result.note = "failed", str(error)
+            finally:
+                if result.outcome == "running":  # interrupted before there was anything to wait for
+                    result.outcome = "interrupted"
+                if result.outcome == "timed out" and left < step.limit:
+                    result.note = f"the {budget:g} seconds were over"
+                if step.tables:
+                    report.tables[step.name] = tables_in(_text(report.folder / result.log))
+                report.write()
+        tell(f"{step.name}: {result.outcome}{f', {result.note}' if result.note else ''}")
+    report.write()
