@@ -25,7 +25,7 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "env": "What was built, what was found, what to do about it.",
 }
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
-_SMALLER = "lower inner_batch, inner_steps, width or union_batch with --set"
+_SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words, and those of torch's CPU allocator
 
 
