@@ -91,7 +91,7 @@ def test_exact_contenders_give_the_gradient_of_plain_autograd(name: str, augment
         assert relative_error(found, expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointed", "torch.func"])
+@pytest.mark.parametrize("name", ["plain", "checkpointed"])  # torch 2.13 has no jvp of a channels-last group norm
 def test_channels_last_changes_no_value(name: str, device: torch.device) -> None:
     p = problem(device)
     p.channels_last = True
