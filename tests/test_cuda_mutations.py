@@ -24,7 +24,7 @@ SANITIZERS = "test_sanitizers.py"
 NORM, DSA, CROSS_ENTROPY, ADD_ROWS = (
     f"ops/{operator}/cuda.cu" for operator in ("norm_relu_pool", "dsa", "cross_entropy", "add_rows")
 )
-CORE = "core/cuda.cuh"
+CORE, TILE = "core/cuda.cuh", "ops/norm_relu_pool/tile.cuh"
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,16 @@ MUTATIONS = [
         "partial[warp] = value;\n    __syncthreads();\n", "partial[warp] = value;\n", "dsa", ORDERS,
     ),
     Mutation(
-        "plane sum reads before all have written", NORM,
+        "plane sum reads before all have written", TILE,
         "partial.of[warp][q][v][lane] = value[q][v];\n    __syncthreads();\n",
         "partial.of[warp][q][v][lane] = value[q][v];\n", "norm_relu_pool", ORDERS,
     ),
     Mutation(
-        "plane sum writes while the one before is read", NORM,
+        "plane sum writes while the one before is read", TILE,
         "    __syncthreads();  // the sums before may still be read\n", "", "norm_relu_pool", ORDERS,
     ),
     Mutation(
-        "a thread leaves before a barrier", NORM,
+        "a thread leaves before a barrier", TILE,
         "    if (warps == 1) return;\n", "    if (warps == 1 || threadIdx.x == 3) return;\n", "norm_relu_pool",
         REFERENCE,
     ),
@@ -67,11 +67,11 @@ MUTATIONS = [
     # Sums over a warp.
     Mutation("half a warp's sum", CORE, "T warp_sum(T value) {\n#pragma unroll\n    for (int offset = 16;",
              "T warp_sum(T value) {\n#pragma unroll\n    for (int offset = 8;", "cross_entropy", REFERENCE),
-    Mutation("lanes that share channels are not added", NORM, "int offset = split.vectors; offset < 32",
+    Mutation("lanes that share channels are not added", TILE, "int offset = split.vectors; offset < 32",
              "int offset = split.vectors * 2; offset < 32", "norm_relu_pool", REFERENCE),
     Mutation("part of a warp shuffles", CORE, "value += __shfl_xor_sync(0xffffffffu, value, offset);",
              "if (threadIdx.x % 32 < 31) value += __shfl_xor_sync(0xffffffffu, value, offset);", "dsa", REFERENCE),
-    Mutation("the last warp is not added", NORM, "w < warps; w += apart", "w + 1 < warps; w += apart", "norm_relu_pool",
+    Mutation("the last warp is not added", TILE, "w < warps; w += apart", "w + 1 < warps; w += apart", "norm_relu_pool",
              REFERENCE),
     # Tails and strides.
     Mutation("the last number of an image", DSA, "k < count; k += kThreads", "k < count - 1; k += kThreads", "dsa",
@@ -80,11 +80,11 @@ MUTATIONS = [
              REFERENCE),
     Mutation("tasks beyond the largest grid", CROSS_ENTROPY, "static_cast<int64_t>(gridDim.x) * kSamples",
              "static_cast<int64_t>(gridDim.x + 1) * kSamples", "cross_entropy", REFERENCE),
-    Mutation("a window too many", NORM, "inside && number < windows", "inside && number <= windows", "norm_relu_pool",
+    Mutation("a window too many", TILE, "inside && number < windows", "inside && number <= windows", "norm_relu_pool",
              REFERENCE),
-    Mutation("an odd last column", NORM, "valid && j + 1 < width", "valid && j + 1 <= width", "norm_relu_pool",
+    Mutation("an odd last column", TILE, "valid && j + 1 < width", "valid && j + 1 <= width", "norm_relu_pool",
              REFERENCE),
-    Mutation("windows of large planes", NORM, "number < place.windows; number += place.rows",
+    Mutation("windows of large planes", TILE, "number < place.windows; number += place.rows",
              "number < place.windows - 1; number += place.rows", "norm_relu_pool", LARGE),
     Mutation("a pack begins where it does not", ADD_ROWS, "k = task % packs * V;", "k = task % packs;", "add_rows",
              REFERENCE),
