@@ -145,10 +145,7 @@ def main() -> int:
     """1 where ours failed, or the gradient that the errors are measured against; a baseline may fail."""
     arguments = parser()
     args = arguments.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.child:
-        measure.child(lambda: one(args))
+    if measure.is_child(args, one):
         return 0
     every = contenders(args.device.type, args.memory)
     names = present.selected(list(every), args.only, args.skip, arguments)

@@ -7,6 +7,7 @@ of them, and a contender that failed is not tried again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -24,6 +25,7 @@ import torch
 from present import gigabytes
 
 from pdd_fast.graphs import CaptureWarning
+from pdd_fast.memory import is_out_of_memory
 from pdd_fast.ops._native import MissingKernelsWarning
 
 T = TypeVar("T")
@@ -81,11 +83,9 @@ def resident_peak() -> int:
 
 def out_of_memory(error: BaseException) -> str | None:
     """What was asked for, where ``error`` is about memory; None where it is not."""
-    text = str(error)
-    known = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not any(sign in text for sign in known):
+    if not is_out_of_memory(error):
         return None
-    found = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    found = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     asked = f"asked for {found[1]}" if found else "did not say for how much it asked"
     held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return f"{asked}, having had {gigabytes(held)}" if held else asked
@@ -108,6 +108,15 @@ def child(work: Callable[[], dict[str, Any]]) -> None:
             raise
         found = {"failed": "out of memory", "why": why}
     print(json.dumps(found))
+
+
+def is_child(args: argparse.Namespace, one: Callable[[argparse.Namespace], dict[str, Any]]) -> bool:
+    """Sets the number of threads; in a process that was started to measure, measures and says so."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.child:
+        child(partial(one, args))
+    return bool(args.child)
 
 
 # ---- in the parent ------------------------------------------------------------------------------------------------

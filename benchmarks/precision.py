@@ -16,6 +16,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -125,7 +126,7 @@ def main() -> None:
         ("batch", 10, "images"), ("seeds", 5, "networks and images"), ("width", 128, "channels"),
         ("depth", 3, "blocks"), ("size", 32, "pixels of a side"), ("threads", 0, "0: torch's own number"),
     )  # fmt: skip
-    parser.add_argument("--output", type=present.Path, help="where the JSON goes")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

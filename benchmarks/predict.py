@@ -36,8 +36,6 @@ BEGIN, END = "<!-- written by benchmarks/predict.py -->", "<!-- end -->"
 MEMORY = 0.85 * 3.35e12
 ARITHMETIC = {"float32": 0.6 * 67e12, "tf32": 0.4 * 495e12, "bfloat16": 0.4 * 989e12}
 IN_GRAPH, EAGER = 2e-6, 6e-6  # seconds a launch, on the device in a graph and issued by Python
-
-
 NOT_LAUNCHED = re.compile(r"detach|_unsafe_view|empty|lift_fresh|scalar_tensor|_local_scalar_dense|is_pinned")
 CASES = ((20, 50), (100, 30), (256, 20))
 
@@ -122,7 +120,7 @@ def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -
 
 def rows(n: int, steps: int) -> list[str]:
     def problem() -> Problem:
-        # Planar images, moved by an operation of every step: drawn augmentations would differ between the steps.
+        # Without augmentation: one is drawn for each step, and the second would differ from the first by it.
         return Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
 
     lines = []

@@ -151,10 +151,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_shared(rounds=3)
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.child:
-        measure.child(lambda: one(args))
+    if measure.is_child(args, one):
         return 0
     settings = {n: getattr(args, n) for n in ("batch", "width", "depth", "size", "rounds")}
     names = present.selected(contenders(args.device.type), args.only, args.skip, parser)

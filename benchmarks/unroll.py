@@ -83,10 +83,7 @@ def parser() -> present.Parser:
 def main() -> None:
     arguments = parser()
     args = arguments.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.child:
-        measure.child(lambda: one(args))
+    if measure.is_child(args, one):
         return
     names = present.selected(list(ENGINES), args.only, args.skip, arguments)
     case = {n: getattr(args, n) for n in ("batch", "steps", "width", "depth", "size", "rounds")}

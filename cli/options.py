@@ -9,25 +9,24 @@ from typing import Any
 
 import click
 
-from pdd_fast.config import Config, from_dict, resolve
+from pdd_fast.config import CHOICES, Config, from_dict, resolve
 from pdd_fast.errors import UsageError
 
-_PRECISIONS = ["auto", "float32", "tf32", "bfloat16"]
+
+def _choice(setting: str) -> click.Choice[str]:
+    return click.Choice(CHOICES[setting])
+
+
 _FLAGS = (  # flag, setting, type, what --help says
     ("--dataset", "dataset", str, "digits, cifar10, cifar100, mnist, fashionmnist, svhn or imagefolder:DIR."),
     ("--stages", "stages", int, "Stages."),
     ("--ipc", "ipc", int, "Images per class, all stages together."),
-    ("--base", "base", click.Choice(["mtt"]), "The method that a stage uses."),
+    ("--base", "base", _choice("base"), "The method that a stage uses."),
     ("--seed", "seed", int, "Where all randomness comes from."),
     ("--device", "device", str, "auto, cpu, cuda or cuda:N."),
-    (
-        "--precision",
-        "precision",
-        click.Choice(_PRECISIONS),
-        "Of convolutions; auto: tf32 on a GPU, float32 on the CPU.",
-    ),
+    ("--precision", "precision", _choice("precision"), "Of convolutions; auto: tf32 on a GPU, float32 on the CPU."),
     ("--data-dir", "data_dir", str, "Where torchvision's data sets lie."),
-    ("--select", "select", click.Choice(["validation", "test"]), "What the best images are chosen by."),
+    ("--select", "select", _choice("select"), "What the best images are chosen by."),
 )
 # What a continued run may be given anew, because its results do not depend on it, or (device, side_by_side) in rounding
 # alone: a run that stopped for want of memory must be able to go on.

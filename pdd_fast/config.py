@@ -68,9 +68,7 @@ class Config:
     # running
     device: str = "auto"
     precision: str = "auto"  # of convolutions: float32, tf32 or bfloat16; auto: tf32 on a GPU, float32 on the CPU
-    side_by_side: int = (
-        0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Other groups round differently
-    )
+    side_by_side: int = 0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Others round differently
     graph: str = "auto"  # whether a GPU replays captured graphs of launches: auto, or off. The bits are the same
     threads: int = 0  # of the CPU; 0: as many as torch takes. Another number may round differently
     checkpoint_seconds: float = 30.0  # how often unfinished work is saved
@@ -91,7 +89,7 @@ class Config:
 
 
 _TYPES = get_type_hints(Config)
-_CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
     "base": ("mtt",),
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
@@ -188,7 +186,7 @@ def _check(config: Config) -> None:
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{field.name} must be a finite number, got {value}")
-    for key, choices in _CHOICES.items():
+    for key, choices in CHOICES.items():
         value = getattr(config, key)
         if value not in choices:
             raise UsageError(f"{key} must be {' or '.join(choices)}, got {value!r}")

@@ -16,6 +16,7 @@ import torch
 from pdd_fast.devices import peak_memory
 from pdd_fast.errors import RunError, UsageError
 from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.networks.parameters import parameter_count
 
 # How many times a is alive at once where the first block's gradients are made, by engine. In the fused engine's dual
 # pass these are z and its gradient with their tangents (4), the pooled gradient with its own (0.5), what the block
@@ -37,10 +38,6 @@ def _blocks(net: ConvNet, batch: int) -> list[int]:
     """a of every block."""
     H, W = net.image_size
     return [batch * net.width * (H >> i) * (W >> i) for i in range(net.depth)]
-
-
-def _parameters(net: ConvNet) -> int:
-    return sum(p.numel() for p in net.parameters())
 
 
 def matching_bytes(
@@ -73,7 +70,7 @@ def matching_bytes(
     else:
         activations = _DUAL[engine] * blocks[0] + 3 * x
     images = 3 * _images(net, frozen + learned) + 6 * _images(net, learned)
-    return int(element_size * activations + full * ((steps + 7) * _parameters(net) + images))
+    return int(element_size * activations + full * ((steps + 7) * parameter_count(net) + images))
 
 
 def _kept(blocks: list[int], x: int, engine: str) -> float:
@@ -92,7 +89,7 @@ def training_bytes(net: ConvNet, *, batch: int, networks: int = 1, engine: str =
     """
     activations = _GRADIENT[engine] * _blocks(net, batch)[0] + 3 * _images(net, batch)
     beside = networks if engine == "fused" else 1
-    return int(beside * element_size * activations + networks * max(4, element_size) * 5 * _parameters(net))
+    return int(beside * element_size * activations + networks * max(4, element_size) * 5 * parameter_count(net))
 
 
 def available(device: torch.device) -> int | None:
@@ -145,7 +142,7 @@ def explained(device: torch.device, what: str, lower: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise RunError(
             f"{what}: {device} is out of memory, at {in_words(peak_memory(device))} taken at the most{_whole(device)}; "
@@ -159,9 +156,10 @@ def _whole(device: torch.device) -> str:
     return f" of {in_words(torch.cuda.get_device_properties(device).total_memory)}"
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory could not be had, on whatever device."""
     # Of torch's allocators only that of a GPU has a class for it, and CUDA's libraries have texts of their own.
-    texts = "out of memory", "DefaultCPUAllocator", "ALLOC_FAILED"
+    texts = "out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 

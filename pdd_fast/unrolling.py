@@ -168,6 +168,12 @@ def _parameter_rows(like: Tensor, rows: int) -> Tensor:
     return like.new_empty(rows, padded)[:, : like.numel()]
 
 
+def learned_rows(learned: Tensor) -> Tensor | None:
+    """Rows of a batch whose images are learned, from bool [b]; None where all are, as :class:`UnrollSpec` takes it."""
+    rows = learned.nonzero().flatten()
+    return None if len(rows) == len(learned) else rows
+
+
 def _step_input(spec: UnrollSpec, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Augmented images and labels of step i."""
     batch, draws = spec.batches[i], spec.draws[i]
@@ -263,8 +269,8 @@ def _check(
         _require(tuple(frozen.shape) == (n,), "frozen", f"have shape ({n},)", tuple(frozen.shape))
         mask = frozen.cpu()
         for i, batch in enumerate(batches):
-            learned = (~mask[batch.cpu()]).nonzero().flatten()
-            rows[i] = None if len(learned) == len(batch) else learned.to(theta.device)
+            learned = learned_rows(~mask[batch.cpu()])
+            rows[i] = None if learned is None else learned.to(theta.device)
     return UnrollSpec(engine, memory == "cache", indices, draws, rows)
 
 

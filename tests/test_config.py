@@ -174,7 +174,7 @@ def test_a_value_must_be_above_its_bound(name: str, bound: float) -> None:
             resolve(**SMALL | {name: value})
 
 
-@pytest.mark.parametrize(("name", "choices"), config._CHOICES.items())
+@pytest.mark.parametrize(("name", "choices"), config.CHOICES.items())
 def test_a_choice_is_one_of_its_own(name: str, choices: tuple[str, ...]) -> None:
     for choice in choices:
         assert getattr(resolve(**SMALL | {name: choice}), name) == choice
@@ -243,11 +243,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_img": st.floats(0, 1e300),
     "inner_lr": st.floats(0, 10, exclude_min=True),
     "momentum": st.floats(0, 1, exclude_max=True),
-    "engine": st.sampled_from(config._CHOICES["engine"]),
-    "memory": st.sampled_from(config._CHOICES["memory"]),
-    "precision": st.sampled_from(config._CHOICES["precision"]),
+    "engine": st.sampled_from(config.CHOICES["engine"]),
+    "memory": st.sampled_from(config.CHOICES["memory"]),
+    "precision": st.sampled_from(config.CHOICES["precision"]),
     "side_by_side": st.integers(0, 100),
-    "graph": st.sampled_from(config._CHOICES["graph"]),
+    "graph": st.sampled_from(config.CHOICES["graph"]),
     "checkpoint_seconds": st.floats(0, 1e9),
 }
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from pdd_fast.augmentation import PackedDraws
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.graphs import Backend, Replay, Upload
+from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
 from pdd_fast.ops.dsa import DRAWS, NOTHING
-from pdd_fast.unrolling import MEMORY, UnrollSpec, Wanted, adjoint, forward_path
+from pdd_fast.unrolling import MEMORY, UnrollSpec, Wanted, adjoint, forward_path, learned_rows
 
 
 class MatchingState(NamedTuple):
@@ -105,7 +106,7 @@ class MatchingStep:
         _require(operations >= 0, "operations", "be at least 0", operations)
         _require(memory in MEMORY, "memory", f"be {' or '.join(MEMORY)}", repr(memory))
         device, dtype = frozen_images.device, frozen_images.dtype
-        parameters = sum(p.numel() for p in engine.net.parameters())
+        parameters = parameter_count(engine.net)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "start": ((parameters,), dtype), "target": ((parameters,), dtype), "batches": ((steps, batch), torch.int64),
         }  # fmt: skip
@@ -146,7 +147,9 @@ class MatchingStep:
         buffers = self._buffers
         self._write(inputs)
         if self._skips_frozen:
-            buffers.spec = replace(buffers.spec, rows=_learned_rows(inputs.batches, buffers.frozen))
+            buffers.spec = replace(
+                buffers.spec, rows=[learned_rows(batch >= buffers.frozen) for batch in inputs.batches]
+            )
         for target, source in zip(buffers.old, state, strict=True):
             target.copy_(source)
         self._replay()
@@ -206,12 +209,6 @@ class _Buffers:
 
 def _empty_state(like: Tensor) -> MatchingState:
     return MatchingState(torch.empty_like(like), torch.empty_like(like), like.new_empty(()), like.new_empty(()))
-
-
-def _learned_rows(batches: Tensor, frozen: int) -> list[Tensor | None]:
-    """Rows of each batch that are not of the first ``frozen`` images; None where all are not."""
-    learned = [(batch >= frozen).nonzero().flatten() for batch in batches]
-    return [None if len(rows) == len(batch) else rows for rows, batch in zip(learned, batches, strict=True)]
 
 
 @torch.no_grad()

@@ -42,9 +42,14 @@ def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
     return result
 
 
+def parameter_count(net: nn.Module) -> int:
+    """P, the numbers in all parameters of ``net``."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
 def check_parameters(operator: str, net: nn.Module, theta: Tensor) -> None:
     """Raises ValueError unless ``theta`` is a vector with one number per parameter of ``net``."""
-    count = sum(p.numel() for p in net.parameters())
+    count = parameter_count(net)
     if theta.dim() != 1 or theta.numel() != count:
         raise ValueError(f"{operator}: theta must have shape ({count},), got {tuple(theta.shape)}")
 

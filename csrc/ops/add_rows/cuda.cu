@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(const AddRows<T> p) 
 
 template <class T>
 Status add_rows(const AddRows<T>& p, Context context) {
-    constexpr int V = kPackBytes / static_cast<int>(sizeof(T));
+    constexpr int V = kPack<T>;
     const bool packed = p.length % V == 0 && aligned(p.target, p.rows, p.out);
     const int64_t tasks = packed ? p.count * p.length / V : p.count * p.length;
     return launch(packed ? add_rows_kernel<T, V> : add_rows_kernel<T, 1>, grid_for((tasks + kThreads - 1) / kThreads),

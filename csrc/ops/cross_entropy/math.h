@@ -9,9 +9,8 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Who works on a row of logits: one thread alone here, a warp in cuda.cu. A member takes the classes first, first +
-// step,
-// ...; sum and max are over the members, the same for all of them.
+// Who works on a row of logits: one thread alone here, a warp in cuda.cu. A member takes every step-th class from its
+// first on; sum and max are over the members, the same for all of them.
 struct Alone {
     static constexpr int64_t first = 0, step = 1;
 

@@ -180,8 +180,7 @@ void apply_adjoint(int operation, Draws draws, ImageShape shape, const Dsa<T>& p
     scratch.swap();
 }
 
-// One image through body(scratch, k-th operation) for every operation that is one. The first failure of any image is
-// what the call answers.
+// Calls body(scratch, b, shape) between loading and storing each image b, in scratch of its own.
 template <class T, class Body>
 Status each_image(const Dsa<T>& p, Context context, const Body& body) {
     const ImageShape shape{p.channels, p.height, p.width};

@@ -120,8 +120,6 @@ struct Pooled {
     __device__ __forceinline__ Pooled(const T* images, const P& place, const Window& w)
         : of(w.pooled() ? load_pack<V>(images + place.pooled_at(w)) : Pack<T, V>{}) {}
     Pooled() = default;
-
-    __device__ __forceinline__ void renewed() { renew(of); }
 };
 
 // A thread's share of a tensor: E windows of it in registers, or with E = 0 what it takes to read them when they are
