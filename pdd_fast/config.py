@@ -68,6 +68,7 @@ class Config:
     # running
     device: str = "auto"
     precision: str = "auto"  # of convolutions: float32, tf32 or bfloat16; auto: tf32 on a GPU, float32 on the CPU
+    convolution: str = "auto"  # of the fused engine on the CPU: direct, winograd (faster, rounds more), or auto
     side_by_side: int = 0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Others round differently
     graph: str = "auto"  # whether a GPU replays captured graphs of launches: auto, or off. The bits are the same
     threads: int = 0  # of the CPU; 0: as many as torch takes. Another number may round differently
@@ -96,6 +97,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few nam
     "engine": ("auto", "fused", "autograd"),
     "memory": ("recompute", "cache"),
     "precision": ("auto", "float32", "tf32", "bfloat16"),
+    "convolution": ("auto", "direct", "winograd"),
     "graph": ("auto", "off"),
 }
 _AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch

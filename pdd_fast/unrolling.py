@@ -31,6 +31,7 @@ def unroll(
     *,
     frozen: Tensor | None = None,
     precision: str = "float32",
+    convolution: str = "auto",
 ) -> Tensor:
     """Parameters after N = ``len(batches)`` SGD steps θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i], y[b_i]).
 
@@ -49,6 +50,8 @@ def unroll(
         memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them.
         frozen: None, or bool [n]: images whose gradient is neither needed nor computed (their rows of it are zero).
         precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
+        convolution: how the fused engine convolves on the CPU: "direct", "winograd" (F(4×4, 3×3), fewer operations and
+            a larger rounding error), or "auto", whichever is faster layer by layer.
 
     Returns:
         θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate.
@@ -56,7 +59,7 @@ def unroll(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
-    chosen = engines.choose(net, engine, precision)
+    chosen = engines.choose(net, engine, precision, convolution)
     spec = _check(chosen, theta, images, labels, batches, augmentations, memory, frozen)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
     _require(rates.dim() == 0 or tuple(rates.shape) == (len(batches),),

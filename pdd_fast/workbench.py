@@ -53,7 +53,9 @@ class Workbench:
                 f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got {config.depth}"
             )
         net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth).to(where)
-        engine = engines.choose(net, config.engine, precision.resolve(config.precision, where))
+        engine = engines.choose(
+            net, config.engine, precision.resolve(config.precision, where), config.convolution
+        )
         dsa = DSA(config.augment, mode=config.augment_mode)
         together = config.side_by_side or _fitting(config, net, engine, where)
         return cls(config, where, images.to(where), engine, dsa, together)

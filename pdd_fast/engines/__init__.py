@@ -12,23 +12,29 @@ from pdd_fast.networks.convnet import ConvNet
 __all__ = ["AutogradEngine", "DualResult", "Engine", "FusedEngine", "choose"]
 
 NAMES = ("auto", "fused", "autograd")
+CONVOLUTIONS = ("auto", "direct", "winograd")
 
 
-def choose(net: nn.Module, name: str = "auto", precision: str = "float32") -> Engine:
+def choose(net: nn.Module, name: str = "auto", precision: str = "float32", convolution: str = "auto") -> Engine:
     """The engine called ``name`` for ``net``; "auto" is "fused" for a ConvNet and "autograd" for other modules.
 
     Args:
         precision: of convolutions, one of pdd_fast.precision.NAMES (docs/precision.md).
+        convolution: how the fused engine convolves on the CPU, one of CONVOLUTIONS: "direct", "winograd" (F(4×4, 3×3),
+            fewer multiplications, rounding errors about four times as large), or "auto", whichever is faster layer by
+            layer. Without effect on a GPU and on the autograd engine, whose libraries choose by themselves.
 
     Raises:
-        ValueError: an unknown name or precision, or "fused" for a module that is not a ConvNet.
+        ValueError: an unknown name, precision or convolution, or "fused" for a module that is not a ConvNet.
     """
     if name not in NAMES:
         raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")
+    if convolution not in CONVOLUTIONS:
+        raise ValueError(f"convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")
     # A subclass may have another forward, so only the class itself is known to fit the kernels.
     fits = type(net) is ConvNet
     if name == "fused" and not fits:
         raise ValueError(f"engine 'fused' must be given a pdd_fast.ConvNet, got {type(net).__name__}")
     if isinstance(net, ConvNet) and fits and name != "autograd":
-        return FusedEngine(net, precision)
+        return FusedEngine(net, precision, convolution)
     return AutogradEngine(net, precision)

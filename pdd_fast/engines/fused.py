@@ -118,9 +118,10 @@ def _pass(
 class FusedEngine:
     """Engine for :class:`ConvNet`."""
 
-    def __init__(self, net: ConvNet, precision: str = "float32") -> None:
+    def __init__(self, net: ConvNet, precision: str = "float32", convolution: str = "auto") -> None:
         self.net = net
         self.precision = precisions.check(precision)
+        self.convolution = convolution
         self._shapes = list(net.parameters())
 
     def _split(self, theta: Tensor) -> _Parameters:
