@@ -25,7 +25,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPERATORS = ("norm_relu_pool", "cross_entropy", "dsa", "add_rows")
+OPERATORS = ("norm_relu_pool", "cross_entropy", "dsa", "add_rows")  # each with a cpu.cpp and a cuda.cu
+CPU_OPERATORS = ("convnet",)
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CPU_LEVELS = {  # namespace suffix -> compiler flags; the binding chooses one at run time
     "baseline": [],
@@ -201,12 +202,13 @@ class NinjaFile:
 
     def cpu(self, target: Path) -> None:
         objects = [
-            self.object("cxx", "bind/module.cpp", "cpu_module", "$python -DPDD_MODULE=_cpu"),
-            self.object("cxx", "bind/cpu.cpp", "cpu_bind"),
+            self.object("cxx", "bind/module.cpp", "cpu_module", "$python -DPDD_MODULE=_cpu -DPDD_CPU"),
+            self.object("cxx", "bind/cpu.cpp", "cpu_bind", "-DPDD_CPU"),
         ]
         for level in self.plan.levels:
             flags = " ".join([*CPU_LEVELS[level], f"-DPDD_BACKEND=cpu_{level}"])
-            objects += [self.object("cxx", f"ops/{op}/cpu.cpp", f"{op}_{level}", flags) for op in OPERATORS]
+            operators = OPERATORS + CPU_OPERATORS
+            objects += [self.object("cxx", f"ops/{op}/cpu.cpp", f"{op}_{level}", flags) for op in operators]
         self.library("link", target, objects)
 
     def cuda(self, target: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pdd_fast.ops import convnet
+
 # Processes that the tests start import the installed package, not the source tree in the working directory, which has
 # no compiled kernels and no pdd_fast.cli.
 os.environ["PYTHONSAFEPATH"] = "1"
@@ -43,6 +45,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device there is; random inputs are drawn on the CPU and moved."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused engine puts its passes together from operators and torch's convolutions, as it does on a GPU."""
+    monkeypatch.setattr(convnet, "available", lambda: False)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> str:
+    """For indirect parameters: what an engine is called in pdd_fast.engines, and "composed"."""
+    if request.param != "composed":
+        return request.param
+    request.getfixturevalue("composed")
+    return "fused"
 
 
 @pytest.fixture(scope="session")

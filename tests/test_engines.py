@@ -14,8 +14,19 @@ from pdd_fast.engines import AutogradEngine, Engine, FusedEngine
 from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
 from pdd_fast.networks.parameters import initial_parameters
 
-BOTH = pytest.mark.parametrize("name", ["fused", "autograd"])
+# "composed": the fused engine with the passes of a GPU, which are not one kernel.
+FUSED = pytest.mark.parametrize("name", ["fused", "composed"], indirect=True)
+BOTH = pytest.mark.parametrize("name", ["fused", "composed", "autograd"], indirect=True)
 KEEP = pytest.mark.parametrize("keep", [False, True], ids=["made again", "kept"])
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """What an engine is called in pdd_fast.engines; also in its tests here, where `engine` is the engine itself."""
+    if request.param != "composed":
+        return request.param
+    request.getfixturevalue("composed")
+    return "fused"
 
 
 class Point:
@@ -99,14 +110,14 @@ def test_dual_is_the_derivative_of_the_gradient_along_the_direction(name: str, k
     assert relative_error((dual.labels * towards).sum(), change / (2 * step)) <= 1e-6
 
 
+@FUSED
 @KEEP
 @pytest.mark.parametrize("rows", [[0], [5, 1, 1, 3], [], None], ids=str)
-def test_both_engines_give_the_wanted_rows(keep: bool, rows: list[int] | None, device: torch.device) -> None:
+def test_both_engines_give_the_wanted_rows(name: str, keep: bool, rows: list[int] | None, device: torch.device) -> None:
     point = Point(device)
     index = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=device)
     found = []
-    for name in ("fused", "autograd"):
-        engine = point.engine(name)
+    for engine in (point.engine(name), point.engine("autograd")):
         saved = engine.gradient(point.theta, point.images, point.labels, keep=keep)[2]
         found.append(engine.dual(point.theta, point.images, point.labels, point.direction, saved, rows=index))
     fused, autograd = found
@@ -139,21 +150,22 @@ def test_without_the_hessian_vector_product(name: str) -> None:
     assert torch.equal(dual.images, full.images)
 
 
-def test_the_bias_in_front_of_an_instance_norm_has_exactly_no_gradient() -> None:
+@FUSED
+def test_the_bias_in_front_of_an_instance_norm_has_exactly_no_gradient(name: str) -> None:
     point = Point()
-    engine = point.engine("fused")
+    engine = point.engine(name)
     _, gradient, saved = engine.gradient(point.theta, point.images, point.labels)
     dual = engine.dual(point.theta, point.images, point.labels, point.direction, saved)
     start = 0
-    for name, parameter in point.net.named_parameters():
+    for key, parameter in point.net.named_parameters():
         part = slice(start, start + parameter.numel())
         start += parameter.numel()
-        if name.endswith("0.bias"):
+        if key.endswith("0.bias"):
             assert not gradient[part].any()
             assert dual.theta is not None
             assert not dual.theta[part].any()
         else:
-            assert gradient[part].any(), name
+            assert gradient[part].any(), key
 
 
 @BOTH
@@ -348,6 +360,7 @@ def test_networks_side_by_side_in_bfloat16(device: torch.device) -> None:
         assert relative_error(one, expected) <= 2**-8
 
 
+@pytest.mark.usefixtures("composed")
 def test_networks_side_by_side_take_one_convolution_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     original = F.conv2d

@@ -11,6 +11,12 @@ namespace pdd::bind {
 
 PDD_OPERATORS(PDD_DECLARE)
 
+#ifdef PDD_CPU
+PDD_CPU_OPERATORS(PDD_DECLARE)
+
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads);
+#endif
+
 int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
 
 // Why a call failed, for a status other than kSuccess.

@@ -7,9 +7,11 @@
 #include "bind/status.h"
 
 // Declares the operators of one back end namespace.
-#define PDD_DECLARE_ALL(space) \
-    namespace pdd::space {     \
-    PDD_OPERATORS(PDD_DECLARE) \
+#define PDD_DECLARE_ALL(space)                                      \
+    namespace pdd::space {                                          \
+    PDD_OPERATORS(PDD_DECLARE)                                      \
+    PDD_CPU_OPERATORS(PDD_DECLARE)                                  \
+    ConvNetSizes convnet_sizes(ConvNetShape, int, bool, bool, int); \
     }
 
 PDD_DECLARE_ALL(cpu_baseline)
@@ -76,6 +78,12 @@ const char* name(Level level) {
 #endif
 
 PDD_OPERATORS(PDD_FORWARD)
+PDD_CPU_OPERATORS(PDD_FORWARD)
+
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads) {
+    // Blocks of 16 channels have no more vectors at one level than at another.
+    return cpu_baseline::convnet_sizes(shape, convolution, dual, kept, threads);
+}
 
 int64_t dsa_scratch_images(DsaShape, int) {
     return 0;  // the kernel takes it from the heap, two images a thread

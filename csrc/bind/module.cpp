@@ -4,6 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -44,6 +48,93 @@ Status by_type(int type, const Call& call) {
 }
 
 using Address = uintptr_t;
+
+#ifdef PDD_CPU
+// shape: batch, in_channels, height, width, channels, depth, classes.
+ConvNetShape convnet_shape(const std::vector<int64_t>& shape) {
+    if (shape.size() != 7) throw std::invalid_argument("convnet: shape must hold 7 numbers");
+    return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
+}
+
+// What all passes take, in the order of pdd_fast/ops/convnet.py.
+struct ConvNetArguments {
+    std::vector<int64_t> shape;
+    int convolution;
+    double eps;
+    Address theta, images;
+    std::vector<int64_t> image_stride;
+    Address workspace;
+
+    template <class T>
+    ConvNetInput<T> input() const {
+        if (image_stride.size() != 4) throw std::invalid_argument("convnet: image_stride must hold 4 numbers");
+        const auto& s = image_stride;
+        return {convnet_shape(shape),     convolution,     eps, at<T>(theta), at<T>(images),
+                {s[0], s[1], s[2], s[3]}, at<T>(workspace)};
+    }
+};
+
+// Asks for pages of 2 MB where a buffer has room for them: a pass goes over megabytes in 36 places at once, and a fresh
+// buffer is otherwise mapped 4 KB at a time. Only advice: nothing depends on whether it is taken.
+void advise_large_pages([[maybe_unused]] Address address, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+    constexpr size_t page = 2 << 20;
+    const Address first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+    if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+void define_convnet(py::module_& m) {
+    m.def("advise_large_pages", &advise_large_pages);
+    py::class_<ConvNetArguments>(m, "ConvNetArguments")
+        .def(py::init([](std::vector<int64_t> shape, int convolution, double eps, Address theta, Address images,
+                         std::vector<int64_t> image_stride, Address workspace) {
+            return ConvNetArguments{std::move(shape),        convolution, eps, theta, images,
+                                    std::move(image_stride), workspace};
+        }));
+    m.def("convnet_sizes", [](const std::vector<int64_t>& shape, int convolution, bool dual, bool kept, int threads) {
+        const ConvNetSizes sizes = bind::convnet_sizes(convnet_shape(shape), convolution, dual, kept, threads);
+        return std::pair{sizes.workspace, sizes.kept};
+    });
+    m.def("convnet_forward",
+          [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address kept, Address logits) {
+              return by_full_type(type, [&](auto t) {
+                  using T = decltype(t);
+                  return bind::convnet_forward<T>({arguments.input<T>(), at<T>(kept), at<T>(logits)},
+                                                  {at<void>(stream), threads});
+              });
+          });
+    m.def("convnet_backward", [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address kept,
+                                 Address grad_logits, Address grad_theta, Address grad_images) {
+        return by_full_type(type, [&](auto t) {
+            using T = decltype(t);
+            return bind::convnet_backward<T>(
+                {arguments.input<T>(), at<T>(kept), at<T>(grad_logits), at<T>(grad_theta), at<T>(grad_images)},
+                {at<void>(stream), threads});
+        });
+    });
+    m.def("convnet_gradient", [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address hard,
+                                 Address soft, Address kept, Address losses, Address grad_theta) {
+        return by_full_type(type, [&](auto t) {
+            using T = decltype(t);
+            return bind::convnet_gradient<T>(
+                {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), at<T>(kept), at<T>(losses), at<T>(grad_theta)},
+                {at<void>(stream), threads});
+        });
+    });
+    m.def("convnet_dual", [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address hard,
+                             Address soft, Address kept, Address direction, Address wanted, Address losses_tangent,
+                             Address theta_tangent, Address images_tangent, Address labels_tangent) {
+        return by_full_type(type, [&](auto t) {
+            using T = decltype(t);
+            return bind::convnet_dual<T>(
+                {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), at<T>(kept), at<T>(direction), at<bool>(wanted),
+                 at<T>(losses_tangent), at<T>(theta_tangent), at<T>(images_tangent), at<T>(labels_tangent)},
+                {at<void>(stream), threads});
+        });
+    });
+}
+#endif
 
 }  // namespace
 
@@ -166,6 +257,9 @@ PYBIND11_MODULE(PDD_MODULE, m) {
         });
     });
 
+#ifdef PDD_CPU
+    define_convnet(m);
+#endif
     m.def("dsa_scratch_images", [](int64_t B, int64_t C, int64_t H, int64_t W, int number_bytes) {
         return bind::dsa_scratch_images({B, C, H, W}, number_bytes);
     });

@@ -6,6 +6,7 @@
 #include "core/context.h"
 #include "core/storage.h"
 #include "ops/add_rows/params.h"
+#include "ops/convnet/params.h"
 #include "ops/cross_entropy/params.h"
 #include "ops/dsa/params.h"
 #include "ops/norm_relu_pool/params.h"
@@ -22,6 +23,14 @@
     X(cross_entropy, CrossEntropy)          \
     X(cross_entropy_dual, CrossEntropyDual) \
     X(add_rows, AddRows)
+
+// Passes over the whole network: on a GPU pdd_fast/engines/ composes them of the operators above, and a graph takes the
+// cost out of the launches.
+#define PDD_CPU_OPERATORS(X)             \
+    X(convnet_forward, ConvNetForward)   \
+    X(convnet_backward, ConvNetBackward) \
+    X(convnet_gradient, ConvNetGradient) \
+    X(convnet_dual, ConvNetDual)
 
 #define PDD_OPERATORS(X)  \
     PDD_HALF_OPERATORS(X) \
@@ -47,6 +56,10 @@
 #ifdef PDD_BACKEND
 namespace pdd::PDD_BACKEND {
 PDD_OPERATORS(PDD_DECLARE)
+PDD_CPU_OPERATORS(PDD_DECLARE)
+
+// What the passes over the whole network need; `kept`: whether they are given a buffer for what is kept.
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads);
 
 // How many images' scratch a call of dsa needs in the device's memory; number_bytes = sizeof(Compute<T>).
 int64_t dsa_scratch_images(DsaShape shape, int number_bytes);

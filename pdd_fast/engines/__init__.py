@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from pdd_fast.engines.autograd import AutogradEngine
-from pdd_fast.engines.base import DualResult, Engine
+from pdd_fast.engines.base import DualResult, Engine, PassShape
 from pdd_fast.engines.fused import FusedEngine
 from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.ops.convnet import CONVOLUTIONS
 
-__all__ = ["AutogradEngine", "DualResult", "Engine", "FusedEngine", "choose"]
+__all__ = ["CONVOLUTIONS", "AutogradEngine", "DualResult", "Engine", "FusedEngine", "PassShape", "choose"]
 
 NAMES = ("auto", "fused", "autograd")
-CONVOLUTIONS = ("auto", "direct", "winograd")
 
 
 def choose(net: nn.Module, name: str = "auto", precision: str = "float32", convolution: str = "auto") -> Engine:

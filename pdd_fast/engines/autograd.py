@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdd_fast import precision as precisions
-from pdd_fast.engines.base import DualResult, check_side_by_side
-from pdd_fast.networks.parameters import views
+from pdd_fast.engines import estimates
+from pdd_fast.engines.base import DualResult, PassShape, check_side_by_side
+from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.networks.kernels import plain_torch
+from pdd_fast.networks.parameters import parameter_count, views
 
 
 class _RandomState(NamedTuple):
@@ -29,6 +32,7 @@ class _Graph(NamedTuple):
     theta: Tensor
     images: Tensor
     labels: Tensor
+    before: _RandomState | None = None  # where the step drew numbers and is kept
 
 
 def _random_state(device: torch.device) -> _RandomState:
@@ -70,7 +74,8 @@ class AutogradEngine:
             name: buffer.to(theta.dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
             for name, buffer in self.net.named_buffers()
         }
-        return torch.func.functional_call(self.net, parameters | buffers, (images,))
+        with plain_torch():
+            return torch.func.functional_call(self.net, parameters | buffers, (images,))
 
     def _graph(self, theta: Tensor, images: Tensor, labels: Tensor, second: bool) -> tuple[Tensor, _Graph]:
         """Losses and the gradient; with ``second`` the gradient carries its own graph."""
@@ -88,17 +93,47 @@ class AutogradEngine:
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Graph | _RandomState | None]:
         with precisions.computing_in(self.precision, theta.device):
-            if keep:
-                # A copy: the caller may go on writing to the memory that theta is a view of, and the graph lives on.
-                losses, graph = self._graph(theta.clone(), images, labels, second=True)
-                return losses, graph.gradient.detach(), graph
             before = _random_state(theta.device)
-            losses, graph = self._graph(theta, images, labels, second=False)
+            # A copy: the caller may go on writing to the memory that theta is a view of, and a kept graph lives on.
+            losses, graph = self._graph(theta.clone() if keep else theta, images, labels, second=keep)
             after = _random_state(theta.device)
         unchanged = torch.equal(before.cpu, after.cpu) and (
             before.cuda is None or after.cuda is None or torch.equal(before.cuda, after.cuda)
         )
-        return losses, graph.gradient, None if unchanged else before
+        drawn = None if unchanged else before
+        return losses, graph.gradient.detach(), graph._replace(before=drawn) if keep else drawn
+
+    def without_activations(self, saved: _Graph | _RandomState | None) -> _RandomState | None:
+        return saved.before if isinstance(saved, _Graph) else saved
+
+    def kept_bytes(self, shape: PassShape) -> int:
+        """Of a module that is not a ConvNet, what a step on zeros keeps: it is made, with nothing else changed."""
+        if type(self.net) is ConvNet:
+            return estimates.kept_bytes(estimates.AUTOGRAD, self.net, self.precision, shape)
+        theta = torch.zeros(parameter_count(self.net), dtype=shape.dtype, device=shape.device)
+        images = torch.zeros((shape.batch, *shape.image), dtype=shape.dtype, device=shape.device)
+        labels = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
+        kept: dict[int, int] = {}  # bytes by address
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            _random_state_of(_random_state(shape.device), shape.device),
+            precisions.computing_in(self.precision, shape.device),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            _, graph = self._graph(theta, images, labels, second=True)
+            for own in (graph.gradient, graph.theta, graph.images):
+                note(own)
+        return sum(kept.values())
+
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
+        if type(self.net) is not ConvNet:
+            return 0
+        return estimates.working_bytes(estimates.AUTOGRAD, self.net, self.precision, shape, dual, kept)
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         check_side_by_side(theta, images, labels)

@@ -17,6 +17,15 @@ class DualResult(NamedTuple):
     labels: Tensor | None  # [B, classes] ∂s/∂y for soft labels; None for hard ones
 
 
+class PassShape(NamedTuple):
+    """A batch that a pass is made on, in shapes alone."""
+
+    batch: int  # B
+    image: tuple[int, int, int]  # C, H, W
+    dtype: torch.dtype  # of parameters and images
+    device: torch.device
+
+
 class Engine(Protocol):
     """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph.
 
@@ -56,9 +65,30 @@ class Engine(Protocol):
 
         Args:
             direction: [P].
-            saved: what :meth:`gradient` gave for this step.
+            saved: what :meth:`gradient` or :meth:`without_activations` gave for this step. Which of them decides only
+                how results are rounded. Activations may serve once.
             want_theta: whether the Hessian-vector product is needed.
             rows: int64 indices of the images whose gradient is wanted; None: all; empty: none.
+        """
+        ...
+
+    def without_activations(self, saved: Any) -> Any:
+        """What remains of ``saved`` where activations have to go: enough for :meth:`dual` to make the step again."""
+        ...
+
+    def kept_bytes(self, shape: PassShape) -> int:
+        """What :meth:`gradient` with ``keep=True`` leaves behind of one step on ``shape``."""
+        ...
+
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
+        """Most that is alive during a pass on ``shape``, beside what it was given, parameter vectors and what is kept.
+
+        0 where only running it would tell.
+
+        Args:
+            dual: :meth:`dual`; otherwise :meth:`gradients`.
+            kept: the dual pass of a step whose activations were kept.
+            networks: K of :meth:`gradients`.
         """
         ...
 

@@ -2,11 +2,13 @@
 // over ugly sizes and extreme values, for test_sanitizers.py, which builds this file and the kernels under
 // AddressSanitizer and UndefinedBehaviorSanitizer. Every buffer is a heap block of its exact size, so one element too
 // many is seen. Outputs start as NaN, so an element that is never written is seen too.
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -361,6 +363,235 @@ void add_rows(int64_t count, int64_t added, int64_t length, const std::vector<in
     if (wrong.empty() || kCuda) expect_finite(where, "out", out);
 }
 
+// ---- convnet ----------------------------------------------------------------------------------------------------
+
+#if !defined(PDD_CUDA_ON_HOST)
+// On 64 bytes, as the passes are promised.
+template <class T>
+class AlignedBuffer {
+  public:
+    explicit AlignedBuffer(int64_t size) : size_(size) {
+        void* data = nullptr;
+        if (posix_memalign(&data, 64, static_cast<size_t>(size) * sizeof(T))) fail("no memory");
+        data_.reset(static_cast<T*>(data));
+        spoil();
+    }
+    void spoil() const { std::fill_n(data_.get(), size_, stored<T>(kNan)); }
+    T* get() const { return data_.get(); }
+    std::vector<T> copy() const { return {data_.get(), data_.get() + size_}; }
+
+  private:
+    struct Free {
+        void operator()(T* data) const { std::free(data); }
+    };
+    int64_t size_;
+    std::unique_ptr<T[], Free> data_;
+};
+
+template <class T>
+double dot(const Buffer<T>& a, const Buffer<T>& b) {
+    double sum = 0;
+    for (int64_t k = 0; k < a.size(); ++k) sum += number(a[k]) * number(b[k]);
+    return sum;
+}
+
+// Loosely: the tests of the Python package are strict, but do not reach AVX-512's vectors on every machine.
+template <class T>
+void expect_near(const std::string& where, const char* name, double found, double expected, double scale) {
+    const double tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
+    if (!(std::abs(found - expected) <= tolerance * scale))
+        fail(where + ": " + name + " must be " + std::to_string(expected) + ", got " + std::to_string(found));
+}
+
+template <class T>
+class ConvNetCase {
+  public:
+    ConvNetCase(ConvNetShape s, int convolution, int threads, bool soft)
+        : shape_(s), convolution_(convolution), context_{nullptr, threads}, soft_(soft) {
+        where_ = describe("convnet", {s.batch, s.in_channels, s.height, s.width, s.channels, s.depth, s.classes,
+                                      convolution, threads, soft, static_cast<int64_t>(sizeof(T))});
+        for (int64_t b = 0; b < s.batch; ++b) hard_[b] = (3 * b + 1) % s.classes;
+    }
+
+    // Every pass in every variant, on images that lie as `strides` says.
+    void run(const Strides& strides) {
+        const int64_t extents[4] = {shape_.batch, shape_.in_channels, shape_.height, shape_.width};
+        images_ = Buffer<T>::random(strides.extent(extents));
+        strides_ = strides;
+        forward_and_backward();
+        const ConvNetSizes sizes = size(false, true);
+        const AlignedBuffer<T> kept(sizes.kept);
+        const Buffer<T> gradient = this->gradient(nullptr);
+        expect_same("the gradient", this->gradient(kept.get()), gradient);
+        for (T* from : {static_cast<T*>(nullptr), kept.get()}) {
+            const std::vector<T> before = kept.copy();
+            duals(from, gradient);
+            if (std::memcmp(before.data(), kept.get(), before.size() * sizeof(T))) fail(where_ + ": kept was written");
+        }
+        if (soft_) return;
+        hard_[shape_.batch - 1] = shape_.classes;
+        const Buffer<T> losses = unwritten(shape_.batch), grad = unwritten(parameters_);
+        const AlignedBuffer<T> workspace(size(true, false).workspace);
+        expect_status(where_,
+                      kernels::convnet_gradient<T>(
+                          {input(workspace), hard_.get(), nullptr, nullptr, losses.get(), grad.get()}, context_),
+                      kLabelOutOfRange);
+        expect_status(where_,
+                      kernels::convnet_dual<T>({input(workspace), hard_.get(), nullptr, nullptr, direction_.get(),
+                                                nullptr, losses.get(), grad.get(), nullptr, nullptr},
+                                               context_),
+                      kLabelOutOfRange);
+    }
+
+  private:
+    static Buffer<T> unwritten(int64_t size) { return Buffer<T>::unwritten(size); }
+
+    static int64_t parameters(const ConvNetShape& s) {
+        const int64_t features = s.channels * (s.height >> s.depth) * (s.width >> s.depth);
+        return 9 * s.channels * (s.in_channels + (s.depth - 1) * s.channels) + 3 * s.channels * s.depth +
+               s.classes * (features + 1);
+    }
+
+    ConvNetSizes size(bool dual, bool kept) const {
+        return kernels::convnet_sizes(shape_, convolution_, dual, kept, context_.threads);
+    }
+
+    ConvNetInput<T> input(const AlignedBuffer<T>& workspace) const {
+        const int64_t(&s)[4] = strides_.of;
+        return {shape_, convolution_, 1e-5, theta_.get(), images_.get(), {s[0], s[1], s[2], s[3]}, workspace.get()};
+    }
+
+    void expect_same(const char* name, const Buffer<T>& found, const Buffer<T>& expected) const {
+        if (std::memcmp(found.get(), expected.get(), static_cast<size_t>(found.size()) * sizeof(T)))
+            fail(where_ + ": " + name + " has other bits the second time");
+    }
+
+    void forward_and_backward() const {
+        const AlignedBuffer<T> workspace(size(false, false).workspace), less(size(false, true).workspace);
+        const AlignedBuffer<T> kept(size(false, true).kept);
+        const Buffer<T> logits = unwritten(shape_.batch * shape_.classes), again = unwritten(logits.size());
+        expect_status(where_, kernels::convnet_forward<T>({input(workspace), nullptr, logits.get()}, context_),
+                      kSuccess);
+        expect_finite(where_, "logits", logits);
+        expect_status(where_, kernels::convnet_forward<T>({input(less), kept.get(), again.get()}, context_), kSuccess);
+        expect_same("logits", again, logits);
+        const Buffer<T> theta = unwritten(parameters_), same = unwritten(parameters_);
+        const Buffer<T> images = unwritten(shape_.batch * image());
+        less.spoil();
+        expect_status(
+            where_,
+            kernels::convnet_backward<T>({input(less), kept.get(), logits.get(), theta.get(), images.get()}, context_),
+            kSuccess);
+        expect_finite(where_, "grad_theta", theta);
+        expect_finite(where_, "grad_images", images);
+        less.spoil();
+        expect_status(
+            where_,
+            kernels::convnet_backward<T>({input(less), kept.get(), logits.get(), same.get(), nullptr}, context_),
+            kSuccess);
+        expect_same("grad_theta", same, theta);
+    }
+
+    Buffer<T> gradient(T* kept) const {
+        const AlignedBuffer<T> workspace(size(false, kept != nullptr).workspace);
+        const Buffer<T> losses = unwritten(shape_.batch);
+        Buffer<T> grad = unwritten(parameters_);
+        expect_status(
+            where_,
+            kernels::convnet_gradient<T>({input(workspace), hard(), soft(), kept, losses.get(), grad.get()}, context_),
+            kSuccess);
+        expect_finite(where_, "losses", losses);
+        expect_finite(where_, "grad_theta", grad);
+        return grad;
+    }
+
+    // The Hessian times `direction`; images are wanted where `wanted`.
+    Buffer<T> dual(T* kept, const Buffer<T>& direction, const bool* wanted, bool want_theta,
+                   const Buffer<T>& gradient) const {
+        const AlignedBuffer<T> workspace(size(true, kept != nullptr).workspace);
+        const Buffer<T> losses = unwritten(shape_.batch), images = unwritten(wanted ? shape_.batch * image() : 0);
+        const Buffer<T> labels = unwritten(soft_ ? shape_.batch * shape_.classes : 0);
+        Buffer<T> theta = unwritten(want_theta ? parameters_ : 0);
+        expect_status(where_,
+                      kernels::convnet_dual<T>({input(workspace), hard(), soft(), kept, direction.get(), wanted,
+                                                losses.get(), want_theta ? theta.get() : nullptr,
+                                                wanted ? images.get() : nullptr, soft_ ? labels.get() : nullptr},
+                                               context_),
+                      kSuccess);
+        expect_finite(where_, "losses_tangent", losses);
+        expect_finite(where_, "theta_tangent", theta);
+        expect_finite(where_, "labels_tangent", labels);
+        for (int64_t k = 0; k < images.size(); ++k)
+            if (wanted[k / image()] != std::isfinite(number(images[k])))
+                fail(where_ + ": images_tangent[" + std::to_string(k) + "] is " + std::to_string(number(images[k])));
+        double slope = 0;
+        for (int64_t b = 0; b < shape_.batch; ++b) slope += number(losses[b]) / static_cast<double>(shape_.batch);
+        expect_near<T>(where_, "the slope", slope, dot(gradient, direction),
+                       1e-3 + std::sqrt(dot(gradient, gradient) * dot(direction, direction)));
+        return theta;
+    }
+
+    void duals(T* kept, const Buffer<T>& gradient) const {
+        const Buffer<bool> all = Buffer<bool>::filled(shape_.batch, true), some = Buffer<bool>::filled(shape_.batch, 0);
+        for (int64_t b = 1; b < shape_.batch; b += 2) some[b] = true;
+        const Buffer<T> along = dual(kept, direction_, all.get(), true, gradient);
+        const Buffer<T> across = dual(kept, other_, nullptr, true, gradient);
+        dual(kept, direction_, some.get(), false, gradient);
+        dual(kept, direction_, nullptr, false, gradient);
+        // A Hessian is symmetric.
+        expect_near<T>(where_, "the Hessian", dot(along, other_), dot(across, direction_),
+                       1e-3 + std::sqrt(dot(along, along) * dot(other_, other_)));
+    }
+
+    int64_t image() const { return shape_.in_channels * shape_.height * shape_.width; }
+    const int64_t* hard() const { return soft_ ? nullptr : hard_.get(); }
+    const T* soft() const { return soft_ ? weights_.get() : nullptr; }
+
+    ConvNetShape shape_;
+    int convolution_;
+    Context context_;
+    bool soft_;
+    std::string where_;
+    int64_t parameters_ = parameters(shape_);
+    Buffer<T> theta_ = Buffer<T>::random(parameters_, 0.3), direction_ = Buffer<T>::random(parameters_);
+    Buffer<T> other_ = Buffer<T>::random(parameters_), images_ = Buffer<T>::unwritten(0);
+    Buffer<T> weights_ = Buffer<T>::random(shape_.batch * shape_.classes);
+    Buffer<int64_t> hard_ = Buffer<int64_t>::filled(shape_.batch, 0);
+    Strides strides_{};
+};
+
+// batch, in_channels, height, width, channels, depth, classes: the least; channels that fill blocks of 16 and that do
+// not; sides that fill no tile and no window; more images than are convolved at once.
+const ConvNetShape kConvNets[] = {{1, 1, 2, 2, 1, 1, 1},    {2, 3, 9, 7, 5, 2, 3},   {3, 2, 8, 13, 17, 3, 10},
+                                  {1, 17, 6, 4, 16, 2, 17}, {3, 1, 4, 21, 33, 2, 2}, {26, 1, 10, 10, 16, 2, 4},
+                                  {2, 4, 16, 18, 16, 4, 3}, {1, 3, 35, 33, 17, 2, 5}};
+
+template <class T>
+void convnet_all() {
+    int round = 0;
+    for (const ConvNetShape& s : kConvNets) {
+        const int64_t images[4] = {s.batch, s.in_channels, s.height, s.width};
+        for (const int convolution : {kConvolutionDirect, kConvolutionWinograd}) {
+            const int threads = (round + round / 2) % 2 ? 3 : 1;
+            ConvNetCase<T>(s, convolution, threads, round / 4 % 2 == 1).run(layouts(images)[round % 3]);
+            ++round;
+        }
+    }
+}
+
+// Numbers that the passes need, a line a shape: the binding asks one instruction set for all.
+void print_sizes() {
+    for (const ConvNetShape& s : kConvNets)
+        for (const int convolution : {kConvolutionAuto, kConvolutionDirect, kConvolutionWinograd})
+            for (const bool dual : {false, true})
+                for (const bool kept : {false, true})
+                    for (const int threads : {1, 3}) {
+                        const ConvNetSizes sizes = kernels::convnet_sizes(s, convolution, dual, kept, threads);
+                        std::printf("%" PRId64 " %" PRId64 "\n", sizes.workspace, sizes.kept);
+                    }
+}
+#endif
+
 // ---- launches ---------------------------------------------------------------------------------------------------
 
 #if defined(PDD_CUDA_ON_HOST)
@@ -417,7 +648,13 @@ void all() {
 
 }  // namespace
 
-int main() {
+int main(int count, char**) {
+#if !defined(PDD_CUDA_ON_HOST)
+    if (count > 1) return print_sizes(), 0;
+    convnet_all<float>();
+    convnet_all<double>();
+#endif
+    (void)count;
     all<float>();
     all<double>();
 #if defined(PDD_CUDA_ON_HOST)

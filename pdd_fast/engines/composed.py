@@ -1,0 +1,318 @@
+"""The ConvNet's gradient and its dual pass (docs/mathematics.md, section 2) composed of the compiled operators and
+torch's convolutions: what the fused engine runs on a GPU, in 16 bits, and where nothing was compiled.
+
+No graph is recorded. Where values have to be made again, value and tangent are stacked along the batch, so that every
+layer needs one convolution of 2B images by w and one of B images by the direction's weights. Stacks of the forward pass
+hold the values first; those of the backward pass the tangents first, so that the weight gradient
+wgrad(dz_tangent, x) + wgrad(dz, x_tangent) is one call over 2B images.
+
+Left out because the result is known: the weight gradients of the value pass, the input gradient of the images that are
+frozen, and all that concerns a convolution's bias, which the instance norm removes: its gradient is exactly zero.
+
+With precision "bfloat16", images and activations, their tangents and their gradients are stored in 16 bits, and
+convolutions take their weights rounded to 16; parameters, statistics, the linear layer, the loss and all results stay
+float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from pdd_fast import precision as precisions
+from pdd_fast.engines import estimates, side_by_side
+from pdd_fast.engines.base import DualResult, PassShape
+from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
+from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.networks.parameters import views
+from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
+from pdd_fast.ops.norm_relu_pool import (
+    norm_relu_pool,
+    norm_relu_pool_backward,
+    norm_relu_pool_dual,
+    norm_relu_pool_dual_backward,
+)
+
+
+class _Block(NamedTuple):
+    """One block's parameters (or their gradients, or a direction), views of a flat vector."""
+
+    conv: Tensor  # [C, C_in, 3, 3]
+    conv_bias: Tensor  # [C]
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+
+    @property
+    def affine(self) -> Tensor:
+        """[2, C], weight and bias, which are neighbours in the flat vector."""
+        return self.weight.as_strided((2, len(self.weight)), (len(self.weight), 1))
+
+
+class _Parameters(NamedTuple):
+    blocks: list[_Block]
+    weight: Tensor  # [classes, features]
+    bias: Tensor  # [classes]
+
+
+@dataclass
+class _Activations:
+    """What one block saw and gave, values only."""
+
+    x: Tensor  # [B, C_in, H, W]
+    z: Tensor  # [B, C, H, W]
+    mean: Tensor  # [B, C]
+    rstd: Tensor  # [B, C]
+    grad_out: Tensor = field(init=False)  # [B, C, H/2, W/2]
+    grad_z: Tensor = field(init=False)  # [B, C, H, W]
+
+
+@dataclass
+class _Step:
+    """One step's values, kept for the dual pass (memory="cache")."""
+
+    blocks: list[_Activations] = field(default_factory=list)
+    features: Tensor = field(init=False)  # [B, features]
+    logits: Tensor = field(init=False)  # [B, classes]
+
+
+class _Pair(NamedTuple):
+    """A value and its tangent; ``stack`` is the [2B, ...] tensor that holds both, where there is one."""
+
+    value: Tensor
+    tangent: Tensor
+    stack: Tensor | None = None
+
+
+def _values_first(stack: Tensor) -> _Pair:
+    value, tangent = stack.chunk(2)
+    return _Pair(value, tangent, stack)
+
+
+def _tangents_first(stack: Tensor) -> _Pair:
+    tangent, value = stack.chunk(2)
+    return _Pair(value, tangent, stack)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _pass(
+    method: Callable[Concatenate[ComposedPasses, Tensor, _Arguments], _Result],
+) -> Callable[Concatenate[ComposedPasses, Tensor, _Arguments], _Result]:
+    """A method that records no graph and computes in the passes' precision."""
+
+    @wraps(method)
+    def run(self: ComposedPasses, theta: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.no_grad(), precisions.computing_in(self.precision, theta.device):
+            return method(self, theta, *args, **kwargs)
+
+    return run
+
+
+class ComposedPasses:
+    """The passes of :class:`pdd_fast.engines.base.Engine` for a ConvNet."""
+
+    def __init__(self, net: ConvNet, precision: str) -> None:
+        self.precision = precision
+        self._net, self._shapes = net, list(net.parameters())
+
+    def _split(self, theta: Tensor) -> _Parameters:
+        parts = views(theta, iter(self._shapes))
+        blocks = [_Block(*parts[i : i + 4]) for i in range(0, len(parts) - 2, 4)]
+        return _Parameters(blocks, parts[-2], parts[-1])
+
+    def _storage(self, theta: Tensor) -> torch.dtype:
+        return precisions.storage(self.precision, theta.dtype)
+
+    def _operands(self, theta: Tensor) -> _Parameters:
+        """The parameters as a pass computes with them."""
+        p, dtype = self._split(theta), self._storage(theta)
+        return p._replace(blocks=[block._replace(conv=operand(block.conv, dtype)) for block in p.blocks])
+
+    def _stored(self, theta: Tensor, images: Tensor) -> Tensor:
+        return images.to(self._storage(theta)).contiguous(memory_format=torch.channels_last)
+
+    def _forward(self, p: _Parameters, x: Tensor, step: _Step | None) -> Tensor:
+        for block in p.blocks:
+            z = conv(x, block.conv)
+            out, mean, rstd = norm_relu_pool(z, block.weight, block.bias)
+            if step is not None:
+                step.blocks.append(_Activations(x, z, mean, rstd))
+            x = out
+        features = x.flatten(1).to(p.weight.dtype)
+        logits = torch.addmm(p.bias, features, p.weight.t())
+        if step is not None:
+            step.features, step.logits = features, logits
+        return logits
+
+    def kept_bytes(self, shape: PassShape) -> int:
+        return estimates.kept_bytes(estimates.COMPOSED, self._net, self.precision, shape)
+
+    def working_bytes(self, shape: PassShape, dual: bool, kept: bool, networks: int) -> int:
+        return networks * estimates.working_bytes(estimates.COMPOSED, self._net, self.precision, shape, dual, kept)
+
+    @_pass
+    def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        return self._forward(self._operands(theta), self._stored(theta, images), None)
+
+    @_pass
+    def gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
+    ) -> tuple[Tensor, Tensor, _Step | None]:
+        p, step, result = self._operands(theta), _Step(), torch.zeros_like(theta)
+        grads = self._split(result)
+        losses, grad_logits = cross_entropy(self._forward(p, self._stored(theta, images), step), labels)
+        torch.mm(grad_logits.t(), step.features, out=grads.weight)
+        torch.sum(grad_logits, 0, out=grads.bias)
+        last = step.blocks[-1].z
+        shape = (-1, last.shape[1], last.shape[2] // 2, last.shape[3] // 2)
+        grad_out = torch.mm(grad_logits, p.weight).view(shape).to(last.dtype)
+        for i in reversed(range(len(p.blocks))):
+            block, grad = p.blocks[i], grads.blocks[i]
+            seen = step.blocks[i] if keep else step.blocks.pop()  # popped: freed as the pass goes down
+            grad_z, parts = norm_relu_pool_backward(grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias)
+            grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv))
+            torch.sum(parts, 1, out=grad.affine)
+            if keep:
+                seen.grad_out, seen.grad_z = grad_out, grad_z
+            if i > 0:
+                grad_out = conv_input_grad(grad_z, block.conv, seen.x)
+        return losses, result, step if keep else None
+
+    @_pass
+    def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return side_by_side.gradients(self._shapes, theta, images, labels, self._storage(theta))
+
+    @_pass
+    def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        return side_by_side.logits_of(self._shapes, theta, self._stored(theta, images))
+
+    @_pass
+    def dual(
+        self,
+        theta: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        direction: Tensor,
+        saved: _Step | None,
+        want_theta: bool = True,
+        rows: Tensor | None = None,
+    ) -> DualResult:
+        p, v = self._operands(theta), self._operands(direction)
+        result = torch.zeros_like(theta) if want_theta else None
+        grads = self._split(result) if result is not None else None
+
+        # Forward: x, z and their tangents, block by block. The images have none: they are not moved.
+        x: _Pair | Tensor = self._stored(theta, images)
+        seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
+        for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):
+            kept = saved.blocks[i] if saved else None
+            if kept and isinstance(x, _Pair):
+                x = _Pair(kept.x, x.tangent)
+            z = self._convolve(x, block.conv, along.conv, kept)
+            out, statistics = norm_relu_pool_dual(
+                z.value, z.tangent, block.weight, along.weight, block.bias, along.bias, tangent_only=kept is not None
+            )
+            seen.append((x, z, statistics))
+            x = _Pair(out, out) if kept else _values_first(out)
+
+        # The linear layer and the loss.
+        assert isinstance(x, _Pair)  # depth is at least 1
+        features_tangent = x.tangent.flatten(1).to(theta.dtype)
+        features = saved.features if saved else x.value.flatten(1).to(theta.dtype)
+        logits = saved.logits if saved else torch.addmm(p.bias, features, p.weight.t())
+        logits_tangent = torch.addmm(v.bias, features, v.weight.t()).addmm_(features_tangent, p.weight.t())
+        slopes, grad_logits, grad_logits_tangent, labels_tangent = cross_entropy_dual(logits, logits_tangent, labels)
+        if grads is not None:
+            torch.mm(grad_logits_tangent.t(), features, out=grads.weight)
+            grads.weight.addmm_(grad_logits.t(), features_tangent)
+            torch.sum(grad_logits_tangent, 0, out=grads.bias)
+        grad_out = self._features_backward(p, v, grad_logits, grad_logits_tangent, seen[-1][1].value, saved)
+
+        # Backward: gradients of z and x and their tangents, from the last block to the first.
+        want_images = rows is None or rows.numel() > 0
+        images_tangent = None
+        for i in reversed(range(len(p.blocks))):
+            block, along = p.blocks[i], v.blocks[i]
+            kept = saved.blocks[i] if saved else None
+            x, z, statistics = seen.pop()
+            tangent_only = kept is not None or (i == 0 and not want_images)
+            grad_stack, parts = norm_relu_pool_dual_backward(
+                grad_out.value, grad_out.tangent, z.value, z.tangent, statistics,
+                block.weight, along.weight, block.bias, tangent_only=tangent_only,
+            )  # fmt: skip
+            if kept:
+                grad_z = _Pair(kept.grad_z, grad_stack)
+            else:
+                grad_z = _Pair(grad_stack, grad_stack) if tangent_only else _tangents_first(grad_stack)
+            if grads is not None:
+                self._weight_tangent(grad_z, x, block.conv, grads.blocks[i].conv)
+                torch.sum(parts, 1, out=grads.blocks[i].affine)
+            if isinstance(x, _Pair):
+                below = saved.blocks[i - 1].grad_out if saved else None
+                grad_out = self._input_backward(grad_z, block.conv, along.conv, x, below)
+            elif want_images:
+                images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x, rows, theta.dtype)
+        return DualResult(slopes.mean(), result, images_tangent, labels_tangent if labels.is_floating_point() else None)
+
+    @staticmethod
+    def _convolve(x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None) -> _Pair:
+        """z = w*x and its tangent w_tangent*x + w*x_tangent."""
+        if isinstance(x, Tensor):
+            return _Pair(kept.z if kept else conv(x, w), conv(x, w_tangent))
+        tangent = conv(x.value, w_tangent)
+        if x.stack is None:
+            assert kept is not None  # values that were made again come stacked
+            return _Pair(kept.z, tangent.add_(conv(x.tangent, w)))
+        z = _values_first(conv(x.stack, w))
+        z.tangent.add_(tangent)
+        return z
+
+    @staticmethod
+    def _features_backward(
+        p: _Parameters, v: _Parameters, grad_logits: Tensor, grad_logits_tangent: Tensor, z: Tensor, saved: _Step | None
+    ) -> _Pair:
+        """Gradient of what the last block gave, and its tangent."""
+        shape = (-1, z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
+        tangent = torch.mm(grad_logits_tangent, p.weight).addmm_(grad_logits, v.weight).view(shape)
+        value = saved.blocks[-1].grad_out if saved else torch.mm(grad_logits, p.weight).view(shape)
+        return _Pair(value.to(z.dtype), tangent.to(z.dtype))
+
+    @staticmethod
+    def _weight_tangent(grad_z: _Pair, x: _Pair | Tensor, w: Tensor, out: Tensor) -> None:
+        """Writes wgrad(dz_tangent, x) + wgrad(dz, x_tangent) into ``out``, where the sum is not rounded to 16 bits."""
+        if isinstance(x, Tensor):
+            out.copy_(conv_weight_grad(grad_z.tangent, x, w))
+        elif grad_z.stack is not None and x.stack is not None:
+            out.copy_(conv_weight_grad(grad_z.stack, x.stack, w))
+        else:
+            out.copy_(conv_weight_grad(grad_z.tangent, x.value, w))
+            out.add_(conv_weight_grad(grad_z.value, x.tangent, w))
+
+    @staticmethod
+    def _input_backward(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: _Pair, kept_grad: Tensor | None) -> _Pair:
+        """dx = wᵀ*dz and its tangent wᵀ*dz_tangent + w_tangentᵀ*dz."""
+        crossed = conv_input_grad(grad_z.value, w_tangent, x.value)
+        if kept_grad is not None:
+            return _Pair(kept_grad, conv_input_grad(grad_z.tangent, w, x.value).add_(crossed))
+        assert grad_z.stack is not None  # what was not kept comes stacked
+        assert x.stack is not None
+        grad = _tangents_first(conv_input_grad(grad_z.stack, w, x.stack))
+        grad.tangent.add_(crossed)
+        return grad
+
+    @staticmethod
+    def _images_tangent(
+        grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: Tensor, rows: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Tangent of the gradient with respect to the images of ``rows``, in ``dtype``."""
+        value, tangent = grad_z.value, grad_z.tangent
+        if rows is not None:
+            value, tangent, x = (t.index_select(0, rows) for t in (value, tangent, x))
+        return conv_input_grad(tangent, w, x).to(dtype).add_(conv_input_grad(value, w_tangent, x))
