@@ -20,7 +20,23 @@ from pdd_fast.ops.dsa import DRAWS, NOTHING, OPERATIONS, dsa, dsa_adjoint
 
 MODES = ("single", "multiple")
 _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
-_IDENTITY = {"saturation": 1.0, "contrast": 1.0, "scale_h": 1.0, "scale_w": 1.0}
+_ROWS = {name: row for row, name in enumerate(DRAWS)}
+_NEUTRAL = torch.tensor([[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in DRAWS],
+                        dtype=torch.float64, device="cpu")  # fmt: skip
+
+
+def _neutral(batch_size: int, device: torch.device) -> Tensor:
+    """float64 [11, batch_size]: draws that change nothing."""
+    # Three times as fast as repeat.
+    return _NEUTRAL.to(device).expand(-1, batch_size).clone(memory_format=torch.contiguous_format)
+
+
+def _draw(name: str) -> Any:
+    """One draw of every image as an attribute."""
+    row = _ROWS[name]
+    if name == "flip":
+        return property(lambda p: p.values[row] != 0)
+    return property((lambda p: p.values[row].long()) if name in _INTEGERS else (lambda p: p.values[row]))
 
 
 @dataclass(frozen=True, eq=False)  # an == of tensors has no truth value
@@ -33,18 +49,20 @@ class AugmentParameters:
     operations: tuple[str, ...]  # of color, crop, cutout, flip, scale, rotate, in the order applied
     image_size: tuple[int, int]  # (H, W) that was drawn for
     cutout_size: tuple[int, int]  # height and width of what cutout blanks
-    brightness: Tensor  # [b] float64, added
-    saturation: Tensor  # [b] float64, factor of the distance from the mean over channels
-    contrast: Tensor  # [b] float64, factor of the distance from the mean of the image
-    shift_h: Tensor  # [b] int64, rows
-    shift_w: Tensor  # [b] int64, columns
-    cutout_h: Tensor  # [b] int64, row of the centre
-    cutout_w: Tensor  # [b] int64, column of the centre
-    flip: Tensor  # [b] bool
-    scale_h: Tensor  # [b] float64
-    scale_w: Tensor  # [b] float64
-    angle: Tensor  # [b] float64, radians
+    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS; below each row by its name
     _packed: dict[torch.device, PackedDraws] = field(default_factory=dict, repr=False, compare=False)
+
+    brightness = _draw("brightness")  # [b] float64, added
+    saturation = _draw("saturation")  # [b] float64, factor of the distance from the mean over channels
+    contrast = _draw("contrast")  # [b] float64, factor of the distance from the mean of the image
+    shift_h = _draw("shift_h")  # [b] int64, rows
+    shift_w = _draw("shift_w")  # [b] int64, columns
+    cutout_h = _draw("cutout_h")  # [b] int64, row of the centre
+    cutout_w = _draw("cutout_w")  # [b] int64, column of the centre
+    flip = _draw("flip")  # [b] bool
+    scale_h = _draw("scale_h")  # [b] float64
+    scale_w = _draw("scale_w")  # [b] float64
+    angle = _draw("angle")  # [b] float64, radians
 
     @classmethod
     def of(
@@ -63,42 +81,36 @@ class AugmentParameters:
         unknown = [name for name in draws if name not in DRAWS]
         if unknown:
             raise TypeError(f"AugmentParameters: there is no draw {unknown[0]!r}; the draws are {', '.join(DRAWS)}")
-        device = next((value.device for value in draws.values()), None)
-        values: dict[str, Any] = {}
-        for name in DRAWS:
-            dtype = torch.bool if name == "flip" else torch.int64 if name in _INTEGERS else torch.float64
-            value = draws.get(name)
-            if value is None:
-                value = torch.full((batch_size,), _IDENTITY.get(name, 0.0), device=device)
+        device = next((value.device for value in draws.values()), torch.device("cpu"))
+        values = _neutral(batch_size, device)
+        for name, value in draws.items():
             if tuple(value.shape) != (batch_size,):
                 raise ValueError(f"AugmentParameters: {name} must have shape ({batch_size},), got {tuple(value.shape)}")
-            values[name] = value.detach().to(dtype)
+            value = value.detach()
+            values[_ROWS[name]] = value.long() if name in _INTEGERS else value.bool() if name == "flip" else value
         if cutout_size is None:
             cutout_size = (int(size[0] * 0.5 + 0.5), int(size[1] * 0.5 + 0.5))
-        return cls(tuple(operations), size, cutout_size, **values)
+        return cls(tuple(operations), size, cutout_size, values)
 
     def __len__(self) -> int:
-        return len(self.brightness)
+        return self.values.shape[1]
 
     def __getitem__(self, rows: Tensor | slice) -> AugmentParameters:
         """The parameters of some of the images."""
         if isinstance(rows, Tensor):
-            rows = rows.to(self.brightness.device)
-        return self._map(lambda draw: draw[rows])
+            rows = rows.to(self.values.device)
+        return self._with(self.values[:, rows])
 
     def to(self, device: torch.device | str) -> AugmentParameters:
         """The parameters on another device."""
-        return self._map(lambda draw: draw.to(device))
+        return self._with(self.values.to(device))
 
-    def _map(self, change: Any) -> AugmentParameters:
-        draws = {name: change(getattr(self, name)) for name in DRAWS}
-        return AugmentParameters(self.operations, self.image_size, self.cutout_size, **draws)
+    def _with(self, values: Tensor) -> AugmentParameters:
+        return AugmentParameters(self.operations, self.image_size, self.cutout_size, values)
 
-    def _numbers(self, count: int) -> Tensor:
-        """int32 [count, b]: the operations as the kernels count them, and then nothing."""
-        numbers = [OPERATIONS.index(name) for name in self.operations] + [NOTHING] * (count - len(self.operations))
-        column = torch.tensor(numbers, dtype=torch.int32, device=self.brightness.device)
-        return column[:, None].expand(-1, len(self)).contiguous()
+    def _numbers(self, count: int) -> list[int]:
+        """The operations as the kernels count them, and then nothing, ``count`` in all."""
+        return [OPERATIONS.index(name) for name in self.operations] + [NOTHING] * (count - len(self.operations))
 
     def packed(self, device: torch.device) -> PackedDraws:
         """What the kernels take, on ``device``; made once per device."""
@@ -118,23 +130,29 @@ class PackedDraws(NamedTuple):
     @classmethod
     def of(cls, parameters: Sequence[AugmentParameters]) -> PackedDraws:
         """The draws of several batches of images of one size, one after another."""
-        most = max(len(p.operations) for p in parameters)
-        values = [torch.stack([getattr(p, name).double() for name in DRAWS]) for p in parameters]
-        operations = [p._numbers(most) for p in parameters]
+        first, most = parameters[0], max(len(p.operations) for p in parameters)
+        blocks = [(p._numbers(most), len(p)) for p in parameters]
         if len(parameters) == 1:
-            return cls(values[0], operations[0], parameters[0].cutout_size)
-        return cls(torch.cat(values, 1), torch.cat(operations, 1), parameters[0].cutout_size)
+            return cls(first.values, _columns(*blocks[0], first.values.device), first.cutout_size)
+        values = torch.cat([p.values for p in parameters], 1)
+        length = len(first)
+        if all(len(p) == length for p in parameters):
+            table = torch.tensor([numbers for numbers, _ in blocks], dtype=torch.int32, device="cpu").view(-1, most)
+            operations = table.t().unsqueeze(2).expand(-1, -1, length).reshape(most, -1)
+        else:
+            operations = torch.cat([_columns(numbers, count, torch.device("cpu")) for numbers, count in blocks], 1)
+        return cls(values, operations.to(values.device), first.cutout_size)
 
     def to(self, device: torch.device) -> PackedDraws:
         return PackedDraws(self.values.to(device), self.operations.to(device), self.cutout_size)
 
     def apply(self, images: Tensor, linear: bool = False) -> Tensor:
         """:func:`augment` without autograd, or its linear part."""
-        return dsa(images, self.values, self.operations, list(self.cutout_size), linear)
+        return dsa(images, self.values, self.operations, self.cutout_size, linear)
 
     def adjoint(self, grad: Tensor) -> Tensor:
         """:func:`augment_adjoint` without autograd."""
-        return dsa_adjoint(grad, self.values, self.operations, list(self.cutout_size))
+        return dsa_adjoint(grad, self.values, self.operations, self.cutout_size)
 
 
 @dataclass(frozen=True)
@@ -209,40 +227,48 @@ class DSA:
             raise ValueError(f"DSA: batch_size must be at least 1, got {batch_size}")
         H, W = _size("DSA", image_size)
         device = generator.device if generator is not None else torch.device("cpu")
+        values = _neutral(batch_size, device)
 
-        def uniform(low: float, high: float) -> Tensor:
-            draw = torch.rand(batch_size, dtype=torch.float64, generator=generator, device=device)
-            return low + (high - low) * draw
+        def uniform(name: str, low: float, high: float) -> Tensor:
+            return values[_ROWS[name]].uniform_(generator=generator).mul_(high - low).add_(low)
 
-        def integer(low: int, high: int) -> Tensor:
-            return torch.randint(low, high + 1, (batch_size,), generator=generator, device=device)
+        def integer(name: str, low: int, high: int) -> None:
+            draw = torch.randint(low, high + 1, (batch_size,), generator=generator, device=device)
+            values[_ROWS[name]].copy_(draw)
 
         operations = self.operations
         if operations and self.mode == "single":
             index = torch.randint(len(operations), (), generator=generator, device=device)
             operations = (operations[int(index)],)
         cutout_size = (int(H * self.cutout + 0.5), int(W * self.cutout + 0.5))
-        draws: dict[str, Tensor] = {}
         for name in operations:
             if name == "color":
-                draws["brightness"] = uniform(-self.brightness / 2, self.brightness / 2)
-                draws["saturation"] = uniform(0, self.saturation)
-                draws["contrast"] = uniform(1 - self.contrast, 1 + self.contrast)
+                uniform("brightness", -self.brightness / 2, self.brightness / 2)
+                uniform("saturation", 0, self.saturation)
+                uniform("contrast", 1 - self.contrast, 1 + self.contrast)
             elif name == "crop":
                 reach_h, reach_w = int(H * self.crop + 0.5), int(W * self.crop + 0.5)
-                draws["shift_h"], draws["shift_w"] = integer(-reach_h, reach_h), integer(-reach_w, reach_w)
+                integer("shift_h", -reach_h, reach_h)
+                integer("shift_w", -reach_w, reach_w)
             elif name == "cutout":
-                draws["cutout_h"] = integer(0, H - cutout_size[0] % 2)
-                draws["cutout_w"] = integer(0, W - cutout_size[1] % 2)
+                integer("cutout_h", 0, H - cutout_size[0] % 2)
+                integer("cutout_w", 0, W - cutout_size[1] % 2)
             elif name == "flip":
-                draws["flip"] = uniform(0, 1) < self.flip
+                uniform("flip", 0, 1).lt_(self.flip)
             elif name == "scale":
-                draws["scale_w"] = uniform(1 / self.scale, self.scale)
-                draws["scale_h"] = uniform(1 / self.scale, self.scale)
+                uniform("scale_w", 1 / self.scale, self.scale)
+                uniform("scale_h", 1 / self.scale, self.scale)
             else:
-                draws["angle"] = uniform(-math.radians(self.rotate), math.radians(self.rotate))
-        parameters = AugmentParameters.of(operations, batch_size, (H, W), cutout_size, **draws)
-        return parameters if device.type == "cpu" else parameters.to(device)
+                uniform("angle", -math.radians(self.rotate), math.radians(self.rotate))
+        return AugmentParameters(operations, (H, W), cutout_size, values)
+
+
+def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
+    """int32 [len(numbers), count]: the same operations for every image."""
+    if len(numbers) == 1:
+        return torch.full((1, count), numbers[0], dtype=torch.int32, device=device)
+    column = torch.tensor(numbers, dtype=torch.int32, device=device)
+    return column.view(-1, 1).expand(-1, count).contiguous()
 
 
 def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
@@ -324,13 +350,12 @@ class _Adjoint(torch.autograd.Function):
 
 
 def _check(function: str, argument: str, images: Tensor, parameters: AugmentParameters) -> None:
+    shape, size = images.shape, parameters.image_size
     if images.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{function}: {argument} must be float32 or float64, got {images.dtype}")
-    expected = (len(parameters), "C", *parameters.image_size)
-    fits = images.dim() == 4 and (images.shape[0], *images.shape[2:]) == (expected[0], *parameters.image_size)
-    if not fits:
-        shape = ", ".join(map(str, expected))
-        raise ValueError(f"{function}: {argument} must have shape [{shape}], got {tuple(images.shape)}")
+    if len(shape) != 4 or shape[0] != len(parameters) or shape[2:] != size:
+        expected = f"[{len(parameters)}, C, {size[0]}, {size[1]}]"
+        raise ValueError(f"{function}: {argument} must have shape {expected}, got {tuple(shape)}")
 
 
 def _size(operator: str, image_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -117,7 +117,8 @@ def _cross_entropy_dual(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 def _dsa(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     strategies = [*dsa_ops.OPERATIONS, "color_crop_cutout_flip_scale_rotate"]
-    for shape in ((3, 1, 8, 8), (2, 3, 7, 5), (1, 3, 33, 17), (4, 2, 1, 6), (2, 3, 32, 32)):
+    shapes = [(3, 1, 8, 8), (2, 3, 7, 5), (1, 3, 33, 17), (4, 2, 1, 6), (2, 3, 32, 32), (2, 4, 5, 12), (1, 5, 6, 4)]
+    for shape in shapes:
         for strategy in strategies:
             draw = DSA(strategy, mode="multiple").sample(shape[0], (shape[2], shape[3]))
             for images in layouts(torch.randn(shape, dtype=dtype)):

@@ -14,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdd_fast.augmentation import DSA, AugmentParameters, augment, augment_adjoint
+from pdd_fast.augmentation import DSA, AugmentParameters, PackedDraws, augment, augment_adjoint
+from pdd_fast.ops import _native
+from pdd_fast.ops import dsa as dsa_ops
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 EVERYTHING = "color_crop_cutout_flip_scale_rotate"
@@ -74,7 +77,7 @@ def sampled(image: Tensor, matrix: list[list[float]]) -> Tensor:
 def augmented(image: Tensor, operations: tuple[str, ...], p: AugmentParameters, b: int) -> Tensor:
     """Design 3.4 for image ``b``, [C, H, W] in float64."""
     _, H, W = image.shape
-    draw: dict[str, Any] = {name: getattr(p, name)[b].item() for name in p.__dataclass_fields__ if name in DRAWN}
+    draw: dict[str, Any] = {name: getattr(p, name)[b].item() for name in DRAWN}
     for operation in operations:
         if operation == "color":
             image = colour(image, draw["brightness"], draw["saturation"], draw["contrast"])
@@ -203,6 +206,60 @@ def test_expanded_and_negated_views_are_read_right(device: torch.device) -> None
     negated = torch.complex(one, one).conj().imag.expand(3, 2, 5, 5)
     assert negated.is_neg()
     assert torch.equal(augment(negated, p), augment(-one.repeat(3, 1, 1, 1), p))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, AugmentParameters]:
+    """Sizes around those of vectors, of four pixels and of four channels: the kernels have code of its own for each."""
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 21)), draw(st.integers(1, 37)))
+    operations = draw(st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=3))
+    p = DSA("_".join(dict.fromkeys(operations)), mode="multiple", crop=draw(st.sampled_from([0.125, 1.0])))
+    seed = draw(st.integers(0, 2**32))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    return torch.randn(shape, generator=generator(seed), dtype=dtype), p.sample(shape[0], shape[2:], generator(seed))
+
+
+@given(batches())
+def test_bits_do_not_depend_on_the_layout(batch: tuple[Tensor, AugmentParameters]) -> None:
+    images, p = batch
+    packed = p.packed(torch.device("cpu"))
+    reference = (packed.values, packed.operations, list(packed.cutout_size))
+    for function, expected in (
+        (augment, dsa_ops.dsa_reference(images.double(), *reference, False)),
+        (augment_adjoint, dsa_ops.dsa_adjoint_reference(images.double(), *reference)),
+    ):
+        first = function(images, p)
+        assert worst(first, expected) <= 2 * TOLERANCE[images.dtype]
+        for other in layouts(images):
+            assert torch.equal(function(other, p), first)
+
+
+@pytest.mark.parametrize("strategy", OPERATIONS)
+def test_an_expanded_gradient_is_read_right(strategy: str, device: torch.device) -> None:
+    """The gradient of a sum is one number with strides of 0."""
+    p = DSA(strategy).sample(3, (7, 9), generator(10))
+    for channels in (1, 3):
+        one = torch.tensor(0.7, device=device)
+        assert torch.equal(
+            augment_adjoint(one.expand(3, channels, 7, 9), p),
+            augment_adjoint(torch.full((3, channels, 7, 9), 0.7, device=device), p),
+        )
+
+
+@pytest.mark.parametrize("strategy", [*OPERATIONS, EVERYTHING])
+def test_bits_do_not_depend_on_the_number_of_threads(strategy: str) -> None:
+    p = DSA(strategy, mode="multiple").sample(150, 20, generator(11))
+    images, threads = torch.randn(150, 3, 20, 20), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append((augment(images, p), augment_adjoint(images, p)))
+    finally:
+        torch.set_num_threads(threads)
+    for forward, adjoint in found[1:]:
+        assert torch.equal(forward, found[0][0])
+        assert torch.equal(adjoint, found[0][1])
 
 
 def test_no_operation_leaves_the_images_alone() -> None:
@@ -360,6 +417,44 @@ def test_settings_change_the_ranges() -> None:
     assert torch.equal(p.scale_h, torch.ones(5000, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("batch_size", [1, 20])
+def test_a_seed_keeps_its_draws(batch_size: int) -> None:
+    """Results that were recorded depend on them: these calls, in this order."""
+    height, width, p = 32, 20, DSA(EVERYTHING, mode="multiple").sample(batch_size, (32, 20), generator(12))
+    g = generator(12)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(batch_size, dtype=torch.float64, generator=g)
+
+    def integer(low: int, high: int) -> Tensor:
+        return torch.randint(low, high + 1, (batch_size,), generator=g)
+
+    most = math.radians(15)
+    for name, expected in (
+        ("brightness", uniform(-0.5, 0.5)), ("saturation", uniform(0, 2)), ("contrast", uniform(0.5, 1.5)),
+        ("shift_h", integer(-4, 4)), ("shift_w", integer(-3, 3)),
+        ("cutout_h", integer(0, height)), ("cutout_w", integer(0, width)),
+        ("flip", uniform(0, 1) < 0.5),
+        ("scale_w", uniform(1 / 1.2, 1.2)), ("scale_h", uniform(1 / 1.2, 1.2)),
+        ("angle", uniform(-most, most)),
+    ):  # fmt: skip
+        found = getattr(p, name)
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected), name
+    single = DSA(EVERYTHING).sample(batch_size, 32, generator(13))
+    g = generator(13)
+    assert single.operations == (OPERATIONS[int(torch.randint(6, (), generator=g))],)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_draw_leaves_the_neutral_values_of_the_next_alone(batch_size: int) -> None:
+    for strategy in OPERATIONS:
+        p = DSA(strategy).sample(batch_size, 8, generator(14))
+        for draw in DRAWN - {name for operation, name, _, _ in RANGES if operation == strategy} - {strategy}:
+            neutral = float(draw in ("saturation", "contrast", "scale_h", "scale_w"))
+            assert getattr(p, draw).double().tolist() == [neutral] * batch_size
+
+
 def test_single_mode_draws_every_operation_about_equally_often() -> None:
     dsa, draw, count = DSA(EVERYTHING), generator(6), 1800
     names = [dsa.sample(1, 4, draw).operations for _ in range(count)]
@@ -432,6 +527,18 @@ def test_a_subset_of_the_parameters_augments_a_subset_of_the_images(rows: Tensor
     assert (part.operations, part.image_size, part.cutout_size) == (p.operations, p.image_size, p.cutout_size)
 
 
+@pytest.mark.parametrize("lengths", [(2, 3, 1), (2, 2, 2), (4,)], ids=str)
+def test_batches_packed_one_after_another(lengths: tuple[int, ...], device: torch.device) -> None:
+    strategies = ("crop_color_flip", "rotate", "none")
+    parts = [DSA(strategy, "multiple").sample(n, (6, 5)) for strategy, n in zip(strategies, lengths, strict=False)]
+    packed = PackedDraws.of(parts).to(device)
+    images = torch.randn(sum(lengths), 3, 6, 5, device=device)
+    expected = [augment(part, p) for part, p in zip(images.split(lengths), parts, strict=True)]
+    assert torch.equal(packed.apply(images), torch.cat(expected))
+    back = [augment_adjoint(part, p) for part, p in zip(images.split(lengths), parts, strict=True)]
+    assert torch.equal(packed.adjoint(images), torch.cat(back))
+
+
 def test_parameters_on_another_device(device: torch.device) -> None:
     p = DSA(EVERYTHING, mode="multiple").sample(3, 6)
     there = p.to(device)
@@ -461,6 +568,55 @@ def test_parameters_made_by_hand_live_where_the_given_draws_do() -> None:
 def test_parameters_can_be_compared_and_hashed() -> None:
     a, b = DSA("rotate").sample(3, 4), DSA("rotate").sample(3, 4)
     assert (a == b, len({a, b, a})) == (False, 2)
+
+
+# ---- with and without the dispatcher ----------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Notes which of our operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pdd_fast":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    if _native.load("cpu") is None:
+        pytest.skip("no kernels")
+    packed = DSA(EVERYTHING, mode="multiple").sample(2, 5).packed(torch.device("cpu"))
+    images = torch.randn(2, 3, 5, 5)
+    expected, back = packed.apply(images), packed.adjoint(images)
+    with Seen() as seen:
+        assert torch.equal(packed.apply(images), expected)
+        assert torch.equal(packed.adjoint(images), back)
+    assert seen.names == ["pdd_fast::dsa", "pdd_fast::dsa_adjoint"]
+
+    taken = []
+    for name in ("_dsa", "_dsa_adjoint"):
+        monkeypatch.setattr(dsa_ops, name, lambda *arguments, name=name: taken.append(name))
+    packed.apply(images)
+    packed.adjoint(images)
+    assert not taken
+    packed.apply(images.half())
+    packed.adjoint(images.clone().requires_grad_())
+    packed.apply(torch.complex(images, images).conj().imag)
+    packed.apply(images.to("meta"))
+    packed.apply(images[:1])  # one image and two draws: refused by the operator
+    packed.apply(images[0])
+    packed._replace(operations=packed.operations.long()).apply(images)
+    packed._replace(operations=packed.operations + 1).apply(images)  # 6 is no operation
+    packed._replace(values=packed.values.float()).apply(images)
+    packed._replace(cutout_size=(2, -1)).apply(images)
+    assert taken == ["_dsa", "_dsa_adjoint", *["_dsa"] * 8]
+    with torch.no_grad():
+        packed.adjoint(images.clone().requires_grad_())
+    assert len(taken) == 10
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Operations and draws travel as numbers; :mod:`pdd_fast.augmentation` gives them 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, compute_dtype, operator, require, require_floating
+from pdd_fast.ops._registry import HALF, address, compute_dtype, operator, require, require_floating
 
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -40,27 +41,39 @@ class Draws(NamedTuple):
     angle: Tensor
 
 
+_TYPES = (torch.float32, torch.float64, *HALF)
+
+
 def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> None:
-    require_floating(name, "images", images, half=True)
-    require(images.dim() == 4 and images.numel() > 0, name, "images", "have shape [B, C, H, W] and not be empty",
-            tuple(images.shape))  # fmt: skip
-    require(images[0].numel() < 2**31, name, "images", "have fewer than 2**31 numbers each", tuple(images.shape))
+    # Conditions first, and what a message is made of only where one fails: 2 microseconds a call instead of 10.
+    shape, device = images.shape, images.device
+    if images.dtype not in _TYPES:
+        require_floating(name, "images", images, half=True)
+    if len(shape) != 4 or images.numel() == 0:
+        require(False, name, "images", "have shape [B, C, H, W] and not be empty", tuple(shape))
+    if shape[1] * shape[2] * shape[3] >= 2**31:
+        require(False, name, "images", "have fewer than 2**31 numbers each", tuple(shape))
     if draws.dtype != torch.float64:
         raise TypeError(f"{name}: draws must be torch.float64, got {draws.dtype}")
-    require(draws.device == images.device, name, "draws", f"be on {images.device}", draws.device)
-    shape = (len(DRAWS), len(images))
-    require(tuple(draws.shape) == shape, name, "draws", f"have shape {shape}", tuple(draws.shape))
+    if draws.device != device:
+        require(False, name, "draws", f"be on {device}", draws.device)
+    if draws.shape != (len(DRAWS), shape[0]):
+        require(False, name, "draws", f"have shape {(len(DRAWS), shape[0])}", tuple(draws.shape))
     if operations.dtype != torch.int32:
         raise TypeError(f"{name}: operations must be torch.int32, got {operations.dtype}")
-    require(operations.device == images.device, name, "operations", f"be on {images.device}", operations.device)
-    require(operations.dim() == 2 and operations.shape[1] == len(images), name, "operations",
-            f"have shape (k, {len(images)})", tuple(operations.shape))  # fmt: skip
-    require(len(cutout) == 2 and min(cutout) >= 0, name, "cutout", "be a height and a width", cutout)
+    if operations.device != device:
+        require(False, name, "operations", f"be on {device}", operations.device)
+    if operations.dim() != 2 or operations.shape[1] != shape[0]:
+        require(False, name, "operations", f"have shape (k, {shape[0]})", tuple(operations.shape))
+    if len(cutout) != 2 or min(cutout) < 0:
+        require(False, name, "cutout", "be a height and a width", cutout)
 
 
 def _empty(images: Tensor) -> Tensor:
     """Uninitialised, dense, in channels-last memory where ``images`` is and planar otherwise."""
-    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    if images.is_contiguous():
+        return torch.empty_like(images, memory_format=torch.contiguous_format)
+    last = images.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(images, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
@@ -70,9 +83,8 @@ def _launch(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout
     count = _native.scratch_images(images, number.itemsize)
     scratch = images.new_empty((count, 2, images[0].numel()), dtype=number) if count else None
     _native.call(
-        name, images, list(images.shape), *cutout, len(operations), address(operations), linear,
-        address(draws), address(images), list(images.stride()), address(output), list(output.stride()),
-        address(scratch), count,
+        name, images, images.shape, *cutout, len(operations), address(operations), linear,
+        address(draws), address(images), images.stride(), address(output), output.stride(), address(scratch), count,
     )  # fmt: skip
     return output
 
@@ -177,7 +189,61 @@ _dsa_adjoint = operator(
 )
 
 
-def dsa(images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool = False) -> Tensor:
+def _keys(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, names[0]))
+    for name in names[1:]:
+        keys = keys | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+_PLAIN = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")  # a tensor on the CPU and nothing else besides
+_NUMBERS = {dtype: _native.TYPES.index(dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def _straight(
+    name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int], linear: bool
+) -> Tensor | None:
+    """The operator where all is as in a training step on the CPU: its kernel, without the way through the dispatcher.
+
+    8 microseconds a call instead of 20, and each twice to three times that where other code runs between calls; the
+    kernel takes 5 for 20 flipped images of 3x32x32.
+
+    Returns:
+        None where anything is unusual (a mode, a transform, a trace, a gradient, a mistake): call the operator.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    library, number = _native.load("cpu"), _NUMBERS.get(images.dtype)
+    shape, count = images.shape, operations.shape
+    if (
+        library is None
+        or number is None
+        or torch._C._dispatch_keys(images).raw_repr() != _PLAIN
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.get_dynamic_layer_stack_depth()
+        or (images.requires_grad and torch.is_grad_enabled())
+        or len(shape) != 4
+        or not 0 < images.numel() < 2**31
+        or draws.shape != (len(DRAWS), shape[0])
+        or len(count) != 2
+        or count[1] != shape[0]
+        or draws.dtype != torch.float64
+        or operations.dtype != torch.int32
+        or not (draws.is_cpu and draws.is_contiguous() and not draws.is_neg())
+        or not (operations.is_cpu and operations.is_contiguous())
+        or len(cutout) != 2
+        or min(cutout) < 0
+    ):
+        return None
+    output = torch.empty_like(images) if images.is_contiguous() else _empty(images)
+    status = getattr(library, name)(
+        number, 0, torch.get_num_threads(), shape, *cutout, count[0], operations.data_ptr(), linear, draws.data_ptr(),
+        images.data_ptr(), images.stride(), output.data_ptr(), output.stride(), 0, 0,
+    )  # fmt: skip
+    return output if status == 0 else None
+
+
+def dsa(images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int], linear: bool = False) -> Tensor:
     """Applies ``operations`` in order to every image, each with its own draws.
 
     Args:
@@ -191,9 +257,11 @@ def dsa(images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], li
     Returns:
         [B, C, H, W] in the memory format of ``images``.
     """
-    return _dsa(images, draws, operations, cutout, linear)
+    output = _straight("dsa", images, draws, operations, cutout, linear)
+    return _dsa(images, draws, operations, list(cutout), linear) if output is None else output
 
 
-def dsa_adjoint(grad: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> Tensor:
+def dsa_adjoint(grad: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int]) -> Tensor:
     """Aᵀ ``grad``, with A the linear part of :func:`dsa` for the same draws; arguments and result as there."""
-    return _dsa_adjoint(grad, draws, operations, cutout)
+    output = _straight("dsa_adjoint", grad, draws, operations, cutout, True)
+    return _dsa_adjoint(grad, draws, operations, list(cutout)) if output is None else output

@@ -20,10 +20,13 @@ struct ImageShape {
     PDD_HD int64_t elements() const { return channels * height * width; }
 };
 
-// value held to [low, high], NaN to low. A draw may be any number; one that does not fit an integer must not be cast.
-PDD_HD double held(double value, double low, double high) {
-    const double raised = value > low ? value : low;
-    return raised < high ? raised : high;
+// value, a double or several, held to [low, high], NaN to low. A draw may be any number; one that does not fit an
+// integer must not be cast.
+template <class Value>
+PDD_HD Value held(Value value, double low, double high) {
+    const Value lowest = Value{} + low, highest = Value{} + high;
+    const Value raised = value > lowest ? value : lowest;
+    return raised < highest ? raised : highest;
 }
 
 constexpr double kFar = 1e15;  // beyond any image, and sums of a few such still fit an int64_t
@@ -56,12 +59,11 @@ struct Sampling {
     double xx, xy, yx, yy;  // M: x from x, x from y, y from x, y from y
     double cx, cy;
 
-    PDD_HD double x(int64_t i, int64_t j) const {
-        return cx + xx * (static_cast<double>(j) - cx) + xy * (static_cast<double>(i) - cy);
-    }
-    PDD_HD double y(int64_t i, int64_t j) const {
-        return cy + yx * (static_cast<double>(j) - cx) + yy * (static_cast<double>(i) - cy);
-    }
+    // The position of a pixel is the column's part of it, and then the row's.
+    PDD_HD double column_x(int64_t j) const { return cx + xx * (static_cast<double>(j) - cx); }
+    PDD_HD double column_y(int64_t j) const { return cy + yx * (static_cast<double>(j) - cx); }
+    PDD_HD double x(int64_t i, int64_t j) const { return column_x(j) + xy * (static_cast<double>(i) - cy); }
+    PDD_HD double y(int64_t i, int64_t j) const { return column_y(j) + yy * (static_cast<double>(i) - cy); }
 };
 
 PDD_HD Sampling scaling(Draws draws, ImageShape shape) {
@@ -101,11 +103,21 @@ PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
             0.5 * down};
 }
 
-// Weight of a pixel for a sample at this distance along one axis; the one place that knows it is bilinear.
+// Weight of a pixel for a sample at this distance along one axis.
 PDD_HD double tap(double distance) {
     const double weight = 1.0 - fabs(distance);
     return weight > 0 ? weight : 0;
 }
+
+// Along one axis, tap() of the two pixels around a position, or several: `first`, its floor, which may lie outside,
+// and the next.
+template <class Value>
+struct Neighbours {
+    Value first, weight, next_weight;
+
+    PDD_HD Neighbours(Value position, Value floor)
+        : first(floor), weight(1.0 - (position - floor)), next_weight(1.0 - ((floor + 1.0) - position)) {}
+};
 
 // The four taps of one output pixel.
 struct Taps {
@@ -116,12 +128,11 @@ struct Taps {
         // From one pixel outside on, all four weights are 0 already.
         const double y = held(s.y(i, j), -1, static_cast<double>(shape.height));
         const double x = held(s.x(i, j), -1, static_cast<double>(shape.width));
-        row = static_cast<int64_t>(floor(y));
-        column = static_cast<int64_t>(floor(x));
-        for (int k = 0; k < 2; ++k) {
-            rows[k] = tap(y - static_cast<double>(row + k));
-            columns[k] = tap(x - static_cast<double>(column + k));
-        }
+        const Neighbours<double> down(y, floor(y)), across(x, floor(x));
+        row = static_cast<int64_t>(down.first);
+        column = static_cast<int64_t>(across.first);
+        rows[0] = down.weight, rows[1] = down.next_weight;
+        columns[0] = across.weight, columns[1] = across.next_weight;
     }
 
     template <class T>
@@ -175,8 +186,8 @@ PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape
 }
 
 // value moved towards (or away from) a mean: both saturation and contrast, each its own transpose.
-template <class T>
-PDD_HD T blend(T value, T mean, T factor) {
+template <class Value, class Mean, class Factor>
+PDD_HD Value blend(Value value, Mean mean, Factor factor) {
     return (value - mean) * factor + mean;
 }
 
