@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from plain_dsa import PlainAugment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pdd_fast
+from pdd_fast.benchmarks.plain_dsa import PlainAugment
+from pdd_fast.benchmarks.plain_network import plain_convnet
 
 Gradients = tuple[Tensor, Tensor]  # with respect to images [n, C, H, W] and the learning rate []
 Iteration = Callable[[], Gradients]
@@ -26,7 +28,7 @@ Iteration = Callable[[], Gradients]
 class Problem:
     """One matching iteration: N steps from ``start`` on the images, then ‖θ_N − target‖² / ‖start − target‖²."""
 
-    net: nn.Module
+    net: nn.Module  # torch's own layers
     start: Tensor  # [P]
     target: Tensor  # [P]
     images: Tensor  # [n, C, H, W]
@@ -34,6 +36,7 @@ class Problem:
     rate: Tensor  # []
     batches: list[Tensor]  # N of int64 [b]
     draws: list[pdd_fast.AugmentParameters] | None = None
+    own: pdd_fast.ConvNet | None = None  # the same network as this package has it
     channels_last: bool = False
     autocast: torch.dtype | None = None
 
@@ -44,8 +47,8 @@ class Problem:
     ) -> Problem:  # fmt: skip
         """All ``n`` images in every step. Drawn on the CPU in float32: the same on every device, in every precision."""
         torch.manual_seed(0)
-        net = pdd_fast.ConvNet(3, 10, size, width, depth)
-        start = pdd_fast.flatten_parameters(net)
+        own = pdd_fast.ConvNet(3, 10, size, width, depth)
+        start = pdd_fast.flatten_parameters(own)
         images = torch.randn(n, 3, size, size)
         batches = [torch.randperm(n) for _ in range(steps)]
         target = start + 0.01 * torch.randn_like(start)
@@ -53,15 +56,16 @@ class Problem:
         draws = [dsa.sample(n, size) for _ in batches] if augment else None
         start, target, images = (tensor.to(device, dtype) for tensor in (start, target, images))
         labels, rate = (torch.arange(n) % 10).to(device), torch.tensor(0.01, device=device, dtype=dtype)
-        return cls(net.to(device, dtype), start, target, images, labels, rate, batches, draws)
+        net, own = plain_convnet(3, 10, (size, size), width, depth).to(device, dtype), own.to(device, dtype)
+        return cls(net, start, target, images, labels, rate, batches, draws, own)
 
     def __post_init__(self) -> None:
         device, dtype = self.images.device, self.images.dtype
-        self.shapes = {name: parameter.shape for name, parameter in self.net.named_parameters()}
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self.net.named_parameters()}
         self.index = [batch.to(device) for batch in self.batches]
         self.steps = len(self.batches)  # fewer while warming up
         # Before the clock starts, as ours packs its draws: every contender finds them on the device.
-        self.augments = [PlainAugment(draw, device, dtype) for draw in self.draws] if self.draws else None
+        self.augments = [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None
 
     def step_input(self, i: int, images: Tensor) -> tuple[Tensor, Tensor]:
         """A_i X[b_i] and y[b_i]."""
@@ -100,14 +104,20 @@ def plain(problem: Problem) -> Iteration:
 
     def iterate() -> Gradients:
         images, rate = problem.images.detach().requires_grad_(), problem.rate.detach().requires_grad_()
-        theta = problem.start.detach().requires_grad_()
-        for i in range(problem.steps):
-            (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
-            theta = theta - rate * gradient
-        images_grad, rate_grad = torch.autograd.grad(problem.matching_loss(theta), [images, rate])
+        loss = problem.matching_loss(trained(problem, images, rate))
+        images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
         return images_grad, rate_grad
 
     return iterate
+
+
+def trained(problem: Problem, images: Tensor, rate: Tensor) -> Tensor:
+    """θ_N as a function of ``images`` and ``rate``, with the graph of all steps behind it."""
+    theta = problem.start.detach().requires_grad_()
+    for i in range(problem.steps):
+        (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+        theta = theta - rate * gradient
+    return theta
 
 
 def training_path(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
@@ -199,3 +209,12 @@ def functional(problem: Problem, compiled: bool = False) -> Iteration:
         return images_grad, rate_grad
 
     return iterate
+
+
+FUNCTIONS: dict[str, Callable[[Problem], Iteration]] = {
+    "plain": plain,
+    "checkpointed": checkpointed,
+    "frozen": frozen,
+    "functional": functional,
+    "compiled": partial(functional, compiled=True),
+}

@@ -1,165 +1,175 @@
-"""Who takes part in iteration.py, ours and the baselines in the precisions that are fair to each, and how one of them
-is measured."""
+"""Who takes part in a case on a kind of device: ours in its settings, and the other ways to write the same. Imports no
+torch.
+
+The first contender of a case is the package as it comes, with its default settings: "times ours" compares with it.
+What a contender's ``options`` mean is up to the module that measures its kind of case.
+"""
 
 from __future__ import annotations
 
-import gc
-import math
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import baselines
-import measure
-import torch
-from baselines import Gradients, Iteration, Problem
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.errors import UsageError
 
-import pdd_fast
-from pdd_fast import engines
-from pdd_fast.augmentation import PackedDraws
-from pdd_fast.matching.step import MatchingInputs, MatchingState, MatchingStep
-
-PRECISIONS = {"cuda": ["float32", "tf32", "bfloat16"], "cpu": ["float32"]}
-
-
-def unrolled(problem: Problem, engine: str = "auto", memory: str = "recompute") -> Iteration:
-    """The installed package by its public differentiable unroll."""
-
-    def iterate() -> Gradients:
-        images, rate = problem.images.detach().requires_grad_(), problem.rate.detach().requires_grad_()
-        batches, draws = problem.batches[: problem.steps], problem.draws and problem.draws[: problem.steps]
-        end = pdd_fast.unroll(
-            problem.net, problem.start, images, problem.labels, rate, batches, draws, engine=engine, memory=memory
-        )
-        loss = pdd_fast.trajectory_matching_loss(end, problem.start, problem.target)
-        images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
-        return images_grad, rate_grad
-
-    return iterate
-
-
-def ours(problem: Problem, graph: bool, precision: str, memory: str) -> Iteration:
-    """The installed package's iteration. Its inputs come from the CPU every time, as in a run; baselines have theirs.
-
-    At rest and with momentum 0 the velocities after an iteration are the gradients.
-    """
-    engine = engines.choose(problem.net, precision=precision)
-    state = MatchingState.start(problem.images, float(problem.rate))
-    start, target = problem.start.cpu(), problem.target.cpu()
-
-    def prepared(steps: int) -> tuple[MatchingStep, MatchingInputs]:
-        draws = PackedDraws.of(problem.draws[:steps]) if problem.draws else None
-        batches = torch.stack(problem.batches[:steps])
-        step = MatchingStep(
-            engine, problem.labels, problem.images[:0], steps=steps, batch=batches.shape[1], memory=memory, graph=graph,
-            operations=len(draws.operations) if draws else 0, cutout=draws.cutout_size if draws else (0, 0),
-        )  # fmt: skip
-        return step, MatchingInputs(start, target, batches, draws)
-
-    made = {problem.steps: prepared(problem.steps)}
-
-    def iterate() -> Gradients:
-        if problem.steps not in made:  # warming up
-            made[problem.steps] = prepared(problem.steps)
-        step, inputs = made[problem.steps]
-        found = step(state, inputs).state
-        return found.images_velocity, found.rate_velocity
-
-    return iterate
+FLOOR, TRUTH = "floor", "float64"  # measured like contenders: the machine's rates, and the gradient in float64
 
 
 @dataclass(frozen=True)
 class Contender:
-    precision: str
+    name: str
     note: str
-    prepare: Callable[[Problem], Iteration]
-    channels_last: bool = False
-    holds_graph: bool = False  # a CUDA graph keeps what it works in
+    ours: bool = False
+    exact: bool = True  # computes the gradient itself, not an approximation
+    compiles: bool = False  # takes up to a minute before its first step
+    precision: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
-def contenders(device: str, memory: str) -> dict[str, Contender]:
-    """Everything that is measured on a kind of device, by name."""
-    on_gpu = device == "cuda"
-    found: dict[str, Contender] = {}
-    for graph in (True, False) if on_gpu else (False,):
-        for p in PRECISIONS[device]:
-            own = partial(ours, graph=graph, precision=p, memory=memory)
-            note = f"exact; memory={memory!r}{', one CUDA graph' if graph else ''}"
-            found[f"ours, {'graph' if graph else 'eager'}, {p}"] = Contender(p, note, own, holds_graph=graph)
-    compiled = partial(baselines.functional, compiled=True)
-    for label, note, prepare, last, precisions in (
-        ("plain autograd", "exact; create_graph=True through all steps", baselines.plain, False, ("float32", "tf32")),
-        ("plain autograd, channels-last", "the same; bfloat16 by autocast", baselines.plain, True, PRECISIONS["cuda"]),
-        ("frozen weights", "TESLA's approximation, not exact", baselines.frozen, False, ("float32", "tf32")),
-        ("checkpointed autograd", "exact; one step's graph at a time", baselines.checkpointed, False, ("float32",)),
-        ("torch.func", "exact; jvp of grad", baselines.functional, False, ("float32",)),
-        ("torch.func, compiled", "the same; torch.compile", compiled, False, ("float32", "tf32")),
-    ):  # fmt: skip
-        for p in (p for p in precisions if p in PRECISIONS[device]):
-            found[f"{label}, {p}"] = Contender(p, note, prepare, last, on_gpu and prepare is compiled)
-    return found
+def contenders(case: Case, device: str) -> list[Contender]:
+    """All of a case's contenders on a device of type "cpu" or "cuda"."""
+    return _MAKERS[case.kind](device == "cuda")
 
 
-def reference(names: Sequence[str], name: str) -> str | None:
-    """Ours that ``name`` is compared with: of the same precision, as a graph where that was measured."""
-    precision = name.rpartition(", ")[2]
-    return next((n for n in names if n.startswith("ours") and n.endswith(f", {precision}")), None)
+def has_floor(case: Case) -> bool:
+    return case.kind in ("unroll", "step", "dsa")
 
 
-# ---- one measurement ----------------------------------------------------------------------------------------------
+def select(
+    every: Sequence[Contender], only: Sequence[str], without: Sequence[str], compiles: bool = True
+) -> list[Contender]:
+    """The contenders that a text of ``only`` means, if there is any, and that none of ``without`` means.
+
+    A text means the contender of that name, or where there is none all whose names contain it. With ``compiles`` false
+    those that compile take part only where ``only`` asks for them.
+    """
+    names = [contender.name for contender in every]
+
+    def meant(texts: Sequence[str]) -> set[str]:
+        return {name for text in texts for name in ([text] if text in names else [n for n in names if text in n])}
+
+    wanted = meant(only) if only else {c.name for c in every if compiles or not c.compiles}
+    return [contender for contender in every if contender.name in wanted - meant(without)]
 
 
-def warm_up(problem: Problem, iterate: Iteration) -> None:
-    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all of that behind."""
-    if problem.images.is_cuda:
-        iterate()
-        iterate()
-        return
-    steps, problem.steps = problem.steps, min(2, problem.steps)
-    iterate()
-    problem.steps = steps
+def check(every: Sequence[Sequence[Contender]], only: Sequence[str], without: Sequence[str]) -> None:
+    """Raises UsageError where a text means no contender of any of the cases, whose contenders these are."""
+    names = list(dict.fromkeys(contender.name for some in every for contender in some))
+    for text in [*only, *without]:
+        if not any(text in name for name in names):
+            raise UsageError(f"no contender's name contains {text!r}; they are: {'; '.join(names)}")
 
 
-def peak(contender: Contender, device: torch.device) -> int:
-    if device.type == "cpu":
-        return measure.resident_peak()
-    # What a graph works in was set aside when it was captured and no longer counts as allocated.
-    return torch.cuda.max_memory_reserved() if contender.holds_graph else torch.cuda.max_memory_allocated()
+# ---- by kind of case ------------------------------------------------------------------------------------------------
 
 
-def timed(contender: Contender, problem: Problem, repeats: int = 0) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The images' gradient, and the seconds and bytes it took."""
-    device = problem.images.device
-    measure.set_precision(contender.precision)
-    problem.channels_last = contender.channels_last
-    problem.autocast = torch.bfloat16 if contender.precision == "bfloat16" else None
-    iterate = contender.prepare(problem)
-    warm_up(problem, iterate)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    taken: list[float] = []
-    for _ in range(repeats or (5 if device.type == "cuda" else 1)):
-        seconds, (gradient, _) = measure.timed(iterate, device)
-        taken.append(seconds)
-    found = {"seconds": statistics.median(taken), "seconds_each": taken, "peak_bytes": peak(contender, device)}
-    return gradient, found
+def _precise(made: Sequence[tuple[Contender, Sequence[str]]]) -> list[Contender]:
+    """Each in every one of its precisions, which then are part of its name."""
+    return [
+        Contender(f"{c.name}, {p}", c.note, c.ours, c.exact, c.compiles, p, c.options)
+        for c, precisions in made for p in precisions
+    ]  # fmt: skip
 
 
-def error_of(gradient: torch.Tensor, truth: Path) -> dict[str, Any]:
-    """The relative error against the gradient in the file, where there is one; None for one that is not finite."""
-    if not truth.exists():
-        return {}
-    expected = torch.load(truth)
-    error = float((gradient.cpu().double() - expected).norm() / expected.norm())
-    return {"error": error if math.isfinite(error) else None}
+_BOTH, _ALL = ("float32", "tf32"), ("float32", "tf32", "bfloat16")
 
 
-def write_truth(problem: Problem, truth: Path) -> dict[str, Any]:
-    """The images' gradient of a problem in float64, by torch.func: without the package, a step's memory at a time."""
-    torch.save(baselines.functional(problem)()[0].cpu(), truth)
-    return {}
+def _autograd(label: str, note: str, function: str, channels_last: bool = False, **more: Any) -> Contender:
+    return Contender(label, note, options={"function": function, "channels_last": channels_last}, **more)
+
+
+_PLAIN = _autograd("plain autograd", "exact; create_graph=True through all steps, as MTT's scripts have it", "plain")
+_PLAIN_LAST = _autograd("plain autograd, channels-last", "the same in channels-last memory", "plain", True)
+_CHECKPOINTED = _autograd("checkpointed autograd", "exact; one step's graph at a time", "checkpointed")
+_CHECKPOINTED_LAST = _autograd(
+    "checkpointed autograd, channels-last", "the same in channels-last memory", "checkpointed", True
+)
+_FROZEN = _autograd("frozen weights", "TESLA's approximation, NOT exact; a step at a time", "frozen", exact=False)
+_FUNCTIONAL = _autograd("torch.func", "exact; jvp of grad, a step at a time", "functional")
+_COMPILED = _autograd(
+    "torch.func, compiled", "the same under torch.compile, whose own memory is counted", "compiled", compiles=True
+)
+
+
+def _unroll(on_gpu: bool) -> list[Contender]:
+    if on_gpu:
+        # Whole iterations, as a run makes them: what a graph holds is the update too.
+        made: list[tuple[Contender, Sequence[str]]] = [
+            (_matching(graph, memory), _ALL)
+            for graph, memory in ((True, "recompute"), (True, "cache"), (False, "recompute"))
+        ]
+        made += [(_PLAIN, _BOTH), (_PLAIN_LAST, _ALL), (_FROZEN, _BOTH), (_CHECKPOINTED, ("float32",))]
+        return _precise([*made, (_FUNCTIONAL, ("float32",)), (_COMPILED, _BOTH)])
+    own = [
+        Contender(
+            f"ours, {memory}, {convolution}", f"exact; memory={memory!r}, convolution={convolution!r}", ours=True,
+            options={"engine": "auto", "memory": memory, "convolution": convolution},
+        )
+        for memory in ("recompute", "cache") for convolution in ("auto", "direct")
+    ]  # fmt: skip
+    own.append(
+        Contender(
+            "ours, any module", "exact; engine='autograd', memory='recompute'", ours=True,
+            options={"engine": "autograd", "memory": "recompute", "convolution": "auto"},
+        )
+    )  # fmt: skip
+    return [*own, _PLAIN, _PLAIN_LAST, _CHECKPOINTED, _CHECKPOINTED_LAST, _FROZEN, _FUNCTIONAL, _COMPILED]
+
+
+def _matching(graph: bool, memory: str) -> Contender:
+    label = f"ours, {'graph' if graph else 'eager'}, {memory}"
+    note = f"exact; memory={memory!r}{', one CUDA graph' if graph else ''}"
+    return Contender(label, note, ours=True, options={"graph": graph, "memory": memory})
+
+
+def _own(label: str, note: str, **options: Any) -> Contender:
+    return Contender(label, note, ours=True, options={"engine": "auto", "convolution": "auto", **options})
+
+
+_AUTO = _own("ours, auto", "convolution='auto'")
+_DIRECT = _own("ours, direct", "convolution='direct'", convolution="direct")
+_EAGER = Contender("eager PyTorch", "planar memory (NCHW)", options={"channels_last": False})
+_EAGER_LAST = Contender("eager PyTorch, channels-last", "channels-last memory", options={"channels_last": True})
+
+
+def _step(on_gpu: bool) -> list[Contender]:
+    compiled = Contender(
+        "PyTorch, compiled", "network and loss under torch.compile", compiles=True,
+        options={"channels_last": False, "compiled": True},
+    )  # fmt: skip
+    if not on_gpu:
+        module = Contender(
+            "ours, as a module", "pdd_fast.ConvNet in the place of torch's layers, torch.optim.SGD, eager DSA",
+            ours=True, options={"module": True},
+        )  # fmt: skip
+        return [_AUTO, _DIRECT, module, _EAGER, _EAGER_LAST, compiled]
+    graph, single = _own("ours, graph", "one CUDA graph a step"), _own("ours, eager", "kernel by kernel", graph=False)
+    return _precise([(graph, _ALL), (single, _ALL), (_EAGER, _BOTH), (_EAGER_LAST, _BOTH), (compiled, _BOTH)])
+
+
+def _dsa(on_gpu: bool) -> list[Contender]:
+    note = "a handful of torch calls per operation"
+    return [Contender("ours", "pdd_fast.DSA and pdd_fast.augment", ours=True), Contender("eager PyTorch", note)]
+
+
+def _evaluate(on_gpu: bool) -> list[Contender]:
+    if not on_gpu:
+        return [_AUTO, _DIRECT, _EAGER, _EAGER_LAST]
+    return _precise([(_own("ours", "pdd_fast.evaluate"), _ALL), (_EAGER, _BOTH), (_EAGER_LAST, _BOTH)])
+
+
+def _stage(on_gpu: bool) -> list[Contender]:
+    module = _own("ours, any module", "engine='autograd'", engine="autograd")
+    loop = Contender("MTT's loop", "create_graph=True and torch.optim.SGD", options={"channels_last": False})
+    loop_last = Contender("MTT's loop, channels-last", "the same in channels-last", options={"channels_last": True})
+    if not on_gpu:
+        return [_AUTO, _DIRECT, module, loop, loop_last]
+    own = _own("ours", "pdd_fast.progressive")
+    return _precise([(own, _ALL), (module, ("float32",)), (loop, _BOTH), (loop_last, _BOTH)])
+
+
+_MAKERS: dict[str, Callable[[bool], list[Contender]]] = {
+    "unroll": _unroll, "step": _step, "dsa": _dsa, "evaluate": _evaluate, "stage": _stage,
+}  # fmt: skip

@@ -1,48 +1,38 @@
-"""What no implementation of the iteration can be much faster than: its arithmetic and its bytes at measured rates.
+"""What no implementation can be much faster than with direct convolutions: its arithmetic and its bytes, at the rates
+that this machine reached in the same run.
 
-Convolutions: a trajectory step takes 3 F (F = one forward pass of all convolutions), the dual pass 8 F, or 6 F where
-activations were kept; so 11 F in all with memory "recompute" and 9 F with "cache". Bytes: what lies between the
-convolutions. Going forward, norm, ReLU and pooling read z and write a quarter of it; going backward they read a quarter
-and z and write z: 3.5 times the size of z. The dual pass does both for values and tangents: 10.5 times in all. The
-convolutions' own bytes are in their measured rate. Operations are those of the direct convolution; a library that takes
-fewer (Winograd) shows a higher rate.
+Convolutions are counted layer by layer and kind by kind (forward, input gradient, weight gradient), each at the best
+rate that torch's own convolutions reached for that layer and kind, in planar or channels-last memory, on the batch or
+on twice the batch, which is what a dual pass calls with. With F for one forward pass of all convolutions, a trajectory
+step takes 3 F, a dual pass 8 F, or 6 F where activations were kept: 11 F in all with memory "recompute", 9 F with
+"cache". The first layer takes less: the images' gradient is wanted in the tangents alone, and images have no tangent.
+
+Bytes are what lies between the convolutions, at the rate of a copy too large for any cache. Going forward, norm, ReLU
+and pooling read z and write a quarter of it; going backward they read a quarter and z and write z: 3.5 times the size
+of z in a training step. The dual pass does both for values and tangents: 10.5 times in all. The convolutions' own bytes
+are in their measured rate.
+
+Fewer operations than the direct convolution's (Winograd) can go below this floor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from measure import seconds_per_call, set_precision
+from torch import Tensor
 from torch.nn import functional as F
 
-BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
-PASSES = 10.5
-CAPTURED = 20  # convolutions in one graph: one launch costs as much as a small convolution
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.floors import Layer, layers
+from pdd_fast.benchmarks.measure import Job, set_precision, timed
 
-
-@dataclass(frozen=True)
-class Size:
-    """What one iteration works on."""
-
-    n: int
-    steps: int
-    size: int
-    width: int
-    depth: int
-
-    def forward(self) -> float:
-        """F: floating-point operations of one forward pass of all convolutions."""
-        channels = [3] + [self.width] * (self.depth - 1)
-        sides = [self.size >> i for i in range(self.depth)]
-        return float(sum(2 * 9 * c * self.width * side**2 for c, side in zip(channels, sides, strict=True)) * self.n)
-
-    def activations(self) -> int:
-        """Numbers in all convolutions' results of one forward pass."""
-        return sum(self.n * self.width * (self.size >> i) ** 2 for i in range(self.depth))
+CAPTURED = 20  # calls in one graph: one launch costs as much as a small convolution
+TRIES = 3  # of which the fastest counts
+AT_LEAST = 0.02  # seconds of one; there are 36 convolutions to try for a network of three layers
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
@@ -62,25 +52,46 @@ def replayed(call: Callable[[], object], device: torch.device) -> tuple[Callable
     return graph.replay, CAPTURED
 
 
-def convolution_rate(size: Size, precision: str, device: torch.device) -> float:
-    """Operations a second of a 3×3 convolution, width to width, at the second layer's resolution, channels-last.
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, at best."""
+    call()
+    repeated, times = replayed(call, device)
+    first, _ = timed(repeated, device)
+    calls = max(1, math.ceil(AT_LEAST / first))
 
-    That layer does three quarters of the work. The better of the batch and twice the batch, which is what the dual pass
-    calls with: on a GPU the larger one fills more of the chip.
-    """
+    def several() -> None:
+        for _ in range(calls):
+            repeated()
+
+    return min(first, *(timed(several, device)[0] / calls for _ in range(TRIES))) / times
+
+
+def _gradient(which: int, grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    mask = [which == 0, which == 1, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+    )[which]  # fmt: skip
+
+
+def convolution_rates(layer: Layer, precision: str, device: torch.device) -> dict[str, float]:
+    """Operations a second of a layer's convolution and its two gradients, at best."""
     set_precision(precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    side, rates = max(size.size // 2, 1), []
-    weight = torch.randn(size.width, size.width, 3, 3, device=device, dtype=dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    for batch in (size.n, 2 * size.n):
-        x = torch.randn(batch, size.width, side, side, device=device, dtype=dtype)
-        x = x.contiguous(memory_format=torch.channels_last)
-        call, times = replayed(partial(F.conv2d, x, weight, padding=1), device)
-        operations = 2 * 9 * size.width**2 * side**2 * batch * times
-        call()
-        rates.append(operations / seconds_per_call(call, device))
-    return max(rates)
+    rates: dict[str, list[float]] = {}
+    for memory in (torch.channels_last, torch.contiguous_format):
+        w = torch.randn(layer.width, layer.channels, 3, 3, device=device, dtype=dtype).contiguous(memory_format=memory)
+        for batch in (layer.batch, 2 * layer.batch):
+            x = torch.randn(batch, layer.channels, layer.side, layer.side, device=device, dtype=dtype)
+            x = x.contiguous(memory_format=memory)
+            grad = torch.randn_like(F.conv2d(x, w, padding=1)).contiguous(memory_format=memory)
+            calls: dict[str, Callable[[], object]] = {
+                "forward": partial(F.conv2d, x, w, padding=1),
+                "input gradient": partial(_gradient, 0, grad, x, w),
+                "weight gradient": partial(_gradient, 1, grad, x, w),
+            }
+            for kind, call in calls.items():
+                rates.setdefault(kind, []).append(layer.operations(batch) / seconds(call, device))
+    return {kind: max(found) for kind, found in rates.items()}
 
 
 def copy_rate(device: torch.device) -> float:
@@ -89,17 +100,16 @@ def copy_rate(device: torch.device) -> float:
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * 4 * numbers / seconds_per_call(lambda: target.copy_(source), device)
+    return 2 * 4 * numbers / seconds(lambda: target.copy_(source), device)
 
 
-def rates(size: Size, precisions: list[str], device: torch.device) -> dict[str, Any]:
+def measured(case: Case, precisions: Sequence[str], job: Job) -> dict[str, Any]:
+    """The rates that a case's floor is counted with."""
     with torch.no_grad():
-        convolution = {precision: convolution_rate(size, precision, device) for precision in precisions}
-        return {"convolution": convolution, "copy": copy_rate(device)}
-
-
-def floor(size: Size, measured: dict[str, Any], precision: str) -> dict[str, float]:
-    """Seconds of an iteration's parts at the measured rates."""
-    forward = size.forward() * size.steps / measured["convolution"][precision]
-    passes = PASSES * size.activations() * BYTES[precision] * size.steps / measured["copy"]
-    return {"9 F": 9 * forward, "11 F": 11 * forward, "passes": passes}
+        found: dict[str, Any] = {"copy": copy_rate(job.device)}
+        if case.kind != "dsa":
+            found["convolution"] = {
+                precision: [convolution_rates(layer, precision, job.device) for layer in layers(case)]
+                for precision in precisions
+            }
+    return found

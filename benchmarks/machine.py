@@ -13,8 +13,10 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,15 +30,40 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit of these sources, or what PDD_FAST_COMMIT says, for copies without .git; "unknown" without either."""
+    """The commit of these sources, or what PDD_FAST_COMMIT says, for copies without .git; "unknown" without either.
+
+    Installed from a folder, that folder's commit as it is now, which may be a later one: it says so.
+    """
     given = os.environ.get("PDD_FAST_COMMIT")
     if given:
         return given
+    described = describe(ROOT)
+    if described:
+        return described
+    origin = installed_from()
+    if "vcs_info" in origin:
+        return str(origin["vcs_info"]["commit_id"])
+    address = urlsplit(origin.get("url", ""))
+    described = describe(Path(unquote(address.path))) if address.scheme == "file" else ""
+    return f"{described} (the folder that was installed from, now)" if described else "unknown"
+
+
+def describe(folder: Path) -> str:
+    """The commit of a repository; nothing where ``folder`` is not the top of one."""
     # A copy may lie inside of another repository, whose commit would be wrong.
-    top = said("git", "-C", str(ROOT), "rev-parse", "--show-toplevel")
-    if not top or Path(top).resolve() != ROOT:
-        return "unknown"
-    return said("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown"
+    top = said("git", "-C", str(folder), "rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != folder.resolve():
+        return ""
+    return said("git", "-C", str(folder), "describe", "--always", "--dirty")
+
+
+def installed_from() -> dict[str, Any]:
+    """What pip noted of where an installed package came from."""
+    try:
+        found: dict[str, Any] = json.loads(metadata.distribution("pdd-fast").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return {}
+    return found
 
 
 def cpu() -> str:
@@ -70,10 +97,11 @@ def gpu(torch: Any) -> dict[str, Any]:
 def machine(with_gpu: bool) -> dict[str, Any]:
     """Processor, versions and commit, and with ``with_gpu`` the first GPU that torch finds."""
     torch, pdd_fast, native = module("torch"), module("pdd_fast"), module("pdd_fast.ops._native")
-    library = native.load("cpu") if native else None
+    host, library = module("pdd_fast.host"), native.load("cpu") if native else None
     facts: dict[str, Any] = {
         "cpu": cpu(),
         "cores": os.cpu_count(),
+        "memory": host.total() if host else None,
         "instruction_set": library.capabilities()["instruction set"] if library else "none",
         "threads": torch.get_num_threads() if torch else None,
         "torch": torch.__version__ if torch else None,
@@ -86,7 +114,7 @@ def machine(with_gpu: bool) -> dict[str, Any]:
 
 def ask(with_gpu: bool, threads: int = 0) -> dict[str, Any]:
     """:func:`machine`, from a process of its own: one that has asked a GPU holds 0.5 GB of it until it ends."""
-    command = [sys.executable, __file__, *(["--gpu"] if with_gpu else [])]
+    command = [sys.executable, "-P", __file__, *(["--gpu"] if with_gpu else [])]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found | ({"threads": threads} if threads else {})
 

@@ -1,38 +1,42 @@
-"""What the benchmarks share: one process per measurement, contenders in turn, medians.
-
-A benchmark calls itself with ``--child NAME`` once per contender and round. The child prints one JSON object: numbers,
-or what kept it from giving any. Rounds go through all contenders in turn, so that a slow minute of the machine hits all
-of them, and a contender that failed is not tried again.
-"""
+"""Seconds and bytes of this process: what the modules that measure a kind of case share."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import statistics
-import subprocess
-import sys
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from present import gigabytes
 
-from pdd_fast.graphs import CaptureWarning
+from pdd_fast import host
+from pdd_fast.benchmarks.present import size
+from pdd_fast.devices import peak_memory
 from pdd_fast.memory import is_out_of_memory
-from pdd_fast.ops._native import MissingKernelsWarning
+
+try:
+    import resource
+except ImportError:  # not a POSIX system
+    resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
-SLOWER = (MissingKernelsWarning, CaptureWarning)
+_STATUS = Path("/proc/self/status")
 
 
-# ---- in the child -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """Where a measurement happens."""
+
+    device: torch.device
+    scratch: Path  # a folder that all measurements of a case share
+    threads: int = 0  # of the CPU; 0: as many as torch takes
+
+
+# ---- seconds --------------------------------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -47,6 +51,15 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
     result = call()
     synchronize(device)
     return time.perf_counter() - began, result
+
+
+def repeated(call: Callable[[], object], device: torch.device, budget: float = 0.5, most: int = 20) -> list[float]:
+    """Seconds of each of as many calls as ``budget`` seconds hold, between one and ``most``; five on a GPU at least,
+    whose clock changes from one to the next."""
+    taken: list[float] = []
+    while len(taken) < (5 if device.type == "cuda" else 1) or (sum(taken) < budget and len(taken) < most):
+        taken.append(timed(call, device)[0])
+    return taken
 
 
 def seconds_per_call(call: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
@@ -75,126 +88,86 @@ def set_precision(name: str) -> None:
     torch.backends.cudnn.benchmark = True  # shapes never change here, so every contender gets its fastest algorithms
 
 
+# ---- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def _status(name: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
+
+
 def resident_peak() -> int:
-    """Most bytes that this process has had in memory. Not ru_maxrss, which begins with what the parent had."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    """Most bytes that this process has had in memory. Where there is a choice not ru_maxrss, which begins with what the
+    parent had."""
+    return _status("VmHWM") if _STATUS.exists() else peak_memory(torch.device("cpu"))
+
+
+def load_lazily_loaded() -> None:
+    """What torch loads at the first use of an optimiser or of forward mode: 1.5 seconds and 170 MB that are torch's and
+    no contender's."""
+    number = torch.zeros(1, requires_grad=True)
+    number.square().sum().backward()
+    torch.optim.SGD([number], 0.1).step()
+    torch.func.jvp(torch.func.grad(torch.sin), (torch.zeros(()),), (torch.ones(()),))
+
+
+class Memory:
+    """The peak from here on, and what was there before: torch itself takes 0.4 GB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            self._start = torch.cuda.memory_allocated(device)
+            return
+        # What loading took is no part of it. "5" sets the peak back to what is resident now.
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        self._start = _status("VmRSS") if _STATUS.exists() else resident_peak()
+
+    def forget(self) -> None:
+        """Sets a GPU's peak back: what choosing algorithms took is no part of it."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def found(self, holds_graph: bool = False) -> dict[str, int]:
+        """The peak, and how much of it came since the start."""
+        if self._device.type == "cuda":
+            # What a graph works in was set aside when it was captured and no longer counts as allocated.
+            most = torch.cuda.max_memory_reserved if holds_graph else torch.cuda.max_memory_allocated
+            peak = most(self._device)
+        else:
+            peak = resident_peak()
+        return {"peak_bytes": peak, "above_start_bytes": max(0, peak - self._start)}
+
+
+def refuse_too_much() -> None:
+    """Makes allocations fail that the machine has no memory for. Linux would give it out, and then end a process, not
+    always the one that asked."""
+    free = host.free()
+    if resource is None or not free or not _STATUS.exists():
+        return
+    # Stacks of threads and what libraries have set aside count as data without being in memory.
+    wanted = free + _status("VmData")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for, where ``error`` is about memory; None where it is not."""
-    if not is_out_of_memory(error):
+    """What was asked for and what was taken by then, where ``error`` is about memory; None where it is not."""
+    if not is_out_of_memory(error) and "bad_alloc" not in str(error):
         return None
-    found = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    asked = f"asked for {found[1]}" if found else "did not say for how much it asked"
-    held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return f"{asked}, having had {gigabytes(held)}" if held else asked
+    found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
+    asked = "did not say for how much it asked"
+    if found:
+        asked = f"asked for {size(float(found[1])) if found[2] == 'bytes' else f'{found[1]} {found[2]}'} more"
+    on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
+    held = torch.cuda.max_memory_allocated() if on_gpu else resident_peak()
+    return f"{asked} with {size(held)} taken"
 
 
-def child(work: Callable[[], dict[str, Any]]) -> None:
-    """Prints what ``work`` measures, or why it cannot; other errors end the process with their traceback.
-
-    Where the package would warn that it does something slower instead, that is not what was to be measured.
-    """
-    for warning in SLOWER:
-        warnings.simplefilter("error", warning)
-    try:
-        found = work()
-    except SLOWER as error:
-        found = {"failed": "not available", "why": str(error)}
-    except Exception as error:
-        why = out_of_memory(error)
-        if why is None:
-            raise
-        found = {"failed": "out of memory", "why": why}
-    print(json.dumps(found))
-
-
-def is_child(args: argparse.Namespace, one: Callable[[argparse.Namespace], dict[str, Any]]) -> bool:
-    """Sets the number of threads; in a process that was started to measure, measures and says so."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if args.child:
-        child(partial(one, args))
-    return bool(args.child)
-
-
-# ---- in the parent ------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Outcome:
-    """A contender's measurements, one a round, or why there are none."""
-
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    failed: dict[str, str] | None = None
-
-    def values(self, key: str) -> list[float]:
-        return [sample[key] for sample in self.samples]
-
-    def median(self, key: str) -> float:
-        return statistics.median(self.values(key))
-
-    def result(self, other: Outcome | None, key: str = "seconds") -> dict[str, Any]:
-        """What a record keeps of it, compared with ``other``."""
-        if self.failed:
-            return self.failed
-        if not self.samples:
-            return {"failed": "not run", "why": "the benchmark ended before"}
-        # Where a process has timed several, all of them: the spread is then of iterations, not of their medians.
-        each = [sample.get(f"{key}_each", [sample[key]]) for sample in self.samples]
-        found: dict[str, Any] = {"seconds": self.median(key), "seconds_all": [value for some in each for value in some]}
-        found["times_ours"] = self.times(other, key)
-        if "peak_bytes" in self.samples[0]:
-            found["peak_bytes"] = max(self.values("peak_bytes"))
-        return found | {name: self.samples[0][name] for name in ("error",) if name in self.samples[0]}
-
-    def times(self, other: Outcome | None, key: str) -> float | None:
-        """Median of this one's numbers over the other's, round by round, so that the machine's drift cancels."""
-        if other is None or other.failed or self.failed or not (self.samples and other.samples):
-            return None
-        return statistics.median(a / b for a, b in zip(self.values(key), other.values(key), strict=False))
-
-
-def run_child(script: Path, name: str, arguments: Sequence[str], limit: float) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, str(script), *arguments, "--child", name]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": "too slow", "why": f"took more than {limit:g} s"}
-    if result.returncode == -9:  # how Linux ends a process where there is no memory left
-        return {"failed": "out of memory", "why": "was killed"}
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"ended with status {result.returncode}"]
-        print(result.stderr, file=sys.stderr)
-        return {
-            "failed": "failed",
-            "why": next((line for line in lines[::-1] if re.match(r"\S*Error", line)), lines[-1]),
-        }
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def in_turn(
-    script: Path,
-    names: Sequence[str],
-    arguments: Sequence[str],
-    rounds: int,
-    limit: float,
-    keep: Callable[[dict[str, Outcome]], None] = lambda _: None,
-) -> dict[str, Outcome]:
-    """``rounds`` measurements of every contender. ``keep`` gets what there is after each, so that nothing is lost."""
-    outcomes = {name: Outcome() for name in names}
-    for number in range(rounds):
-        for name in names:
-            outcome = outcomes[name]
-            if outcome.failed:
-                continue
-            print(f"round {number + 1}/{rounds}: {name}", file=sys.stderr, flush=True)
-            found = run_child(script, name, arguments, limit)
-            if "failed" in found:
-                outcome.failed = found
-            else:
-                outcome.samples.append(found)
-            keep(outcomes)
-    return outcomes
+def sample(seconds: Mapping[str, Sequence[float]], memory: dict[str, int], **more: Any) -> dict[str, Any]:
+    """What a measurement gives: for every part that was timed all times, bytes, and what else there is."""
+    return {"seconds": {part: list(each) for part, each in seconds.items()}, **memory, **more}

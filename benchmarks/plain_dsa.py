@@ -1,30 +1,40 @@
 """Differentiable Siamese augmentation as a good user writes it in eager PyTorch: a handful of calls per operation.
 
-It takes the draws of :class:`pdd_fast.AugmentParameters`, so that all contenders compute the same function, and nothing
-else of the package. Formulas: docs/mathematics.md, section 5.
+It can take the draws of :class:`pdd_fast.AugmentParameters`, so that all contenders compute the same function, or draw
+its own from the same ranges, and uses nothing else of the package. Formulas: docs/mathematics.md, section 5.
 """
 
 from __future__ import annotations
+
+import math
+import random
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdd_fast.augmentation import AugmentParameters
+from pdd_fast.augmentation import DSA, AugmentParameters
 
 
 class PlainAugment:
     """One batch's draws, on the device and in the precision of the images."""
 
-    def __init__(self, draw: AugmentParameters, device: torch.device, dtype: torch.dtype) -> None:
-        self.operations = draw.operations
-        self.cutout_size = draw.cutout_size
-        # An operation's own numbers only: with one operation drawn, that is one to three copies to the device.
-        used = [name for operation in draw.operations for name in DRAWS_OF[operation]]
-        self.numbers = {name: getattr(draw, name).to(device).view(-1, 1, 1, 1) for name in used}
+    def __init__(
+        self, operations: tuple[str, ...], cutout_size: tuple[int, int], numbers: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self.operations, self.cutout_size = operations, cutout_size
+        self.numbers = {name: value.view(-1, 1, 1, 1) for name, value in numbers.items()}
         for name, value in self.numbers.items():
             if value.is_floating_point():
                 self.numbers[name] = value.to(dtype)
+
+    @classmethod
+    def of(cls, draw: AugmentParameters, device: torch.device, dtype: torch.dtype) -> PlainAugment:
+        # An operation's own numbers only: with one operation drawn, that is one to three copies to the device.
+        used = [name for operation in draw.operations for name in DRAWS_OF[operation]]
+        return cls(
+            draw.operations, draw.cutout_size, {name: getattr(draw, name).to(device) for name in used}, dtype
+        )  # fmt: skip
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augmented images [b, C, H, W]."""
@@ -67,6 +77,57 @@ class PlainAugment:
     def rotate(self, x: Tensor) -> Tensor:
         cosine, sine = self.numbers["angle"].cos(), self.numbers["angle"].sin()
         return sample(x, cosine, -sine, sine, cosine)
+
+
+class PlainDraws:
+    """Draws made on the device where they are used, so that nothing has to travel; a choice of one operation is made by
+    Python, so that nothing has to wait either."""
+
+    def __init__(self, dsa: DSA, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.dsa, self.device, self.dtype = dsa, device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.choice = random.Random(seed)
+
+    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
+        dsa = self.dsa
+        operations = dsa.operations if dsa.mode == "multiple" else (self.choice.choice(dsa.operations),)
+        cutout = (int(size[0] * dsa.cutout + 0.5), int(size[1] * dsa.cutout + 0.5))
+        numbers: dict[str, Tensor] = {}
+        for operation in operations:
+            numbers |= getattr(self, operation)(batch, size, cutout)
+        return PlainAugment(operations, cutout, numbers, self.dtype)
+
+    def uniform(self, batch: int, low: float, high: float) -> Tensor:
+        return torch.empty(batch, device=self.device).uniform_(low, high, generator=self.generator)
+
+    def integer(self, batch: int, low: int, high: int) -> Tensor:
+        return torch.randint(low, high + 1, (batch,), generator=self.generator, device=self.device)
+
+    def color(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        d = self.dsa
+        return {
+            "brightness": self.uniform(batch, -d.brightness / 2, d.brightness / 2),
+            "saturation": self.uniform(batch, 0, d.saturation),
+            "contrast": self.uniform(batch, 1 - d.contrast, 1 + d.contrast),
+        }
+
+    def crop(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        reach = [int(side * self.dsa.crop + 0.5) for side in size]
+        return {f"shift_{axis}": self.integer(batch, -r, r) for axis, r in zip("hw", reach, strict=True)}
+
+    def cutout(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        last = [side - blank % 2 for side, blank in zip(size, cutout, strict=True)]
+        return {f"cutout_{axis}": self.integer(batch, 0, end) for axis, end in zip("hw", last, strict=True)}
+
+    def flip(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        return {"flip": self.uniform(batch, 0, 1) < self.dsa.flip}
+
+    def scale(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        return {f"scale_{axis}": self.uniform(batch, 1 / self.dsa.scale, self.dsa.scale) for axis in "wh"}
+
+    def rotate(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        most = math.radians(self.dsa.rotate)
+        return {"angle": self.uniform(batch, -most, most)}
 
 
 DRAWS_OF = {

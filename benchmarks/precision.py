@@ -1,6 +1,6 @@
 """Error of a meta-gradient in each precision of the convolutions, against float64 through all steps.
 
-    python benchmarks/precision.py --output benchmarks/results/precision.json
+    python -P -m pdd_fast.benchmarks.precision --output precision.json
 
 The gradient of the matching loss with respect to the images and the rate, through N SGD steps on random images, all of
 them in every step. Medians over seeds (of network, images and target), with the smallest and the largest.
@@ -13,6 +13,7 @@ beside it.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,14 +21,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import present
 import torch
-from machine import ask
 from torch import Tensor
 
 import pdd_fast
+from pdd_fast.benchmarks import present
+from pdd_fast.benchmarks.machine import ask
+from pdd_fast.devices import resolve_device
 from pdd_fast.engines import convolution
+from pdd_fast.errors import UsageError
+from pdd_fast.files import write_json
 from pdd_fast.networks.parameters import initial_parameters
+from pdd_fast.ops import convnet
 
 RATE, AWAY = 0.01, 0.01  # the inner rate, and the size of the target's distance from the start
 EMULATED = "tf32, emulated"
@@ -42,13 +47,15 @@ def rounded(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, the fused engine rounds the operands of its convolutions as TF32 does."""
+    """Inside, the fused engine rounds the operands of its convolutions as TF32 does; they are then torch's, as on a
+    GPU, and not those of the CPU's own kernel."""
     original = convolution._run
 
     def run(function: Callable[..., Tensor], *operands: Tensor, groups: int) -> Tensor:
         return original(function, *map(rounded, operands), groups=groups)
 
-    with mock.patch.object(convolution, "_run", run):
+    composed = mock.patch.object(convnet, "available", return_value=False)
+    with composed, mock.patch.object(convolution, "_run", run):
         yield
 
 
@@ -72,7 +79,8 @@ def meta_gradient(args: Any, steps: int, seed: int, precision: str) -> tuple[Ten
         end = pdd_fast.unroll(net.to(args.device, dtype), start, images, labels, rate, batches, precision=name)
         loss = pdd_fast.trajectory_matching_loss(end, start, target)
         images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
-    return tuple(t.detach().double().cpu() for t in (images_grad, rate_grad, end - start))
+    images_grad, rate_grad, way = (t.detach().double().cpu() for t in (images_grad, rate_grad, end - start))
+    return images_grad, rate_grad, way
 
 
 def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
@@ -118,14 +126,23 @@ def show(rows: list[dict[str, Any]]) -> str:
     return present.table(["N", "precision", "images' gradient", "smallest–largest", "cosine", "rate's", "θ_N"], cells)
 
 
+def device(name: str) -> torch.device:
+    """For argparse."""
+    try:
+        return resolve_device(name)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> None:
-    parser = present.Parser(__doc__)
-    parser.add_argument("--device", type=present.device, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 50], help="numbers of steps (default 5 20 50)")
-    parser.add_numbers(
+    for name, default, text in (
         ("batch", 10, "images"), ("seeds", 5, "networks and images"), ("width", 128, "channels"),
         ("depth", 3, "blocks"), ("size", 32, "pixels of a side"), ("threads", 0, "0: torch's own number"),
-    )  # fmt: skip
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     if args.threads:
@@ -137,7 +154,8 @@ def main() -> None:
     case = {name: getattr(args, name) for name in ("batch", "seeds", "width", "depth", "size")}
     case |= {"rate": RATE, "device": str(args.device)}
     record = {"benchmark": "precision", "case": case, "machine": ask(on_gpu, args.threads), "results": rows}
-    present.write_record(args.output, record)
+    if args.output:
+        write_json(args.output, record)
 
 
 if __name__ == "__main__":

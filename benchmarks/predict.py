@@ -1,6 +1,6 @@
 """PREDICTIONS of what an iteration takes on a GPU, from its launches, bytes and operations, where none was measured.
 
-    python benchmarks/predict.py            # writes the table in docs/performance.md
+    python -P -m pdd_fast.benchmarks.predict --page docs/performance.md    # writes the table in that page
 
 Every contender runs eagerly on the CPU for one and for two steps at the real sizes, and each operation that torch
 dispatches is written down: the bytes of its inputs and results, and its floating-point operations. What the second step
@@ -15,21 +15,21 @@ import argparse
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from baselines import Problem
-from contenders import contenders, ours
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from pdd_fast.benchmarks.baselines import FUNCTIONS, Problem
+from pdd_fast.benchmarks.unroll import matching
 from pdd_fast.engines import convolution
+from pdd_fast.ops import convnet
 from pdd_fast.ops._registry import computed_in_32_bits
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- written by benchmarks/predict.py -->", "<!-- end -->"
 
 # An H100 SXM by its data sheet (3.35 TB/s; dense: 67, 495, 989 TFLOP/s), and what of it such layers are assumed to get.
@@ -38,6 +38,11 @@ ARITHMETIC = {"float32": 0.6 * 67e12, "tf32": 0.4 * 495e12, "bfloat16": 0.4 * 98
 IN_GRAPH, EAGER = 2e-6, 6e-6  # seconds a launch, on the device in a graph and issued by Python
 NOT_LAUNCHED = re.compile(r"detach|_unsafe_view|empty|lift_fresh|scalar_tensor|_local_scalar_dense|is_pinned")
 CASES = ((20, 50), (100, 30), (256, 20))
+OTHERS = {
+    "plain autograd": ("plain", False), "plain autograd, channels-last": ("plain", True),
+    "frozen weights": ("frozen", False), "checkpointed autograd": ("checkpointed", False),
+    "torch.func": ("functional", False),
+}  # fmt: skip
 
 
 @dataclass
@@ -98,10 +103,11 @@ def as_on_a_gpu(tape: Tape) -> Callable[..., torch.Tensor]:
 def recorded(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem, steps: int) -> list[tuple[int, float]]:
     problem.steps = steps
     iterate = prepare(problem)
-    iterate()  # what is made once is made
     tape = Tape()
-    with tape, mock.patch.object(convolution, "_run", as_on_a_gpu(tape)):
-        iterate()
+    with mock.patch.object(convnet, "available", return_value=False):  # the passes of a GPU
+        iterate()  # what is made once is made
+        with tape, mock.patch.object(convolution, "_run", as_on_a_gpu(tape)):
+            iterate()
     return tape.taken
 
 
@@ -119,18 +125,18 @@ def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -
 
 
 def rows(n: int, steps: int) -> list[str]:
-    def problem() -> Problem:
+    def problem(channels_last: bool = False) -> Problem:
         # Without augmentation: one is drawn for each step, and the second would differ from the first by it.
-        return Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
+        found = Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
+        found.channels_last = channels_last
+        return found
 
     lines = []
-    own = {p: step_of(lambda q, p=p: ours(q, False, p, "recompute"), problem()) for p in ("float32", "bfloat16")}
-    others = contenders("cpu", "recompute")
-    names = ("plain autograd", "plain autograd, channels-last", "frozen weights", "checkpointed autograd", "torch.func")
+    own = {p: step_of(partial(matching, graph=False, precision=p), problem()) for p in ("float32", "bfloat16")}
     entries = [(f"ours, graph, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, True) for p in ARITHMETIC]
     entries += [(f"ours, eager, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, False) for p in ARITHMETIC]
-    for name in names:
-        work = step_of(others[f"{name}, float32"].prepare, problem())
+    for name, (function, channels_last) in OTHERS.items():
+        work = step_of(FUNCTIONS[function], problem(channels_last))
         entries += [(f"{name}, {p}", work, p, False) for p in ("float32", "tf32")]
     base = entries[1][1].seconds("tf32", True)
     for name, work, precision, graph in entries:
@@ -144,7 +150,7 @@ def rows(n: int, steps: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="to the screen and not into the page")
+    parser.add_argument("--page", type=Path, help="gets the table between its two marks; without, it is printed")
     args = parser.parse_args()
     lines = [
         "| batch × N | | launches | GB | TFLOP | **predicted** ms | times ours (graph, tf32) |",
@@ -152,12 +158,12 @@ def main() -> None:
         *(line for n, steps in CASES for line in rows(n, steps)),
     ]
     content = "\n".join(lines)
-    if args.print:
+    if args.page is None:
         print(content)
         return
-    page = PAGE.read_text(encoding="utf-8")
+    page = args.page.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    args.page.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,110 +1,147 @@
-"""Seconds, peak memory and gradient error of one meta-gradient: ours against the loop that MTT's scripts write.
-
-    python benchmarks/unroll.py --batch 50 --steps 50 --output benchmarks/results/unroll.json
-
-Every engine runs in a process of its own, round after round in turn, so that a slow minute of the machine hits all of
-them. Reported are medians over rounds with the smallest and largest beside. The error is that of the images' gradient
-against float64 through all steps. iteration.py measures more contenders, with augmentation.
-"""
+"""One meta-gradient, measured: of the matching loss with respect to the images and the learning rate."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
-from functools import partial
-from pathlib import Path
+import gc
+import math
 from typing import Any
 
-import baselines
-import measure
-import present
 import torch
-from baselines import Problem
-from contenders import Contender, error_of, timed, unrolled, write_truth
-from machine import ask
+from torch import Tensor
 
-SCRIPT = Path(__file__)
-OURS = "fused, recompute"
-ENGINES = {
-    OURS: "exact; keeps the parameters of every step",
-    "fused, cache": "exact; keeps the activations too",
-    "autograd, recompute": "exact for any module; one step's graph at a time",
-    "plain autograd": "create_graph=True through all steps, as MTT's scripts do",
-    "plain autograd, channels-last": "the same with the better memory format",
-}
+import pdd_fast
+from pdd_fast import engines
+from pdd_fast.augmentation import PackedDraws
+from pdd_fast.benchmarks import baselines, measure
+from pdd_fast.benchmarks.baselines import Gradients, Iteration, Problem
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.measure import Job
+from pdd_fast.matching.step import MatchingInputs, MatchingState, MatchingStep
 
-
-def contender(name: str) -> Contender:
-    if name.startswith("plain"):
-        return Contender("float32", ENGINES[name], baselines.plain, channels_last=name.endswith("last"))
-    engine, memory = name.split(", ")
-    return Contender("float32", ENGINES[name], partial(unrolled, engine=engine, memory=memory))
+_TRUTH = "truth.pt"  # in the case's folder
 
 
-def one(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``--child NAME`` measures."""
-    exact = args.child == "float64"
-    dtype = torch.float64 if exact else torch.float32
-    problem = Problem.draw(
-        args.batch, args.steps, args.size, args.width, args.depth, args.device, dtype, augment=False
-    )  # fmt: skip
-    if exact:
-        return write_truth(problem, args.truth)
-    gradient, found = timed(contender(args.child), problem)
-    return found | error_of(gradient, args.truth)
+def unrolled(problem: Problem, **options: Any) -> Iteration:
+    """The installed package by its public differentiable unroll; with ``engine="autograd"`` on a module that it does
+    not know."""
+    net = problem.net if options.get("engine") == "autograd" else problem.own
+    assert net is not None
+
+    def iterate() -> Gradients:
+        images, rate = problem.images.detach().requires_grad_(), problem.rate.detach().requires_grad_()
+        batches, draws = problem.batches[: problem.steps], problem.draws and problem.draws[: problem.steps]
+        end = pdd_fast.unroll(net, problem.start, images, problem.labels, rate, batches, draws, **options)
+        loss = pdd_fast.trajectory_matching_loss(end, problem.start, problem.target)
+        images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
+        return images_grad, rate_grad
+
+    return iterate
 
 
-def show(results: dict[str, Any]) -> str:
-    rows = []
-    for name, result in results.items():
-        if "failed" in result:
-            rows.append([name, f"{result['failed']}: {result['why']}", "", "", "", ""])
-            continue
-        rows.append([
-            name, present.duration(result["seconds"]), present.spread(result["seconds_all"]),
-            present.number(result["times_ours"]), present.gigabytes(result["peak_bytes"]),
-            present.number(result["error"], ".1e"),
-        ])  # fmt: skip
-    return present.table(["engine", "seconds", "min–max", "times ours", "peak memory", "error"], rows)
+def matching(
+    problem: Problem, *, graph: bool, precision: str, memory: str = "recompute", convolution: str = "auto"
+) -> Iteration:
+    """The installed package's whole iteration. Its inputs come from the CPU every time, as in a run; baselines have
+    theirs.
+
+    At rest and with momentum 0 the velocities after an iteration are the gradients.
+    """
+    assert problem.own is not None
+    engine = engines.choose(problem.own, precision=precision, convolution=convolution)
+    state = MatchingState.start(problem.images, float(problem.rate))
+    start, target = problem.start.cpu(), problem.target.cpu()
+
+    def prepared(steps: int) -> tuple[MatchingStep, MatchingInputs]:
+        draws = PackedDraws.of(problem.draws[:steps]) if problem.draws else None
+        batches = torch.stack(problem.batches[:steps])
+        step = MatchingStep(
+            engine, problem.labels, problem.images[:0], steps=steps, batch=batches.shape[1], memory=memory, graph=graph,
+            operations=len(draws.operations) if draws else 0, cutout=draws.cutout_size if draws else (0, 0),
+        )  # fmt: skip
+        return step, MatchingInputs(start, target, batches, draws)
+
+    made = {problem.steps: prepared(problem.steps)}
+
+    def iterate() -> Gradients:
+        if problem.steps not in made:  # warming up
+            made[problem.steps] = prepared(problem.steps)
+        step, inputs = made[problem.steps]
+        found = step(state, inputs).state
+        return found.images_velocity, found.rate_velocity
+
+    return iterate
 
 
-def parser() -> present.Parser:
-    parser = present.Parser(__doc__)
-    parser.add_numbers(
-        ("batch", 50, "images, all of them in every step"), ("steps", 50, "N"), ("width", 128, "channels"),
-        ("depth", 3, "blocks"), ("size", 32, "pixels of a side"),
-    )  # fmt: skip
-    parser.add_shared(rounds=3)
-    parser.set_defaults(device="cpu")
-    return parser
+def prepared(contender: Contender, problem: Problem) -> Iteration:
+    """A contender's iteration on ``problem``, which then is in its memory format and precision."""
+    options = contender.options
+    if "function" in options:
+        problem.channels_last = options["channels_last"]
+        problem.autocast = torch.bfloat16 if contender.precision == "bfloat16" else None
+        return baselines.FUNCTIONS[options["function"]](problem)
+    if "graph" in options:
+        return matching(problem, precision=contender.precision, **options)
+    return unrolled(problem, precision=contender.precision, **options)
 
 
-def main() -> None:
-    arguments = parser()
-    args = arguments.parse_args()
-    if measure.is_child(args, one):
+def warm_up(problem: Problem, iterate: Iteration) -> None:
+    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all of that behind."""
+    if problem.images.is_cuda:
+        iterate()
+        iterate()
         return
-    names = present.selected(list(ENGINES), args.only, args.skip, arguments)
-    case = {n: getattr(args, n) for n in ("batch", "steps", "width", "depth", "size", "rounds")}
-    record: dict[str, Any] = {
-        "benchmark": "unroll", "case": case, "machine": ask(args.device.type == "cuda", args.threads),
-        "engines": ENGINES, "results": {},
-    }  # fmt: skip
-    own = [f"--{n}={getattr(args, n)}" for n in ("batch", "steps", "width", "depth", "size", "threads", "device")]
-    with tempfile.TemporaryDirectory() as folder:
-        own.append(f"--truth={Path(folder) / 'gradient.pt'}")
-        exact = measure.run_child(SCRIPT, "float64", own, args.limit)
-        if "failed" in exact:
-            sys.exit(f"unroll.py: the gradient in float64 that errors are measured against {exact['why']}")
-
-        def keep(outcomes: dict[str, measure.Outcome]) -> None:
-            record["results"] = {name: outcome.result(outcomes.get(OURS)) for name, outcome in outcomes.items()}
-            present.write_record(args.output, record)
-
-        measure.in_turn(SCRIPT, names, own, args.rounds, args.limit, keep)
-    print(show(record["results"]))
+    steps, problem.steps = problem.steps, min(2, problem.steps)
+    iterate()
+    problem.steps = steps
 
 
-if __name__ == "__main__":
-    main()
+def problem_of(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
+    return Problem.draw(case.batch, case.steps, case.size, case.width, case.depth, device, dtype, case.augment)
+
+
+def write_truth(case: Case, job: Job) -> dict[str, Any]:
+    """Keeps the gradients in float64, by torch.func: without the package, and a step's memory at a time."""
+    found = baselines.functional(problem_of(case, job.device, torch.float64))()
+    torch.save([gradient.cpu() for gradient in found], job.scratch / _TRUTH)
+    return {"by": "torch.func in float64"}
+
+
+def errors(found: Gradients, truth: Gradients) -> dict[str, float | None]:
+    """Relative errors of both gradients, and the cosine of the angle between the images' gradient and the true one.
+    None for what is not finite."""
+    images, rate = (gradient.detach().cpu().double() for gradient in found)
+
+    def relative(value: Tensor, exact: Tensor) -> float:
+        return float((value - exact).norm() / exact.norm())
+
+    cosine = torch.nn.functional.cosine_similarity(images.flatten(), truth[0].flatten(), dim=0)
+    numbers = {"images": relative(images, truth[0]), "cosine": float(cosine), "rate": relative(rate, truth[1])}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
+    measure.set_precision(contender.precision)
+    problem = problem_of(case, job.device, torch.float32)
+    if contender.options.get("function") in ("functional", "compiled"):
+        measure.load_lazily_loaded()
+    memory = measure.Memory(job.device)
+    iterate = prepared(contender, problem)
+    warm_up(problem, iterate)
+    gc.collect()
+    memory.forget()
+    kept: list[Gradients] = []
+
+    def once() -> None:
+        kept[:] = [iterate()]
+
+    taken = measure.repeated(once, job.device)
+    bytes_taken = memory.found(holds_graph=job.device.type == "cuda" and _holds_graph(contender))
+    truth = job.scratch / _TRUTH
+    found = {"error": errors(kept[0], tuple(torch.load(truth)))} if truth.exists() else {}
+    return measure.sample({"iteration": taken}, bytes_taken, **found)
+
+
+def _holds_graph(contender: Contender) -> bool:
+    """Whether a CUDA graph holds what a contender works in; torch.compile is asked for some too."""
+    return contender.compiles or bool(contender.options.get("graph"))

@@ -21,6 +21,7 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "distill": "Distil a data set in stages, judge it, draw it.",
     "experts": "Train and store expert trajectories.",
     "evaluate": "Train fresh networks on a run's unions and report their test accuracy.",
+    "bench": "Measure speed, memory and gradient error against plain PyTorch.",
     "show": "Draw a run's images and accuracy, and print its table.",
     "env": "What was built, what was found, what to do about it.",
 }

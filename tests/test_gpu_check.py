@@ -133,8 +133,9 @@ def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {step.name: step for step in all_steps()}
     assert list(found) == [
         "build", "what was built", "tests on the GPU", "memcheck", "memcheck sees a planted mistake", "racecheck",
-        "initcheck", "initcheck sees a planted mistake", "synccheck", "iteration 20x50", "iteration 100x30",
-        "iteration 256x20", "training step",
+        "initcheck", "initcheck sees a planted mistake", "synccheck", "bench unroll-b20-n50-w128-s32-dsa",
+        "bench unroll-b100-n30-w128-s32-dsa", "bench unroll-b256-n20-w128-s32-dsa", "bench step-b256-w128-s32-dsa",
+        "bench dsa-single-b256",
     ]  # fmt: skip
     assert found["build"].environment == {"PDD_FAST_CUDA": "1", "PDD_FAST_CUDA_ARCHS": "90"}
     assert found["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -148,8 +149,23 @@ def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_program_that_is_run_exists() -> None:
     scripts = [part for step in all_steps("--all-tests") for part in step.command if part.endswith(".py")]
-    assert len(scripts) > 8
+    assert len(scripts) == 6
     assert all(Path(script).is_file() for script in scripts)
+
+
+def test_every_benchmark_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
+    from pdd_fast.benchmarks import contenders
+    from pdd_fast.benchmarks.cases import parse
+    from pdd_fast.cli.bench import command
+
+    for step in gpu_check.benchmark_steps(tmp_path):
+        arguments = list(step.command[step.command.index("bench") + 1 :])
+        asked = command.make_context("bench", arguments).params
+        (name,) = asked["named"]
+        assert asked["device"] == "cuda"
+        every = contenders.contenders(parse(name), "cuda")
+        contenders.check([every], asked["contender"], asked["without"])
+        assert asked["limit"] < step.limit
 
 
 def test_without_compute_sanitizer_its_steps_are_not_green(tmp_path: Path) -> None:
@@ -224,6 +240,17 @@ def test_all_green(tmp_path: Path) -> None:
     assert "| commit | abc |" in text
     assert "## One, first\n\n| a | b |\n|---|---|\n| 1 | 2 |\n" in text
     assert "noise" not in text
+
+
+def test_of_a_benchmarks_log_tables_captions_and_conclusions_are_kept() -> None:
+    log = (
+        "step-b4-w4-s8: 1/5 measurements  4 s/measurement\nstep-b4-w4-s8: PyTorch, compiled: failed: SomeError\n"
+        "step-b4-w4-s8: one training step: 4 images\n\n| a |\n|---|\n\nFloor: 3 F.\n\n"
+        "Best exact alternative in float32: x.\n"
+    )
+    assert steps.tables_in(log) == (
+        "step-b4-w4-s8: one training step: 4 images\n\n| a |\n|---|\n\nBest exact alternative in float32: x.\n"
+    )
 
 
 def test_a_step_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:

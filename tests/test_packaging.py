@@ -27,7 +27,8 @@ import pdd_fast
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = importlib.metadata.distribution("pdd-fast")
 # Large, or made by working here.
-NOT_COPIED = {".git", ".venv", "build", "data", "dist", "pdd_fast.egg-info", "runs", "venv"}
+NOT_COPIED = {".git", ".venv", "bench", "build", "data", "dist", "pdd_fast.egg-info", "runs", "venv"}
+MAPPED = ("benchmarks", "cli")  # folders beside pdd_fast/ that are packages inside of it once installed
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
@@ -44,7 +45,7 @@ def sources() -> set[str]:
     """The files of the packages in the repository, under the names that they are installed by."""
     found = {path.relative_to(ROOT) for path in (ROOT / "pdd_fast").rglob("*") if path.suffix in (".py", ".toml")}
     names = {str(path) for path in found} | {"pdd_fast/py.typed"}
-    return names | {f"pdd_fast/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
+    return names | {f"pdd_fast/{mapped}/{path.name}" for mapped in MAPPED for path in (ROOT / mapped).glob("*.py")}
 
 
 def require_contents(found: Iterable[str]) -> None:
@@ -96,7 +97,7 @@ def test_folders_of_the_repository_cannot_be_imported(tmp_path: Path) -> None:
         "print(json.dumps({n: [s.origin, *(s.submodule_search_locations or [])] for n, s in specs.items() if s}))\n"
     )
     folders = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()]
-    assert {"cli", "csrc", "tests", "pdd_fast"} <= set(folders)
+    assert {"benchmarks", "cli", "csrc", "tests", "pdd_fast"} <= set(folders)
     found = subprocess.run(
         [sys.executable, "-I", "-c", program, *folders, "setup"],
         cwd=tmp_path,
@@ -138,8 +139,10 @@ def test_every_file_is_installed_and_no_other() -> None:
 
 def test_every_package_is_listed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pdd_fast").rglob("__init__.py")}
-    names = {".".join(folder.parts) for folder in folders} | {"pdd_fast.cli"}
-    assert set(project()["tool"]["setuptools"]["packages"]) == names
+    names = {".".join(folder.parts) for folder in folders} | {f"pdd_fast.{mapped}" for mapped in MAPPED}
+    setuptools = project()["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == names
+    assert setuptools["package-dir"] == {"pdd_fast": "pdd_fast", **{f"pdd_fast.{mapped}": mapped for mapped in MAPPED}}
 
 
 # ---- dependencies ----
@@ -173,7 +176,7 @@ def modules(distributions: set[str]) -> set[str]:
 
 
 def test_what_is_imported_is_required_and_what_is_required_is_imported() -> None:
-    found = imported(ROOT / "pdd_fast", ROOT / "cli")
+    found = imported(ROOT / "pdd_fast", *(ROOT / mapped for mapped in MAPPED))
     assert found == modules(requirements()) | modules(requirements("torchvision"))
     assert requirements("torchvision") == {"torchvision"}
 
@@ -235,10 +238,10 @@ def packed(archive: Path) -> set[str]:
 
 def test_a_source_distribution_holds_all_that_a_build_reads(archive: Path) -> None:
     files = packed(archive)
-    below = [path for folder in ("csrc", "cli") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    below = [path for folder in ("csrc", *MAPPED) for path in (ROOT / folder).rglob("*") if path.is_file()]
     needed = {str(path.relative_to(ROOT)) for path in below if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")}
     assert len({name for name in needed if name.endswith((".h", ".cuh"))}) >= 10
-    needed |= {name for name in sources() if not name.startswith("pdd_fast/cli/")}
+    needed |= {name for name in sources() if not name.startswith(tuple(f"pdd_fast/{mapped}/" for mapped in MAPPED))}
     assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"} <= files
 
 
@@ -251,7 +254,8 @@ def test_a_source_distribution_holds_the_tests(archive: Path) -> None:
 def test_a_source_distribution_holds_nothing_else(archive: Path) -> None:
     files = packed(archive)
     suffixes = {
-        "csrc": (".h", ".cuh", ".cpp", ".cu"), "cli": (".py",), "pdd_fast": (".py", ".toml", ".typed"),
+        "csrc": (".h", ".cuh", ".cpp", ".cu"), "benchmarks": (".py",), "cli": (".py",),
+        "pdd_fast": (".py", ".toml", ".typed"),
         "tests": (".py", ".cpp", ".cu", ".h"), "docs": (".md",), "pdd_fast.egg-info": (".txt", "PKG-INFO"),
     }  # fmt: skip
     top = {"setup.py", "setup.cfg", "pyproject.toml", "LICENSE", "MANIFEST.in", "PKG-INFO"}

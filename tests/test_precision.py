@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pdd_fast
 from pdd_fast import engines, precision
+from pdd_fast.benchmarks import precision as precision_benchmark
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 cudnn: Any = torch.backends.cudnn
@@ -118,6 +116,7 @@ def test_on_the_cpu_nothing_is_set() -> None:
         assert flags() == before
 
 
+@pytest.mark.usefixtures("composed")  # on the CPU one kernel makes a pass, in the precision of its numbers
 @pytest.mark.parametrize("name", ["fused", "autograd"])
 def test_every_pass_of_an_engine_runs_in_its_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Depth counts the passes that are under way, so that a convolution outside of one is seen."""
@@ -192,38 +191,24 @@ def test_on_a_gpu_the_flags_reach_the_convolutions() -> None:
 
 # ---- benchmarks/precision.py ----------------------------------------------------------------------------------------
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-needs_benchmarks = pytest.mark.skipif(not FOLDER.is_dir(), reason="the benchmarks are not beside the tests")
 
-
-@pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("precision")
-
-
-@needs_benchmarks
-def test_emulated_tf32_rounds_to_nearest_and_ties_to_even(benchmark: ModuleType) -> None:
+def test_emulated_tf32_rounds_to_nearest_and_ties_to_even() -> None:
     unit = 2.0**-10  # of numbers in [1, 2)
     given = torch.tensor(
         [1.0, 1 + unit, 1 + 0.49 * unit, 1 + 0.51 * unit, 1 + 0.5 * unit, 1 + 1.5 * unit, 0.0, 2 - unit / 4]
     )
     expected = torch.tensor([1.0, 1 + unit, 1.0, 1 + unit, 1.0, 1 + 2 * unit, 0.0, 2.0])
-    assert torch.equal(benchmark.rounded(given), expected)
-    assert torch.equal(benchmark.rounded(-given), -expected)
+    assert torch.equal(precision_benchmark.rounded(given), expected)
+    assert torch.equal(precision_benchmark.rounded(-given), -expected)
     many = torch.randn(10000) * 2.0 ** torch.randint(-30, 30, (10000,))
-    assert ((benchmark.rounded(many) - many).abs() <= 2.0**-11 * many.abs()).all()
+    assert ((precision_benchmark.rounded(many) - many).abs() <= 2.0**-11 * many.abs()).all()
 
 
-@needs_benchmarks
-def test_the_benchmark_measures_every_precision(benchmark: ModuleType, tmp_path: Path) -> None:
+def test_the_benchmark_measures_every_precision(tmp_path: Path) -> None:
     arguments = ["--steps", "1", "2", "--batch=4", "--seeds=2", "--width=4", "--depth=2", "--size=8", "--device=cpu"]
     arguments += ["--threads=1", f"--output={tmp_path / 'record.json'}"]
-    environment = {
-        key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"
-    }  # it imports its neighbours
-    command = [sys.executable, FOLDER / "precision.py", *arguments]
-    subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    command = [sys.executable, "-P", "-m", "pdd_fast.benchmarks.precision", *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
     record = json.loads((tmp_path / "record.json").read_text())
     assert [(row["steps"], row["precision"]) for row in record["results"]] == [
         (steps, name) for steps in (1, 2) for name in ("float32", "tf32, emulated", "bfloat16")

@@ -112,8 +112,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def tables_in(log: str) -> str:
-    """The Markdown tables and the captions ("20x50: ...") of a log."""
-    lines = [line for line in log.splitlines() if line.startswith("|") or re.match(r"\w+: .*steps, width", line)]
+    """The Markdown tables of a log, their captions ("step-b20-w32-s32: one training step: ...") and conclusions."""
+    kept = re.compile(r"\||[a-z][a-z0-9-]*: (one|DSA)\b|Best exact alternative")
+    lines = [line for line in log.splitlines() if kept.match(line)]
     text = ""
     for before, line in zip(["", *lines], lines, strict=False):
         starts = not before.startswith("|") or not line.startswith("|") or before.count("|") != line.count("|")

@@ -1,0 +1,151 @@
+"""The benchmark: cases one after another, contenders in turn, and a record that is whole after every measurement."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pdd_fast.benchmarks import contenders, machine, processes, results, tables
+from pdd_fast.benchmarks.cases import SUITES, Case
+from pdd_fast.benchmarks.contenders import FLOOR, TRUTH, Contender
+from pdd_fast.benchmarks.plot import draw
+from pdd_fast.benchmarks.processes import Outcome
+from pdd_fast.devices import resolve_device
+from pdd_fast.errors import UsageError
+from pdd_fast.files import write_json, write_text
+from pdd_fast.reporting import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How cases are measured."""
+
+    suite: str = "quick"
+    device: str = "auto"
+    rounds: int = 0  # 0: the suite's
+    limit: float = 0.0  # seconds of one measurement; 0: the suite's
+    threads: int = 0  # 0: torch's own number
+    contender: tuple[str, ...] = ()  # texts of names; (): all
+    without: tuple[str, ...] = ()  # likewise, to leave out
+
+
+class Bench:
+    """A benchmark on its way.
+
+    Args:
+        folder: gets bench.json, bench.md and, where meta-gradients were measured, bench.png.
+        told: gets the name and the record of every case that is finished.
+
+    Raises:
+        UsageError: the folder holds a benchmark, the device cannot be used, or a text means no contender.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        settings: Settings,
+        folder: Path,
+        reporter: Reporter = SILENT,
+        told: Callable[[str, dict[str, Any]], None] = lambda name, found: None,
+    ) -> None:
+        if (folder / "bench.json").exists():
+            raise UsageError(f"{folder} holds a bench.json already; choose another --output")
+        suite = SUITES[settings.suite]
+        self.rounds, self.limit = settings.rounds or suite.rounds, settings.limit or suite.limit
+        self.settings, self.folder, self.reporter, self.told = settings, folder, reporter, told
+        self.device = resolve_device(settings.device)
+        every = {case: contenders.contenders(case, self.device.type) for case in cases}
+        contenders.check(list(every.values()), settings.contender, settings.without)
+        self.plan: dict[Case, list[Contender]] = {}
+        self.left_out: dict[Case, list[str]] = {}
+        for case, there in every.items():
+            chosen = contenders.select(there, settings.contender, settings.without, suite.compiles)
+            if chosen:
+                self.plan[case] = chosen
+                self.left_out[case] = [c.name for c in there if c not in chosen]
+        if not self.plan:
+            raise UsageError("--contender and --without leave nobody to measure")
+        self.wrong: list[str] = []  # what should have worked and did not
+        self.record: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        """All of it; the record. Interrupted, what was measured is in the folder."""
+        settings = asdict(self.settings) | {
+            "rounds": self.rounds, "limit": self.limit, "device": str(self.device),
+        }  # fmt: skip
+        self.record = {
+            "benchmark": "pdd-fast bench", "finished": False, "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "machine": machine.ask(self.device.type == "cuda", self.settings.threads), "settings": settings,
+            "cases": {},
+        }  # fmt: skip
+        self._write()
+        try:
+            for case in self.plan:
+                self._case(case)
+            self.record["finished"] = True
+        finally:
+            self._write()
+            draw(self.record, self.folder / "bench.png")
+        return self.record
+
+    def _write(self) -> None:
+        write_json(self.folder / "bench.json", self.record)
+        write_text(self.folder / "bench.md", tables.report(self.record))
+
+    def _case(self, case: Case) -> None:
+        """Measures a case. Interrupted too, who wants to be told is told of what there is."""
+        chosen = self.plan[case]
+        names = [*([FLOOR] if contenders.has_floor(case) else []), *(c.name for c in chosen)]
+        outcomes = {name: Outcome() for name in names}
+        found: dict[str, Any] = {
+            "case": asdict(case), "title": case.title, "left_out": self.left_out[case],
+            "contenders": [asdict(c) for c in chosen],
+        }  # fmt: skip
+
+        def keep() -> None:
+            found.update(results.summary(case, chosen, outcomes))
+            self.record["cases"][case.name] = found
+            self._write()
+
+        said = set[str]()
+        total = self.rounds * len(names) + (case.kind == "unroll")
+        with tempfile.TemporaryDirectory(prefix="pdd-fast-bench-") as scratch:
+            measure = partial(self._measure, case, scratch)
+            try:
+                with self.reporter.task(case.name, total=total, unit="measurement") as task:
+                    if case.kind == "unroll":
+                        found["truth"] = measure(TRUTH)
+                        self._say(case, TRUTH, found["truth"])
+                        keep()
+                        task.advance(1, last=TRUTH)
+                    for name in processes.in_turn(names, measure, self.rounds, outcomes):
+                        keep()
+                        task.advance(1, last=name)
+                        failed = outcomes[name].failed
+                        if failed and name not in said:
+                            said.add(name)
+                            self._say(case, name, failed)
+            finally:
+                if case.name in self.record["cases"]:
+                    self.told(case.name, found)
+        own = {FLOOR, *(c.name for c in chosen if c.ours)}
+        self.wrong += [f"{case.name}: {name}" for name, o in outcomes.items() if name in own and o.is_wrong]
+        if found.get("truth", {}).get("failed") == "failed":
+            self.wrong.append(f"{case.name}: {TRUTH}")
+
+    def _say(self, case: Case, name: str, found: dict[str, Any]) -> None:
+        """Tells at once of what gave no result."""
+        if "failed" in found:
+            self.reporter.message(f"{case.name}: {name}: {found['failed']}: {found['why']}")
+
+    def _measure(self, case: Case, scratch: str, name: str) -> dict[str, Any]:
+        told = {
+            "case": case.name, "contender": name, "device": str(self.device), "threads": self.settings.threads,
+            "scratch": scratch,
+        }  # fmt: skip
+        return processes.run(processes.command(told), self.limit)

@@ -1,0 +1,224 @@
+"""What can be measured: cases by name, and the suites that list them. Imports no torch.
+
+A case's name says all there is to know about it: ``unroll-b50-n20-w128-s32`` is the meta-gradient of 20 steps on 50
+images of 32×32 through a ConvNet of width 128. What a name leaves out has a default, and every name of the grammar can
+be measured, whether a suite lists it or not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import product
+from typing import Any
+
+from pdd_fast.errors import UsageError, nearest
+
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch
+STRATEGIES = (*OPERATIONS, "single", "multiple")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure; 0 and "" where a kind has no such number."""
+
+    kind: str
+    operation: str = ""  # of DSA, one of STRATEGIES
+    batch: int = 0  # images of a step
+    steps: int = 0  # N, unrolled
+    width: int = 0  # channels of every convolution
+    size: int = 0  # pixels of a side
+    depth: int = 0  # blocks
+    epochs: int = 0  # on each union
+    iterations: int = 0  # of the stage
+    augment: bool = False  # with DSA in mode "single"
+
+    @property
+    def name(self) -> str:
+        kind = KINDS[self.kind]
+        parts = [self.kind, *([self.operation] if self.operation else [])]
+        for letter, number in kind.letters.items():
+            value = getattr(self, number)
+            default = kind.base if number == "size" else kind.defaults(self.size)
+            if letter in kind.shown or value != getattr(default, number):
+                parts.append(f"{letter}{value}")
+        return "-".join([*parts, *(["dsa"] if self.augment else [])])
+
+    @property
+    def title(self) -> str:
+        return KINDS[self.kind].title.format(case=self, dsa=", with DSA" if self.augment else "")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How the cases of one kind are called."""
+
+    title: str
+    letters: dict[str, str]  # in a name -> field of Case, in the order of the name
+    shown: str  # letters that a name always has
+    base: Case = field(repr=False)
+    parts: tuple[str, ...] = ()  # what is timed; the last one stands for the case
+
+    def defaults(self, size: int = 0) -> Case:
+        size = size or self.base.size
+        # The literature's ConvNet has three blocks for 32×32 and four for 64×64; what is left has to be 2×2 at least.
+        depth = min(4 if size >= 64 else 3, max(1, size.bit_length() - 2))
+        return replace(self.base, size=size, depth=depth)
+
+
+_NET = {"w": "width", "s": "size", "d": "depth"}
+KINDS = {
+    "unroll": Kind(
+        "one meta-gradient: {case.batch} images, {case.steps} steps, width {case.width}, {case.size}×{case.size}{dsa}",
+        {"b": "batch", "n": "steps", **_NET}, "bnws", Case("unroll", batch=50, steps=20, width=128, size=32),
+        ("iteration",),
+    ),
+    "step": Kind(
+        "one training step: {case.batch} images, width {case.width}, {case.size}×{case.size}{dsa}",
+        {"b": "batch", **_NET}, "bws", Case("step", batch=256, width=128, size=32), ("step",),
+    ),
+    "dsa": Kind(
+        "DSA, {case.operation}: {case.batch} images of 3×{case.size}×{case.size}",
+        {"b": "batch", "s": "size"}, "b", Case("dsa", "single", batch=256, size=32),
+        ("draw", "forward", "forward and backward", "draw, forward and backward"),
+    ),
+    "evaluate": Kind(
+        "one union evaluation: three courses of {case.epochs} epochs on each of two unions, width {case.width}, "
+        "{case.size}×{case.size}",
+        {**_NET, "e": "epochs"}, "", Case("evaluate", width=32, size=8, epochs=100), ("evaluation",),
+    ),
+    "stage": Kind(
+        "one whole stage: transition, {case.iterations} iterations of {case.steps} steps, selection; width "
+        "{case.width}, {case.size}×{case.size}",
+        {"n": "steps", "i": "iterations", **_NET}, "", Case("stage", steps=20, iterations=20, width=32, size=8),
+        ("stage",),
+    ),
+}  # fmt: skip
+
+
+def parse(name: str) -> Case:
+    """The case called ``name``.
+
+    Raises:
+        UsageError: it is no case's name.
+    """
+    kind_name, *parts = name.split("-")
+    if kind_name not in KINDS:
+        raise UsageError(
+            f"a case must begin with one of {', '.join(KINDS)}, got {name!r}{nearest(kind_name, list(KINDS))}"
+        )
+    kind, values = KINDS[kind_name], dict[str, Any]()
+    key: str
+    value: Any
+    for part in parts:
+        found = re.fullmatch(r"([a-z])([1-9]\d{0,5})", part)
+        if part == "dsa" and kind_name in ("unroll", "step"):
+            key, value = "augment", True
+        elif part in STRATEGIES and kind_name == "dsa":
+            key, value = "operation", part
+        elif found and found[1] in kind.letters:
+            key, value = kind.letters[found[1]], int(found[2])
+        else:
+            raise UsageError(f"case {name!r}: {part!r} is not a part of it; {_grammar(kind_name)}")
+        if key in values:
+            raise UsageError(f"case {name!r} gives its {key} twice")
+        values[key] = value
+    case = replace(kind.defaults(values.get("size", 0)), **values)
+    if kind.base.width and case.size < 2**case.depth:
+        raise UsageError(
+            f"case {name!r}: {case.depth} blocks need images of {2**case.depth} pixels at least, got {case.size}"
+        )
+    return case
+
+
+def _grammar(kind: str) -> str:
+    numbers = ", ".join(f"{letter}{getattr(KINDS[kind].defaults(), n)}" for letter, n in KINDS[kind].letters.items())
+    more = {"dsa": f", and one of {', '.join(STRATEGIES)}", "unroll": " and dsa", "step": " and dsa"}.get(kind, "")
+    return f"its parts look like {numbers}{more}"
+
+
+# ---- suites ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases for a purpose, and how much time they are worth."""
+
+    what: str
+    cases: tuple[Case, ...]
+    rounds: int
+    limit: float  # seconds of one measurement
+    compiles: bool  # whether contenders that compile for up to a minute take part
+
+
+def _grid(kind: str, **values: Sequence[int | bool | str]) -> tuple[Case, ...]:
+    """All combinations, with the last one changing fastest."""
+    found = []
+    for combination in product(*values.values()):
+        given: dict[str, Any] = dict(zip(values, combination, strict=True))
+        found.append(replace(KINDS[kind].defaults(given.get("size", 0)), **given))
+    return tuple(found)
+
+
+def _named(*names: str) -> tuple[Case, ...]:
+    return tuple(parse(name) for name in names)
+
+
+_STEPS = _grid("step", batch=(20, 256), width=(32, 128), size=(8, 32), augment=(False, True))
+_DSA = _grid("dsa", operation=STRATEGIES, batch=(20, 256))
+_WHOLE = _named("evaluate", "evaluate-w128-s32-e10", "stage", "stage-n20-i5-w128-s32")
+SUITES = {
+    "quick": Suite(
+        "minutes: small networks, where launches and passes over memory count as much as arithmetic",
+        _named("unroll-b20-n5-w32-s32", "unroll-b20-n20-w32-s32", "unroll-b20-n50-w32-s32",
+               "step-b256-w32-s32", "step-b20-w32-s32-dsa", "dsa-single-b256", "dsa-multiple-b256", "evaluate",
+               "stage"), rounds=2, limit=120, compiles=False,
+    ),
+    "standard": Suite(
+        "hours: the sizes of the literature, each number varied by itself",
+        (
+            *_named("unroll-b50-n5-w128-s32", "unroll-b50-n20-w128-s32", "unroll-b50-n50-w128-s32",
+                    "unroll-b20-n20-w128-s32", "unroll-b100-n20-w128-s32", "unroll-b256-n20-w128-s32",
+                    "unroll-b50-n20-w32-s32", "unroll-b50-n20-w64-s32", "unroll-b50-n20-w128-s8",
+                    "unroll-b50-n20-w128-s64", "unroll-b50-n20-w128-s32-dsa"), *_STEPS, *_DSA, *_WHOLE,
+        ), rounds=3, limit=600, compiles=True,
+    ),
+    "full": Suite(
+        "days: every combination of batch, steps, width and size",
+        (*_grid("unroll", batch=(20, 50, 100, 256), steps=(5, 20, 50), width=(32, 64, 128), size=(8, 32, 64)),
+         *_named("unroll-b50-n20-w128-s32-dsa"), *_STEPS, *_DSA, *_WHOLE),
+        rounds=3, limit=1800, compiles=True,
+    ),
+}  # fmt: skip
+
+
+def select(suite: str, only: Sequence[str] = (), skip: Sequence[str] = (), named: Sequence[str] = ()) -> list[Case]:
+    """The cases of a suite that a pattern of ``only`` matches, if there is any, and none of ``skip``; with ``named``
+    those cases in the suite's place.
+
+    A pattern is a name with *, ? or [...] in it, or else a text that the name contains.
+
+    Raises:
+        UsageError: a pattern matches nothing, or nothing is left.
+    """
+    every = [parse(name) for name in named] if named else list(SUITES[suite].cases)
+    names = [case.name for case in every]
+    where = "named by --case" if named else f"in the {suite} suite"
+    for pattern in [*only, *skip]:
+        if not any(matches(pattern, name) for name in names):
+            raise UsageError(f"no case {where} matches {pattern!r}; pdd-fast bench --list shows the cases")
+    kept = [
+        case for case, name in zip(every, names, strict=True)
+        if (not only or any(matches(pattern, name) for pattern in only))
+        and not any(matches(pattern, name) for pattern in skip)
+    ]  # fmt: skip
+    if not kept:
+        raise UsageError("--only and --skip leave no case to measure")
+    return list(dict.fromkeys(kept))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` means ``name``."""
+    return fnmatchcase(name, pattern) if re.search(r"[*?[]", pattern) else pattern in name

@@ -1,0 +1,74 @@
+"""One measurement in a process of its own: ``python -P -m pdd_fast.benchmarks.child '{"case": ..., ...}'``.
+
+Prints one JSON object: what was measured, or what kept it from that. Other errors end the process with their traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pdd_fast.benchmarks import cases, contenders, measure
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.contenders import FLOOR, TRUTH
+from pdd_fast.benchmarks.measure import Job
+from pdd_fast.graphs import CaptureWarning
+from pdd_fast.ops._native import MissingKernelsWarning
+
+SLOWER = (MissingKernelsWarning, CaptureWarning)  # the package does something slower: not what was to be measured
+MODULES = {"unroll": "unroll", "step": "training_step", "dsa": "dsa", "evaluate": "evaluation", "stage": "stage"}
+
+
+def work(case: Case, name: str, job: Job) -> dict[str, Any]:
+    """The measurement called ``name``: of a contender, of the machine's rates, or of the true gradient."""
+    every = contenders.contenders(case, job.device.type)
+    if name == FLOOR:
+        from pdd_fast.benchmarks.floor import measured
+
+        return measured(case, list(dict.fromkeys(c.precision for c in every)), job)
+    if name == TRUTH:
+        from pdd_fast.benchmarks.unroll import write_truth
+
+        return write_truth(case, job)
+    contender = next(c for c in every if c.name == name)
+    found: dict[str, Any] = import_module(f"pdd_fast.benchmarks.{MODULES[case.kind]}").measured(case, contender, job)
+    return found
+
+
+def answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``call`` measures, or why it cannot."""
+    with warnings.catch_warnings():
+        for warning in SLOWER:
+            warnings.simplefilter("error", warning)
+        try:
+            return call()
+        except SLOWER as error:
+            return {"failed": "not available", "why": str(error)}
+        except Exception as error:
+            why = measure.out_of_memory(error)
+            if why is None:
+                raise
+            return {"failed": "out of memory", "why": why}
+
+
+def main(argument: str) -> None:
+    told = json.loads(argument)
+    job = Job(torch.device(told["device"]), Path(told["scratch"]), told["threads"])
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    if job.device.type == "cuda":
+        torch.cuda.set_device(job.device)
+    else:
+        measure.refuse_too_much()
+    print(json.dumps(answered(lambda: work(cases.parse(told["case"]), told["contender"], job))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,93 @@
+"""One union evaluation, measured: fresh networks through the growing union, real images in its place, and the last
+union alone, each of the same number of SGD steps, and their test accuracies."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pdd_fast
+from pdd_fast.benchmarks import measure
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.measure import Job
+from pdd_fast.benchmarks.plain_dsa import PlainDraws
+from pdd_fast.benchmarks.plain_network import plain_convnet
+from pdd_fast.benchmarks.plain_training import PlainTraining
+from pdd_fast.benchmarks.small_run import begin, real_union
+from pdd_fast.evaluate import evaluate_run
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
+
+Leg = tuple[Tensor, Tensor, float, int]  # images, labels, rate, steps
+
+
+def student(bench: Workbench, number: int, channels_last: bool) -> PlainTraining:
+    """A fresh network, trained on unions as a run's configuration says."""
+    config = bench.config
+    data = bench.data
+    net = plain_convnet(data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
+    pdd_fast.load_parameters(net, bench.initial_parameters("evaluation", number).cpu())
+    draws = PlainDraws(bench.dsa, bench.device, torch.float32, number)
+    generator = torch.Generator(bench.device).manual_seed(number)
+    return PlainTraining(
+        net.to(bench.device), draws, generator, batch=config.union_batch, momentum=config.union_momentum,
+        decay=config.union_weight_decay, channels_last=channels_last,
+    )  # fmt: skip
+
+
+def courses(bench: Workbench, union: Union) -> list[list[Leg]]:
+    """The union stage after stage, as many random real images, and the last union from the start."""
+    config, train = bench.config, bench.train
+    counts = [
+        config.union_epochs * bench.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
+        for stage in range(1, union.stages + 1)
+    ]
+    groups = bench.random_real_rows(config.stage_ipc, "random images", 0)
+    in_order, real = [], []
+    for stage, count in enumerate(counts, start=1):
+        rows = torch.cat(groups[:stage])
+        in_order.append((*union.up_to(stage), union.rates[stage - 1], count))
+        real.append((train.images[rows], train.labels[rows], config.inner_lr, count))
+    return [in_order, real, [(union.images, union.labels, union.rates[-1], sum(counts))]]
+
+
+def plain(bench: Workbench, union: Union, channels_last: bool) -> list[float]:
+    """The whole evaluation in eager PyTorch: test accuracies, after every leg of every course."""
+    found, test = [], bench.data.test
+    for repeat in range(bench.config.repeats):
+        for course in courses(bench, union):
+            training = student(bench, repeat, channels_last)
+            for images, labels, rate, steps in course:
+                training.run(images, labels, rate, steps)
+                found.append(training.accuracy(test.images, test.labels))
+    return found
+
+
+def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callable[[], Any]:
+    """The evaluation as one call."""
+    own = contender.options if contender.ours else {}
+    run, bench = begin(case, job, folder, contender.precision, **own)
+    union = real_union(bench, bench.config.stages)
+    if not contender.ours:
+        # Loading the data is part of an evaluation of ours, and so of this one.
+        return lambda: plain(Workbench.prepare(run.config), union, contender.options["channels_last"])
+    union.distilled(bench).save(run.distilled_file)
+    return lambda: evaluate_run(run)
+
+
+def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
+    measure.set_precision(contender.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        call = prepared(case, contender, job, Path(folder))
+        if not contender.ours:
+            measure.load_lazily_loaded()
+        memory = measure.Memory(job.device)
+        # Without a warm-up: an evaluation is hundreds of steps, and that the first takes longer is part of it.
+        taken = measure.repeated(call, job.device, most=1)
+        return measure.sample({"evaluation": taken}, memory.found())

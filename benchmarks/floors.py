@@ -1,0 +1,95 @@
+"""The arithmetic of the floor (floor.py says what it is and measures its rates). Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pdd_fast.benchmarks.cases import Case
+
+CHANNELS = 3  # of an image
+BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
+KINDS = ("forward", "input gradient", "weight gradient")
+# How often each kind is computed of a layer, in the order of KINDS: of the first layer, and of the others.
+COUNTS = {
+    "3 F": ((1, 0, 1), (1, 1, 1)),  # a training step
+    "9 F": ((2, 2, 2), (3, 3, 3)),  # trajectory step and dual pass, activations kept
+    "11 F": ((3, 2, 2), (4, 4, 3)),  # the same, activations made again
+}
+PASSES = {"3 F": 3.5, "9 F": 10.5, "11 F": 10.5}  # over every layer's result
+OF_KIND = {"unroll": ("9 F", "11 F"), "step": ("3 F",)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One 3×3 convolution on a batch."""
+
+    batch: int
+    channels: int
+    width: int
+    side: int
+
+    def operations(self, batch: int = 0) -> float:
+        """F of this layer: floating-point operations of one forward convolution."""
+        return float(2 * 9 * self.channels * self.width * self.side**2 * (batch or self.batch))
+
+    def results(self) -> int:
+        """Numbers in z."""
+        return self.batch * self.width * self.side**2
+
+
+def layers(case: Case) -> list[Layer]:
+    """The convolutions of a case's network."""
+    return [
+        Layer(case.batch, case.width if i else CHANNELS, case.width, case.size >> i) for i in range(case.depth)
+    ]  # fmt: skip
+
+
+def best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several measurements of the rates the fastest of each."""
+    first = rates[0]
+    found: dict[str, Any] = {"copy": max(each["copy"] for each in rates)}
+    if "convolution" in first:
+        found["convolution"] = {
+            precision: [
+                {kind: max(each["convolution"][precision][i][kind] for each in rates) for kind in of_layer}
+                for i, of_layer in enumerate(of_layers)
+            ]
+            for precision, of_layers in first["convolution"].items()
+        }
+    return found
+
+
+def convolutions(case: Case, label: str, of_layers: Sequence[dict[str, float]]) -> float:
+    """Seconds of the convolutions that ``label`` counts, of one step, at each layer's own rates."""
+    total = 0.0
+    for i, (layer, rates) in enumerate(zip(layers(case), of_layers, strict=True)):
+        for kind, count in zip(KINDS, COUNTS[label][min(i, 1)], strict=True):
+            total += count * layer.operations() / rates[kind]
+    return total
+
+
+def passes(case: Case, label: str, precision: str, copy: float) -> float:
+    """Seconds of one step's passes over the layers' results."""
+    return PASSES[label] * sum(layer.results() for layer in layers(case)) * BYTES[precision] / copy
+
+
+def floors(case: Case, rates: dict[str, Any], precision: str) -> dict[str, dict[str, float]]:
+    """By part and by what is counted, the seconds that a part takes at least."""
+    if case.kind == "dsa":
+        # An image is read and written once on its way forward, and its gradient once on the way back.
+        once = 2 * 4 * case.batch * CHANNELS * case.size**2 / rates["copy"]
+        return {
+            "forward": {"copy": once},
+            "forward and backward": {"copy": 2 * once},
+            "draw, forward and backward": {"copy": 2 * once},
+        }
+    if case.kind not in OF_KIND or precision not in rates["convolution"]:
+        return {}
+    part, steps = ("iteration", case.steps) if case.kind == "unroll" else ("step", 1)
+    found = {}
+    for label in OF_KIND[case.kind]:
+        one = convolutions(case, label, rates["convolution"][precision])
+        found[label] = steps * (one + passes(case, label, precision, rates["copy"]))
+    return {part: found}

@@ -1,0 +1,84 @@
+"""Plain training as a good user writes it in eager PyTorch: torch.optim.SGD on a module, whole batches at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pdd_fast.benchmarks.plain_dsa import PlainAugment
+
+
+class Draws(Protocol):
+    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment: ...
+
+
+class PlainTraining:
+    """One network in training.
+
+    Args:
+        net: changed in place; in channels-last memory where ``channels_last``.
+        draws: of DSA; None: no augmentation.
+        generator: of the order of images, on their device.
+        compiled: network and loss under torch.compile.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        draws: Draws | None,
+        generator: torch.Generator,
+        *,
+        batch: int,
+        rate: float = 0.01,
+        momentum: float = 0.0,
+        decay: float = 0.0,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
+        self.net = net.to(memory_format=self.format) if channels_last else net
+        self.draws, self.generator, self.batch = draws, generator, batch
+        self.optimizer = torch.optim.SGD(self.net.parameters(), rate, momentum, weight_decay=decay)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = self._loss
+        if compiled:
+            on_gpu = generator.device.type == "cuda"
+            self.loss = torch.compile(self._loss, mode="reduce-overhead" if on_gpu else None)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(images), labels)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One step on a batch."""
+        if self.draws is not None:
+            images = self.draws.draw(len(images), (images.shape[2], images.shape[3]))(images)
+        self.optimizer.zero_grad()
+        self.loss(images.contiguous(memory_format=self.format), labels).backward()
+        self.optimizer.step()
+
+    def steps(self, images: Tensor, labels: Tensor, count: int) -> None:
+        """``count`` steps, every epoch in an order of its own."""
+        done = 0
+        while done < count:
+            order = torch.randperm(len(images), generator=self.generator, device=self.generator.device)
+            for index in order.split(self.batch)[: count - done]:
+                self.step(images[index], labels[index])
+                done += 1
+
+    def run(self, images: Tensor, labels: Tensor, rate: float, count: int) -> None:
+        """``count`` steps at ``rate``, and from half time on at a tenth of it."""
+        half = (count + 1) // 2
+        for share, number in ((rate, half), (rate / 10, count - half)):
+            for group in self.optimizer.param_groups:
+                group["lr"] = share
+            self.steps(images, labels, number)
+
+    def accuracy(self, images: Tensor, labels: Tensor, batch: int = 1000) -> float:
+        """Percent of ``images`` that the network puts in the class of ``labels``."""
+        with torch.no_grad():
+            parts = zip(images.split(batch), labels.split(batch), strict=True)
+            right = [(self.net(x.contiguous(memory_format=self.format)).argmax(1) == y).sum() for x, y in parts]
+        return 100.0 * float(torch.stack(right).sum()) / len(images)

@@ -1,0 +1,117 @@
+"""Time and memory over N: what the report shows of the meta-gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pdd_fast.benchmarks.cases import Case, parse
+from pdd_fast.files import atomic_path
+
+OURS, OTHERS = ("#0b6e99", "#3aa6d0", "#084c6b"), ("#d9730d", "#6940a5", "#8a8a8a", "#4d7c3a", "#c2185b")
+
+
+def family(names: list[str]) -> list[str]:
+    """The meta-gradients that differ in nothing but N, by N: the largest group, and of equals the first."""
+    groups: dict[Case, list[Case]] = {}
+    for case in map(parse, names):
+        if case.kind == "unroll":
+            key = Case(**{**case.__dict__, "steps": 0})
+            groups.setdefault(key, []).append(case)
+    largest = max(groups.values(), key=len, default=[])
+    return [case.name for case in sorted(largest, key=lambda case: case.steps)]
+
+
+def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The contenders of these cases that a picture has room for: of each way to write it the fastest.
+
+    Ours are the fused engine's with its own choice of convolution, where that was measured, by what they keep; of the
+    others memory formats compete, and on a GPU precisions. bfloat16 is another computation.
+    """
+    every = {c["name"]: c for found in cases.values() for c in found["contenders"]}
+    there = [c for c in every.values() if c["precision"] != "bfloat16" and _curve(c["name"], cases)[0]]
+    usual = {"engine": "auto", "convolution": "auto", "graph": True}
+    default = [c for c in there if c["ours"] and all(c["options"].get(k, v) == v for k, v in usual.items())]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for contender in there:
+        if contender["ours"] and default and contender not in default:
+            continue
+        way = contender["name"] if contender["ours"] and not default else contender["options"].get("function")
+        groups.setdefault(way or contender["options"]["memory"], []).append(contender)
+
+    def at_the_end(contender: dict[str, Any]) -> tuple[int, float]:
+        """Who gets furthest, and of those the fastest."""
+        steps, seconds, _ = _curve(contender["name"], cases)[0][-1]
+        return -steps, seconds
+
+    return [min(group, key=at_the_end) for group in groups.values()]
+
+
+def draw(record: Mapping[str, Any], path: Path) -> bool:
+    """Writes the picture of a record's largest family of cases; whether there was anything to draw."""
+    cases = {name: record["cases"][name] for name in family(list(record["cases"]))}
+    contenders = drawn(cases)
+    if not contenders:
+        return False
+    figure = Figure(figsize=(9.6, 4.4), dpi=150)
+    time, memory = figure.subplots(1, 2)
+    colours = {True: cycle(OURS), False: cycle(OTHERS)}
+    for contender in contenders:
+        points, lost = _curve(contender["name"], cases)
+        ours = contender["ours"]
+        style: dict[str, Any] = {
+            "color": next(colours[ours]), "marker": "o" if ours else "s", "markersize": 4,
+            "linewidth": 2 if ours else 1.2, "linestyle": "-" if contender["exact"] else ":",
+            "label": contender["name"] + (f" (N = {lost[0]}: {lost[1]})" if lost else ""),
+        }  # fmt: skip
+        steps, seconds, taken = zip(*points, strict=True)
+        time.plot(steps, seconds, **style)
+        memory.plot(steps, [value / 1e9 for value in taken], **style)
+    _finish(time, "seconds", cases)
+    _finish(memory, "memory beyond the start, GB", cases)
+    figure.legend(*time.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="lower center")
+    one = parse(next(iter(cases)))
+    dsa = ", with DSA" if one.augment else ""
+    figure.suptitle(
+        f"one meta-gradient: {one.batch} images, width {one.width}, {one.size}×{one.size}{dsa}; "
+        f"{_where(record['machine'])}", fontsize=10, parse_math=False,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    return True
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    threads = machine["threads"]
+    return str(machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}")
+
+
+def _curve(contender: str, cases: Mapping[str, Any]) -> tuple[list[tuple[int, float, float]], tuple[int, str] | None]:
+    """N, seconds and new bytes of a contender, and where it first gave no result, and why."""
+    points, lost = [], None
+    for name, found in cases.items():
+        result = found["results"].get(contender)
+        if result is None or result.get("failed") == "not run":
+            continue
+        if "failed" in result:
+            lost = lost or (parse(name).steps, result["failed"])
+            continue
+        points.append((parse(name).steps, result["seconds"]["iteration"]["median"], result["above_start_bytes"]))
+    return points, lost
+
+
+def _finish(axes: Axes, what: str, cases: Mapping[str, Any]) -> None:
+    axes.set_xlabel("N, steps")
+    axes.set_xticks([parse(name).steps for name in cases])
+    axes.set_ylabel(what)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,102 @@
+"""One process a measurement, contenders in turn. Imports no torch.
+
+Rounds go through all contenders in turn, so that a slow minute of the machine hits all of them, and a contender that
+failed is not tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MODULE = "pdd_fast.benchmarks.child"
+DETAILS = 4000  # last characters of what a process said before it failed
+PATIENCE = 10.0  # seconds to end in, once asked
+
+
+@dataclass
+class Outcome:
+    """A contender's measurements, one a round, or what kept it from more."""
+
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, Any] | None = None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether it failed for another reason than its size."""
+        return self.failed is not None and self.failed["failed"] in ("failed", "not available")
+
+
+def command(told: dict[str, Any]) -> list[str]:
+    # -P: the installed package, not the one in the working directory, which may have no kernels.
+    return [sys.executable, "-P", "-m", MODULE, json.dumps(told)]
+
+
+def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
+    """What a process of its own answers, in at most ``limit`` seconds."""
+    process = subprocess.Popen(
+        arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, encoding="utf-8", errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, said = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": "too slow", "why": f"took more than {limit:g} s"}
+    finally:
+        if process.returncode is None:  # also where this process is interrupted
+            _end(process)
+    if process.returncode == 0:
+        try:
+            found: dict[str, Any] = json.loads(out.splitlines()[-1])
+            return found
+        except (ValueError, IndexError):
+            return {"failed": "failed", "why": "gave no numbers", "details": (out + said)[-DETAILS:]}
+    return _why(process.returncode, said)
+
+
+def _why(status: int, said: str) -> dict[str, str]:
+    if status == -signal.SIGKILL:  # how Linux ends a process where there is no memory left
+        return {"failed": "out of memory", "why": "was killed"}
+    if "bad_alloc" in said:
+        return {"failed": "out of memory", "why": "did not say for how much it asked"}
+    ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    lines = said.strip().splitlines() or [ended]
+    why = next((line for line in lines[::-1] if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+    return {"failed": "failed", "why": why, "details": said[-DETAILS:]}
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process and all that it started: it leads a session of its own, and compilers have helpers."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(PATIENCE)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def in_turn(
+    names: Sequence[str], measure: Callable[[str], dict[str, Any]], rounds: int, outcomes: dict[str, Outcome]
+) -> Iterator[str]:
+    """``rounds`` measurements of every contender, into ``outcomes``. Gives the name after each, so that what there is
+    can be kept at once; also those of contenders that failed before and are not tried again."""
+    for _ in range(rounds):
+        for name in names:
+            outcome = outcomes[name]
+            if not outcome.failed:
+                found = measure(name)
+                if "failed" in found:
+                    outcome.failed = found
+                else:
+                    outcome.samples.append(found)
+            yield name

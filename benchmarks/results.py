@@ -1,0 +1,133 @@
+"""From measurements to results: medians with their spread, ratios, what is over the floor, who is the best alternative.
+Imports no torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pdd_fast.benchmarks.cases import KINDS, Case
+from pdd_fast.benchmarks.contenders import FLOOR, Contender
+from pdd_fast.benchmarks.floors import best, floors
+from pdd_fast.benchmarks.processes import Outcome
+
+NOT_RUN = {"failed": "not run", "why": "the benchmark ended before"}
+
+
+def main_part(case: Case) -> str:
+    """What stands for a case where one number has to."""
+    return KINDS[case.kind].parts[-1]
+
+
+def rounds_of(outcome: Outcome, part: str) -> list[float]:
+    """One number for every round: the median of what the process measured."""
+    return [statistics.median(sample["seconds"][part]) for sample in outcome.samples]
+
+
+def ratio(outcome: Outcome, base: Outcome, part: str) -> float | None:
+    """Median of one's seconds over the other's, round by round, so that the machine's drift cancels."""
+    pairs = list(zip(rounds_of(outcome, part), rounds_of(base, part), strict=False))
+    return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def reference(contenders: Sequence[Contender], outcomes: Mapping[str, Outcome], precision: str) -> Contender | None:
+    """Ours that others of a precision are compared with: the first that was measured."""
+    return next((c for c in contenders if c.ours and c.precision == precision and outcomes[c.name].samples), None)
+
+
+def summary(case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What a record keeps of a case: by contender its results, the floors, and the best alternatives."""
+    rates = outcomes.get(FLOOR, Outcome())
+    measured = best(rates.samples) if rates.samples else None
+    precisions = list(dict.fromkeys(c.precision for c in contenders))
+    bounds = {p: floors(case, measured, p) for p in precisions} if measured else {}
+    results = {}
+    for contender in contenders:
+        other = reference(contenders, outcomes, contender.precision)
+        base = outcomes[other.name] if other else None
+        bound = bounds.get(contender.precision, {})
+        results[contender.name] = _result(case, outcomes[contender.name], base, bound)
+    found: dict[str, Any] = {"results": results, "floor": {"seconds": bounds, "rates": measured}}
+    if rates.failed:
+        found["floor"]["failed"] = rates.failed
+    if rates.samples:
+        found["floor"]["samples"] = rates.samples
+    found["alternatives"] = [a for p in precisions if (a := alternative(case, contenders, outcomes, p))]
+    return found
+
+
+def _result(
+    case: Case, outcome: Outcome, base: Outcome | None, bound: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    # What was measured before it failed stays in the record, but is no result: the rounds are not complete.
+    if outcome.failed:
+        return {**outcome.failed, **({"samples": outcome.samples} if outcome.samples else {})}
+    if not outcome.samples:
+        return NOT_RUN
+    parts = {}
+    for part in KINDS[case.kind].parts:
+        each = [value for sample in outcome.samples for value in sample["seconds"][part]]
+        median = statistics.median(rounds_of(outcome, part))
+        parts[part] = {
+            "median": median,
+            "smallest": min(each),
+            "largest": max(each),
+            "times_ours": ratio(outcome, base, part) if base else None,
+            "over_floor": {label: median / seconds for label, seconds in bound.get(part, {}).items()},
+        }
+    found: dict[str, Any] = {"seconds": parts}
+    for key in ("peak_bytes", "above_start_bytes"):
+        found[key] = max(sample[key] for sample in outcome.samples)
+    if all("error" in sample for sample in outcome.samples):
+        found["error"] = {
+            key: _median([sample["error"][key] for sample in outcome.samples]) for key in outcome.samples[0]["error"]
+        }
+    return {**found, "samples": outcome.samples}
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.median(v for v in values if v is not None)
+
+
+def alternative(
+    case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, Outcome], precision: str
+) -> dict[str, Any] | None:
+    """The fastest exact baseline of a precision beside ours: the default, and the fastest."""
+    part = main_part(case)
+    there = {
+        c.name: c for c in contenders
+        if c.precision == precision and outcomes[c.name].samples and not outcomes[c.name].failed
+    }  # fmt: skip
+
+    def fastest(names: Sequence[str]) -> str | None:
+        return min(names, key=lambda name: statistics.median(rounds_of(outcomes[name], part)), default=None)
+
+    baseline = fastest([name for name, c in there.items() if c.exact and not c.ours])
+    own = [name for name, c in there.items() if c.ours]
+    quickest = fastest(own)
+    if baseline is None or quickest is None:
+        return None
+
+    def beside(name: str) -> dict[str, Any]:
+        memory = [max(s["above_start_bytes"] for s in outcomes[n].samples) for n in (name, baseline)]
+        return {
+            "name": name,
+            "seconds": statistics.median(rounds_of(outcomes[name], part)),
+            "times_as_fast": ratio(outcomes[baseline], outcomes[name], part),
+            "share_of_memory": memory[0] / memory[1] if memory[1] else None,
+        }
+
+    missing = [
+        c.name for c in contenders
+        if c.exact and not c.ours and c.precision == precision and c.name not in there
+    ]  # fmt: skip
+    return {
+        "precision": precision,
+        "part": part,
+        "baseline": baseline,
+        "seconds": statistics.median(rounds_of(outcomes[baseline], part)),
+        "without": missing,
+        "ours": beside(own[0]),
+        "fastest of ours": beside(quickest),
+    }

@@ -1,0 +1,61 @@
+"""A run of two stages to evaluate, or to make the second stage of: the digits, or noise in the shape of photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.measure import Job
+from pdd_fast.config import resolve
+from pdd_fast.runs import Run
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
+
+CLASSES, TRAIN, TEST = 10, 60, 20  # images of noise in each class
+DIGITS = 8  # pixels of their sides
+SETTINGS: dict[str, Any] = {
+    "stages": 2, "ipc": 4, "experts": 2, "expert_train_epochs": 4, "max_start_epoch": 1, "expert_epochs": 3,
+    "expert_batch": 256, "eval_every": 0, "eval_networks": 1, "repeats": 1, "expert_lr": 0.02, "inner_lr": 0.02,
+    "lr_img": 10.0, "lr_lr": 1e-5, "union_batch": 256, "augment": "color_crop_cutout_flip_scale_rotate",
+}  # fmt: skip
+
+
+def noise(folder: Path, size: int) -> Path:
+    """Images of noise as ``imagefolder:`` reads them, the same ones every time."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", TRAIN), ("test", TEST)):
+        for label in range(CLASSES):
+            place = folder / split / str(label)
+            place.mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(place / f"{k}.png")
+    return folder
+
+
+def begin(case: Case, job: Job, folder: Path, precision: str = "float32", **options: Any) -> tuple[Run, Workbench]:
+    """A new run in ``folder`` with a case's numbers, and what it works with.
+
+    Args:
+        options: settings of the run; those that a run does not know are left out.
+    """
+    data = "digits" if case.size == DIGITS else f"imagefolder:{noise(folder / 'data', case.size)}"
+    epochs = case.epochs or 50
+    config = resolve(
+        **SETTINGS, dataset=data, width=case.width, depth=case.depth, union_epochs=epochs, eval_epochs=epochs,
+        transition_epochs=epochs, iterations=case.iterations, inner_steps=case.steps or 1, device=str(job.device),
+        threads=job.threads, precision=precision, **options,
+    )  # fmt: skip
+    return Run.create(folder / "run", config), Workbench.prepare(config)
+
+
+def real_union(bench: Workbench, stages: int) -> Union:
+    """Real images in the place of learned ones, as many as ``stages`` stages make."""
+    groups = bench.random_real_rows(bench.config.stage_ipc, "initial images")
+    union = Union.empty(bench)
+    for rows in groups[:stages]:
+        union = union.extended(bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr)
+    return union

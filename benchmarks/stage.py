@@ -1,0 +1,150 @@
+"""One whole stage, measured: the second of a run, from networks trained on the first one's images to its own best ones.
+
+The transition trains every start network on the union and then, recorded, on real data; the iterations match these
+trajectories; at the end a fresh network is trained on the images and scored on held-out data.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pdd_fast
+from pdd_fast.benchmarks import measure
+from pdd_fast.benchmarks.baselines import Problem, trained
+from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.evaluation import student
+from pdd_fast.benchmarks.measure import Job
+from pdd_fast.benchmarks.plain_dsa import PlainDraws
+from pdd_fast.benchmarks.plain_network import plain_convnet
+from pdd_fast.benchmarks.small_run import begin, real_union
+from pdd_fast.experts import make_experts
+from pdd_fast.progressive import distill
+from pdd_fast.runs import Run
+from pdd_fast.trajectories import list_trajectories
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
+
+
+class PlainStage:
+    """The second stage in plain PyTorch, as MTT's scripts are built: nets by torch.optim.SGD, create_graph=True through
+    every unrolled step."""
+
+    def __init__(self, bench: Workbench, union: Union, starts: list[Tensor], channels_last: bool) -> None:
+        self.bench, self.union, self.starts, self.channels_last = bench, union, starts, channels_last
+        self.generator = torch.Generator().manual_seed(0)
+        self.draws = PlainDraws(bench.dsa, bench.device, torch.float32)
+
+    def __call__(self) -> float:
+        """Held-out accuracy of the stage's images."""
+        images, rate = self.learn([self.trajectory(start) for start in self.starts])
+        return self.select(images, rate)
+
+    def trajectory(self, start: Tensor) -> list[Tensor]:
+        """Checkpoints [P] on real data, from ``start`` trained on the union."""
+        config, union, train = self.bench.config, self.union, self.bench.train
+        training = student(self.bench, 0, self.channels_last)
+        pdd_fast.load_parameters(training.net, start.to(self.bench.device))
+        sgd = self.bench.synthetic_sgd
+        training.run(
+            union.images, union.labels, union.rates[-1],
+            config.transition_epochs * sgd.steps_per_epoch(len(union.images)),
+        )  # fmt: skip
+        training.optimizer = torch.optim.SGD(training.net.parameters(), config.expert_lr, config.expert_momentum)
+        training.batch = config.expert_batch
+        found = [pdd_fast.flatten_parameters(training.net)]
+        for _ in range(config.transition_real_epochs):
+            training.steps(train.images, train.labels, -(-len(train.images) // config.expert_batch))
+            found.append(pdd_fast.flatten_parameters(training.net))
+        return found
+
+    def problem(self, trajectories: list[list[Tensor]], images: Tensor, labels: Tensor) -> Problem:
+        """What one iteration draws: a trajectory, where on it to start, batches of the union, and DSA."""
+        config, data = self.bench.config, self.bench.data
+        net = plain_convnet(data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
+        trajectory = trajectories[self.integer(len(trajectories))]
+        first = self.integer(config.max_start_epoch + 1)
+        size, batches = len(images) - len(self.union.images), list[Tensor]()
+        while len(batches) < config.inner_steps:
+            order = torch.randperm(len(images), generator=self.generator)
+            batches += order[: len(images) // size * size].split(size)
+        problem = Problem(
+            net.to(images.device), trajectory[first], trajectory[first + config.expert_epochs], images.detach(), labels,
+            torch.tensor(0.0), batches[: config.inner_steps], channels_last=self.channels_last,
+        )  # fmt: skip
+        H, W = images.shape[2:]
+        problem.augments = [self.draws.draw(size, (H, W)) for _ in problem.batches]
+        return problem
+
+    def integer(self, bound: int) -> int:
+        return int(torch.randint(bound, (), generator=self.generator))
+
+    def learn(self, trajectories: list[list[Tensor]]) -> tuple[Tensor, float]:
+        """The stage's images, and the rate to train on them with."""
+        config, bench, union = self.bench.config, self.bench, self.union
+        rows = bench.random_real_rows(config.stage_ipc, "initial images")[union.stages]
+        images = bench.train.images[rows].requires_grad_()
+        labels = torch.cat([union.labels, bench.train.labels[rows]])
+        rate = torch.tensor(config.inner_lr, device=bench.device, requires_grad=True)
+        optimizer = torch.optim.SGD(
+            [{"params": [images], "lr": config.lr_img}, {"params": [rate], "lr": config.lr_lr}],
+            momentum=config.momentum,
+        )  # fmt: skip
+        for _ in range(config.iterations):
+            together = torch.cat([union.images, images])  # the earlier ones are constants and cost no gradient
+            problem = self.problem(trajectories, together, labels)
+            optimizer.zero_grad()
+            problem.matching_loss(trained(problem, together, rate)).backward(inputs=[images, rate])
+            optimizer.step()
+        return images.detach(), float(rate.detach())
+
+    def select(self, images: Tensor, rate: float) -> float:
+        config, bench, union = self.bench.config, self.bench, self.union
+        labels = bench.train.labels[bench.random_real_rows(config.stage_ipc, "initial images")[union.stages]]
+        both = union.extended(images, labels, rate)
+        scores = []
+        for number in range(config.eval_networks):
+            training = student(bench, number, self.channels_last)
+            for stage in range(1, both.stages + 1):
+                seen, y = both.up_to(stage)
+                steps = config.eval_epochs * bench.synthetic_sgd.steps_per_epoch(len(seen))
+                training.run(seen, y, both.rates[stage - 1], steps)
+            scores.append(training.accuracy(bench.held_out.images, bench.held_out.labels))
+        return sum(scores) / len(scores)
+
+
+def before_the_stage(run: Run, bench: Workbench) -> Union:
+    """What the second stage starts from: experts, and real images for those of the first stage."""
+    make_experts(run)
+    union = real_union(bench, 1)
+    union.distilled(bench).save(run.stage_file(1))
+    return union
+
+
+def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callable[[], Any]:
+    """The stage as one call, which can be made once."""
+    own = contender.options if contender.ours else {}
+    run, bench = begin(case, job, folder, contender.precision, **own)
+    union = before_the_stage(run, bench)
+    if contender.ours:
+        return lambda: distill(run)
+    starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
+    # Loading the data is part of a stage of ours, and so of this one.
+    return lambda: PlainStage(Workbench.prepare(run.config), union, starts, contender.options["channels_last"])()
+
+
+def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
+    measure.set_precision(contender.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        call = prepared(case, contender, job, Path(folder))
+        if not contender.ours:
+            measure.load_lazily_loaded()
+        memory = measure.Memory(job.device)
+        seconds, _ = measure.timed(call, job.device)
+        return measure.sample({"stage": [seconds]}, memory.found())

@@ -1,0 +1,125 @@
+"""A record as Markdown: the machine, a table for every case, and in sentences what a table does not say. Imports no
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pdd_fast.benchmarks import floors
+from pdd_fast.benchmarks.cases import KINDS, parse
+from pdd_fast.benchmarks.present import duration, number, size, spread, table
+
+
+def case_table(name: str, found: Mapping[str, Any]) -> str:
+    """The results of a case."""
+    case = parse(name)
+    kind, labels = KINDS[case.kind], floors.OF_KIND.get(case.kind, ("copy",) if case.kind == "dsa" else ())
+    several = len(kind.parts) > 1
+    with_errors = case.kind == "unroll"
+    header = ["contender", *(["part"] if several else []), "seconds", "min–max", "times ours"]
+    header += ["peak memory", "of it new"]
+    header += ["images' gradient", "cosine", "rate's gradient"] if with_errors else []
+    header += [f"over floor {' / '.join(labels)}"] if labels else []
+    rows = []
+    for contender, result in found["results"].items():
+        if "failed" in result:
+            cells = [contender, *([""] if several else []), f"{result['failed']}: {result['why']}"]
+            rows.append(cells + [""] * (len(header) - len(cells)))
+            continue
+        for i, (part, seconds) in enumerate(result["seconds"].items()):
+            row = [contender if i == 0 else "", *([part] if several else []), duration(seconds["median"])]
+            row += [spread([seconds["smallest"], seconds["largest"]]), number(seconds["times_ours"])]
+            row += [size(result[key]) if i == 0 else "" for key in ("peak_bytes", "above_start_bytes")]
+            if with_errors:
+                row += _errors(result.get("error"))
+            if labels:
+                row.append(" / ".join(number(value) for value in seconds["over_floor"].values()))
+            rows.append(row)
+    return table(header, rows)
+
+
+def _errors(error: Mapping[str, float | None] | None) -> list[str]:
+    if error is None:
+        return ["", "", ""]
+    forms = {"images": ".1e", "cosine": ".6f", "rate": ".1e"}
+    return [number(error[key], form) or "not finite" for key, form in forms.items()]
+
+
+def floor_table(name: str, found: Mapping[str, Any]) -> str:
+    """The rates that a case's floor was counted with, and its seconds; nothing where it has none."""
+    floor, case = found["floor"], parse(name)
+    if floor["rates"] is None:
+        return f"No floor: {floor['failed']['why']}." if "failed" in floor else ""
+    copy = f"{floor['rates']['copy'] / 1e9:.4g} GB/s"
+    if "convolution" not in floor["rates"]:
+        return f"Floor: bytes at the rate of a copy, {copy}."
+    rows = []
+    for precision, of_layers in floor["rates"]["convolution"].items():
+        for i, (layer, rates) in enumerate(zip(floors.layers(case), of_layers, strict=True), start=1):
+            shape = f"{layer.channels}→{layer.width}, {layer.side}×{layer.side}"
+            rows.append([precision, f"{i}: {shape}", *(f"{rates[k] / 1e9:.4g}" for k in floors.KINDS)])
+    text = table(["floor", "layer", *(f"{kind}, GFLOP/s" for kind in floors.KINDS)], rows)
+    sums = [
+        f"{label} and {floors.PASSES[label]:g} passes at {copy}: {duration(seconds)} in {precision}"
+        for precision, parts in floor["seconds"].items() for part in parts.values() for label, seconds in part.items()
+    ]  # fmt: skip
+    return "\n\n".join([text, f"Floor: {'; '.join(sums)}."] if sums else [text])
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """What there is to say about a case."""
+    said = []
+    truth = found.get("truth")
+    if truth and "failed" in truth:
+        said.append(f"No errors: the gradient in float64 {truth['why']}.")
+    for other in found["alternatives"]:
+        line = f"Best exact alternative in {other['precision']}: {other['baseline']}, {duration(other['seconds'])}."
+        beside = [other["ours"]]
+        if other["fastest of ours"]["name"] != beside[0]["name"]:
+            beside.append(other["fastest of ours"])
+        for own in beside:
+            line += f" {own['name']}: {duration(own['seconds'])}, {number(own['times_as_fast'])} times as fast"
+            if own["share_of_memory"] is not None:
+                line += f" with {number(own['share_of_memory'])} of its new memory"
+            line += "."
+        if other["without"]:
+            line += f" Not measured or without a result: {'; '.join(other['without'])}."
+        said.append(line)
+    left = found.get("left_out")
+    if left:
+        said.append(f"Left out: {'; '.join(left)}.")
+    return said
+
+
+def case_text(name: str, found: Mapping[str, Any]) -> str:
+    """A case as it goes to the screen and into the report."""
+    caption = f"{name}: {parse(name).title}"
+    blocks = [caption, case_table(name, found), floor_table(name, found), *sentences(found)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The whole record."""
+    finished = "" if record["finished"] else " (not finished)"
+    lines = [f"# pdd-fast bench{finished}", ""]
+    facts = {**record["machine"], **record["settings"], "began": record["began"]}
+    rows = [
+        f"| {key.replace('_', ' ')} | {size(value) if 'memory' in key else _plain(value)} |"
+        for key, value in facts.items() if value not in ((), [], 0)
+    ]  # fmt: skip
+    lines += ["| | |", "|---|---|", *rows, ""]
+    lines += [
+        "Every number is a median over rounds, in each of which every contender runs in a process of its own; min–max "
+        "is over all that was timed. Times ours: round by round over the first of ours in the same precision. Peak "
+        "memory is the process's, or the tensors' on a GPU; new is what came after the network and its inputs were "
+        "there. Errors are relative, against float64."
+    ]
+    for name, found in record["cases"].items():
+        lines += ["", f"## {case_text(name, found)}"]
+        lines += ["", *(f"- {c['name']}: {c['note']}" for c in found["contenders"])]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
