@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,9 @@ _FLAGS = (  # flag, setting, type, what --help says
     ("--data-dir", "data_dir", str, "Where torchvision's data sets lie."),
     ("--select", "select", _choice("select"), "What the best images are chosen by."),
 )
-# What a continued run may be given anew, because its results do not depend on it, or (device, side_by_side) in rounding
-# alone: a run that stopped for want of memory must be able to go on.
-FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side")
+# What a continued run may be given anew, because its results do not depend on it, or (device, side_by_side, memory) in
+# rounding alone: a run that stopped for want of memory must be able to go on.
+FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side", "memory", "memory_limit")
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,12 +74,10 @@ def continued(stored: Config, options: dict[str, Any]) -> Config:
     """
     if options.get("recipe") is not None:
         raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")
-    config = stored
-    for key, value in given_settings(options).items():
-        changed = from_dict(stored.to_dict() | {key: value})
-        if key in FREE:
-            config = replace(config, **{key: getattr(changed, key)})
-        elif changed != stored:
-            wanted, kept = getattr(changed, key), getattr(stored, key)
+    given = given_settings(options)
+    config = from_dict(stored.to_dict() | {key: value for key, value in given.items() if key in FREE})
+    for key, value in given.items():
+        wanted, kept = getattr(from_dict(config.to_dict() | {key: value}), key), getattr(config, key)
+        if wanted != kept:
             raise UsageError(f"{key} must be {kept} as in the run that is continued, got {wanted}")
     return config

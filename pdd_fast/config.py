@@ -52,7 +52,8 @@ class Config:
     inner_lr: float = 0.01  # where the learned rate starts in every stage
     momentum: float = 0.5  # of images and rate
     engine: str = "auto"
-    memory: str = "recompute"
+    memory: str = "recompute"  # activations of inner steps: recompute, cache (keep all), or auto (keep up to a limit)
+    memory_limit: float = 0.0  # of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory
 
     # selection, transition, evaluation: SGD on the synthetic images
     eval_every: int = 100  # iterations; 0: only at the end of the stage
@@ -95,7 +96,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few nam
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
     "engine": ("auto", "fused", "autograd"),
-    "memory": ("recompute", "cache"),
+    "memory": ("recompute", "cache", "auto"),
     "precision": ("auto", "float32", "tf32", "bfloat16"),
     "convolution": ("auto", "direct", "winograd"),
     "graph": ("auto", "off"),
@@ -107,6 +108,7 @@ _AT_LEAST: dict[str, float] = {
     "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
     "seed": 0, "lr_img": 0, "lr_lr": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
     "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0, "side_by_side": 0,
+    "memory_limit": 0,
 }  # fmt: skip
 _BELOW: dict[str, float] = {"validation_fraction": 1, "momentum": 1, "expert_momentum": 1, "union_momentum": 1}
 _ABOVE: dict[str, float] = {"expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
@@ -207,6 +209,11 @@ def _check(config: Config) -> None:
     for key, bound in _ABOVE.items():
         if getattr(config, key) <= bound:
             raise UsageError(f"{key} must be above {bound:g}, got {getattr(config, key)}")
+    if config.memory == "cache" and config.memory_limit:
+        raise UsageError(
+            f"memory_limit must be 0 where memory is cache, which keeps everything, got {config.memory_limit:g}; "
+            "set memory=auto"
+        )
     if config.stages > config.ipc:
         raise UsageError(
             f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an image a class"

@@ -1,95 +1,55 @@
-"""What the large things take in bytes, from shapes alone; what a device has; and sentences where it is too little.
+"""What an iteration and a training step take in bytes, from shapes alone; what a device has; and sentences where it is
+too little.
 
-Counted in activations: b images behind the first convolution are a = b · width · H · W numbers, and every block after
-it has a quarter of those before. x = b · channels · H · W is the images themselves, P the number of parameters.
-tests/test_memory.py holds the formulas to what a process takes, within a quarter. Images of one channel take up to 2a
-more: torch has the first convolution answer in planar memory then, and it is converted.
+What a pass takes is known by its engine (:meth:`pdd_fast.engines.Engine.working_bytes`); here is what lies around it. P
+is the number of parameters, x = b · channels · H · W that of b images. tests/test_memory.py holds the sums to what a
+process takes, within a quarter.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from pdd_fast import host
 from pdd_fast.devices import peak_memory
+from pdd_fast.engines import Engine, PassShape
 from pdd_fast.errors import RunError, UsageError
-from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.networks.parameters import parameter_count
 
-# How many times a is alive at once where the first block's gradients are made, by engine. In the fused engine's dual
-# pass these are z and its gradient with their tangents (4), the pooled gradient with its own (0.5), what the block
-# above leaves (0.5), and what the convolution library works in (0.5; measured, like all of autograd's, whose double
-# backward of the norm is elementwise).
-_DUAL = {"fused": 5.5, "autograd": 9.0}
-# What the dual pass adds at its peak to what was kept (memory="cache").
-_DUAL_OF_KEPT = {"fused": 2.75, "autograd": 7.0}
-# A plain gradient: z and its gradient (2), the pooled one (0.25), and what the block above leaves (0.25).
-_GRADIENT = {"fused": 2.5, "autograd": 4.0}
 
-
-def _images(net: ConvNet, count: int) -> int:
-    H, W = net.image_size
-    return count * net.in_channels * H * W
-
-
-def _blocks(net: ConvNet, batch: int) -> list[int]:
-    """a of every block."""
-    H, W = net.image_size
-    return [batch * net.width * (H >> i) * (W >> i) for i in range(net.depth)]
-
-
-def matching_bytes(
-    net: ConvNet,
-    *,
-    batch: int,
-    steps: int,
-    learned: int,
-    frozen: int = 0,
-    engine: str = "fused",
-    memory: str = "recompute",
-    element_size: int = 4,
-) -> int:
+def matching_bytes(engine: Engine, shape: PassShape, *, steps: int, kept: int, learned: int, frozen: int = 0) -> int:
     """Peak of one iteration of trajectory matching (:class:`pdd_fast.matching.step.MatchingStep`).
 
-    (N + 1)·P for the path and 6P beside it; 5.5a + 3x of the dual pass (9a with autograd's engine), or with
-    ``memory="cache"`` what N steps keep and 2.75a (7a); the union's images with two gradients, and six times the
-    learned images for the state.
+    What the kept steps keep and what a dual pass works in, with a batch before it; (N + 1)P for the path and 6P beside
+    it; the union's images with two gradients, and six times the learned images for the state.
 
     Args:
-        batch: b, images of an inner step.
+        shape: of a batch of an inner step.
         steps: N.
+        kept: how many of them keep their activations.
         learned, frozen: images of the union.
-        element_size: bytes of an activation: 4 for float32 and tf32, 2 for bfloat16, 8 for float64.
     """
-    blocks, x = _blocks(net, batch), _images(net, batch)
-    full = max(4, element_size)  # of a parameter and of a learned image
-    if memory == "cache":
-        activations = steps * _kept(blocks, x, engine) + _DUAL_OF_KEPT[engine] * blocks[0] + 3 * x
-    else:
-        activations = _DUAL[engine] * blocks[0] + 3 * x
-    images = 3 * _images(net, frozen + learned) + 6 * _images(net, learned)
-    return int(element_size * activations + full * ((steps + 7) * parameter_count(net) + images))
+    # Where some steps are kept and some are not, the last kept one or the first that is made again is the peak.
+    passes = kept * engine.kept_bytes(shape) + engine.working_bytes(shape, dual=True, kept=True) if kept else 0
+    if kept < steps:
+        passes = max(passes, engine.working_bytes(shape, dual=True))
+    images = shape.batch + 3 * (frozen + learned) + 6 * learned
+    numbers = (steps + 7) * parameter_count(engine.net) + images * math.prod(shape.image)
+    return passes + shape.dtype.itemsize * numbers
 
 
-def _kept(blocks: list[int], x: int, engine: str) -> float:
-    """Numbers that one step keeps (memory="cache"): every block's input and its own output, and the gradients of both;
-    autograd's graph keeps 1.75 times as many, measured."""
-    inputs = x + sum(blocks[1:])
-    fused = inputs + 2.25 * sum(blocks)
-    return fused if engine == "fused" else 1.75 * fused
+def training_bytes(engine: Engine, shape: PassShape, networks: int = 1) -> int:
+    """Peak of one training step of ``networks`` networks, each on a batch of its own.
 
-
-def training_bytes(net: ConvNet, *, batch: int, networks: int = 1, engine: str = "fused", element_size: int = 4) -> int:
-    """Peak of one training step of ``networks`` networks side by side, each on ``batch`` images of its own.
-
-    2.5a + 3x each (autograd's engine takes 4a + 3x, one network after another) and 5P each: parameters, momentum,
-    gradient and two beside them. The data set is not counted.
+    The gradient's pass, and for each network its batch and 5P: parameters, momentum, gradient and two beside them. The
+    data set is not counted.
     """
-    activations = _GRADIENT[engine] * _blocks(net, batch)[0] + 3 * _images(net, batch)
-    beside = networks if engine == "fused" else 1
-    return int(beside * element_size * activations + networks * max(4, element_size) * 5 * parameter_count(net))
+    each = shape.batch * math.prod(shape.image) + 5 * parameter_count(engine.net)
+    return engine.working_bytes(shape, networks=networks) + networks * shape.dtype.itemsize * each
 
 
 def available(device: torch.device) -> int | None:
@@ -99,6 +59,17 @@ def available(device: torch.device) -> int | None:
     free, _ = torch.cuda.mem_get_info(device)
     # What torch has taken from the driver and not given out is ours too.
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def free(device: torch.device) -> int:
+    """Bytes that nobody uses at the moment, on the CPU too; 0 where the system does not say."""
+    there = available(device)
+    return host.free() if there is None else there
+
+
+def total(device: torch.device) -> int:
+    """Bytes that ``device`` has in all, used or not: the same at every call; 0 where the system does not say."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host.total()
 
 
 def require(device: torch.device, size: int, what: str, lower: str) -> None:
@@ -124,8 +95,7 @@ def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
     """
     if device.type != "cuda":
         return 1
-    total = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(most, total // 2 // max(1, bytes_each)))
+    return max(1, min(most, total(device) // 2 // max(1, bytes_each)))
 
 
 @contextmanager
@@ -153,7 +123,7 @@ def explained(device: torch.device, what: str, lower: str) -> Iterator[None]:
 def _whole(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
-    return f" of {in_words(torch.cuda.get_device_properties(device).total_memory)}"
+    return f" of {in_words(total(device))}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,9 +1,10 @@
-"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P numbers."""
+"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P numbers, or of more
+where that saves passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdd_fast import engines
+from pdd_fast import memory as memories
 from pdd_fast.augmentation import AugmentParameters, PackedDraws
 from pdd_fast.networks.parameters import check_parameters
 from pdd_fast.ops.add_rows import add_rows
 
-MEMORY = ("recompute", "cache")
+MEMORY = ("recompute", "cache", "auto")
 
 
 def unroll(
@@ -29,6 +31,7 @@ def unroll(
     engine: str = "auto",
     memory: str = "recompute",
     *,
+    memory_limit: int | None = None,
     frozen: Tensor | None = None,
     precision: str = "float32",
     convolution: str = "auto",
@@ -47,7 +50,12 @@ def unroll(
         batches: N vectors of int64 indices into ``images``; an image may occur more than once. Keep them on the CPU.
         augmentations: None, or N draws, each for as many images as its batch has.
         engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
-        memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them.
+        memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them, and each
+            step's go as soon as the backward pass has used them; "auto" keeps those of as many steps as fit in
+            ``memory_limit``, the last ones, which the backward pass uses first. The gradient differs by rounding.
+        memory_limit: bytes that kept activations may take, with "auto"; None: half of what is free at the moment, so
+            that how results are rounded depends on what else runs. What does not depend on the number of steps kept,
+            θ_0..θ_N and what one pass works in, comes on top.
         frozen: None, or bool [n]: images whose gradient is neither needed nor computed (their rows of it are zero).
         precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
         convolution: how the fused engine convolves on the CPU: "direct", "winograd" (F(4×4, 3×3), fewer operations and
@@ -60,11 +68,56 @@ def unroll(
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
     chosen = engines.choose(net, engine, precision, convolution)
-    spec = _check(chosen, theta, images, labels, batches, augmentations, memory, frozen)
+    spec = _check(chosen, theta, images, labels, batches, augmentations, frozen)
+    # Also where nothing is going to be kept: a wrong argument is one with or without gradients.
+    shapes = [_shape(theta, images, len(batch)) for batch in batches]
+    keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
     _require(rates.dim() == 0 or tuple(rates.shape) == (len(batches),),
              "learning_rate", f"be a number or have shape ({len(batches)},)", tuple(rates.shape))  # fmt: skip
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, rates)):
+        spec = replace(spec, keep=keep)
     return _Unroll.apply(theta, images, labels, rates, spec)
+
+
+def _shape(theta: Tensor, images: Tensor, batch: int) -> engines.PassShape:
+    C, H, W = images.shape[1:]
+    return engines.PassShape(batch, (C, H, W), theta.dtype, theta.device)
+
+
+def kept_steps(
+    operator: str, engine: engines.Engine, shapes: Sequence[engines.PassShape], memory: str, limit: int | None
+) -> int:
+    """How many steps keep their activations, counted from the last.
+
+    Args:
+        operator: whose arguments these are, for errors.
+        shapes: of every step's batch.
+        memory, limit: as ``memory`` and ``memory_limit`` of :func:`unroll`.
+
+    Raises:
+        ValueError, TypeError: ``memory`` or ``limit`` cannot be.
+    """
+    if memory not in MEMORY:
+        raise ValueError(f"{operator}: memory must be {' or '.join(MEMORY)}, got {memory!r}")
+    if limit is not None:
+        if not isinstance(limit, int) or isinstance(limit, bool):
+            raise TypeError(f"{operator}: memory_limit must be a whole number of bytes or None, got {limit!r}")
+        if limit < 0:
+            raise ValueError(f"{operator}: memory_limit must be at least 0, got {limit}")
+        if memory == "cache":
+            raise ValueError(f"{operator}: memory_limit must be None where memory is 'cache', got {limit}; use 'auto'")
+    if memory != "auto":
+        return len(shapes) if memory == "cache" else 0
+    if not shapes:
+        return 0
+    left = memories.free(shapes[0].device) // 2 if limit is None else limit
+    of_one = {shape: engine.kept_bytes(shape) for shape in set(shapes)}
+    for count, shape in enumerate(reversed(shapes)):
+        left -= of_one[shape]
+        if left < 0:
+            return count
+    return len(shapes)
 
 
 # ---- the two passes: tensors of fixed shapes, no autograd, no wait for the device ------------------------------------
@@ -75,10 +128,10 @@ class UnrollSpec:
     """What is fixed for one unroll: for each of its N steps one entry of every list. All tensors on its device."""
 
     engine: engines.Engine
-    keep: bool  # keep every step's activations for the way back
     batches: Sequence[Tensor]  # int64 [b]
     draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
     rows: Sequence[Tensor | None]  # int64, rows of the batch whose image gradient is wanted; None: all
+    keep: int = 0  # so many of the last steps keep their activations for the way back
 
 
 class Wanted(NamedTuple):
@@ -111,10 +164,10 @@ def forward_path(
     """
     path = _parameter_rows(theta, len(spec.batches) + 1)
     path[0] = theta
-    kept = []
+    kept, first = [], len(spec.batches) - spec.keep
     for i in range(len(spec.batches)):
         x, y = _step_input(spec, i, images, labels)
-        _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=spec.keep)
+        _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=i >= first)
         torch.addcmul(path[i], gradient, alphas[i], value=-1, out=path[i + 1])
         kept.append(saved)
     return path, kept
@@ -123,7 +176,7 @@ def forward_path(
 def adjoint(
     spec: UnrollSpec,
     path: Tensor,
-    kept: Sequence[Any],
+    kept: list[Any],
     images: Tensor,
     labels: Tensor,
     alphas: Tensor,
@@ -133,7 +186,8 @@ def adjoint(
     """The way back from λ_N = ``grad`` [P], one dual pass a step.
 
     Args:
-        path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels`` and ``alphas``.
+        path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels`` and ``alphas``. Of
+            ``kept`` the activations are dropped one step after another; a second call makes them again.
         wanted: what to compute. Labels that are class indices have no gradient.
     """
     steps = len(spec.batches)
@@ -146,7 +200,9 @@ def adjoint(
         x, y = _step_input(spec, i, images, labels)
         rows = spec.rows[i] if wanted.images else none
         # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
-        dual = spec.engine.dual(path[i], x, y, carried, kept[i], want_theta=i > 0 or wanted.theta, rows=rows)
+        saved, kept[i] = kept[i], spec.engine.without_activations(kept[i])
+        dual = spec.engine.dual(path[i], x, y, carried, saved, want_theta=i > 0 or wanted.theta, rows=rows)
+        del saved  # what it keeps of the step makes room for the next
         slopes[i] = dual.slope
         if images_grad is not None and dual.images is not None:
             batch, draws, part = spec.batches[i], spec.draws[i], dual.images
@@ -226,7 +282,6 @@ def _check(
     labels: Tensor,
     batches: Sequence[Tensor],
     augmentations: Sequence[AugmentParameters] | None,
-    memory: str,
     frozen: Tensor | None,
 ) -> UnrollSpec:
     if theta.dtype not in (torch.float32, torch.float64):
@@ -244,7 +299,6 @@ def _check(
     else:
         _require(labels.dim() == 2 and len(labels) == n, "labels", f"have shape ({n}, classes)", tuple(labels.shape))
     _check_network(engine.net, images, labels)
-    _require(memory in MEMORY, "memory", f"be {' or '.join(MEMORY)}", repr(memory))
 
     indices = []
     for i, batch in enumerate(batches):
@@ -274,7 +328,7 @@ def _check(
         for i, batch in enumerate(batches):
             learned = learned_rows(~mask[batch.cpu()])
             rows[i] = None if learned is None else learned.to(theta.device)
-    return UnrollSpec(engine, memory == "cache", indices, draws, rows)
+    return UnrollSpec(engine, indices, draws, rows)
 
 
 def _check_network(net: nn.Module, images: Tensor, labels: Tensor) -> None:

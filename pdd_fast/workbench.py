@@ -53,9 +53,7 @@ class Workbench:
                 f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got {config.depth}"
             )
         net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth).to(where)
-        engine = engines.choose(
-            net, config.engine, precision.resolve(config.precision, where), config.convolution
-        )
+        engine = engines.choose(net, config.engine, precision.resolve(config.precision, where), config.convolution)
         dsa = DSA(config.augment, mode=config.augment_mode)
         together = config.side_by_side or _fitting(config, net, engine, where)
         return cls(config, where, images.to(where), engine, dsa, together)
@@ -148,12 +146,8 @@ def _fitting(config: Config, net: ConvNet, engine: engines.Engine, device: torch
     width 32 on 8×8, 1.0 at width 128 on 32×32, and 1.7 at width 32 on 32×32 (one thread).
     """
     batch = max(config.expert_batch, config.union_batch)
-    size = memory.training_bytes(
-        net,
-        batch=batch,
-        engine="fused" if isinstance(engine, engines.FusedEngine) else "autograd",
-        element_size=precision.storage(engine.precision, torch.float32).itemsize,
-    )
+    shape = engines.PassShape(batch, (net.in_channels, *net.image_size), torch.float32, device)
+    size = memory.training_bytes(engine, shape)
     # Libraries count a tensor's numbers in 32 bits: 16 networks of width 128 on 256 images of 64×64 are one too many.
     largest = batch * config.width * math.prod(net.image_size)
     return memory.largest_group(size, device, max(1, min(_MOST_SIDE_BY_SIDE, (2**31 - 1) // largest)))

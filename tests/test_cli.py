@@ -515,7 +515,8 @@ def test_a_run_is_not_resumed_with_another_setting(flags: list[str], named: list
 def test_a_run_is_resumed_with_another_place_to_work(run: Path) -> None:
     before = contents(run)
     flags = ["--device", "auto", "--data-dir", "elsewhere"]
-    flags += [f"--set={setting}" for setting in ("checkpoint_seconds=1", "side_by_side=2", "graph=off")]
+    changes = "checkpoint_seconds=1", "side_by_side=2", "graph=off", "memory=auto", "memory_limit=0.5"
+    flags += [f"--set={setting}" for setting in changes]
     assert call("distill", "--resume", "--run-dir", run, *flags).status == 0
     assert contents(run) == before | {".lock": b""}
     outcome = call("distill", "--resume", "--run-dir", run, "--device", "gpu")

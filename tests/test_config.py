@@ -209,6 +209,16 @@ def test_experts_are_trained_as_far_as_matching_looks() -> None:
         resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=6)
 
 
+def test_a_limit_is_not_for_keeping_everything() -> None:
+    for memory in ("auto", "recompute"):
+        assert resolve(memory=memory, memory_limit="1.5").memory_limit == 1.5
+    assert resolve(memory="cache", memory_limit=0).memory == "cache"
+    with pytest.raises(
+        UsageError, match=r"^memory_limit must be 0 where memory is cache, .* got 1\.5; set memory=auto$"
+    ):
+        resolve(memory="cache", memory_limit=1.5)
+
+
 def test_settings_are_checked_without_importing_torch() -> None:
     code = "import sys, pdd_fast.config as c; c.resolve('digits', ipc=20); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -244,7 +254,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "inner_lr": st.floats(0, 10, exclude_min=True),
     "momentum": st.floats(0, 1, exclude_max=True),
     "engine": st.sampled_from(config.CHOICES["engine"]),
-    "memory": st.sampled_from(config.CHOICES["memory"]),
+    "memory": st.sampled_from([name for name in config.CHOICES["memory"] if name != "cache"]),
+    "memory_limit": st.floats(0, 1e300),
     "precision": st.sampled_from(config.CHOICES["precision"]),
     "side_by_side": st.integers(0, 100),
     "graph": st.sampled_from(config.CHOICES["graph"]),

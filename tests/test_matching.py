@@ -41,13 +41,16 @@ class Case:
 
     def __init__(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, frozen: int = 4, learned: int = 6,
-        engine: str = "fused", memory: str = "recompute", dsa: pdd_fast.DSA | None = SINGLE,
+        engine: str = "fused", memory: str = "recompute", keep: int = 0, dsa: pdd_fast.DSA | None = SINGLE,
     ) -> None:  # fmt: skip
+        """``keep``: with memory="auto", how many steps the limit has room for."""
         draw = torch.Generator().manual_seed(0)
         net = pdd_fast.ConvNet(3, CLASSES, SIZE, width=6, depth=2).to(dtype)
         self.theta = pdd_fast.flatten_parameters(net) + 0.1
         self.device, self.memory, self.dsa = device, memory, dsa
         self.engine: Engine = engines.choose(net.to(device), engine)
+        size = self.engine.kept_bytes(engines.PassShape(BATCH, (3, *SIZE), dtype, device))
+        self.memory_limit = keep * size if memory == "auto" else None
         images = torch.randn(frozen + learned, 3, *SIZE, generator=draw, dtype=dtype).to(device)
         self.frozen, self.learned = images.split([frozen, learned])
         self.labels = torch.randint(CLASSES, (frozen + learned,), generator=draw).to(device)
@@ -67,7 +70,8 @@ class Case:
         if self.dsa is not None:
             drawn = self.dsa.sample(1, SIZE, torch.Generator())
             options = {"operations": len(drawn.operations), "cutout": drawn.cutout_size} | options
-        options = {"steps": STEPS, "batch": BATCH, "memory": self.memory} | UPDATE | options
+        memory = {"memory": self.memory, "memory_limit": self.memory_limit}
+        options = {"steps": STEPS, "batch": BATCH} | memory | UPDATE | options
         return MatchingStep(self.engine, self.labels, self.frozen, **options)
 
     def first(self) -> MatchingState:
@@ -90,7 +94,7 @@ class Case:
             end = pdd_fast.unroll(
                 self.engine.net, start, torch.cat([self.frozen, images]), self.labels, rate, list(inputs.batches),
                 draws, engine="fused" if isinstance(self.engine, FusedEngine) else "autograd", memory=self.memory,
-                frozen=torch.arange(len(self.labels)) < len(self.frozen),
+                memory_limit=self.memory_limit, frozen=torch.arange(len(self.labels)) < len(self.frozen),
             )  # fmt: skip
             loss = pdd_fast.trajectory_matching_loss(end, start, target)
             images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
@@ -114,12 +118,14 @@ def assert_same(found: list[MatchingResult], expected: list[MatchingResult]) -> 
 CASES = {
     "plain": {},
     "kept activations": {"memory": "cache"},
+    "activations kept up to a limit": {"memory": "auto", "keep": 2},
     "several operations": {"dsa": MULTIPLE},
     "no augmentation": {"dsa": None},
     "nothing frozen": {"frozen": 0, "learned": 7},
     "mostly frozen": {"frozen": 30, "learned": 2},
     "autograd": {"engine": "autograd"},
     "autograd, kept": {"engine": "autograd", "memory": "cache"},
+    "autograd, kept up to a limit": {"engine": "autograd", "memory": "auto", "keep": 2},
     "float64": {"dtype": torch.float64},
 }
 
@@ -130,6 +136,7 @@ def test_an_iteration_has_the_bits_of_autograds_route(name: str) -> None:
     assert_same(case.run(case.step(), 3), case.by_autograd(3))
 
 
+@pytest.mark.usefixtures("composed")
 @pytest.mark.parametrize("name", [name for name in CASES if "autograd" not in name])
 def test_what_was_recorded_once_serves_new_draws(name: str) -> None:
     """The stand-in for a graph knows the operators of one iteration and nothing of Python; it refuses operators that
@@ -207,7 +214,8 @@ def test_the_memory_of_a_step_goes_with_it() -> None:
     [
         ({"steps": 0}, "MatchingStep: steps must be at least 1, got 0"),
         ({"batch": 11}, r"MatchingStep: batch must lie in \[1, 10\], got 11"),
-        ({"memory": "disk"}, "MatchingStep: memory must be recompute or cache, got 'disk'"),
+        ({"memory": "disk"}, "MatchingStep: memory must be recompute or cache or auto, got 'disk'"),
+        ({"memory": "auto", "memory_limit": -1}, "MatchingStep: memory_limit must be at least 0, got -1"),
         ({"operations": -1}, "MatchingStep: operations must be at least 0, got -1"),
     ],
 )
@@ -356,6 +364,42 @@ def test_out_of_memory_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None
     assert message.startswith("stage 2, iteration 2: cpu is out of memory, at ")
     assert message.endswith("; lower inner_batch (now 5) or width (now 6), or set memory=recompute")
     assert same_state(method.state(), before)
+
+
+def kept(method: TrajectoryMatching) -> int:
+    return method._step._buffers.spec.keep
+
+
+def test_how_many_steps_a_run_keeps_does_not_depend_on_what_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It decides how the gradient is rounded, and a continued run has the bits of one that was not stopped."""
+    size = Case().engine.kept_bytes(engines.PassShape(BATCH, (3, *SIZE), torch.float32, CPU))
+
+    def free(device: torch.device) -> int:
+        raise AssertionError("asked for what is free")
+
+    monkeypatch.setattr(memory, "free", free)
+    monkeypatch.setattr(memory, "total", lambda device: 2 * 3 * size + 1)
+    assert kept(TrajectoryMatching(problem(tmp_path))) == 0
+    assert kept(TrajectoryMatching(problem(tmp_path, memory="cache"))) == STEPS
+    method = TrajectoryMatching(problem(tmp_path, memory="auto"))
+    assert kept(method) == 3
+    expected = states_of(method, 3)
+    other = TrajectoryMatching(problem(tmp_path, memory="auto"))
+    other.load_state(expected[0])
+    assert all(same_state(one, two) for one, two in zip(states_of(other, 2), expected[1:], strict=True))
+    for limit, steps in ((2 * size / 1e9, 2), (2.9 * size / 1e9, 2), (1e-9, 0), (1e300, STEPS)):
+        assert kept(TrajectoryMatching(problem(tmp_path, memory="auto", memory_limit=limit))) == steps
+
+
+def test_what_to_lower_names_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda device: 10_000)
+    with pytest.raises(
+        UsageError,
+        match=r"lower inner_batch \(now 5\), width \(now 6\) or memory_limit \(now 2\.5 GB\), or set memory=recompute$",
+    ):
+        TrajectoryMatching(problem(tmp_path, memory="auto", memory_limit=2.5))
 
 
 def test_too_large_an_iteration_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

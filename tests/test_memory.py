@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from pdd_fast import ConvNet, engines, memory
+from pdd_fast import ConvNet, engines, host, memory
+from pdd_fast.engines import PassShape
 from pdd_fast.errors import RunError, UsageError
 from pdd_fast.matching.step import MatchingInputs, MatchingState, MatchingStep
 
@@ -24,8 +25,9 @@ from pdd_fast.matching.step import MatchingInputs, MatchingState, MatchingStep
 CHILD = """
 import json, sys
 import torch, pdd_fast
-width, size, batch, depth, engine, memory, *steps = sys.argv[1:]
+width, size, batch, depth, engine, memory, limit, *steps = sys.argv[1:]
 width, size, batch, depth = int(width), int(size), int(batch), int(depth)
+limit = int(limit) if limit else None
 torch.manual_seed(0)
 net = pdd_fast.ConvNet(3, 10, size, width, depth)
 theta = pdd_fast.flatten_parameters(net)
@@ -40,20 +42,29 @@ def peak():
 found = {"parameters": theta.numel()}
 for count in map(int, steps):
     batches = [torch.randperm(batch) for _ in range(count)]
-    result = pdd_fast.unroll(net, theta, images, labels, rate, batches, engine=engine, memory=memory)
+    result = pdd_fast.unroll(
+        net, theta, images, labels, rate, batches, engine=engine, memory=memory, memory_limit=limit
+    )
     result.square().sum().backward()
     found[str(count)] = peak()
 print(json.dumps(found))
 """
 
+
+def shape(batch: int, size: int = 32, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PassShape:
+    """Of colour images."""
+    return PassShape(batch, (3, size, size), dtype, torch.device(device))
+
+
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 
 
 def measure(
-    width: int, size: int, batch: int, depth: int, steps: list[int], engine: str, memory: str
+    width: int, size: int, batch: int, depth: int, steps: list[int], engine: str, memory: str, limit: int | None = None
 ) -> dict[str, int]:
     """Bytes at the peak after each of the numbers of steps, one after another in one process; parameters beside."""
-    arguments = [*map(str, (width, size, batch, depth)), engine, memory, *map(str, steps)]
+    bound = "" if limit is None else str(limit)
+    arguments = [*map(str, (width, size, batch, depth)), engine, memory, bound, *map(str, steps)]
     output = subprocess.run([sys.executable, "-c", CHILD, *arguments], check=True, capture_output=True, text=True)
     return json.loads(output.stdout)
 
@@ -61,8 +72,8 @@ def measure(
 @needs_proc
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
 def test_a_step_more_takes_one_parameter_vector_more(engine: str) -> None:
-    # 40 steps first, so that libraries, threads and the allocator's pools are all there. What the cache keeps of 16
-    # images of 8x8 at width 128 is 1.8 MB a step, 1.5 times the vector: keeping it could not hide in the tolerance.
+    # 40 steps first, so that libraries, threads and the allocator's pools are all there. What is kept of 16 images of
+    # 8x8 at width 128 is half of the vector a step, and more with autograd: keeping it could not hide in the tolerance.
     found = measure(128, 8, 16, 3, [40, 140], engine, "recompute")
     vector = 4 * found["parameters"]
     growth = (found["140"] - found["40"]) / 100
@@ -73,13 +84,24 @@ def test_a_step_more_takes_one_parameter_vector_more(engine: str) -> None:
 def test_the_cache_is_what_grows() -> None:
     """The other mode, so that the measurement is known to see activations."""
     found = measure(128, 8, 16, 3, [40, 140], "fused", "cache")
-    assert (found["140"] - found["40"]) / 100 > 2 * 4 * found["parameters"]
+    each = engines.choose(ConvNet(3, 10, 8, 128, 3)).kept_bytes(shape(16, 8)) + 4 * found["parameters"]
+    assert 0.9 * each <= (found["140"] - found["40"]) / 100 <= 1.1 * each
+
+
+@needs_proc
+@pytest.mark.parametrize(("engine", "steps", "fitting"), [("fused", 30, 20), ("autograd", 9, 5)])
+def test_what_is_kept_stays_within_its_limit(engine: str, steps: int, fitting: int) -> None:
+    """Beside what recomputing all takes; and what there is room for is used."""
+    limit = int((fitting + 0.5) * engines.choose(ConvNet(3, 10, 32, 32, 3), engine).kept_bytes(shape(32)))
+    without = measure(32, 32, 32, 3, [steps], engine, "recompute")[str(steps)]
+    found = measure(32, 32, 32, 3, [steps], engine, "auto", limit)[str(steps)] - without
+    assert 0.6 * limit <= found <= 1.1 * limit
 
 
 @needs_proc
 @pytest.mark.slow
 def test_fifty_steps_of_fifty_images_fit_in_1500_megabytes() -> None:
-    """The CIFAR-10 setting; plain autograd takes more than 10 GB (benchmarks/unroll.py measures it)."""
+    """The CIFAR-10 setting; plain autograd takes more than 10 GB (`pdd-fast bench` measures it)."""
     assert measure(128, 32, 50, 3, [50], "fused", "recompute")["50"] < 1.5e9
 
 
@@ -110,22 +132,25 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 def iterate(
     batch: int, steps: int, images: int, width: int = 32, size: int = 32, engine: str = "fused",
-    memory_mode: str = "recompute", device: str = "cpu",
+    memory_mode: str = "recompute", keep: int = 0, device: str = "cpu",
 ) -> int:  # fmt: skip
-    """One iteration on as many learned as frozen images; what it should have taken."""
+    """One iteration on as many learned as frozen images; what it should have taken.
+
+    With memory_mode="auto" the limit has room for ``keep`` steps.
+    """
     net = ConvNet(3, 10, size, width, depth=3).to(device)
     labels = torch.arange(2 * images, device=device) % 10
+    chosen, on = engines.choose(net, engine), shape(batch, size, device)
     step = MatchingStep(
-        engines.choose(net, engine), labels, torch.randn(images, 3, size, size, device=device), steps=steps,
-        batch=batch, memory=memory_mode,
+        chosen, labels, torch.randn(images, 3, size, size, device=device), steps=steps, batch=batch, memory=memory_mode,
+        memory_limit=keep * chosen.kept_bytes(on) if memory_mode == "auto" else None,
     )  # fmt: skip
     start = torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
     batches = torch.stack([torch.randperm(2 * images)[:batch] for _ in range(steps)])
     inputs = MatchingInputs(start, start + 0.01, batches, None)
     step(MatchingState.start(torch.randn(images, 3, size, size, device=device), 0.01), inputs)
-    return memory.matching_bytes(
-        net, batch=batch, steps=steps, learned=images, frozen=images, engine=engine, memory=memory_mode
-    )
+    kept = {"recompute": 0, "cache": steps, "auto": keep}[memory_mode]
+    return memory.matching_bytes(chosen, on, steps=steps, kept=kept, learned=images, frozen=images)
 
 
 def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu") -> int:
@@ -135,9 +160,10 @@ def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu")
     velocity, data = torch.zeros_like(theta), torch.randn(batch, 3, 32, 32, device=device)
     index = torch.arange(batch, device=device).repeat(networks)
     images = data.index_select(0, index).unflatten(0, (networks, -1))
-    _, gradient = engines.choose(net, engine).gradients(theta, images, (index % 10).unflatten(0, (networks, -1)))
+    chosen = engines.choose(net, engine)
+    _, gradient = chosen.gradients(theta, images, (index % 10).unflatten(0, (networks, -1)))
     theta.addcmul_(velocity.mul_(0.9).add_(gradient.add_(theta, alpha=5e-4)), torch.full_like(theta[:, :1], 0.01))
-    return memory.training_bytes(net, batch=batch, networks=networks, engine=engine)
+    return memory.training_bytes(chosen, shape(batch, device=device), networks)
 
 
 FORMULAS: dict[str, dict[str, Any]] = {
@@ -146,9 +172,13 @@ FORMULAS: dict[str, dict[str, Any]] = {
     "many parameters": {"run": "iterate", "batch": 16, "steps": 60, "images": 10, "width": 128, "size": 8},
     "many images": {"run": "iterate", "batch": 16, "steps": 2, "images": 1500},
     "kept activations": {"run": "iterate", "batch": 64, "steps": 6, "images": 100, "memory_mode": "cache"},
+    "some kept": {"run": "iterate", "batch": 64, "steps": 9, "images": 100, "memory_mode": "auto", "keep": 5},
     "autograd": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "engine": "autograd"},
     "autograd, kept": {
         "run": "iterate", "batch": 64, "steps": 4, "images": 50, "engine": "autograd", "memory_mode": "cache",
+    },
+    "autograd, some kept": {
+        "run": "iterate", "batch": 64, "steps": 5, "images": 50, "engine": "autograd", "memory_mode": "auto", "keep": 3,
     },
     "a training step": {"run": "train", "batch": 256, "networks": 1},
     "four networks": {"run": "train", "batch": 64, "networks": 4},
@@ -185,17 +215,47 @@ def test_the_formulas_agree_with_what_a_gpu_allocates(name: str) -> None:
     assert 0.6 * measured <= estimate <= 1.25 * measured, measured
 
 
-def test_estimates_grow_with_everything() -> None:
-    net, base = ConvNet(3, 10, 32, 32, 3), {"batch": 10, "steps": 5, "learned": 10, "frozen": 10, "element_size": 4}
-    least = memory.matching_bytes(net, **base)
-    for name in base:
-        assert memory.matching_bytes(net, **base | {name: 2 * base[name]}) > least, name
-    assert memory.matching_bytes(net, **base, memory="cache") > least
-    assert memory.matching_bytes(net, **base, engine="autograd") > least
-    # At 16 bits an activation takes half, parameters and learned images what they took.
-    half, bits32 = (memory.matching_bytes(net, **base | {"batch": 1000, "element_size": size}) for size in (2, 4))
-    assert 0.5 < half / bits32 < 0.55
-    assert memory.training_bytes(net, batch=10, networks=4) == 4 * memory.training_bytes(net, batch=10)
+# What the composed passes take is a formula, which needs no GPU.
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+def test_estimates_grow_with_everything(engine: str, device: str) -> None:
+    chosen, counts = engines.choose(ConvNet(3, 10, 32, 32, 3), engine), {"steps": 5, "learned": 10, "frozen": 10}
+    least = memory.matching_bytes(chosen, shape(10, device=device), **counts, kept=0)
+    for name in counts:
+        assert memory.matching_bytes(chosen, shape(10, device=device), **counts | {name: 20}, kept=0) > least, name
+    for larger in (shape(20, device=device), shape(10, device=device, dtype=torch.float64)):
+        assert memory.matching_bytes(chosen, larger, **counts, kept=0) > least
+    by_kept = [memory.matching_bytes(chosen, shape(10, device=device), **counts, kept=kept) for kept in range(6)]
+    assert sorted(by_kept) == by_kept
+    assert by_kept[5] > least
+    assert memory.training_bytes(chosen, shape(20, device=device)) > memory.training_bytes(
+        chosen, shape(10, device=device)
+    )
+
+
+def test_networks_on_a_gpu_lie_side_by_side_and_elsewhere_take_turns() -> None:
+    chosen = engines.choose(ConvNet(3, 10, 32, 32, 3))
+    one, four = (memory.training_bytes(chosen, shape(100, device="cuda"), networks) for networks in (1, 4))
+    assert four == 4 * one
+    one, four = (memory.training_bytes(chosen, shape(100), networks) for networks in (1, 4))
+    assert one < four < 2 * one
+
+
+def test_at_16_bits_an_activation_takes_half() -> None:
+    """Parameters and learned images take what they took."""
+    net, on = ConvNet(3, 10, 32, 32, 3), shape(1000, device="cuda")
+    half, bits32 = (
+        memory.matching_bytes(engines.choose(net, "fused", precision), on, steps=5, kept=0, learned=10)
+        for precision in ("bfloat16", "tf32")
+    )
+    assert 0.5 < half / bits32 < 0.56
+
+
+def test_the_kernel_takes_less_than_the_composed_passes() -> None:
+    chosen = engines.choose(ConvNet(3, 10, 32, 128, 3))
+    kernel, composed = shape(50), shape(50, device="cuda")
+    assert chosen.kept_bytes(kernel) < 0.5 * chosen.kept_bytes(composed)
+    assert chosen.working_bytes(kernel, dual=True) < 0.7 * chosen.working_bytes(composed, dual=True)
 
 
 # ---- what a device has ----------------------------------------------------------------------------------------------
@@ -216,8 +276,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_what_torch_holds_and_does_not_use_is_available() -> None:
-    assert memory.available(GPU) == 32_000_000_000
+    assert memory.available(GPU) == memory.free(GPU) == 32_000_000_000
     assert memory.available(CPU) is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_there_is_in_all_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "total", lambda: 5)
+    monkeypatch.setattr(host, "free", lambda: 3)
+    assert (memory.total(GPU), memory.total(CPU), memory.free(CPU)) == (80_000_000_000, 5, 3)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -21,7 +21,8 @@ from pdd_fast.training import Loop, Sgd, Students, accuracies
 
 CLASSES, RATE = 3, 0.1
 EVERYTHING = DSA("color_crop_cutout_flip_scale_rotate")
-ENGINES = pytest.mark.parametrize("engine", ["fused", "autograd"])
+# "composed": the fused engine with the passes of a GPU, which are not one kernel.
+ENGINES = pytest.mark.parametrize("engine", ["fused", "composed", "autograd"], indirect=True)
 
 
 @dataclass

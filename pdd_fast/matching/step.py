@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pdd_fast.augmentation import PackedDraws
-from pdd_fast.engines import Engine, FusedEngine
+from pdd_fast.engines import Engine, FusedEngine, PassShape
 from pdd_fast.graphs import Backend, Replay, Upload
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
 from pdd_fast.ops.dsa import DRAWS, NOTHING
-from pdd_fast.unrolling import MEMORY, UnrollSpec, Wanted, adjoint, forward_path, learned_rows
+from pdd_fast.unrolling import UnrollSpec, Wanted, adjoint, forward_path, kept_steps, learned_rows
 
 
 class MatchingState(NamedTuple):
@@ -71,13 +71,14 @@ class MatchingStep:
         batch: b, images of an inner step, at most m + n.
         operations: k, the most operations that any draw applies; 0: no augmentation.
         cutout: height and width of what the operation cutout blanks, pixels.
-        memory: "recompute" or "cache", as for :func:`pdd_fast.unroll`.
+        memory, memory_limit: as for :func:`pdd_fast.unroll`; how many steps keep their activations is settled here and
+            for good.
         lr_img, lr_lr, momentum: of the update; the two rates are those of the images and of the inner rate.
         graph: one launch from the second call on (:class:`pdd_fast.graphs.Replay`); without effect on the CPU.
         backend: how a graph is captured; for tests.
 
     Raises:
-        ValueError: an argument does not fit; the message names it, what it must be and what it is.
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class MatchingStep:
         operations: int = 0,
         cutout: tuple[int, int] = (0, 0),
         memory: str = "recompute",
+        memory_limit: int | None = None,
         lr_img: float = 0.0,
         lr_lr: float = 0.0,
         momentum: float = 0.0,
@@ -104,8 +106,10 @@ class MatchingStep:
         _require(steps >= 1, "steps", "be at least 1", steps)
         _require(1 <= batch <= total, "batch", f"lie in [1, {total}]", batch)
         _require(operations >= 0, "operations", "be at least 0", operations)
-        _require(memory in MEMORY, "memory", f"be {' or '.join(MEMORY)}", repr(memory))
         device, dtype = frozen_images.device, frozen_images.dtype
+        C, H, W = frozen_images.shape[1:]
+        keep = kept_steps("MatchingStep", engine, [PassShape(batch, (C, H, W), dtype, device)] * steps, memory,
+                          memory_limit)  # fmt: skip
         parameters = parameter_count(engine.net)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "start": ((parameters,), dtype), "target": ((parameters,), dtype), "batches": ((steps, batch), torch.int64),
@@ -118,7 +122,7 @@ class MatchingStep:
         draws: list[PackedDraws | None] = [None] * steps
         if operations:
             draws = [PackedDraws(fixed["values"][i], fixed["operations"][i], cutout) for i in range(steps)]
-        spec = UnrollSpec(engine, memory == "cache", fixed["batches"].unbind(), draws, [None] * steps)
+        spec = UnrollSpec(engine, fixed["batches"].unbind(), draws, [None] * steps, keep)
         images = frozen_images.new_empty((total, *frozen_images.shape[1:]))
         images[:frozen] = frozen_images
         self._buffers = _Buffers(

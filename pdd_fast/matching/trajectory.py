@@ -8,14 +8,14 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from pdd_fast import memory, precision
+from pdd_fast import memory
 from pdd_fast.augmentation import PackedDraws
-from pdd_fast.engines import FusedEngine
+from pdd_fast.engines import PassShape
 from pdd_fast.errors import RunError
 from pdd_fast.matching.base import StageProblem
 from pdd_fast.matching.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep, can_capture
-from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.seeds import generator
+from pdd_fast.unrolling import kept_steps
 
 
 def trajectory_matching_loss(theta_N: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -58,6 +58,7 @@ class TrajectoryMatching:
             operations=len(drawn.operations),
             cutout=drawn.cutout_size,
             memory=config.memory,
+            memory_limit=self._memory_limit(),
             lr_img=config.lr_img,
             lr_lr=config.lr_lr,
             momentum=config.momentum,
@@ -81,30 +82,41 @@ class TrajectoryMatching:
         H, W = self._problem.initial_images.shape[2:]
         return H, W
 
+    def _memory_limit(self) -> int | None:
+        """Bytes that kept activations may take: of the whole device, not of what is free at the moment. Steps that are
+        kept and steps that are made again round differently, and a run gives the same bits whatever else runs."""
+        config = self._problem.config
+        if config.memory != "auto":
+            return None
+        if config.memory_limit:
+            return int(min(config.memory_limit * 1e9, 2.0**62))
+        return memory.total(self._problem.initial_images.device) // 2
+
     def _bytes(self) -> int:
-        """What an iteration takes at its peak; 0 for a network that the formula is not for."""
-        problem, config = self._problem, self._problem.config
-        engine, net = problem.engine, problem.engine.net
-        if not isinstance(net, ConvNet):
-            return 0
+        """What an iteration takes at its peak."""
+        problem, config, images = self._problem, self._problem.config, self._problem.initial_images
+        C, H, W = images.shape[1:]
+        shape = PassShape(self._batch, (C, H, W), images.dtype, images.device)
+        steps = [shape] * config.inner_steps
         return memory.matching_bytes(
-            net,
-            batch=self._batch,
+            problem.engine,
+            shape,
             steps=config.inner_steps,
+            kept=kept_steps("matching", problem.engine, steps, config.memory, self._memory_limit()),
             learned=len(problem.labels),
             frozen=len(problem.frozen_labels),
-            engine="fused" if isinstance(engine, FusedEngine) else "autograd",
-            memory=config.memory,
-            element_size=precision.storage(engine.precision, problem.initial_images.dtype).itemsize,
         )
 
     def _lower(self) -> str:
         """What makes an iteration take less, the most effective last."""
         config = self._problem.config
-        numbers = f"inner_batch (now {self._batch}) or width (now {config.width})"
+        batch, width = f"inner_batch (now {self._batch})", f"width (now {config.width})"
+        if config.memory == "auto":
+            limit = memory.in_words(self._memory_limit() or 0)
+            return f"{batch}, {width} or memory_limit (now {limit}), or set memory=recompute"
         if config.memory == "cache":
-            return f"{numbers}, or set memory=recompute"
-        return numbers if config.engine != "autograd" else f"{numbers}, or set engine=fused"
+            return f"{batch} or {width}, or set memory=recompute"
+        return f"{batch} or {width}" + (", or set engine=fused" if config.engine == "autograd" else "")
 
     def step(self) -> dict[str, float]:
         iteration, state = self._done
