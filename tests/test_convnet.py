@@ -492,7 +492,8 @@ def test_a_lower_instruction_set_differs_by_rounding(lower: str, tmp_path: Path)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run(
         [sys.executable, "-c", AT_ANOTHER_LEVEL, str(tmp_path / "found")],
-        check=True, env=os.environ | {"PDD_FAST_CPU": lower, "PYTHONPATH": path},
+        # From there, because in a source tree it would find the package's sources in place of what is installed.
+        check=True, cwd=tmp_path, env=os.environ | {"PDD_FAST_CPU": lower, "PYTHONPATH": path},
     )  # fmt: skip
     there, found = torch.load(tmp_path / "found")
     assert there == lower
