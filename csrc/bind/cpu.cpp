@@ -86,7 +86,7 @@ ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool 
 }
 
 int64_t dsa_scratch_images(DsaShape, int) {
-    return 0;  // the kernel takes it from the heap, two images a thread
+    return 0;  // the kernel takes it from the heap
 }
 
 std::string status_string(Status status) {
