@@ -3,6 +3,7 @@
 // pooling, and its gradient back through them, in the cache of the thread that made it. docs/mathematics.md, section 2,
 // has the dual pass; docs/performance.md what it takes.
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "core/context.h"
@@ -11,7 +12,6 @@
 #include "ops/convnet/direct_layer.h"
 #include "ops/convnet/image_layer.h"
 #include "ops/convnet/winograd_layer.h"
-#include "ops/cross_entropy/math.h"
 #include "ops/norm_relu_pool/plane.h"
 #include "ops/operators.h"
 
@@ -72,8 +72,7 @@ int64_t scratch_of(const ConvNetShape& s, int numbers) {
 // whole networks of two blocks); equal or slower at 2x2, where it is as many.
 inline bool by_winograd(const LayerShape& s, int convolution) {
     if (convolution != kConvolutionAuto) return convolution == kConvolutionWinograd;
-    const int64_t tiles = ((s.height + 3) / 4) * ((s.width + 3) / 4);
-    return 36 * tiles < 9 * s.pixels();
+    return winograd::kPoints * winograd::tiles(s.height) * winograd::tiles(s.width) < 9 * s.pixels();
 }
 
 // One pass over a batch: everything that lies in memory while it runs.
@@ -82,34 +81,36 @@ class Pass {
     using Layer = Activations<T>;
 
   public:
-    // `numbers`: 1 for values, 2 for values and tangents. `kept`: where the values lie, or nullptr: in the workspace; a
-    // dual pass finds them there, or has to make them again.
-    Pass(const ConvNetInput<T>& input, int numbers, T* kept, int threads)
+    // `direction`: nullptr for a pass over values, or what they move along: then all that follows is on dual numbers.
+    // `kept`: where the values lie, or nullptr: in the workspace; a dual pass finds them there, or has to make them
+    // again.
+    Pass(const ConvNetInput<T>& input, const T* direction, T* kept, int threads)
         : in_(input),
           s_(input.shape),
-          numbers_(numbers),
-          remade_(numbers == 2 && !kept),
+          parameters_{input.theta, direction},
+          numbers_(direction ? 2 : 1),
+          first_(direction && kept ? 1 : 0),
           threads_(threads),
           arena_(input.workspace),
-          images_(layer_shape(s_, 0), Needs{true, numbers}, arena_),
+          images_(layer_shape(s_, 0), Needs{true, numbers_}, arena_),
           classifier_{s_.batch, features_of(s_), s_.classes, threads} {
         Arena<T> own(kept);
         features_[0] = place_values(s_, kept ? own : arena_, layers_);
-        if (numbers == 2) {
+        if (dual()) {
             place_activations(s_, 1, arena_, layers_);
             features_[1] = arena_.take(s_.batch * features_of(s_));
         }
         const int64_t channels = blocks_of(s_.channels) * kBlock;
         for (int64_t l = 0; l < s_.depth; ++l) {
-            for (int k = 0; k < 2 * numbers; ++k) layers_[l].affine[k] = arena_.take(channels);
+            for (int k = 0; k < 2 * numbers_; ++k) layers_[l].affine[k] = arena_.take(channels);
             for (T*& part : layers_[l].parts) part = arena_.take(s_.batch * channels);
         }
-        for (int k = 0; k < numbers; ++k) {
+        for (int k = 0; k < numbers_; ++k) {
             grad_features_[k] = arena_.take(s_.batch * features_of(s_));
             logits_[k] = arena_.take(s_.batch * s_.classes);
             grad_logits_[k] = arena_.take(s_.batch * s_.classes);
         }
-        scratch_each_ = (scratch_of<T>(s_, numbers) + kBlock - 1) / kBlock * kBlock;
+        scratch_each_ = (scratch_of<T>(s_, numbers_) + kBlock - 1) / kBlock * kBlock;
         scratch_ = arena_.take(scratch_each_ * threads);
     }
 
@@ -127,137 +128,98 @@ class Pass {
     }
 
     T* logits(int k) const { return logits_[k]; }
-    T* grad_logits(int k) const { return grad_logits_[k]; }
+    T* const* grad_logits() const { return grad_logits_; }
 
     // ---- forward ----
 
-    void start(const T* direction) {
+    // Lays out the images and the parameters that are not transformed layer by layer.
+    void start() const {
         images_.set_images(in_.images, in_.image_stride, threads_);
-        const T* parameters[2] = {in_.theta, direction};
+        const int64_t channels = blocks_of(s_.channels) * kBlock;
         for (int k = 0; k < numbers_; ++k) {
-            images_.set_weights(k, parameters[k] + block_offsets(s_, 0).convolution);
+            images_.set_weights(k, parameters_[k] + block_offsets(s_, 0).convolution);
             for (int64_t l = 0; l < s_.depth; ++l) {
                 const BlockOffsets at = block_offsets(s_, l);
-                const int64_t channels = blocks_of(s_.channels) * kBlock;
                 for (const auto& [to, from] : {std::pair{layers_[l].affine[2 * k], at.weight},
                                                std::pair{layers_[l].affine[2 * k + 1], at.bias}}) {
-                    std::copy_n(parameters[k] + from, s_.channels, to);
+                    std::copy_n(parameters_[k] + from, s_.channels, to);
                     std::fill(to + s_.channels, to + channels, T(0));
                 }
             }
         }
     }
 
-    // Images to logits, values.
-    void forward() {
+    // Images to logits.
+    void forward() const {
         const LayerShape first = layer_shape(s_, 0);
         parallel_with_scratch(s_.batch * first.out_blocks, threads_, [&](int64_t i, int thread) {
             const int64_t image = i / first.out_blocks, block = i % first.out_blocks;
-            T* z = scratch(thread);
-            images_.convolve(0, image, block, z);
+            const Planes z = planes_in(scratch(thread), first);
+            for (int k = 0; k < numbers_; ++k) images_.convolve(k, image, block, z[k]);
             norm(0, image, block, z);
         });
         for (int64_t l = 1; l < s_.depth; ++l) {
             Arena<T> own = arena_;
             with_layer(l, false, own, [&](const auto& layer) { forward_layer(l, layer); });
         }
-        gather_features(0);
-        const T* weight = in_.theta + classifier_offset(s_);
-        classifier_.forward(features_[0], weight, weight + s_.classes * classifier_.features, logits_[0], false);
-    }
-
-    // Images to logits, values and tangents; values that were kept are not made again.
-    void forward_dual(const T* direction) {
-        const LayerShape first = layer_shape(s_, 0);
-        parallel_with_scratch(s_.batch * first.out_blocks, threads_, [&](int64_t i, int thread) {
-            const int64_t image = i / first.out_blocks, block = i % first.out_blocks;
-            T *z = scratch(thread), *z_tangent = z + first.pixels() * kBlock;
-            images_.convolve(0, image, block, z);
-            images_.convolve(1, image, block, z_tangent);
-            norm_dual(0, image, block, z, z_tangent);
-        });
-        for (int64_t l = 1; l < s_.depth; ++l) {
-            Arena<T> own = arena_;
-            with_layer(l, false, own, [&](const auto& layer) { forward_layer_dual(l, layer, direction); });
-        }
-        for (int k = remade_ ? 0 : 1; k < 2; ++k) gather_features(k);
-        const T *weight = in_.theta + classifier_offset(s_), *along = direction + classifier_offset(s_);
-        const int64_t biases = s_.classes * classifier_.features;
-        classifier_.forward(features_[0], weight, weight + biases, logits_[0], false);
-        classifier_.forward(features_[0], along, along + biases, logits_[1], false);
-        classifier_.forward(features_[1], weight, nullptr, logits_[1], true);
+        for (int k = first_; k < numbers_; ++k) gather_features(k);
+        classifier_.forward(features_[0], weight(0), bias(0), logits_[0], false);
+        if (!dual()) return;
+        classifier_.forward(features_[0], weight(1), bias(1), logits_[1], false);
+        classifier_.forward(features_[1], weight(0), nullptr, logits_[1], true);
     }
 
     // ---- backward ----
 
-    void backward(const T* grad_logits, T* grad_theta, T* grad_images) {
-        T* linear = grad_theta + classifier_offset(s_);
-        classifier_.weight_grad(grad_logits, features_[0], linear, false);
-        classifier_.bias_grad(grad_logits, linear + s_.classes * classifier_.features);
-        classifier_.input_grad(grad_logits, in_.theta + classifier_offset(s_), grad_features_[0], false);
-        scatter_features(0);
+    // From the gradients of the logits to that of theta, and to the images': [B, C_in, H, W]; in a dual pass to the
+    // tangents of both. `grad_logits`: one, or two. In a dual pass `grad_theta` may be nullptr; `grad_images` may be in
+    // any, and `wanted` [B] says whose it is, nullptr: all.
+    void backward(const T* const* grad_logits, T* grad_theta, const bool* wanted, T* grad_images) const {
+        const int asked = numbers_ - 1;  // the number whose gradients are asked for
+        if (grad_theta) {
+            T* grad = grad_theta + classifier_offset(s_);
+            classifier_.weight_grad(grad_logits[asked], features_[0], grad, false);
+            if (dual()) classifier_.weight_grad(grad_logits[0], features_[1], grad, true);
+            classifier_.bias_grad(grad_logits[asked], grad + s_.classes * classifier_.features);
+        }
+        for (int k = first_; k < numbers_; ++k) {
+            classifier_.input_grad(grad_logits[k], weight(0), grad_features_[k], false);
+            if (k == 1) classifier_.input_grad(grad_logits[0], weight(1), grad_features_[1], true);
+            scatter_features(k);
+        }
         for (int64_t l = s_.depth - 1; l > 0; --l) {
             Arena<T> own = arena_;
             with_layer(l, true, own, [&](const auto& layer) { backward_layer(l, layer, grad_theta); });
         }
         const LayerShape first = layer_shape(s_, 0);
         parallel_with_scratch(s_.batch, threads_, [&](int64_t image, int thread) {
-            T *z = scratch(thread), *by_tap = z + first.pixels() * kBlock;
+            const bool moves = grad_images && (!wanted || wanted[image]);
+            if (!moves && !grad_theta) return;
+            const Planes z = planes_in(scratch(thread), first);
+            T* by_tap = scratch(thread) + numbers_ * first.pixels() * kBlock;
             for (int64_t block = 0; block < first.out_blocks; ++block) {
-                images_.convolve(0, image, block, z);
-                norm_backward(0, image, block, z, z);
-                images_.set_weight_grad(image, block, z);
-                if (grad_images) images_.add_by_tap(0, block, z, by_tap, block ? Write::add : Write::replace);
+                for (int k = 0; k < numbers_; ++k) images_.convolve(k, image, block, z[k]);
+                // In place. The values' gradient is what the images' tangent is made of besides.
+                norm_backward(0, image, block, z, dual() && !moves ? Planes{nullptr, z[1]} : z);
+                if (grad_theta) images_.set_weight_grad(image, block, z[asked]);
+                if (!moves) continue;
+                images_.add_by_tap(0, block, z[asked], by_tap, block ? Write::add : Write::replace);
+                if (dual()) images_.add_by_tap(1, block, z[0], by_tap, Write::add);
             }
-            if (grad_images) image_grad(by_tap, grad_images, image);
+            if (moves) image_grad(by_tap, grad_images, image);
         });
+        if (!grad_theta) return;
         images_.weight_grad(grad_theta + block_offsets(s_, 0).convolution, threads_);
         finish_affine(grad_theta);
     }
 
-    // `wanted`: as in ConvNetDual. Either of theta_tangent and images_tangent may be absent.
-    void backward_dual(const T* direction, const bool* wanted, T* theta_tangent, T* images_tangent) {
-        const int64_t linear = classifier_offset(s_);
-        if (theta_tangent) {
-            classifier_.weight_grad(grad_logits_[1], features_[0], theta_tangent + linear, false);
-            classifier_.weight_grad(grad_logits_[0], features_[1], theta_tangent + linear, true);
-            classifier_.bias_grad(grad_logits_[1], theta_tangent + linear + s_.classes * classifier_.features);
-        }
-        classifier_.input_grad(grad_logits_[1], in_.theta + linear, grad_features_[1], false);
-        classifier_.input_grad(grad_logits_[0], direction + linear, grad_features_[1], true);
-        scatter_features(1);
-        if (remade_) {
-            classifier_.input_grad(grad_logits_[0], in_.theta + linear, grad_features_[0], false);
-            scatter_features(0);
-        }
-        for (int64_t l = s_.depth - 1; l > 0; --l) {
-            Arena<T> own = arena_;
-            with_layer(l, true, own,
-                       [&](const auto& layer) { backward_layer_dual(l, layer, direction, theta_tangent); });
-        }
-        const LayerShape first = layer_shape(s_, 0);
-        parallel_with_scratch(s_.batch, threads_, [&](int64_t image, int thread) {
-            const bool moves = wanted && wanted[image];
-            if (!moves && !theta_tangent) return;
-            const int64_t plane = first.pixels() * kBlock;
-            T *z = scratch(thread), *z_tangent = z + plane, *by_tap = z_tangent + plane;
-            for (int64_t block = 0; block < first.out_blocks; ++block) {
-                images_.convolve(0, image, block, z);
-                images_.convolve(1, image, block, z_tangent);
-                norm_dual_backward(0, image, block, z, z_tangent, moves ? z : nullptr, z_tangent);
-                if (theta_tangent) images_.set_weight_grad(image, block, z_tangent);
-                if (!moves) continue;
-                images_.add_by_tap(0, block, z_tangent, by_tap, block ? Write::add : Write::replace);
-                images_.add_by_tap(1, block, z, by_tap, Write::add);
-            }
-            if (moves) image_grad(by_tap, images_tangent, image);
-        });
-        if (!theta_tangent) return;
-        images_.weight_grad(theta_tangent + block_offsets(s_, 0).convolution, threads_);
-        finish_affine(theta_tangent);
-    }
-
   private:
+    bool dual() const { return numbers_ == 2; }
+
+    // The linear layer's parameters, or their tangents.
+    const T* weight(int k) const { return parameters_[k] + classifier_offset(s_); }
+    const T* bias(int k) const { return weight(k) + s_.classes * classifier_.features; }
+
     T* scratch(int thread) const { return scratch_ + thread * scratch_each_; }
 
     // Calls use(layer) with block l's convolution, which works in `own`.
@@ -275,6 +237,15 @@ class Pass {
 
     // ---- norm, ReLU and pooling of one plane of 16 channels ----
 
+    // A plane of values and, in a dual pass, that of their tangents.
+    using Planes = std::array<T*, 2>;
+    Planes planes_in(T* memory, const LayerShape& s) const {
+        return {memory, dual() ? memory + s.pixels() * kBlock : nullptr};
+    }
+    Planes planes_of(const BlockedImages<T> (&images)[2], int64_t image, int64_t block) const {
+        return {images[0].plane(image, block), dual() ? images[1].plane(image, block) : nullptr};
+    }
+
     int64_t of_plane(int64_t image, int64_t block) const { return (image * blocks_of(s_.channels) + block) * kBlock; }
     PlaneShape plane_shape(int64_t l) const { return {1, kBlock, s_.height >> l, s_.width >> l}; }
     // Where block l's result goes; after the last block, where its gradient will lie.
@@ -288,48 +259,29 @@ class Pass {
             run(Plane<T, Vector<T>>{p.shape, 0, lane}, p);
     }
 
-    void norm(int64_t l, int64_t image, int64_t block, const T* z) const {
+    void norm(int64_t l, int64_t image, int64_t block, const Planes& z) const {
         const Layer& a = layers_[l];
         const int64_t at = of_plane(image, block), c = block * kBlock;
-        const NormReluPool<T> p{plane_shape(l),
-                                in_.eps,
-                                z,
-                                a.affine[0] + c,
-                                a.affine[1] + c,
-                                result(l, 0, image, block),
-                                a.statistics[0] + at,
-                                a.statistics[1] + at};
-        each_vector(p, [](const auto& plane, const auto& params) { norm_relu_pool_plane(plane, params); });
-    }
-
-    void norm_backward(int64_t l, int64_t image, int64_t block, const T* z, T* grad_z) const {
-        const Layer& a = layers_[l];
-        const int64_t at = of_plane(image, block), c = block * kBlock;
-        const NormReluPoolBackward<T> p{plane_shape(l),
-                                        a.grad_out[0].plane(image, block),
-                                        z,
-                                        a.statistics[0] + at,
-                                        a.statistics[1] + at,
-                                        a.affine[0] + c,
-                                        a.affine[1] + c,
-                                        grad_z,
-                                        a.parts[0] + at,
-                                        a.parts[1] + at};
-        each_vector(p, [](const auto& plane, const auto& params) { norm_relu_pool_backward_plane(plane, params); });
-    }
-
-    void norm_dual(int64_t l, int64_t image, int64_t block, const T* z, const T* z_tangent) const {
-        const Layer& a = layers_[l];
-        const int64_t at = of_plane(image, block), c = block * kBlock;
+        if (!dual()) {
+            const NormReluPool<T> p{plane_shape(l),
+                                    in_.eps,
+                                    z[0],
+                                    a.affine[0] + c,
+                                    a.affine[1] + c,
+                                    result(l, 0, image, block),
+                                    a.statistics[0] + at,
+                                    a.statistics[1] + at};
+            return each_vector(p, [](const auto& plane, const auto& params) { norm_relu_pool_plane(plane, params); });
+        }
         const NormReluPoolDual<T> p{plane_shape(l),
                                     in_.eps,
-                                    z,
-                                    z_tangent,
+                                    z[0],
+                                    z[1],
                                     a.affine[0] + c,
                                     a.affine[2] + c,
                                     a.affine[1] + c,
                                     a.affine[3] + c,
-                                    remade_ ? result(l, 0, image, block) : nullptr,
+                                    first_ == 0 ? result(l, 0, image, block) : nullptr,
                                     result(l, 1, image, block),
                                     a.statistics[0] + at,
                                     a.statistics[1] + at,
@@ -338,15 +290,29 @@ class Pass {
         each_vector(p, [](const auto& plane, const auto& params) { norm_relu_pool_dual_plane(plane, params); });
     }
 
-    void norm_dual_backward(int64_t l, int64_t image, int64_t block, const T* z, const T* z_tangent, T* grad_z,
-                            T* grad_z_tangent) const {
+    // In a dual pass the values' grad_z may be nullptr.
+    void norm_backward(int64_t l, int64_t image, int64_t block, const Planes& z, const Planes& grad_z) const {
         const Layer& a = layers_[l];
         const int64_t at = of_plane(image, block), c = block * kBlock;
+        if (!dual()) {
+            const NormReluPoolBackward<T> p{plane_shape(l),
+                                            a.grad_out[0].plane(image, block),
+                                            z[0],
+                                            a.statistics[0] + at,
+                                            a.statistics[1] + at,
+                                            a.affine[0] + c,
+                                            a.affine[1] + c,
+                                            grad_z[0],
+                                            a.parts[0] + at,
+                                            a.parts[1] + at};
+            return each_vector(
+                p, [](const auto& plane, const auto& params) { norm_relu_pool_backward_plane(plane, params); });
+        }
         const NormReluPoolDualBackward<T> p{plane_shape(l),
                                             a.grad_out[0].plane(image, block),
                                             a.grad_out[1].plane(image, block),
-                                            z,
-                                            z_tangent,
+                                            z[0],
+                                            z[1],
                                             a.statistics[0] + at,
                                             a.statistics[1] + at,
                                             a.statistics[2] + at,
@@ -354,8 +320,8 @@ class Pass {
                                             a.affine[0] + c,
                                             a.affine[2] + c,
                                             a.affine[1] + c,
-                                            grad_z,
-                                            grad_z_tangent,
+                                            grad_z[0],
+                                            grad_z[1],
                                             a.parts[0] + at,
                                             a.parts[1] + at};
         each_vector(p,
@@ -380,12 +346,6 @@ class Pass {
 
     // ---- blocks after the first ----
 
-    template <class Conv>
-    void set_inputs(const Conv& conv, int64_t l, int k, int64_t first, int64_t i, int thread) const {
-        const int64_t blocks = blocks_of(s_.channels), image = i / blocks, block = i % blocks;
-        conv.set_input(k, image, block, layers_[l].input[k].plane(first + image, block), scratch(thread));
-    }
-
     // Calls chunk(first image, count) for all images, as many at a time as the layer takes.
     template <class Conv, class Chunk>
     void each_chunk(const Conv& conv, const Chunk& chunk) const {
@@ -396,19 +356,32 @@ class Pass {
         }
     }
 
+    // Calls body(task, whether of tangents) for the numbers that are made. A tangent is two products and a value one:
+    // in turn, so that threads, which get contiguous ranges, get as much of either.
+    template <class Body>
+    void each_made(int64_t tasks, const Body& body) const {
+        const int64_t made = numbers_ - first_;
+        parallel_for(tasks * made, threads_, [&](int64_t i) { body(i / made, first_ + i % made == 1); });
+    }
+
     template <class Conv>
     void forward_layer(int64_t l, const Conv& conv) const {
         const Layer& a = layers_[l];
         const int64_t blocks = blocks_of(s_.channels);
-        conv.set_weights(0, in_.theta + block_offsets(s_, l).convolution, false, threads_);
+        for (int k = 0; k < numbers_; ++k)
+            conv.set_weights(k, parameters_[k] + block_offsets(s_, l).convolution, false, threads_);
         each_chunk(conv, [&](int64_t first, int64_t count) {
-            parallel_with_scratch(count * blocks, threads_,
-                                  [&](int64_t i, int thread) { set_inputs(conv, l, 0, first, i, thread); });
-            parallel_for(conv.forward_tasks(count), threads_, [&](int64_t task) { conv.forward(task, count, false); });
             parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
-                T* z = a.z[0].plane(first + image, block);
-                conv.get_output(0, image, block, z, scratch(thread));
+                for (int k = 0; k < numbers_; ++k)
+                    conv.set_input(k, image, block, a.input[k].plane(first + image, block), scratch(thread));
+            });
+            each_made(conv.forward_tasks(count),
+                      [&](int64_t task, bool tangent) { conv.forward(task, count, tangent); });
+            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
+                const int64_t image = i / blocks, block = i % blocks;
+                const Planes z = planes_of(a.z, first + image, block);
+                for (int k = first_; k < numbers_; ++k) conv.get_output(k, image, block, z[k], scratch(thread));
                 norm(l, first + image, block, z);
             });
         });
@@ -417,86 +390,34 @@ class Pass {
     template <class Conv>
     void backward_layer(int64_t l, const Conv& conv, T* grad_theta) const {
         const Layer &a = layers_[l], &below = layers_[l - 1];
-        const int64_t blocks = blocks_of(s_.channels), plane = layer_shape(s_, l).pixels() * kBlock;
-        const int64_t at = block_offsets(s_, l).convolution;
-        conv.set_weights(0, in_.theta + at, true, threads_);
-        conv.clear_weight_grad(threads_);
-        each_chunk(conv, [&](int64_t first, int64_t count) {
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
-                const int64_t image = i / blocks, block = i % blocks;
-                T *grad_z = scratch(thread), *own = grad_z + plane;
-                norm_backward(l, first + image, block, a.z[0].plane(first + image, block), grad_z);
-                conv.set_grad(0, image, block, grad_z, own);
-                conv.set_input(0, image, block, a.input[0].plane(first + image, block), own);
-            });
-            const int64_t inputs = conv.input_grad_tasks(count);
-            parallel_for(inputs + conv.weight_grad_tasks(count), threads_, [&](int64_t task) {
-                task < inputs ? conv.input_grad(task, count, false) : conv.add_weight_grad(task - inputs, count, false);
-            });
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
-                const int64_t image = i / blocks, block = i % blocks;
-                conv.get_input_grad(0, image, block, below.grad_out[0].plane(first + image, block), scratch(thread));
-            });
-        });
-        conv.weight_grad(grad_theta + at, threads_);
-    }
-
-    template <class Conv>
-    void forward_layer_dual(int64_t l, const Conv& conv, const T* direction) const {
-        const Layer& a = layers_[l];
+        const LayerShape shape = layer_shape(s_, l);
         const int64_t blocks = blocks_of(s_.channels), at = block_offsets(s_, l).convolution;
-        conv.set_weights(0, in_.theta + at, false, threads_);
-        conv.set_weights(1, direction + at, false, threads_);
-        each_chunk(conv, [&](int64_t first, int64_t count) {
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
-                for (int k = 0; k < 2; ++k) set_inputs(conv, l, k, first, i, thread);
-            });
-            const int64_t tasks = conv.forward_tasks(count);
-            parallel_for(tasks * (1 + remade_), threads_,
-                         [&](int64_t task) { conv.forward(task % tasks, count, task < tasks); });
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
-                const int64_t image = i / blocks, block = i % blocks;
-                T *z = a.z[0].plane(first + image, block), *z_tangent = a.z[1].plane(first + image, block);
-                if (remade_) conv.get_output(0, image, block, z, scratch(thread));
-                conv.get_output(1, image, block, z_tangent, scratch(thread));
-                norm_dual(l, first + image, block, z, z_tangent);
-            });
-        });
-    }
-
-    template <class Conv>
-    void backward_layer_dual(int64_t l, const Conv& conv, const T* direction, T* theta_tangent) const {
-        const Layer &a = layers_[l], &below = layers_[l - 1];
-        const int64_t blocks = blocks_of(s_.channels), plane = layer_shape(s_, l).pixels() * kBlock;
-        const int64_t at = block_offsets(s_, l).convolution;
-        conv.set_weights(0, in_.theta + at, true, threads_);
-        conv.set_weights(1, direction + at, true, threads_);
-        if (theta_tangent) conv.clear_weight_grad(threads_);
+        for (int k = 0; k < numbers_; ++k) conv.set_weights(k, parameters_[k] + at, true, threads_);
+        if (grad_theta) conv.clear_weight_grad(threads_);
         each_chunk(conv, [&](int64_t first, int64_t count) {
             parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
-                T *grad_z = scratch(thread), *grad_z_tangent = grad_z + plane, *own = grad_z_tangent + plane;
-                norm_dual_backward(l, first + image, block, a.z[0].plane(first + image, block),
-                                   a.z[1].plane(first + image, block), grad_z, grad_z_tangent);
-                conv.set_grad(0, image, block, grad_z, own);
-                conv.set_grad(1, image, block, grad_z_tangent, own);
-                for (int k = 0; k < 2 && theta_tangent; ++k)
-                    conv.set_input(k, image, block, a.input[k].plane(first + image, block), own);
+                const Planes grad_z = planes_in(scratch(thread), shape);
+                T* own = scratch(thread) + numbers_ * shape.pixels() * kBlock;
+                norm_backward(l, first + image, block, planes_of(a.z, first + image, block), grad_z);
+                for (int k = 0; k < numbers_; ++k) {
+                    conv.set_grad(k, image, block, grad_z[k], own);
+                    if (grad_theta) conv.set_input(k, image, block, a.input[k].plane(first + image, block), own);
+                }
             });
-            const int64_t inputs = conv.input_grad_tasks(count), all_inputs = inputs * (1 + remade_);
-            const int64_t weights = theta_tangent ? conv.weight_grad_tasks(count) : 0;
-            parallel_for(all_inputs + weights, threads_, [&](int64_t task) {
-                task < all_inputs ? conv.input_grad(task % inputs, count, task < inputs)
-                                  : conv.add_weight_grad(task - all_inputs, count, true);
-            });
+            each_made(conv.input_grad_tasks(count),
+                      [&](int64_t task, bool tangent) { conv.input_grad(task, count, tangent); });
+            if (grad_theta)
+                parallel_for(conv.weight_grad_tasks(count), threads_,
+                             [&](int64_t task) { conv.add_weight_grad(task, count, dual()); });
             parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
-                for (int k = remade_ ? 0 : 1; k < 2; ++k)
+                for (int k = first_; k < numbers_; ++k)
                     conv.get_input_grad(k, image, block, below.grad_out[k].plane(first + image, block),
                                         scratch(thread));
             });
         });
-        if (theta_tangent) conv.weight_grad(theta_tangent + at, threads_);
+        if (grad_theta) conv.weight_grad(grad_theta + at, threads_);
     }
 
     // ---- between the last block and the linear layer: features in the order (channel, row, column) ----
@@ -528,8 +449,9 @@ class Pass {
 
     const ConvNetInput<T>& in_;
     const ConvNetShape& s_;
-    int numbers_;
-    bool remade_;
+    const T* parameters_[2];  // theta, and the direction
+    int numbers_;             // 1: values; 2: values and tangents
+    int first_;               // of the numbers that are made: 1 where values were kept
     int threads_;
     Arena<T> arena_;
     ImageLayer<T> images_;
@@ -543,23 +465,24 @@ class Pass {
 template <class T>
 Status loss(const Pass<T>& pass, const ConvNetGradient<T>& p, Context context) {
     return cross_entropy<T>(
-        {p.input.shape.batch, p.input.shape.classes, pass.logits(0), p.hard, p.soft, p.losses, pass.grad_logits(0)},
+        {p.input.shape.batch, p.input.shape.classes, pass.logits(0), p.hard, p.soft, p.losses, pass.grad_logits()[0]},
         context);
 }
 
 template <class T>
 Status loss_dual(const Pass<T>& pass, const ConvNetDual<T>& p, Context context) {
-    return cross_entropy_dual<T>({p.input.shape.batch, p.input.shape.classes, pass.logits(0), pass.logits(1), p.hard,
-                                  p.soft, p.losses_tangent, pass.grad_logits(0), pass.grad_logits(1), p.labels_tangent},
-                                 context);
+    return cross_entropy_dual<T>(
+        {p.input.shape.batch, p.input.shape.classes, pass.logits(0), pass.logits(1), p.hard, p.soft, p.losses_tangent,
+         pass.grad_logits()[0], pass.grad_logits()[1], p.labels_tangent},
+        context);
 }
 
 }  // namespace
 
 template <class T>
 Status convnet_forward(const ConvNetForward<T>& p, Context context) {
-    Pass<T> pass(p.input, 1, p.kept, context.threads);
-    pass.start(nullptr);
+    const Pass<T> pass(p.input, nullptr, p.kept, context.threads);
+    pass.start();
     pass.forward();
     std::copy_n(pass.logits(0), p.input.shape.batch * p.input.shape.classes, p.logits);
     return kSuccess;
@@ -567,29 +490,30 @@ Status convnet_forward(const ConvNetForward<T>& p, Context context) {
 
 template <class T>
 Status convnet_backward(const ConvNetBackward<T>& p, Context context) {
-    Pass<T> pass(p.input, 1, p.kept, context.threads);
-    pass.start(nullptr);
-    pass.backward(p.grad_logits, p.grad_theta, p.grad_images);
+    const Pass<T> pass(p.input, nullptr, p.kept, context.threads);
+    pass.start();
+    pass.backward(&p.grad_logits, p.grad_theta, nullptr, p.grad_images);
     return kSuccess;
 }
 
 template <class T>
 Status convnet_gradient(const ConvNetGradient<T>& p, Context context) {
-    Pass<T> pass(p.input, 1, p.kept, context.threads);
-    pass.start(nullptr);
+    const Pass<T> pass(p.input, nullptr, p.kept, context.threads);
+    pass.start();
     pass.forward();
     if (const Status bad = loss(pass, p, context)) return bad;
-    pass.backward(pass.grad_logits(0), p.grad_theta, nullptr);
+    pass.backward(pass.grad_logits(), p.grad_theta, nullptr, nullptr);
     return kSuccess;
 }
 
 template <class T>
 Status convnet_dual(const ConvNetDual<T>& p, Context context) {
-    Pass<T> pass(p.input, 2, p.kept, context.threads);
-    pass.start(p.direction);
-    pass.forward_dual(p.direction);
+    const Pass<T> pass(p.input, p.direction, p.kept, context.threads);
+    pass.start();
+    pass.forward();
     if (const Status bad = loss_dual(pass, p, context)) return bad;
-    if (p.theta_tangent || p.wanted) pass.backward_dual(p.direction, p.wanted, p.theta_tangent, p.images_tangent);
+    if (p.theta_tangent || p.wanted)
+        pass.backward(pass.grad_logits(), p.theta_tangent, p.wanted, p.wanted ? p.images_tangent : nullptr);
     return kSuccess;
 }
 
@@ -605,7 +529,8 @@ ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool 
     Arena<float> values(nullptr);
     Activations<float> unused[kMostBlocks];
     place_values(shape, values, unused);
-    const Pass<float> pass(input, dual ? 2 : 1, nullptr, threads);
+    const float along{};  // where a direction begins makes no difference to the sizes
+    const Pass<float> pass(input, dual ? &along : nullptr, nullptr, threads);
     return {pass.size() - (kept ? values.used() : 0), values.used()};
 }
 

@@ -27,6 +27,11 @@ constexpr double kAA = kA * kA, kBB = kB * kB, kAABB = kAA * kBB, kSum = kAA + k
 constexpr double kG0 = 1 / kAABB;
 constexpr double kGa = 1 / (2 * kAA * (kAA - kBB)), kGb = 1 / (2 * kBB * (kBB - kAA));
 
+// Tiles along a side.
+inline int64_t tiles(int64_t side) {
+    return (side + kTile - 1) / kTile;
+}
+
 // Bt: 6 inputs to 6 points.
 template <class T, class V>
 PDD_HD void input(const V d[6], V t[6]) {
