@@ -3,7 +3,6 @@ union alone, each of the same number of SGD steps, and their test accuracies."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
-from pdd_fast.benchmarks.small_run import begin, real_union
+from pdd_fast.benchmarks.small_run import begin, ready, real_union
 from pdd_fast.evaluate import evaluate_run
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
@@ -82,12 +81,7 @@ def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callab
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    measure.set_precision(contender.precision)
-    with tempfile.TemporaryDirectory() as folder:
-        call = prepared(case, contender, job, Path(folder))
-        if not contender.ours:
-            measure.load_lazily_loaded()
-        memory = measure.Memory(job.device)
+    with ready(prepared, case, contender, job) as (call, memory):
         # Without a warm-up: an evaluation is hundreds of steps, and that the first takes longer is part of it.
         taken = measure.repeated(call, job.device, most=1)
         return measure.sample({"evaluation": taken}, memory.found())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
+from pdd_fast.benchmarks.contenders import Contender
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.config import resolve
 from pdd_fast.runs import Run
@@ -50,6 +55,19 @@ def begin(case: Case, job: Job, folder: Path, precision: str = "float32", **opti
         threads=job.threads, precision=precision, **options,
     )  # fmt: skip
     return Run.create(folder / "run", config), Workbench.prepare(config)
+
+
+@contextmanager
+def ready(
+    prepared: Callable[[Case, Contender, Job, Path], Callable[[], Any]], case: Case, contender: Contender, job: Job
+) -> Iterator[tuple[Callable[[], Any], measure.Memory]]:
+    """The call that ``prepared`` gives for a folder of its own, and the memory from here on."""
+    measure.set_precision(contender.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        call = prepared(case, contender, job, Path(folder))
+        if not contender.ours:
+            measure.load_lazily_loaded()
+        yield call, measure.Memory(job.device)
 
 
 def real_union(bench: Workbench, stages: int) -> Union:

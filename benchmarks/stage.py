@@ -6,7 +6,6 @@ trajectories; at the end a fresh network is trained on the images and scored on 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pdd_fast.benchmarks.evaluation import student
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
-from pdd_fast.benchmarks.small_run import begin, real_union
+from pdd_fast.benchmarks.small_run import begin, ready, real_union
 from pdd_fast.experts import make_experts
 from pdd_fast.progressive import distill
 from pdd_fast.runs import Run
@@ -140,11 +139,6 @@ def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callab
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    measure.set_precision(contender.precision)
-    with tempfile.TemporaryDirectory() as folder:
-        call = prepared(case, contender, job, Path(folder))
-        if not contender.ours:
-            measure.load_lazily_loaded()
-        memory = measure.Memory(job.device)
+    with ready(prepared, case, contender, job) as (call, memory):
         seconds, _ = measure.timed(call, job.device)
         return measure.sample({"stage": [seconds]}, memory.found())

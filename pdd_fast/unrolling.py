@@ -70,7 +70,7 @@ def unroll(
     chosen = engines.choose(net, engine, precision, convolution)
     spec = _check(chosen, theta, images, labels, batches, augmentations, frozen)
     # Also where nothing is going to be kept: a wrong argument is one with or without gradients.
-    shapes = [_shape(theta, images, len(batch)) for batch in batches]
+    shapes = [engines.PassShape.of(images, len(batch)) for batch in batches]
     keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
     _require(rates.dim() == 0 or tuple(rates.shape) == (len(batches),),
@@ -78,11 +78,6 @@ def unroll(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, rates)):
         spec = replace(spec, keep=keep)
     return _Unroll.apply(theta, images, labels, rates, spec)
-
-
-def _shape(theta: Tensor, images: Tensor, batch: int) -> engines.PassShape:
-    C, H, W = images.shape[1:]
-    return engines.PassShape(batch, (C, H, W), theta.dtype, theta.device)
 
 
 def kept_steps(

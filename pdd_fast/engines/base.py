@@ -25,6 +25,12 @@ class PassShape(NamedTuple):
     dtype: torch.dtype  # of parameters and images
     device: torch.device
 
+    @classmethod
+    def of(cls, images: Tensor, batch: int) -> PassShape:
+        """That of ``batch`` images like ``images`` [n, C, H, W]."""
+        C, H, W = images.shape[1:]
+        return cls(batch, (C, H, W), images.dtype, images.device)
+
 
 class Engine(Protocol):
     """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph.

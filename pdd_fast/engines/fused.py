@@ -55,7 +55,10 @@ class FusedEngine:
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         check_side_by_side(theta, images, labels)
-        if len(theta) > 1 and not self._in_one_kernel(theta):
+        if len(theta) == 1:
+            losses, gradient, _ = self.gradient(theta[0], images[0], labels[0])
+            return losses[None], gradient[None]
+        if not self._in_one_kernel(theta):
             return self._composed.gradients(theta, images, labels)
         each = [self.gradient(*one)[:2] for one in zip(theta, images, labels, strict=True)]
         losses, gradients = zip(*each, strict=True)
@@ -63,7 +66,9 @@ class FusedEngine:
 
     def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
         check_side_by_side(theta)
-        if len(theta) > 1 and not self._in_one_kernel(theta):
+        if len(theta) == 1:
+            return self.logits(theta[0], images)[None]
+        if not self._in_one_kernel(theta):
             return self._composed.logits_of(theta, images)
         return torch.stack([self.logits(one, images) for one in theta])
 

@@ -107,9 +107,8 @@ class MatchingStep:
         _require(1 <= batch <= total, "batch", f"lie in [1, {total}]", batch)
         _require(operations >= 0, "operations", "be at least 0", operations)
         device, dtype = frozen_images.device, frozen_images.dtype
-        C, H, W = frozen_images.shape[1:]
-        keep = kept_steps("MatchingStep", engine, [PassShape(batch, (C, H, W), dtype, device)] * steps, memory,
-                          memory_limit)  # fmt: skip
+        shape = PassShape.of(frozen_images, batch)
+        keep = kept_steps("MatchingStep", engine, [shape] * steps, memory, memory_limit)
         parameters = parameter_count(engine.net)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "start": ((parameters,), dtype), "target": ((parameters,), dtype), "batches": ((steps, batch), torch.int64),

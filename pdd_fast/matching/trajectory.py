@@ -94,9 +94,8 @@ class TrajectoryMatching:
 
     def _bytes(self) -> int:
         """What an iteration takes at its peak."""
-        problem, config, images = self._problem, self._problem.config, self._problem.initial_images
-        C, H, W = images.shape[1:]
-        shape = PassShape(self._batch, (C, H, W), images.dtype, images.device)
+        problem, config = self._problem, self._problem.config
+        shape = PassShape.of(problem.initial_images, self._batch)
         steps = [shape] * config.inner_steps
         return memory.matching_bytes(
             problem.engine,

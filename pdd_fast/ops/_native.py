@@ -25,6 +25,13 @@ def load(device_type: str) -> ModuleType | None:
     return _load(device_type)[0]
 
 
+def loaded(device_type: str) -> ModuleType:
+    """:func:`load` where it is known to give a library."""
+    library = load(device_type)
+    assert library is not None
+    return library
+
+
 def load_error(device_type: str) -> str | None:
     """Why :func:`load` gives None, in words; None where it does not."""
     return _load(device_type)[1]
@@ -60,8 +67,7 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
         RuntimeError: the kernel could not be launched; the message names the operator and the CUDA error.
         ValueError: a value that only the kernel sees is out of range.
     """
-    library = load(like.device.type)
-    assert library is not None
+    library = loaded(like.device.type)
     number = TYPES.index(like.dtype)
     function = getattr(library, name)
     if like.device.type == "cuda":
@@ -78,8 +84,7 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
 
 def scratch_images(images: torch.Tensor, number_bytes: int) -> int:
     """How many images' scratch the dsa kernel of the device of ``images`` [B, C, H, W] wants to be given."""
-    library = load(images.device.type)
-    assert library is not None
+    library = loaded(images.device.type)
     if images.device.type == "cpu":
         return library.dsa_scratch_images(*images.shape, number_bytes)
     with torch.cuda.device(images.device):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import address, require, require_floating, require_like
 from pdd_fast.ops.norm_relu_pool import EPS
@@ -58,17 +59,17 @@ class ConvNetPasses:
 
     def __init__(self, net: ConvNet, convolution: str = "auto") -> None:
         self._net_shape = shape_of(net)
-        self._parameters = sum(parameter.numel() for parameter in net.parameters())
+        self._parameters = parameter_count(net)
         self._convolution = CONVOLUTIONS.index(convolution)
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._lock = threading.Lock()
 
     def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
         """What a pass on ``batch`` images works in and keeps, in numbers of its type."""
-        library = _native.load("cpu")
-        assert library is not None
         shape = [batch, *self._net_shape]
-        return _Sizes(*library.convnet_sizes(shape, self._convolution, dual, kept, torch.get_num_threads()))
+        return _Sizes(
+            *_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, torch.get_num_threads())
+        )
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""
@@ -193,9 +194,7 @@ class ConvNetPasses:
                 self._workspace = torch.empty(0, dtype=torch.uint8)  # before the larger one: not both at once
                 workspace = self._workspace = _buffer(size, torch.uint8)
             theta = theta.contiguous()
-            library = _native.load("cpu")
-            assert library is not None
-            yield library.ConvNetArguments(
+            yield _native.loaded("cpu").ConvNetArguments(
                 [batch, *shape], self._convolution, EPS, address(theta), address(images), images.stride(),
                 address(workspace),
             )  # fmt: skip
@@ -207,7 +206,5 @@ class ConvNetPasses:
 def _buffer(size: int, dtype: torch.dtype) -> Tensor:
     """``size`` uninitialised numbers, in large pages where the system has them."""
     buffer = torch.empty(size, dtype=dtype)
-    library = _native.load("cpu")
-    assert library is not None
-    library.advise_large_pages(address(buffer), buffer.nbytes)
+    _native.loaded("cpu").advise_large_pages(address(buffer), buffer.nbytes)
     return buffer
