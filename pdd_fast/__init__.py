@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pdd_fast.matching.trajectory import trajectory_matching_loss
     from pdd_fast.networks.convnet import ConvNet
     from pdd_fast.networks.parameters import flatten_parameters, load_parameters
+    from pdd_fast.ops.convnet import free_buffers
     from pdd_fast.unrolling import unroll
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "load_distilled": "distilled",
     "trajectory_matching_loss": "matching.trajectory",
     "ConvNet": "networks.convnet",
+    "free_buffers": "ops.convnet",
     "flatten_parameters": "networks.parameters",
     "load_parameters": "networks.parameters",
     "unroll": "unrolling",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "augment",
     "flatten_parameters",
+    "free_buffers",
     "load_distilled",
     "load_parameters",
     "trajectory_matching_loss",

@@ -19,6 +19,7 @@ from pdd_fast.devices import peak_memory
 from pdd_fast.engines import Engine, PassShape
 from pdd_fast.errors import RunError, UsageError
 from pdd_fast.networks.parameters import parameter_count
+from pdd_fast.ops import convnet
 
 
 def matching_bytes(engine: Engine, shape: PassShape, *, steps: int, kept: int, learned: int, frozen: int = 0) -> int:
@@ -64,7 +65,7 @@ def available(device: torch.device) -> int | None:
 def free(device: torch.device) -> int:
     """Bytes that nobody uses at the moment, on the CPU too; 0 where the system does not say."""
     there = available(device)
-    return host.free() if there is None else there
+    return host.free() + convnet.idle_bytes() if there is None else there
 
 
 def total(device: torch.device) -> int:

@@ -52,7 +52,8 @@ def unroll(
         engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
         memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them, and each
             step's go as soon as the backward pass has used them; "auto" keeps those of as many steps as fit in
-            ``memory_limit``, the last ones, which the backward pass uses first. The gradient differs by rounding.
+            ``memory_limit``, the last ones, which the backward pass uses first. The gradient differs by rounding. The
+            fused engine's memory on the CPU then waits for the next call (:func:`pdd_fast.free_buffers`).
         memory_limit: bytes that kept activations may take, with "auto"; None: half of what is free at the moment, so
             that how results are rounded depends on what else runs. What does not depend on the number of steps kept,
             θ_0..θ_N and what one pass works in, comes on top.

@@ -27,7 +27,7 @@ import pdd_fast
 from pdd_fast import engines
 from pdd_fast.networks.parameters import parameter_count, views
 from pdd_fast.ops import _native
-from pdd_fast.ops.convnet import CONVOLUTIONS, ConvNetPasses
+from pdd_fast.ops.convnet import CONVOLUTIONS, ConvNetPasses, Kept, idle_bytes, shared
 
 CONVOLUTION = pytest.mark.parametrize("convolution", CONVOLUTIONS)
 Found = dict[str, Tensor]
@@ -110,7 +110,7 @@ class Problem:
         return self.theta, self.images, self.labels
 
     def dual(
-        self, passes: ConvNetPasses, kept: Tensor | None = None, want_theta: bool = True, rows: Tensor | None = None
+        self, passes: ConvNetPasses, kept: Kept | None = None, want_theta: bool = True, rows: Tensor | None = None
     ) -> Found:
         """What the dual pass gives, by autograd's names."""
         found = passes.dual(*self.arguments, self.direction, kept, want_theta, rows)
@@ -438,13 +438,69 @@ def test_what_is_kept_is_not_disturbed_by_other_passes(convolution: str) -> None
     one, other = (Problem.of(REPEATED, True, seed) for seed in (1, 2))
     kept = passes.gradient(*one.arguments, keep=True)[2]
     assert kept is not None
-    expected, before = one.dual(passes, kept), kept.clone()
+    expected, before = one.dual(passes, kept), kept.numbers.clone()
     later = passes.gradient(*other.arguments, keep=True)[2]
     other.dual(passes, later)
     other.dual(passes)
     Problem.of(replace(REPEATED, batch=20)).by(passes, kept=True)
     assert_same(one.dual(passes, kept), expected)
-    assert torch.equal(kept, before)  # a dual pass only reads it: two may at once
+    assert torch.equal(kept.numbers, before)  # a dual pass only reads it: two may at once
+
+
+def keep(passes: ConvNetPasses, batch: int, dtype: torch.dtype = torch.float32) -> Kept:
+    kept = passes.gradient(*Problem.of(replace(REPEATED, batch=batch)).to(dtype).arguments, keep=True)[2]
+    assert kept is not None
+    return kept
+
+
+def places(*kept: Kept) -> set[int]:
+    return {each.numbers.data_ptr() for each in kept}
+
+
+def test_memory_of_what_was_kept_is_used_again() -> None:
+    passes = ConvNetPasses(REPEATED.net())
+    first, second = keep(passes, 6), keep(passes, 6)
+    both = places(first, second)
+    assert len(both) == 2
+    del first, second
+    smaller, other_type = keep(passes, 3), keep(passes, 3, torch.float64)
+    assert places(smaller, other_type) == both
+    third = keep(passes, 6)
+    assert not places(third) & both
+
+
+def test_pieces_of_what_was_kept_grow_in_size_and_not_in_number() -> None:
+    pdd_fast.free_buffers()
+    passes, largest = shared(REPEATED.net()), 0
+    for batch in (2, 3, 6, 5, 6):
+        kept = keep(passes, batch)
+        assert idle_bytes() == 0
+        del kept
+        largest = max(largest, batch)
+        assert idle_bytes() == 4 * passes.sizes(largest).kept
+    pdd_fast.free_buffers()
+    assert idle_bytes() == 0
+
+
+def test_what_is_kept_outlives_its_passes() -> None:
+    problem = Problem.of(REPEATED, True)
+    expected = problem.by(ConvNetPasses(REPEATED.net()), kept=True)
+    kept = shared(REPEATED.net()).gradient(*problem.arguments, keep=True)[2]
+    pdd_fast.free_buffers()
+    found = problem.dual(shared(REPEATED.net()), kept)
+    assert_same(found, {name: expected[name] for name in found})
+    del kept
+    assert idle_bytes() == 0
+
+
+def test_networks_of_a_shape_share_their_passes() -> None:
+    one, same, wider = REPEATED.net(), REPEATED.net(), replace(REPEATED, width=REPEATED.width + 1).net()
+    assert shared(one) is shared(same)
+    assert len({id(shared(*which)) for which in ((one,), (wider,), (one, "direct"), (one, "winograd"))}) == 4
+    first = shared(one)
+    for width in range(1, 12):
+        shared(replace(REPEATED, width=width).net())
+    assert shared(one) is not first  # those of 8 shapes are held
 
 
 def test_arguments_are_left_alone_and_no_graph_is_recorded() -> None:
@@ -582,7 +638,7 @@ WRONG: dict[str, tuple[Change, str, str]] = {
 }  # fmt: skip
 
 
-def run(problem: Problem, name: str, passes: ConvNetPasses, kept: Tensor | None = None) -> None:
+def run(problem: Problem, name: str, passes: ConvNetPasses, kept: Kept | None = None) -> None:
     match name:
         case "logits":
             passes.logits(problem.theta, problem.images)

@@ -22,7 +22,7 @@ class FusedEngine:
         self.net = net
         self.precision = precisions.check(precision)
         self.convolution = convolution
-        self._whole = convnet.ConvNetPasses(net, convolution)
+        self._whole = convnet.shared(net, convolution)
         self._composed = ComposedPasses(net, precision)
 
     def _in_one_kernel(self, given: Tensor | PassShape) -> bool:

@@ -23,8 +23,6 @@ from pdd_fast.ops.norm_relu_pool import EPS
 if TYPE_CHECKING:
     from pdd_fast.networks.convnet import ConvNet
 
-_MOST_SHAPES = 8
-_PASSES: dict[tuple[int, ...], operators.ConvNetPasses] = {}
 _PLAIN: ContextVar[bool] = ContextVar("plain_torch", default=False)
 
 
@@ -99,20 +97,10 @@ def _fits(net: ConvNet, images: Tensor, parameters: list[Tensor]) -> bool:
     )
 
 
-def _passes(net: ConvNet) -> operators.ConvNetPasses:
-    """One set of buffers for all networks of a shape. A network holds none itself: it is copied and stored as it is."""
-    shape = operators.shape_of(net)
-    if shape not in _PASSES:
-        while len(_PASSES) >= _MOST_SHAPES:
-            _PASSES.pop(next(iter(_PASSES)))
-        _PASSES[shape] = operators.ConvNetPasses(net)
-    return _PASSES[shape]
-
-
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, net: ConvNet, images: Tensor, *parameters: Tensor) -> Tensor:
-        passes = _passes(net)
+        passes = operators.shared(net)  # a network holds none itself: it is copied and stored as it is
         theta = torch.cat([parameter.reshape(-1) for parameter in parameters])
         if not any(ctx.needs_input_grad):
             return passes.logits(theta, images)
