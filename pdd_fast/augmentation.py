@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from pdd_fast.ops.dsa import DRAWS, NOTHING, OPERATIONS, dsa, dsa_adjoint
 MODES = ("single", "multiple")
 _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
 _ROWS = {name: row for row, name in enumerate(DRAWS)}
+_COLOR = slice(_ROWS["brightness"], _ROWS["contrast"] + 1)  # with saturation between them: one call draws all three
 _NEUTRAL = torch.tensor([[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in DRAWS],
                         dtype=torch.float64, device="cpu")  # fmt: skip
 
@@ -228,14 +230,7 @@ class DSA:
         H, W = _size("DSA", image_size)
         device = generator.device if generator is not None else torch.device("cpu")
         values = _neutral(batch_size, device)
-
-        def uniform(name: str, low: float, high: float) -> Tensor:
-            return values[_ROWS[name]].uniform_(generator=generator).mul_(high - low).add_(low)
-
-        def integer(name: str, low: int, high: int) -> None:
-            draw = torch.randint(low, high + 1, (batch_size,), generator=generator, device=device)
-            values[_ROWS[name]].copy_(draw)
-
+        # A call of torch on so few numbers takes a microsecond or two, and that is all that this function takes.
         operations = self.operations
         if operations and self.mode == "single":
             index = torch.randint(len(operations), (), generator=generator, device=device)
@@ -243,24 +238,34 @@ class DSA:
         cutout_size = (int(H * self.cutout + 0.5), int(W * self.cutout + 0.5))
         for name in operations:
             if name == "color":
-                uniform("brightness", -self.brightness / 2, self.brightness / 2)
-                uniform("saturation", 0, self.saturation)
-                uniform("contrast", 1 - self.contrast, 1 + self.contrast)
+                low, width = self._color.to(device)
+                values[_COLOR].uniform_(generator=generator).mul_(width).add_(low)
             elif name == "crop":
-                reach_h, reach_w = int(H * self.crop + 0.5), int(W * self.crop + 0.5)
-                integer("shift_h", -reach_h, reach_h)
-                integer("shift_w", -reach_w, reach_w)
+                for row, side in ((_ROWS["shift_h"], H), (_ROWS["shift_w"], W)):
+                    reach = int(side * self.crop + 0.5)
+                    values[row].random_(-reach, reach + 1, generator=generator)
             elif name == "cutout":
-                integer("cutout_h", 0, H - cutout_size[0] % 2)
-                integer("cutout_w", 0, W - cutout_size[1] % 2)
+                for row, side, cut in ((_ROWS["cutout_h"], H, cutout_size[0]), (_ROWS["cutout_w"], W, cutout_size[1])):
+                    values[row].random_(0, side - cut % 2 + 1, generator=generator)
             elif name == "flip":
-                uniform("flip", 0, 1).lt_(self.flip)
+                values[_ROWS["flip"]].uniform_(generator=generator).lt_(self.flip)
             elif name == "scale":
-                uniform("scale_w", 1 / self.scale, self.scale)
-                uniform("scale_h", 1 / self.scale, self.scale)
+                least = 1 / self.scale
+                for row in (_ROWS["scale_w"], _ROWS["scale_h"]):
+                    values[row].uniform_(generator=generator).mul_(self.scale - least).add_(least)
             else:
-                uniform("angle", -math.radians(self.rotate), math.radians(self.rotate))
+                most = math.radians(self.rotate)
+                values[_ROWS["angle"]].uniform_(generator=generator).mul_(2 * most).sub_(most)
         return AugmentParameters(operations, (H, W), cutout_size, values)
+
+    @cached_property
+    def _color(self) -> Tensor:
+        """Lower ends and widths of the ranges of the rows of color, [2, 3, 1]."""
+        low = torch.tensor([-self.brightness / 2, 0.0, 1 - self.contrast], dtype=torch.float64, device="cpu")
+        high = torch.tensor(
+            [self.brightness / 2, self.saturation, 1 + self.contrast], dtype=torch.float64, device="cpu"
+        )
+        return torch.stack([low, high - low]).unsqueeze(2)
 
 
 def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
