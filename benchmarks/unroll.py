@@ -85,10 +85,14 @@ def prepared(contender: Contender, problem: Problem) -> Iteration:
     return unrolled(problem, precision=contender.precision, **options)
 
 
-def warm_up(problem: Problem, iterate: Iteration) -> None:
-    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all of that behind."""
+def warm_up(problem: Problem, iterate: Iteration, keeps: bool = False) -> None:
+    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all of that behind, but
+    where activations are kept: the memory for those of each step is mapped in the first iteration and used in all."""
     if problem.images.is_cuda:
         iterate()
+        iterate()
+        return
+    if keeps:
         iterate()
         return
     steps, problem.steps = problem.steps, min(2, problem.steps)
@@ -127,7 +131,7 @@ def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
         measure.load_lazily_loaded()
     memory = measure.Memory(job.device)
     iterate = prepared(contender, problem)
-    warm_up(problem, iterate)
+    warm_up(problem, iterate, keeps=contender.options.get("memory") == "cache")
     gc.collect()
     memory.forget()
     kept: list[Gradients] = []
