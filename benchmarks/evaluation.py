@@ -47,7 +47,7 @@ def courses(bench: Workbench, union: Union) -> list[list[Leg]]:
         config.union_epochs * bench.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
         for stage in range(1, union.stages + 1)
     ]
-    groups = bench.random_real_rows(config.stage_ipc, "random images", 0)
+    groups = bench.random_real_rows(config.ipc_by_stage, "random images", 0)
     in_order, real = [], []
     for stage, count in enumerate(counts, start=1):
         rows = torch.cat(groups[:stage])

@@ -72,7 +72,7 @@ def ready(
 
 def real_union(bench: Workbench, stages: int) -> Union:
     """Real images in the place of learned ones, as many as ``stages`` stages make."""
-    groups = bench.random_real_rows(bench.config.stage_ipc, "initial images")
+    groups = bench.random_real_rows(bench.config.ipc_by_stage, "initial images")
     union = Union.empty(bench)
     for rows in groups[:stages]:
         union = union.extended(bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr)

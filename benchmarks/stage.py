@@ -87,7 +87,7 @@ class PlainStage:
     def learn(self, trajectories: list[list[Tensor]]) -> tuple[Tensor, float]:
         """The stage's images, and the rate to train on them with."""
         config, bench, union = self.bench.config, self.bench, self.union
-        rows = bench.random_real_rows(config.stage_ipc, "initial images")[union.stages]
+        rows = bench.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
         images = bench.train.images[rows].requires_grad_()
         labels = torch.cat([union.labels, bench.train.labels[rows]])
         rate = torch.tensor(config.inner_lr, device=bench.device, requires_grad=True)
@@ -105,7 +105,7 @@ class PlainStage:
 
     def select(self, images: Tensor, rate: float) -> float:
         config, bench, union = self.bench.config, self.bench, self.union
-        labels = bench.train.labels[bench.random_real_rows(config.stage_ipc, "initial images")[union.stages]]
+        labels = bench.train.labels[bench.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]]
         both = union.extended(images, labels, rate)
         scores = []
         for number in range(config.eval_networks):

@@ -20,15 +20,15 @@ def command(resume: bool, **options: Any) -> None:
     `pdd-fast distill --resume --run-dir DIR` goes on from there.
     """
     with begun("experts", resume, **options) as run:
-        from pdd_fast.experts import make_experts
-        from pdd_fast.trajectories import list_trajectories
+        from pdd_fast.experts import make_experts, stored_experts
 
         make_experts(run, output.reporter())
-        found = list_trajectories(run.experts_dir)
-    reached = [trajectory.metadata["held_out_accuracy"] for trajectory in found]
+        found = stored_experts(run)
+    # MTT's files do not say.
+    reached = [t.metadata["held_out_accuracy"] for t in found if "held_out_accuracy" in t.metadata]
     if options["as_json"]:
         output.print_json({"run": str(run.path), "experts": len(found), "held_out_accuracy": reached})
         return
-    span = f"{min(reached):.1f} to {max(reached):.1f} %"
-    print(f"{len(found)} experts of {found[0].epochs} epochs, held-out accuracy {span}")
-    output.print_files([run.experts_dir])
+    span = f", held-out accuracy {min(reached):.1f} to {max(reached):.1f} %" if reached else ""
+    print(f"{len(found)} experts of {found[0].epochs} epochs{span}")
+    output.print_files([found[0].path.parent])

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from pdd_fast.config import CHOICES, Config, from_dict, resolve
+from pdd_fast.config import CHOICES, Config, from_dict, recipe_names, recipe_title, resolve
 from pdd_fast.errors import UsageError
 
 
@@ -20,6 +20,7 @@ _FLAGS = (  # flag, setting, type, what --help says
     ("--dataset", "dataset", str, "digits, cifar10, cifar100, mnist, fashionmnist, svhn or imagefolder:DIR."),
     ("--stages", "stages", int, "Stages."),
     ("--ipc", "ipc", int, "Images per class, all stages together."),
+    ("--stage-ipc", "stage_ipc", str, "Of these, what each stage adds, as in 4,2,2,1,1; even if not given."),
     ("--base", "base", _choice("base"), "The method that a stage uses."),
     ("--seed", "seed", int, "Where all randomness comes from."),
     ("--device", "device", str, "auto, cpu, cuda or cuda:N."),
@@ -35,11 +36,17 @@ FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side", "me
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe a run."""
     decorators = [
-        click.option(flag, setting, type=kind, default=None, help=f"{text} [default: {getattr(Config, setting)}]")
+        click.option(flag, setting, type=kind, default=None, help=_help(setting, text))
         for flag, setting, kind, text in _FLAGS
     ]
     decorators += [
-        click.option("--recipe", default=None, help="Settings from the package, by name. [default: the data set's]"),
+        click.option(
+            "--recipe",
+            default=None,
+            callback=_list_recipes,
+            is_eager=True,
+            help="Settings from the package, by name; list shows them. [default: the data set's]",
+        ),
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; may be repeated."),
         click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="[default: runs/DATA-ipc...]"),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."),
@@ -47,6 +54,22 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
+
+
+def _help(setting: str, text: str) -> str:
+    default = getattr(Config, setting)
+    return text if default == "" else f"{text} [default: {default}]"
+
+
+def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) -> str | None:
+    """Names the recipes and ends, where that was asked for."""
+    if name == "list":
+        names = recipe_names()
+        width = max(map(len, names))
+        for each in names:
+            click.echo(f"{each:{width}}  {recipe_title(each)}")
+        context.exit()
+    return name
 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,12 @@ class Config:
     base: str = "mtt"  # the method that a stage uses
     stages: int = 5
     ipc: int = 10  # images per class, all stages together
+    stage_ipc: str = ""  # of these, what each stage adds, as in 4,2,2,1,1; "": as even as can be
     seed: int = 0
 
     # data
     validation_fraction: float = 0.1  # of the training images, held out for selection
+    whitening: str = "none"  # of all images, before anything else: none, or zca
     select: str = "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
     augment_mode: str = "single"
@@ -36,6 +38,7 @@ class Config:
 
     # experts
     experts: int = 100
+    experts_from: str = ""  # a run, or a folder with trajectories or MTT's replay_buffer_*.pt; "": they are trained
     expert_train_epochs: int = 50
     expert_lr: float = 0.01
     expert_momentum: float = 0.0
@@ -76,8 +79,10 @@ class Config:
     checkpoint_seconds: float = 30.0  # how often unfinished work is saved
 
     @property
-    def stage_ipc(self) -> tuple[int, ...]:
+    def ipc_by_stage(self) -> tuple[int, ...]:
         """Images per class that each stage adds; the earlier stages take what does not divide evenly."""
+        if self.stage_ipc:
+            return _split(self.stage_ipc)
         share, extra = divmod(self.ipc, self.stages)
         return tuple(share + (stage < extra) for stage in range(self.stages))
 
@@ -93,6 +98,7 @@ class Config:
 _TYPES = get_type_hints(Config)
 CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
     "base": ("mtt",),
+    "whitening": ("none", "zca"),
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
     "engine": ("auto", "fused", "autograd"),
@@ -132,10 +138,17 @@ def load_recipe(name: str) -> dict[str, Any]:
     return tomllib.loads((resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8"))
 
 
+def recipe_title(name: str) -> str:
+    """What a recipe is for: its first line."""
+    text = (resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    return text.partition("\n")[0].removeprefix("#").strip()
+
+
 def resolve(recipe: str | None = None, **settings: Any) -> Config:
     """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's type.
 
-    Without ``recipe``, the recipe named like the data set is taken where there is one.
+    Without ``recipe``, the recipe named like the data set is taken where there is one. ``stages`` and ``ipc`` follow
+    from ``stage_ipc`` where that is among ``settings`` and they are not.
 
     Raises:
         UsageError: an unknown setting (with the nearest name), or a value that cannot be.
@@ -144,6 +157,9 @@ def resolve(recipe: str | None = None, **settings: Any) -> Config:
     if recipe is None and dataset in recipe_names():
         recipe = dataset
     merged = (load_recipe(recipe) if recipe is not None else {}) | settings
+    if settings.get("stage_ipc"):  # says how many stages and images there are, where nobody else does
+        split = _split(str(settings["stage_ipc"]))
+        merged |= {key: value for key, value in (("stages", len(split)), ("ipc", sum(split))) if key not in settings}
     config = replace(Config(), **{key: _convert(key, value) for key, value in merged.items()})
     _check(config)
     return config
@@ -154,6 +170,17 @@ def from_dict(stored: dict[str, Any]) -> Config:
     config = replace(Config(), **{key: _convert(key, value) for key, value in stored.items()})
     _check(config)
     return config
+
+
+def _split(text: str) -> tuple[int, ...]:
+    """The numbers of ``stage_ipc``."""
+    try:
+        found = tuple(_whole(part.strip()) for part in text.split(","))
+    except (ValueError, OverflowError):
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got {text!r}")
+    return found
 
 
 def _convert(key: str, value: Any) -> Any:
@@ -213,6 +240,11 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"memory_limit must be 0 where memory is cache, which keeps everything, got {config.memory_limit:g}; "
             "set memory=auto"
+        )
+    if config.stage_ipc and (len(config.ipc_by_stage), sum(config.ipc_by_stage)) != (config.stages, config.ipc):
+        raise UsageError(
+            f"stage_ipc must hold a number for each of the stages ({config.stages}) and add up to ipc ({config.ipc}), "
+            f"got {config.stage_ipc}"
         )
     if config.stages > config.ipc:
         raise UsageError(

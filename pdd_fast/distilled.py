@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 from pdd_fast.files import read_tensors, save_tensors
 
@@ -31,12 +32,13 @@ class DistilledSet:
         ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates not positive.
     """
 
-    images: Tensor  # [n, C, H, W] float32, normalised as training data are
+    images: Tensor  # [n, C, H, W] float32, normalised (and whitened) as training data are
     labels: Tensor  # int64 [n], or float [n, classes]
     stage: Tensor  # int64 [n], 1-based
     learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
     normalisation: Normalisation
     metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, base, seed
+    whitening: Whitening | None = None  # None: images are not whitened
 
     def __post_init__(self) -> None:
         if self.images.dim() != 4:
@@ -57,6 +59,9 @@ class DistilledSet:
             if len(getattr(self.normalisation, name)) != channels:
                 found = getattr(self.normalisation, name)
                 raise ValueError(f"DistilledSet: normalisation {name} must have {channels} numbers, got {found}")
+        if self.whitening is not None and self.whitening.image_shape != tuple(self.images.shape[1:]):
+            expected = tuple(self.images.shape[1:])
+            raise ValueError(f"DistilledSet: whitening must be for {expected}, got {self.whitening.image_shape}")
         present = sorted(set(self.stage.tolist()))
         if present != list(range(1, self.stages + 1)):
             raise ValueError(f"DistilledSet: stage must number 1..{self.stages} without gaps, got {present}")
@@ -92,8 +97,15 @@ class DistilledSet:
         return stage
 
     def pixels(self) -> Tensor:
-        """Images [n, C, H, W] with the normalisation undone, clipped to [0, 1]."""
-        return self.normalisation.invert(self.images).clamp(0, 1)
+        """Images [n, C, H, W] with whitening and normalisation undone, clipped to [0, 1]."""
+        images = self.images if self.whitening is None else self.whitening.invert(self.images)
+        return self.normalisation.invert(images).clamp(0, 1)
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        """Pixels [n, C, H, W] in [0, 1], of the test set say, as a network sees them that is trained on the images:
+        normalised and, where the images are, whitened."""
+        images = self.normalisation.apply(pixels)
+        return images if self.whitening is None else self.whitening.apply_(images)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; equal sets give equal bytes."""
@@ -102,6 +114,7 @@ class DistilledSet:
             "labels": self.labels,
             "stage": self.stage,
             "learning_rates": self.learning_rates,
+            **({} if self.whitening is None else self.whitening.tensors()),
         }
         save_tensors(Path(path), tensors, self.metadata | {"normalisation": self.normalisation.to_dict()})
 
@@ -124,6 +137,6 @@ def load_distilled(path: str | Path) -> DistilledSet:
     try:
         normalisation = Normalisation.from_dict(metadata.pop("normalisation"))
         images, labels, stage, rates = (tensors[name] for name in names)
-        return DistilledSet(images, labels, stage, rates, normalisation, metadata)
+        return DistilledSet(images, labels, stage, rates, normalisation, metadata, Whitening.of_tensors(tensors))
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a distilled set: {error}") from error

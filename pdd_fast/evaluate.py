@@ -63,7 +63,7 @@ def evaluate_run(
     if repeats is not None and repeats < 1:
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     config = replace(run.config, repeats=repeats or run.config.repeats)
-    bench = Workbench.prepare(config)
+    bench = Workbench.prepare(config, run.path)
     union = Union.load(run.distilled_file, bench)
     other = _load_other(against, bench) if against is not None else None
 
@@ -96,7 +96,7 @@ def evaluate_run(
             "name": "union in order",
             "data": bench.data.name,
             "test_images": len(bench.data.test),
-            "images_per_class": [sum(config.stage_ipc[: s + 1]) for s in range(union.stages)],
+            "images_per_class": [sum(config.ipc_by_stage[: s + 1]) for s in range(union.stages)],
             "learning_rates": [round(rate, 8) for rate in union.rates],
             "random_learning_rate": config.inner_lr,
             "epochs": config.union_epochs,
@@ -105,6 +105,7 @@ def evaluate_run(
             "weight_decay": config.union_weight_decay,
             "schedule": "a tenth of the rate from half of each set's steps on",
             "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
+            "whitening": config.whitening,
             "selected_on": config.select,
             "against": None if against is None else str(against),
         },
@@ -133,6 +134,12 @@ def _load_other(path: Path, bench: Workbench) -> Union:
     if other.metadata.get("data") != bench.data.name or shape != expected:
         found = f"{other.metadata.get('data')} {shape}"
         raise UsageError(f"--against must name a run on {bench.data.name} {expected}, got {path} on {found}")
+    if (other.whitening is None) != (bench.data.whitening is None):
+        found = "are not" if other.whitening is None else "are"
+        raise UsageError(
+            f"--against must name a run with whitening={bench.config.whitening}, got {path}, whose images {found} "
+            "whitened"
+        )
     file = path if path.is_file() else path / "distilled.safetensors"
     return Union.load(file, bench)
 
@@ -145,7 +152,7 @@ def _in_order(union: Union, steps: list[int]) -> list[Leg]:
 
 def _random(bench: Workbench, stages: int, steps: list[int], group: range) -> list[Leg]:
     """Real images, other ones for every network, in as many stages as the union has."""
-    chosen = [bench.random_real_rows(bench.config.stage_ipc, "random images", repeat) for repeat in group]
+    chosen = [bench.random_real_rows(bench.config.ipc_by_stage, "random images", repeat) for repeat in group]
     train, rate = bench.train, bench.config.inner_lr
     return [
         Leg(train.images, train.labels, rate, count, [count], torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu())

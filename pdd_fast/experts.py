@@ -10,13 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from pdd_fast.errors import UsageError
+from pdd_fast.networks.parameters import parameter_count
+from pdd_fast.replay_buffers import buffer_files, read_buffer
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
 from pdd_fast.training import Loop, Students, accuracies
 from pdd_fast.trajectories import (
     Trajectory,
+    list_trajectories,
     partial_path,
     read_partial,
+    require_alike,
     trajectory_path,
     write_partial,
     write_trajectory,
@@ -31,11 +35,15 @@ def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
         UsageError: the data cannot be loaded, or stored experts do not fit.
     """
     with run.lock():
-        ensure_experts(run, Workbench.prepare(run.config), reporter)
+        ensure_experts(run, Workbench.prepare(run.config, run.path), reporter)
 
 
 def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
     """:func:`make_experts` for a run that is locked and set up already."""
+    if bench.config.experts_from:
+        for trajectory in stored_experts(run):
+            _check_serves(trajectory, bench)
+        return
     record_trajectories(
         bench,
         run.experts_dir,
@@ -45,6 +53,26 @@ def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
         reporter,
         "experts",
     )
+
+
+def stored_experts(run: Run) -> list[Trajectory]:
+    """The experts of ``run``, once they are there: its own, or those that it was told to take.
+
+    Raises:
+        UsageError: there are none, or fewer than were asked for.
+    """
+    config = run.config
+    if not config.experts_from:
+        return list_trajectories(run.experts_dir)
+    folder = Path(config.experts_from).expanduser()
+    if (folder / "experts").is_dir():
+        folder = folder / "experts"
+    buffers = buffer_files(folder)
+    found = [trajectory for path in buffers for trajectory in read_buffer(path)] or list_trajectories(folder)
+    require_alike(found)
+    if len(found) < config.experts:
+        raise UsageError(f"experts must be at most {len(found)}, as many as {folder} holds, got {config.experts}")
+    return found[: config.experts]
 
 
 def record_trajectories(
@@ -107,6 +135,7 @@ def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[st
     return {
         "network": bench.network,
         "data": bench.data.name,
+        "whitening": bench.config.whitening,
         "seed": bench.config.seed,
         "index": k,
         "purpose": purpose,
@@ -123,6 +152,24 @@ def _in_words(numbers: Sequence[int]) -> int | str:
 def _forget(folder: Path, group: range) -> None:
     for k in group:  # the first one's is the group's; the others may have been left by groups of another size
         partial_path(folder, k).unlink(missing_ok=True)
+
+
+def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
+    """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
+    metadata, reach = trajectory.metadata, bench.config.max_start_epoch + bench.config.expert_epochs
+    for name, value, wanted in (
+        ("data", metadata.get("data", bench.data.name), bench.data.name),
+        ("whitening", metadata.get("whitening", bench.config.whitening), bench.config.whitening),
+        ("network", metadata.get("network", bench.network), bench.network),
+        ("parameters", trajectory.parameters, parameter_count(bench.engine.net)),
+    ):
+        if value != wanted:
+            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {value}")
+    if trajectory.epochs < reach:
+        raise UsageError(
+            f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs ({reach}), got "
+            f"{trajectory.epochs}"
+        )
 
 
 def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from torch import Tensor
 from pdd_fast.data import require_images_per_class
 from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
-from pdd_fast.experts import ensure_experts, record_trajectories
+from pdd_fast.experts import ensure_experts, record_trajectories, stored_experts
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
 from pdd_fast.training import Students, accuracies
-from pdd_fast.trajectories import list_trajectories
+from pdd_fast.trajectories import Trajectory, list_trajectories
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
@@ -35,7 +34,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     """
     with run.lock():
         config = run.config
-        bench = Workbench.prepare(config)
+        bench = Workbench.prepare(config, run.path)
         require_images_per_class(bench.train, config.ipc, bench.data.classes)
         ensure_experts(run, bench, reporter)
         union = Union.empty(bench)
@@ -43,11 +42,9 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
             if run.stage_file(stage).exists():
                 union = Union.load(run.stage_file(stage), bench)
                 continue
-            folder = run.experts_dir
             if stage > 1:
-                folder = run.stage_trajectories_dir(stage)
                 transition(run, bench, union, reporter)
-            union = _run_stage(run, bench, union, folder, reporter)
+            union = _run_stage(run, bench, union, _trajectories(run, stage), reporter)
             union.distilled(bench).save(run.stage_file(stage))
             run.checkpoint_file(stage).unlink(missing_ok=True)
         distilled = union.distilled(bench)
@@ -55,12 +52,16 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         return distilled
 
 
+def _trajectories(run: Run, stage: int) -> list[Trajectory]:
+    """What stage ``stage`` matches."""
+    return stored_experts(run) if stage == 1 else list_trajectories(run.stage_trajectories_dir(stage))
+
+
 def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter) -> None:
     """Trajectories for the stage after ``union``: each start network is trained on the union and then,
     recorded, on real data. Starts are chained: they are those of the stage before, trained further."""
     stage = union.stages + 1
-    before = run.experts_dir if stage == 2 else run.stage_trajectories_dir(stage - 1)
-    starts = list_trajectories(before)
+    starts = _trajectories(run, stage - 1)
     config = bench.config
 
     def start(group: range) -> Tensor:
@@ -118,17 +119,17 @@ class _Selection:
         return sum(scores) / len(scores)
 
 
-def _run_stage(run: Run, bench: Workbench, union: Union, folder: Path, reporter: Reporter) -> Union:
-    """Learns the images of the stage after ``union``, matching the trajectories in ``folder``."""
+def _run_stage(run: Run, bench: Workbench, union: Union, trajectories: list[Trajectory], reporter: Reporter) -> Union:
+    """Learns the images of the stage after ``union``, matching ``trajectories``."""
     config, stage = bench.config, union.stages + 1
-    rows = bench.random_real_rows(config.stage_ipc, "initial images")[stage - 1]
+    rows = bench.random_real_rows(config.ipc_by_stage, "initial images")[stage - 1]
     labels = bench.train.labels[rows]
     problem = StageProblem(
         config=config,
         stage=stage,
         engine=bench.engine,
         dsa=bench.dsa,
-        trajectories=list_trajectories(folder),
+        trajectories=trajectories,
         frozen_images=union.images,
         frozen_labels=union.labels,
         initial_images=bench.train.images[rows],

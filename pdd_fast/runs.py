@@ -29,7 +29,8 @@ except ImportError:  # not a POSIX system: runs are not locked there
 def default_run_dir(config: Config) -> Path:
     """Where a run goes that was not told where."""
     data = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-")
-    return Path("runs") / f"{data}-ipc{config.ipc}-stages{config.stages}-seed{config.seed}"
+    stages = "-".join(map(str, config.ipc_by_stage)) if config.stage_ipc else config.stages
+    return Path("runs") / f"{data}-ipc{config.ipc}-stages{stages}-seed{config.seed}"
 
 
 class Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ class Trajectory:
         """Weights [P] after ``epoch`` epochs; reads these and no others."""
         if not 0 <= epoch <= self.epochs:
             raise UsageError(f"{self.path}: epoch must lie in [0, {self.epochs}], got {epoch}")
+        return self._read(epoch)
+
+    def _read(self, epoch: int) -> Tensor:
         with open_tensors(self.path) as (file, _):
             return file.get_slice("checkpoints")[epoch : epoch + 1][0].clone()
 
@@ -64,6 +68,12 @@ def list_trajectories(folder: Path) -> list[Trajectory]:
     found = [Trajectory(path) for path in paths]
     if not found:
         raise UsageError(f"{folder} holds no trajectories")
+    require_alike(found)
+    return found
+
+
+def require_alike(found: Sequence[Trajectory]) -> None:
+    """Raises UsageError where trajectories are not of one length and size."""
     first = found[0]
     for other in found[1:]:
         if (other.epochs, other.parameters) != (first.epochs, first.parameters):
@@ -71,7 +81,6 @@ def list_trajectories(folder: Path) -> list[Trajectory]:
                 f"{other.path} must have {first.epochs} epochs of {first.parameters} parameters like the first "
                 f"trajectory beside it, got {other.epochs} of {other.parameters}"
             )
-    return found
 
 
 def write_partial(folder: Path, index: int, checkpoints: list[Tensor], state: dict[str, Tensor]) -> None:

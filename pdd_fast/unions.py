@@ -60,6 +60,7 @@ class Union:
             stage=self.stage.cpu(),
             learning_rates=torch.tensor(self.rates),
             normalisation=bench.data.normalisation,
+            whitening=bench.data.whitening,
             metadata={
                 "data": bench.data.name,
                 "classes": list(bench.data.classes),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ class Workbench:
     side_by_side: int  # networks that are trained at once
 
     @classmethod
-    def prepare(cls, config: Config) -> Workbench:
+    def prepare(cls, config: Config, folder: Path | None = None) -> Workbench:
         """Loads the data, builds the network, and sets the process's number of threads where the configuration has one.
+
+        Args:
+            folder: of the run, where the whitening is kept once it was fitted.
 
         Raises:
             UsageError: data are missing or do not fit the configuration, or the device cannot be used.
@@ -46,7 +50,8 @@ class Workbench:
         where = resolve_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        images = load(config.dataset, config.data_dir, config.validation_fraction)
+        keep = None if folder is None else folder / "whitening.safetensors"
+        images = load(config.dataset, config.data_dir, config.validation_fraction, config.whitening, keep)
         side = min(images.image_size)
         if side < 2**config.depth:
             raise UsageError(

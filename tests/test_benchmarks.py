@@ -293,7 +293,7 @@ def test_a_plain_stage_learns_images_and_rate(tmp_path: Path) -> None:
     trajectory = plain.trajectory(starts[0])
     assert len(trajectory) == bench.config.transition_real_epochs + 1
     images, rate = plain.learn([trajectory, trajectory])
-    before = bench.train.images[bench.random_real_rows(bench.config.stage_ipc, "initial images")[1]]
+    before = bench.train.images[bench.random_real_rows(bench.config.ipc_by_stage, "initial images")[1]]
     assert images.shape == before.shape
     assert 1e-6 < relative_error(images, before) < 10
     assert rate != bench.config.inner_lr

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from pdd_fast import __version__, load_distilled
 from pdd_fast.cli import main as cli
-from pdd_fast.config import Config
+from pdd_fast.config import Config, recipe_names
 from pdd_fast.runs import Run
 
 STAGES, EXPERTS, ITERATIONS = tiny.SETTINGS["stages"], tiny.SETTINGS["experts"], tiny.SETTINGS["iterations"]
@@ -156,6 +156,15 @@ def test_help_names_every_flag_with_its_default(command: str) -> None:
         assert f" {flag} " in text
 
 
+def test_recipes_are_listed_by_name_and_by_what_they_are_for() -> None:
+    outcome = call("distill", "--recipe", "list")
+    assert (outcome.status, outcome.err) == (0, "")
+    lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
+    assert list(lines) == recipe_names()
+    assert lines["cifar10-ipc50"].startswith("CIFAR-10, 50 images a class in 5 stages")
+    assert call("experts", "--recipe", "list").out == outcome.out
+
+
 def test_version_is_the_packages() -> None:
     outcome = call("--version")
     assert (outcome.status, outcome.out, outcome.err) == (0, f"pdd-fast, version {__version__}\n", "")
@@ -168,7 +177,14 @@ def test_a_bare_call_shows_the_help_and_is_wrong() -> None:
 
 
 def test_help_version_and_wrong_calls_import_no_torch() -> None:
-    calls = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS), ["nope"], ["distill", "--nope"]]
+    calls = [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in cli.COMMANDS),
+        ["distill", "--recipe", "list"],
+        ["nope"],
+        ["distill", "--nope"],
+    ]
     program = (
         "import sys\n"
         "from pdd_fast.cli.main import run\n"

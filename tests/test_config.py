@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pdd_fast import config
 from pdd_fast.augmentation import DSA
-from pdd_fast.config import Config, from_dict, load_recipe, recipe_names, resolve
+from pdd_fast.config import Config, from_dict, load_recipe, recipe_names, recipe_title, resolve
 from pdd_fast.errors import UsageError
 from pdd_fast.ops.dsa import OPERATIONS
 
@@ -61,6 +61,37 @@ def test_settings_go_before_the_recipe() -> None:
 def test_an_unknown_recipe_is_answered_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(UsageError, match=rf"recipe must be one of .*digits.*, got '{name}'{re.escape(hint)}$"):
         resolve(name)
+
+
+# Chen et al., ICLR 2024, as their published code has it: images a class and stage, N, expert_epochs, max_start_epoch,
+# lr_img, lr_lr, images of an inner step, whitening, depth.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "cifar10-ipc10": (2, 50, 2, 5, 1000, 1e-7, 20, "zca", 3),
+    "cifar10-ipc50": (10, 30, 2, 15, 1000, 1e-5, 100, "zca", 3),
+    "cifar100-ipc10": (2, 20, 3, 20, 1000, 1e-5, 200, "zca", 3),
+    "cifar100-ipc50": (10, 20, 2, 20, 1000, 1e-5, 512, "zca", 3),
+    "tiny-ipc10": (2, 20, 2, 20, 10000, 1e-4, 64, "none", 4),
+    "tiny-ipc50": (10, 20, 2, 20, 10000, 1e-4, 64, "none", 4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_papers_recipes_are_the_papers(name: str) -> None:
+    c = resolve(name)
+    row = (c.inner_steps, c.expert_epochs, c.max_start_epoch, c.lr_img, c.lr_lr, c.inner_batch, c.whitening, c.depth)
+    assert (c.ipc_by_stage[0], *row) == PUBLISHED[name]
+    assert c.ipc_by_stage == 5 * c.ipc_by_stage[:1]
+    assert (c.experts, c.expert_train_epochs) == (100, 24 if name.startswith("tiny") else 50)
+    assert (c.expert_lr, c.expert_momentum, c.expert_batch, c.inner_lr, c.momentum) == (0.01, 0, 256, 0.01, 0.5)
+    assert (c.iterations, c.eval_every, c.eval_networks, c.eval_epochs) == (5000, 100, 5, 1000)
+    assert (c.transition_epochs, c.union_epochs, c.union_momentum, c.union_weight_decay) == (1000, 500, 0.9, 5e-4)
+    assert (c.width, c.augment, c.augment_mode) == (128, "color_crop_cutout_flip_scale_rotate", "single")
+
+
+def test_every_recipe_is_pinned_or_ours() -> None:
+    assert set(recipe_names()) == {*PUBLISHED, "digits"}
+    for name in recipe_names():
+        assert recipe_title(name).endswith(".")
 
 
 # ---- names and conversion ----
@@ -198,7 +229,7 @@ def test_an_augmentation_is_taken_exactly_where_dsa_takes_it(strategy: str) -> N
 
 
 def test_there_are_no_more_stages_than_images_of_a_class() -> None:
-    assert resolve(stages=3, ipc=3).stage_ipc == (1, 1, 1)
+    assert resolve(stages=3, ipc=3).ipc_by_stage == (1, 1, 1)
     with pytest.raises(UsageError, match=r"^stages must be at most ipc \(3\), got 4"):
         resolve(stages=4, ipc=3)
 
@@ -230,12 +261,39 @@ def test_settings_are_checked_without_importing_torch() -> None:
 @given(st.integers(1, 60).flatmap(lambda stages: st.tuples(st.just(stages), st.integers(stages, 500))))
 def test_the_stages_share_the_images_of_a_class(stages_and_ipc: tuple[int, int]) -> None:
     stages, ipc = stages_and_ipc
-    shares = resolve(stages=stages, ipc=ipc).stage_ipc
+    shares = resolve(stages=stages, ipc=ipc).ipc_by_stage
     assert len(shares) == stages
     assert sum(shares) == ipc
     assert list(shares) == sorted(shares, reverse=True)
     assert min(shares) >= 1
     assert max(shares) - min(shares) <= 1
+
+
+def test_stages_may_be_of_different_sizes() -> None:
+    assert resolve(stage_ipc="4,2,2,1,1").ipc_by_stage == (4, 2, 2, 1, 1)
+    found = resolve("cifar10-ipc10", stage_ipc=" 5, 1 ,1")
+    assert (found.ipc_by_stage, found.stages, found.ipc) == ((5, 1, 1), 3, 7)
+    assert resolve(stage_ipc="2,1", stages="2", ipc=3).ipc_by_stage == (2, 1)
+    assert from_dict(found.to_dict()) == found
+
+
+@pytest.mark.parametrize("text", ["4,2,", "a", "1,0", "2,-1", "1.5,2", ",", "1;2", "inf"])
+def test_a_split_that_is_none_is_named(text: str) -> None:
+    message = (
+        rf"^stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got '{re.escape(text)}'$"
+    )
+    with pytest.raises(UsageError, match=message):
+        resolve(stage_ipc=text)
+    with pytest.raises(UsageError, match=message):
+        from_dict({"stage_ipc": text})
+
+
+@pytest.mark.parametrize("given", [{"stages": 3}, {"ipc": 4}, {"stages": 1, "ipc": 3}])
+def test_a_split_has_to_fit_the_stages_and_images_that_are_asked_for(given: dict[str, int]) -> None:
+    stages, ipc = rf"\({given.get('stages', 2)}\)", rf"\({given.get('ipc', 3)}\)"
+    message = rf"must hold a number for each of the stages {stages} and add up to ipc {ipc}, got 2,1$"
+    with pytest.raises(UsageError, match=message):
+        resolve(stage_ipc="2,1", **given)
 
 
 def test_a_transition_records_one_epoch_more_than_matching_reaches() -> None:

@@ -130,7 +130,7 @@ def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> N
 def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int]) -> None:
     run, _ = finished
     start = Workbench.prepare(run.config)
-    rows = start.random_real_rows(run.config.stage_ipc, "initial images")
+    rows = start.random_real_rows(run.config.ipc_by_stage, "initial images")
     found = load_distilled(run.path)
     for stage, group in enumerate(rows, start=1):
         measured_here = [row for row in run.metrics.read() if row["stage"] == stage]
@@ -146,7 +146,7 @@ def test_judged_only_at_the_end_the_last_images_are_kept(tmp_path: Path) -> None
     found = distill(run)
     assert [r["iteration"] for r in run.metrics.read() if "held_out_accuracy" in r] == [4, 4, 4]
     start = Workbench.prepare(run.config)
-    for stage, rows in enumerate(start.random_real_rows(run.config.stage_ipc, "initial images"), start=1):
+    for stage, rows in enumerate(start.random_real_rows(run.config.ipc_by_stage, "initial images"), start=1):
         assert not torch.equal(found.subset(stage).images, start.train.images[rows])
     rates = found.learning_rates.tolist()
     assert len(set(rates)) == 3  # learned apart, each from inner_lr

@@ -100,6 +100,8 @@ def test_a_configuration_that_cannot_be_used_is_named(run: Run, text: str, messa
 )
 def test_the_default_directory_says_what_the_run_is(dataset: str, name: str) -> None:
     assert default_run_dir(Config(dataset=dataset, stages=2, ipc=4, seed=11)) == Path("runs") / name
+    uneven = Config(dataset=dataset, stages=2, ipc=4, stage_ipc="3,1", seed=11)
+    assert default_run_dir(uneven) == Path("runs") / name.replace("stages2", "stages3-1")
 
 
 def test_the_places_are_those_that_are_documented(run: Run) -> None:

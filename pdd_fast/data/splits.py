@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 
 
@@ -16,7 +18,7 @@ from pdd_fast.errors import UsageError
 class Split:
     """Images and labels, each one tensor on one device."""
 
-    images: Tensor  # [n, C, H, W] float32, normalised
+    images: Tensor  # [n, C, H, W] float32, normalised and, on request, whitened
     labels: Tensor  # [n] int64
 
     def __len__(self) -> int:
@@ -43,6 +45,7 @@ class ImageData:
     validation: Split  # held out of the training images, for selection
     test: Split
     normalisation: Normalisation  # fitted on all training images
+    whitening: Whitening | None = None  # fitted on all normalised training images, which it then was applied to
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -78,8 +81,13 @@ class Pixels:
     test_labels: Tensor
 
 
-def prepare(name: str, pixels: Pixels, validation_fraction: float) -> ImageData:
-    """Checks, normalises and splits what a reader gave.
+def prepare(
+    name: str, pixels: Pixels, validation_fraction: float, whiten: Callable[[Tensor], Whitening] | None = None
+) -> ImageData:
+    """Checks, normalises, whitens and splits what a reader gave.
+
+    Args:
+        whiten: what gives the whitening for all training images, normalised; None: images are not whitened.
 
     Raises:
         UsageError: labels or shapes do not fit, a class has too few images to hold one out, or ``validation_fraction``
@@ -104,15 +112,25 @@ def prepare(name: str, pixels: Pixels, validation_fraction: float) -> ImageData:
         if low < 0 or high >= len(pixels.classes):
             raise UsageError(f"{name}: {part} labels must lie in [0, {len(pixels.classes)}), got {low}..{high}")
     normalisation = Normalisation.fit(train)
-    everything = Split(normalisation.apply(train), pixels.train_labels)
+    everything, judged = (
+        Split(normalisation.apply(images), labels)
+        for images, labels in ((train, pixels.train_labels), (test, pixels.test_labels))
+    )
+    del train, test  # in 32 bits they take as much as what was made of them
+    whitening = None
+    if whiten is not None:
+        whitening = whiten(everything.images)
+        for split in (everything, judged):
+            whitening.apply_(split.images)
     held_out = _held_out(name, everything, pixels.classes, validation_fraction)
     return ImageData(
         name,
         pixels.classes,
         everything.rows((~held_out).nonzero().flatten()),
         everything.rows(held_out.nonzero().flatten()),
-        Split(normalisation.apply(test), pixels.test_labels),
+        judged,
         normalisation,
+        whitening,
     )
 
 
