@@ -23,6 +23,7 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "evaluate": "Train fresh networks on a run's unions and report their test accuracy.",
     "bench": "Measure speed, memory and gradient error against plain PyTorch.",
     "show": "Draw a run's images and accuracy, and print its table.",
+    "export": "Write a run's images as MTT's scripts store theirs.",
     "env": "What was built, what was found, what to do about it.",
 }
 INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM

@@ -1,0 +1,104 @@
+"""Distilled images as MTT's scripts store them: images_best.pt [n, C, H, W] and labels_best.pt [n]; here a folder for
+each stage.
+
+Those files say nothing of how the images are to be used, so that people got other accuracies out of them than were
+published. What is written here says it beside them, in settings.json.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.whitening import Whitening
+from pdd_fast.distilled import DistilledSet
+from pdd_fast.errors import UsageError
+from pdd_fast.files import atomic_path, write_json
+
+IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
+
+
+def write_mtt(distilled: DistilledSet, folder: str | Path) -> list[Path]:
+    """Writes stage-1/images_best.pt, stage-1/labels_best.pt, ... and settings.json; the files.
+
+    Images are as networks see them (normalised and, where the set is, whitened), which is what the scripts expect.
+
+    Args:
+        folder: is made where it is missing.
+
+    Raises:
+        UsageError: there is something in it already.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder; choose another")
+    written = []
+    for stage in range(1, distilled.stages + 1):
+        subset = distilled.subset(stage)
+        for name, tensor in ((IMAGES, subset.images), (LABELS, subset.labels)):
+            path = folder / f"stage-{stage}" / name
+            with atomic_path(path) as temporary:
+                torch.save(tensor.clone(), temporary)  # a part of a larger tensor would be stored with all of it
+            written.append(path)
+    settings: dict[str, Any] = {
+        "learning_rates": distilled.learning_rates.tolist(),
+        "normalisation": distilled.normalisation.to_dict(),
+        "whitening": "none" if distilled.whitening is None else "zca",
+    }
+    known = ("data", "classes", "augmentation", "network")
+    settings |= {key: distilled.metadata[key] for key in known if key in distilled.metadata}
+    write_json(folder / SETTINGS, settings)
+    return [*written, folder / SETTINGS]
+
+
+def read_mtt(
+    folders: Sequence[str | Path],
+    learning_rates: Sequence[float],
+    normalisation: Normalisation,
+    whitening: Whitening | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> DistilledSet:
+    """A distilled set of what MTT's scripts stored, one folder with images_best.pt and labels_best.pt for each stage.
+
+    Args:
+        learning_rates: that were learned with each stage's images; the scripts print them.
+        normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for the same data.
+        metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared by.
+
+    Raises:
+        UsageError: a file is missing or damaged, or holds something else (code is never run); or the parts do not fit.
+    """
+    images, labels, stages = [], [], []
+    for number, folder in enumerate(map(Path, folders), start=1):
+        own = _tensor(folder / IMAGES)
+        images.append(own.float())
+        labels.append(_tensor(folder / LABELS))
+        stages.append(torch.full((len(own),), number))
+    try:
+        return DistilledSet(
+            torch.cat(images), torch.cat(labels), torch.cat(stages), torch.tensor(list(learning_rates)).float(),
+            normalisation, dict(metadata or {}), whitening,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:  # torch.cat: of different shapes, or of nothing
+        raise UsageError(f"{', '.join(map(str, folders)) or 'no folders'} hold no distilled set: {error}") from error
+
+
+def _tensor(path: Path) -> Tensor:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"{path} is refused: it holds more than tensors, which could be code") from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UsageError(f"{path} cannot be read: {reason}") from error
+    if not isinstance(found, Tensor) or found.dim() == 0:
+        raise UsageError(f"{path} must hold a tensor with a row for each image, got {type(found).__name__}")
+    return found.detach()

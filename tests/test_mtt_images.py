@@ -1,0 +1,123 @@
+"""Distilled images in MTT's files: written as its scripts would, and read back whole."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pdd_fast.cli.main import run
+from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.whitening import Whitening
+from pdd_fast.distilled import DistilledSet, load_distilled
+from pdd_fast.errors import UsageError
+from pdd_fast.mtt_images import read_mtt, write_mtt
+
+NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+FILES = ["settings.json", *(f"stage-{s}/{kind}_best.pt" for s in (1, 2) for kind in ("images", "labels"))]
+
+
+def distilled(soft: bool = False) -> DistilledSet:
+    """Two stages, of two and of three images."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(5, 3, 4, 6, generator=draw)
+    labels = torch.rand(5, 2, generator=draw) if soft else torch.tensor([0, 1, 0, 1, 1])
+    metadata = {"data": "photographs", "classes": ["a", "b"], "augmentation": {"strategy": "flip", "mode": "single"}}
+    return DistilledSet(
+        images, labels, torch.tensor([1, 2, 1, 2, 2]), torch.tensor([0.1, 0.2]), NORMALISATION, metadata
+    )
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_files_are_what_the_scripts_read(soft: bool, tmp_path: Path) -> None:
+    expected = distilled(soft)
+    written = write_mtt(expected, tmp_path / "out")
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in written) == FILES
+    for stage, count in ((1, 2), (2, 3)):
+        folder = tmp_path / "out" / f"stage-{stage}"
+        images, labels = (torch.load(folder / f"{kind}_best.pt", weights_only=True) for kind in ("images", "labels"))
+        assert torch.equal(images, expected.subset(stage).images)
+        assert torch.equal(labels, expected.subset(stage).labels)
+        assert (folder / "images_best.pt").stat().st_size < 4 * count * 72 + 3000  # its own images alone
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["learning_rates"] == pytest.approx([0.1, 0.2])
+    assert (settings["data"], settings["whitening"]) == ("photographs", "none")
+    assert settings["normalisation"] == NORMALISATION.to_dict()
+    assert settings["augmentation"] == {"strategy": "flip", "mode": "single"}
+
+
+def test_what_was_written_comes_back(tmp_path: Path) -> None:
+    whitening = Whitening.fit(torch.randn(9, 3, 4, 6))
+    expected = replace(distilled(), whitening=whitening)
+    write_mtt(expected, tmp_path)
+    assert json.loads((tmp_path / "settings.json").read_text())["whitening"] == "zca"
+    folders = [tmp_path / "stage-1", tmp_path / "stage-2"]
+    found = read_mtt(folders, [0.1, 0.2], NORMALISATION, whitening, {"data": "photographs"})
+    for stage in (1, 2):
+        assert torch.equal(found.subset(stage).images, expected.subset(stage).images)
+        assert torch.equal(found.subset(stage).labels, expected.subset(stage).labels)
+    assert torch.equal(found.learning_rates, expected.learning_rates)
+    assert found.whitening is whitening
+    found.save(tmp_path / "set.safetensors")
+    assert load_distilled(tmp_path / "set.safetensors").metadata == {"data": "photographs"}
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("")
+    for folder in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(UsageError, match=r"exists and is not an empty folder; choose another$"):
+            write_mtt(distilled(), folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+class _Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    write_mtt(distilled(), tmp_path / "out")
+    stage = tmp_path / "out" / "stage-1"
+
+    def read(*folders: Path, rates: tuple[float, ...] = (0.1,)) -> str:
+        with pytest.raises(UsageError) as caught:
+            read_mtt(folders, rates, NORMALISATION)
+        return str(caught.value)
+
+    assert read(tmp_path / "none").endswith("images_best.pt does not exist")
+    assert read().startswith("no folders hold no distilled set: ")
+    assert "stage-1 hold no distilled set: DistilledSet: stage must number 1..2" in read(stage, rates=(0.1, 0.2))
+    mark = tmp_path / "it ran"
+    for content, message in (
+        (_Harmful(mark), "is refused: it holds more than tensors"), ({"a": 1}, "must hold a tensor"),
+        (torch.tensor(1), "must hold a tensor"), (torch.zeros(3, dtype=torch.int64), "hold no distilled set"),
+    ):  # fmt: skip
+        torch.save(content, stage / "labels_best.pt")
+        assert message in read(stage), content
+    assert not mark.exists()
+    (stage / "labels_best.pt").write_bytes(b"nothing")
+    assert "labels_best.pt" in read(stage)
+
+
+def test_the_command_writes_a_runs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = distilled()
+    (tmp_path / "run").mkdir()
+    expected.save(tmp_path / "run" / "distilled.safetensors")
+    call = ["export", str(tmp_path / "run"), "--output"]
+    assert run([*call, str(tmp_path / "out")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(FILES)
+    assert run([*call, str(tmp_path / "other"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == [
+        str(tmp_path / "other" / name) for name in (*FILES[1:], FILES[0])
+    ]
+    assert run([*call, str(tmp_path / "out")]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+    assert run(["export", str(tmp_path / "missing"), "--output", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
