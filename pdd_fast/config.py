@@ -50,10 +50,19 @@ class Config:
     expert_epochs: int = 2  # how far ahead of the start the target lies
     max_start_epoch: int = 5
     inner_batch: int = 0  # images of an inner step; 0: as many as the stage makes
+    trajectories: int = 1  # of an iteration, whose mean gradient is taken
     lr_img: float = 1000.0
+    stage_lr_img: str = ""  # lr_img of each stage, as in 1000,500,500; "": lr_img in all
     lr_lr: float = 1e-7
     inner_lr: float = 0.01  # where the learned rate starts in every stage
     momentum: float = 0.5  # of images and rate
+    clip: float = 0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
+    ema: float = (
+        0.0  # the stage gives an average of its images over iterations, of which so much stays in each; 0: the last
+    )
+    guard: int = (
+        5  # how often a stage is set back, its steps halved, where images or rate left the range, before it fails
+    )
     engine: str = "auto"
     memory: str = "recompute"  # activations of inner steps: recompute, cache (keep all), or auto (keep up to a limit)
     memory_limit: float = 0.0  # of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory
@@ -87,6 +96,11 @@ class Config:
         return tuple(share + (stage < extra) for stage in range(self.stages))
 
     @property
+    def lr_img_by_stage(self) -> tuple[float, ...]:
+        """The images' learning rate of each stage."""
+        return _numbers(self.stage_lr_img) if self.stage_lr_img else (self.lr_img,) * self.stages
+
+    @property
     def transition_real_epochs(self) -> int:
         """Real epochs that are recorded after a transition (published code: one more than matching can reach)."""
         return self.max_start_epoch + self.expert_epochs + 1
@@ -114,9 +128,15 @@ _AT_LEAST: dict[str, float] = {
     "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
     "seed": 0, "lr_img": 0, "lr_lr": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
     "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0, "side_by_side": 0,
-    "memory_limit": 0,
+    "memory_limit": 0, "trajectories": 1, "clip": 0, "ema": 0, "guard": 0,
 }  # fmt: skip
-_BELOW: dict[str, float] = {"validation_fraction": 1, "momentum": 1, "expert_momentum": 1, "union_momentum": 1}
+_BELOW: dict[str, float] = {
+    "validation_fraction": 1,
+    "momentum": 1,
+    "ema": 1,
+    "expert_momentum": 1,
+    "union_momentum": 1,
+}
 _ABOVE: dict[str, float] = {"expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
 
 
@@ -183,6 +203,17 @@ def _split(text: str) -> tuple[int, ...]:
     return found
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    """The numbers of ``stage_lr_img``."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(math.isfinite(number) and number >= 0 for number in found):
+        raise UsageError(f"stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got {text!r}")
+    return found
+
+
 def _convert(key: str, value: Any) -> Any:
     if key not in _TYPES:
         raise UsageError(f"unknown setting {key!r}{nearest(key, list(_TYPES))}")
@@ -245,6 +276,10 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"stage_ipc must hold a number for each of the stages ({config.stages}) and add up to ipc ({config.ipc}), "
             f"got {config.stage_ipc}"
+        )
+    if config.stage_lr_img and len(config.lr_img_by_stage) != config.stages:
+        raise UsageError(
+            f"stage_lr_img must hold a number for each of the stages ({config.stages}), got {config.stage_lr_img}"
         )
     if config.stages > config.ipc:
         raise UsageError(

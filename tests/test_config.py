@@ -296,6 +296,23 @@ def test_a_split_has_to_fit_the_stages_and_images_that_are_asked_for(given: dict
         resolve(stage_ipc="2,1", **given)
 
 
+def test_every_stage_may_have_its_own_rate_of_the_images() -> None:
+    assert resolve(stages=2, lr_img=7).lr_img_by_stage == (7, 7)
+    found = resolve(stages=3, stage_lr_img="1000, 5e2,0")
+    assert found.lr_img_by_stage == (1000, 500, 0)
+    assert from_dict(found.to_dict()) == found
+    message = r"^stage_lr_img must hold a number for each of the stages \(2\), got 1,2,3$"
+    with pytest.raises(UsageError, match=message):
+        resolve(stages=2, stage_lr_img="1,2,3")
+
+
+@pytest.mark.parametrize("text", ["1,", "a", "1,-1", "inf,1", "nan", ","])
+def test_rates_that_are_none_are_named(text: str) -> None:
+    message = rf"^stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got '{text}'$"
+    with pytest.raises(UsageError, match=message):
+        resolve(stages=2, stage_lr_img=text)
+
+
 def test_a_transition_records_one_epoch_more_than_matching_reaches() -> None:
     assert resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=9).transition_real_epochs == 8
 

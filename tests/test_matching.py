@@ -24,8 +24,9 @@ from pdd_fast.config import Config
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.errors import RunError, UsageError
 from pdd_fast.graphs import CaptureWarning
-from pdd_fast.matching import StageProblem, TrajectoryMatching
+from pdd_fast.matching import StageProblem, TrajectoryMatching, trajectory
 from pdd_fast.matching.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep
+from pdd_fast.matching.trajectory import SetBackWarning
 from pdd_fast.trajectories import list_trajectories, write_trajectory
 
 CPU = torch.device("cpu")
@@ -189,6 +190,53 @@ def test_what_the_host_does_meanwhile_changes_nothing_and_stops_what_it_stops() 
     assert_same([step(state, case.inputs(0)[0])], expected)
 
 
+def several(case: Case, seeds: tuple[int, ...]) -> MatchingInputs:
+    """The inputs of these seeds as one iteration's."""
+    every = [case.inputs(seed) for seed in seeds]
+    draws = None
+    if case.dsa is not None:
+        draws = PackedDraws.of([draw for _, drawn in every for draw in drawn or []])
+    start, target, batches = (
+        torch.stack([getattr(i, name) for i, _ in every]) for name in ("start", "target", "batches")
+    )
+    return MatchingInputs(start, target, batches, draws)
+
+
+@pytest.mark.usefixtures("composed")
+@pytest.mark.parametrize("name", ["plain", "nothing frozen", "several operations", "no augmentation", "autograd"])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_of_several_trajectories_the_mean_gradient_is_taken(name: str, recorded: bool) -> None:
+    case = Case(**{"dtype": torch.float64} | CASES[name])
+    graph: dict[str, Any] = {"graph": True, "backend": Recorder()} if recorded and "autograd" not in name else {}
+    alone = [case.step(momentum=0.0)(case.first(), case.inputs(seed)[0]) for seed in (0, 1, 2, 3)]
+    step = case.step(trajectories=2, momentum=0.0, **graph)
+    for seeds in ((0, 1), (2, 3), (0, 3)):  # a graph is made of the second and replayed with the third
+        found, own = step(case.first(), several(case, seeds)), [alone[seed] for seed in seeds]
+        assert found.loss == pytest.approx(sum(one.loss for one in own) / 2, rel=1e-12)
+        for field in MatchingState._fields:
+            mean = sum(getattr(one.state, field) for one in own) / 2
+            assert relative_error(getattr(found.state, field), mean) <= 1e-12, field
+
+
+def test_a_long_gradient_is_clipped_and_a_short_one_is_not() -> None:
+    case = Case()
+    free = case.step()(case.first(), case.inputs(0)[0])
+    norm = float(free.state.images_velocity.norm())
+    assert_same([case.step(clip=1.01 * norm)(case.first(), case.inputs(0)[0])], [free])
+    clipped = case.step(clip=norm / 3)(case.first(), case.inputs(0)[0]).state
+    torch.testing.assert_close(clipped.images_velocity, free.state.images_velocity / 3)
+    torch.testing.assert_close(clipped.images, case.learned - UPDATE["lr_img"] * clipped.images_velocity)
+    assert torch.equal(clipped.rate, free.state.rate)
+
+
+def test_a_shorter_update_is_one_at_smaller_rates() -> None:
+    case = Case()
+    step, half = case.step(), case.step(lr_img=UPDATE["lr_img"] / 2, lr_lr=UPDATE["lr_lr"] / 2)
+    expected = half(case.first(), case.inputs(0)[0])
+    assert_same([step(case.first(), case.inputs(0)[0], shorter=0.5)], [expected])
+    assert_same(case.run(step, 2), case.by_autograd(2))  # and the next is as long as ever
+
+
 def test_images_that_are_no_longer_finite_are_told() -> None:
     case = Case()
     result = case.step(lr_img=1e45)(case.first(), case.inputs(0)[0])
@@ -217,6 +265,8 @@ def test_the_memory_of_a_step_goes_with_it() -> None:
         ({"memory": "disk"}, "MatchingStep: memory must be recompute or cache or auto, got 'disk'"),
         ({"memory": "auto", "memory_limit": -1}, "MatchingStep: memory_limit must be at least 0, got -1"),
         ({"operations": -1}, "MatchingStep: operations must be at least 0, got -1"),
+        ({"trajectories": 0}, "MatchingStep: trajectories must be at least 1, got 0"),
+        ({"clip": -0.5}, "MatchingStep: clip must be at least 0, got -0.5"),
     ],
 )
 def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
@@ -336,6 +386,128 @@ def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert all(same_state(one, two) for one, two in zip(states_of(other, 2), expected[2:], strict=True))
 
 
+def test_every_iteration_draws_several_trajectories_where_asked(tmp_path: Path) -> None:
+    one, two = (TrajectoryMatching(problem(tmp_path, trajectories=count))._inputs(7) for count in (1, 2))
+    assert one.draws is not None
+    assert two.draws is not None
+    assert torch.equal(two.start[0], one.start)  # the first as it would be alone
+    assert torch.equal(two.batches[0], one.batches)
+    assert torch.equal(two.draws.values[:, : STEPS * BATCH], one.draws.values)
+    assert not torch.equal(two.batches[0], two.batches[1])
+    assert two.target.shape == (2, len(one.target))
+    expected = TrajectoryMatching(problem(tmp_path))
+    assert not same_state(
+        states_of(TrajectoryMatching(problem(tmp_path, trajectories=2)), 1)[0], states_of(expected, 1)[0]
+    )
+
+
+def test_images_are_averaged_over_iterations_where_asked(tmp_path: Path) -> None:
+    last, averaged = (TrajectoryMatching(problem(tmp_path, ema=ema)) for ema in (0.0, 0.75))
+    expected = averaged.images.clone()
+    for _ in range(3):
+        last.step()
+        averaged.step()
+        expected = 0.75 * expected + 0.25 * last.images
+        torch.testing.assert_close(averaged.images, expected)
+        assert averaged.learning_rate == last.learning_rate
+    again = TrajectoryMatching(problem(tmp_path, ema=0.75))
+    again.load_state(averaged.state())
+    assert torch.equal(again.images, averaged.images)
+    averaged.step(), again.step()
+    assert torch.equal(again.images, averaged.images)
+
+
+def test_a_stage_has_its_own_rate_of_the_images(tmp_path: Path) -> None:
+    """The problem is that of stage 2."""
+    settings = {"stages": 2, "ipc": 2}
+    own = TrajectoryMatching(problem(tmp_path, stage_lr_img="9,0.25", **settings))
+    expected = TrajectoryMatching(problem(tmp_path, lr_img=0.25, **settings))
+    assert same_state(states_of(own, 2)[1], states_of(expected, 2)[1])
+
+
+def test_gradients_are_clipped_where_asked(tmp_path: Path) -> None:
+    method = TrajectoryMatching(problem(tmp_path, clip=1e-4))
+    method.step()
+    assert float(method.state()["images_velocity"].norm()) == pytest.approx(1e-4, rel=1e-4)
+
+
+class Spoiled(MatchingStep):
+    """Gives what cannot be at iterations of the given numbers of calls."""
+
+    at: tuple[int, ...] = ()
+    calls = 0
+    lengths: list[float]
+
+    def __call__(self, *args: Any, **options: Any) -> MatchingResult:
+        result = super().__call__(*args, **options)
+        type(self).calls += 1
+        type(self).lengths.append(args[3])
+        if self.calls not in self.at:
+            return result
+        spoiled = result.state._replace(images=result.state.images * float("nan"))
+        return result._replace(state=spoiled, finite=False) if self.calls % 2 else result._replace(rate=-0.25)
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def at(*calls: int) -> None:
+        monkeypatch.setattr(Spoiled, "at", calls)
+        monkeypatch.setattr(Spoiled, "calls", 0)
+        monkeypatch.setattr(Spoiled, "lengths", [], raising=False)
+        monkeypatch.setattr(trajectory, "MatchingStep", Spoiled)
+
+    return at
+
+
+def test_what_left_the_range_is_set_back_with_smaller_steps(tmp_path: Path, spoil: Callable[..., None]) -> None:
+    plain = states_of(TrajectoryMatching(problem(tmp_path)), 45)
+    spoil(46)
+    method = TrajectoryMatching(problem(tmp_path))
+    assert all(same_state(one, other) for one, other in zip(states_of(method, 45), plain, strict=True))
+    with pytest.warns(SetBackWarning, match=r"stage 2, iteration 46: the learned inner rate became -0\.25; .* of 1/2$"):
+        values = method.step()
+    assert (values["halvings"], method.iteration, Spoiled.calls) == (1, 46, 47)
+    assert Spoiled.lengths[-2:] == [1.0, 0.5]
+    # From the images of iteration 20, at rest: 45 iterations were done, and 40 is the newer of the states kept.
+    images, rate = plain[19]["images"], plain[19]["rate"]
+    state = method.state()
+    torch.testing.assert_close(state["images"], images - 0.25 * state["images_velocity"])
+    torch.testing.assert_close(state["rate"], rate - 0.5e-3 * state["rate_velocity"])
+    again = TrajectoryMatching(problem(tmp_path))
+    again.load_state(state)
+    assert same_state(states_of(method, 1)[0], states_of(again, 1)[0])
+    assert Spoiled.lengths[-2:] == [0.5, 0.5]
+
+
+def test_a_stage_gives_up_after_as_many_halvings_as_it_may(tmp_path: Path, spoil: Callable[..., None]) -> None:
+    spoil(3, 5, 7)
+    method = TrajectoryMatching(problem(tmp_path, guard=2))
+    with pytest.warns(SetBackWarning) as warned:
+        states_of(method, 4)  # by six calls
+    assert [str(warning.message)[-4:] for warning in warned] == [" 1/2", " 1/4"]
+    before = method.state()
+    message = (
+        r"^stage 2, iteration 5: .* finite, after its steps were halved 2 times; start again with a smaller lr_img "
+    )
+    with pytest.raises(RunError, match=message):
+        method.step()
+    assert same_state(method.state(), before)
+    method.step()
+    assert Spoiled.lengths == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25]
+
+
+def test_without_a_guard_the_first_failure_is_the_last(tmp_path: Path, spoil: Callable[..., None]) -> None:
+    spoil(1, 2)
+    method = TrajectoryMatching(problem(tmp_path, guard=0))
+    for message in (
+        "images are no longer finite; start",
+        r"inner rate became -0\.25; start again with a smaller lr_lr",
+    ):
+        with pytest.raises(RunError, match=message):
+            method.step()
+    assert method.iteration == 0
+
+
 def test_a_trajectory_that_cannot_be_read_stops_the_iteration_that_needs_it(tmp_path: Path) -> None:
     method = TrajectoryMatching(problem(tmp_path))
     expected = states_of(TrajectoryMatching(problem(tmp_path)), 2)
@@ -367,7 +539,7 @@ def test_out_of_memory_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None
 
 
 def kept(method: TrajectoryMatching) -> int:
-    return method._step._buffers.spec.keep
+    return method._step._buffers.specs[0].keep
 
 
 def test_how_many_steps_a_run_keeps_does_not_depend_on_what_is_free(

@@ -350,7 +350,7 @@ def test_two_processes_keep_out_of_one_directory(finished: tuple[Run, int]) -> N
 def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
     changes: dict[str, float], message: str, tmp_path: Path
 ) -> None:
-    run = Run.create(tmp_path / "run", configuration(**changes))
+    run = Run.create(tmp_path / "run", configuration(guard=0, **changes))
     with pytest.raises(RunError, match=message):
         distill(run)
     assert len(list_trajectories(run.experts_dir)) == 2

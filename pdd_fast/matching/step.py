@@ -6,6 +6,7 @@ here λ_N is written down, and nothing on the way asks the device for a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,15 +42,15 @@ class MatchingState(NamedTuple):
 class MatchingInputs(NamedTuple):
     """What an iteration draws; on the CPU."""
 
-    start: Tensor  # [P] θ_0
-    target: Tensor  # [P] θ_T
-    batches: Tensor  # int64 [N, b], rows of the frozen images followed by the learned ones
-    draws: PackedDraws | None  # of N·b images, batch after batch, as PackedDraws.of gives them
+    start: Tensor  # [P] θ_0; of K trajectories, K > 1, [K, P]
+    target: Tensor  # [P] θ_T, or [K, P]
+    batches: Tensor  # int64 [N, b], or [K, N, b], rows of the frozen images followed by the learned ones
+    draws: PackedDraws | None  # of K·N·b images, batch after batch, as PackedDraws.of gives them
 
 
 class MatchingResult(NamedTuple):
     state: MatchingState
-    loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖², before the update
+    loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖², before the update; the mean of K
     rate: float  # the new state's
     finite: bool  # whether all of the new state's images are
 
@@ -74,6 +75,8 @@ class MatchingStep:
         memory, memory_limit: as for :func:`pdd_fast.unroll`; how many steps keep their activations is settled here and
             for good.
         lr_img, lr_lr, momentum: of the update; the two rates are those of the images and of the inner rate.
+        trajectories: K, whose mean gradient an update takes.
+        clip: largest norm of the images' gradient, which is scaled down to it; 0: any.
         graph: one launch from the second call on (:class:`pdd_fast.graphs.Replay`); without effect on the CPU.
         backend: how a graph is captured; for tests.
 
@@ -96,6 +99,8 @@ class MatchingStep:
         lr_img: float = 0.0,
         lr_lr: float = 0.0,
         momentum: float = 0.0,
+        trajectories: int = 1,
+        clip: float = 0.0,
         graph: bool = False,
         backend: Backend | None = None,
     ) -> None:
@@ -106,30 +111,39 @@ class MatchingStep:
         _require(steps >= 1, "steps", "be at least 1", steps)
         _require(1 <= batch <= total, "batch", f"lie in [1, {total}]", batch)
         _require(operations >= 0, "operations", "be at least 0", operations)
+        _require(trajectories >= 1, "trajectories", "be at least 1", trajectories)
+        _require(clip >= 0, "clip", "be at least 0", clip)
         device, dtype = frozen_images.device, frozen_images.dtype
         shape = PassShape.of(frozen_images, batch)
         keep = kept_steps("MatchingStep", engine, [shape] * steps, memory, memory_limit)
         parameters = parameter_count(engine.net)
+        several = () if trajectories == 1 else (trajectories,)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "start": ((parameters,), dtype), "target": ((parameters,), dtype), "batches": ((steps, batch), torch.int64),
+            "start": ((*several, parameters), dtype), "target": ((*several, parameters), dtype),
+            "batches": ((*several, steps, batch), torch.int64), "rates": ((2,), dtype),
         }  # fmt: skip
         if operations:
-            shapes["values"] = ((steps, len(DRAWS), batch), torch.float64)
-            shapes["operations"] = ((steps, operations, batch), torch.int32)
+            shapes["values"] = ((trajectories * steps, len(DRAWS), batch), torch.float64)
+            shapes["operations"] = ((trajectories * steps, operations, batch), torch.int32)
         self._inputs = Upload(shapes, device)
         fixed = self._inputs.tensors
-        draws: list[PackedDraws | None] = [None] * steps
+        batches = fixed["batches"].view(-1, batch).unbind()
+        draws: list[PackedDraws | None] = [None] * len(batches)
         if operations:
-            draws = [PackedDraws(fixed["values"][i], fixed["operations"][i], cutout) for i in range(steps)]
-        spec = UnrollSpec(engine, fixed["batches"].unbind(), draws, [None] * steps, keep)
+            draws = [PackedDraws(fixed["values"][i], fixed["operations"][i], cutout) for i in range(len(batches))]
+        specs = [
+            UnrollSpec(engine, batches[first : first + steps], draws[first : first + steps], [None] * steps, keep)
+            for first in range(0, len(batches), steps)
+        ]
         images = frozen_images.new_empty((total, *frozen_images.shape[1:]))
         images[:frozen] = frozen_images
         self._buffers = _Buffers(
-            spec, labels, fixed["start"], fixed["target"], images, frozen,
+            specs, labels, fixed["start"].view(-1, parameters), fixed["target"].view(-1, parameters), images, frozen,
             _empty_state(images[frozen:]), _empty_state(images[frozen:]), images.new_empty(3, dtype=torch.float64),
-            lr_img, lr_lr, momentum,
+            fixed["rates"], momentum, clip,
         )  # fmt: skip
-        self._shape, self._operations, self._cutout = (steps, batch), operations, cutout
+        self._shape, self._operations, self._cutout = (*several, steps, batch), operations, cutout
+        self._rates = torch.tensor([lr_img, lr_lr], dtype=torch.float64, device="cpu")
         self._replay = Replay(partial(_iterate, self._buffers), device, graph, backend=backend)
         # How many rows of a batch are frozen changes from batch to batch. Where shapes have to stay, frozen images get
         # a gradient too, which nobody reads: some 3 % of the operations at width 128. On CUDA also without a graph, so
@@ -137,22 +151,29 @@ class MatchingStep:
         self._skips_frozen = frozen > 0 and device.type != "cuda" and not self._replay.captures
 
     def __call__(
-        self, state: MatchingState, inputs: MatchingInputs, meanwhile: Callable[[], None] | None = None
+        self,
+        state: MatchingState,
+        inputs: MatchingInputs,
+        meanwhile: Callable[[], None] | None = None,
+        shorter: float = 1.0,
     ) -> MatchingResult:
         """The iteration from ``state``, which is left as it is, so that nothing is lost where it is interrupted.
 
         Args:
             meanwhile: what the host does while a GPU is at work.
+            shorter: factor of both rates of the update.
 
         Raises:
             ValueError: an input does not fit what the constructor was told, or an index is out of range.
         """
         buffers = self._buffers
-        self._write(inputs)
+        self._write(inputs, self._rates * shorter)
         if self._skips_frozen:
-            buffers.spec = replace(
-                buffers.spec, rows=[learned_rows(batch >= buffers.frozen) for batch in inputs.batches]
-            )
+            batches = inputs.batches.view(len(buffers.specs), -1, self._shape[-1])
+            buffers.specs = [
+                replace(spec, rows=[learned_rows(batch >= buffers.frozen) for batch in own])
+                for spec, own in zip(buffers.specs, batches, strict=True)
+            ]
         for target, source in zip(buffers.old, state, strict=True):
             target.copy_(source)
         self._replay()
@@ -161,15 +182,15 @@ class MatchingStep:
         loss, rate, finite = buffers.numbers.tolist()  # the only wait of an iteration
         return MatchingResult(MatchingState(*(tensor.clone() for tensor in buffers.new)), loss, rate, finite == 1)
 
-    def _write(self, inputs: MatchingInputs) -> None:
-        steps, batch = self._shape
+    def _write(self, inputs: MatchingInputs, rates: Tensor) -> None:
+        batch, steps = self._shape[-1], math.prod(self._shape[:-1])
         total = len(self._buffers.images)
         batches = inputs.batches
         _require(batches.dtype == torch.int64, "batches", "be torch.int64", batches.dtype)
         _require(tuple(batches.shape) == self._shape, "batches", f"have shape {self._shape}", tuple(batches.shape))
         low, high = int(batches.min()), int(batches.max())
         _require(low >= 0 and high < total, "batches", f"hold indices in [0, {total})", f"{low}..{high}")
-        sources = {"start": inputs.start, "target": inputs.target, "batches": batches}
+        sources = {"start": inputs.start, "target": inputs.target, "batches": batches, "rates": rates}
         if self._operations:
             draws = inputs.draws
             if draws is None:
@@ -196,18 +217,18 @@ def _require(condition: bool, argument: str, requirement: str, value: object) ->
 class _Buffers:
     """What :func:`_iterate` reads and writes."""
 
-    spec: UnrollSpec
+    specs: list[UnrollSpec]  # K
     labels: Tensor  # [m + n]
-    start: Tensor  # [P]
-    target: Tensor  # [P]
+    start: Tensor  # [K, P]
+    target: Tensor  # [K, P]
     images: Tensor  # [m + n, C, H, W], the frozen ones written once
     frozen: int  # m
     old: MatchingState
     new: MatchingState
     numbers: Tensor  # float64 [3], as MatchingResult has them after the state
-    lr_img: float
-    lr_lr: float
+    rates: Tensor  # [2], of the images and of the inner rate
     momentum: float
+    clip: float
 
 
 def _empty_state(like: Tensor) -> MatchingState:
@@ -218,17 +239,32 @@ def _empty_state(like: Tensor) -> MatchingState:
 def _iterate(b: _Buffers) -> None:
     old, new = b.old, b.new
     b.images[b.frozen :] = old.images
-    alphas = old.rate.expand(len(b.spec.batches))
-    path, kept = forward_path(b.spec, b.start, b.images, b.labels, alphas)
+    loss, images_grad, slope = _matched(b, 0)
+    if len(b.specs) > 1:
+        for k in range(1, len(b.specs)):
+            for total, one in zip((loss, images_grad, slope), _matched(b, k), strict=True):
+                total.add_(one)
+        for total in (loss, images_grad, slope):
+            total.div_(len(b.specs))
+    if b.clip:
+        images_grad = images_grad * (b.clip / images_grad.norm()).clamp_max(1)
+    new.images_velocity.copy_(old.images_velocity * b.momentum + images_grad)
+    new.rate_velocity.copy_(old.rate_velocity * b.momentum - slope)
+    new.images.copy_(old.images - b.rates[0] * new.images_velocity)
+    new.rate.copy_(old.rate - b.rates[1] * new.rate_velocity)
+    b.numbers.copy_(torch.stack([loss, new.rate, new.images.isfinite().all()]))
+
+
+def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of trajectory k: the loss [], its gradient with respect to the learned images, and the sum of the slopes []."""
+    spec, start, target = b.specs[k], b.start[k], b.target[k]
+    alphas = b.old.rate.expand(len(spec.batches))
+    path, kept = forward_path(spec, start, b.images, b.labels, alphas)
     # ∂L/∂θ_N = 2 (θ_N − θ_T) / ‖θ_0 − θ_T‖², rounded as autograd rounds it: the reciprocal first.
-    difference, distance = path[-1] - b.target, (b.start - b.target).square().sum()
+    difference, distance = path[-1] - target, (start - target).square().sum()
     loss = difference.square().sum() / distance
     grad = distance.reciprocal() * (difference * 2)
     wanted = Wanted(theta=False, images=True, labels=False)
-    found = adjoint(b.spec, path, kept, b.images, b.labels, alphas, grad, wanted)
+    found = adjoint(spec, path, kept, b.images, b.labels, alphas, grad, wanted)
     assert found.images is not None
-    new.images_velocity.copy_(old.images_velocity * b.momentum + found.images[b.frozen :])
-    new.rate_velocity.copy_(old.rate_velocity * b.momentum - found.slopes.sum())
-    new.images.copy_(old.images - b.lr_img * new.images_velocity)
-    new.rate.copy_(old.rate - b.lr_lr * new.rate_velocity)
-    b.numbers.copy_(torch.stack([loss, new.rate, new.images.isfinite().all()]))
+    return loss, found.images[b.frozen :], found.slopes.sum()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +35,64 @@ def trajectory_matching_loss(theta_N: Tensor, start: Tensor, target: Tensor) -> 
     return (theta_N - target).square().sum() / (start - target).square().sum()
 
 
+# Iterations between the states that are kept to go back to. Of the two kept the older is taken: where images stop being
+# finite, those of the last few iterations are mostly on their way there.
+_ANCHOR = 20
+
+
+class SetBackWarning(UserWarning):
+    """Images were set back to earlier ones, and the steps halved."""
+
+
+class _Progress(NamedTuple):
+    """All that :class:`TrajectoryMatching` is. Never written to."""
+
+    iteration: int
+    state: MatchingState
+    average: Tensor  # [n, C, H, W], of the images over iterations
+    halvings: int  # of both rates of the update, so far
+    older: tuple[Tensor, Tensor]  # images and rate to go back to, of _ANCHOR to 2 * _ANCHOR iterations ago
+    newer: tuple[Tensor, Tensor]
+
+    @classmethod
+    def start(cls, state: MatchingState) -> _Progress:
+        point = (state.images, state.rate)
+        return cls(0, state, state.images, 0, point, point)
+
+    def set_back(self) -> _Progress:
+        """At rest at the older images, with steps of half the length."""
+        images, rate = self.older
+        at_rest = MatchingState(images, torch.zeros_like(images), rate, torch.zeros_like(rate))
+        return self._replace(state=at_rest, average=images, halvings=self.halvings + 1, newer=self.older)
+
+    def followed_by(self, state: MatchingState, decay: float) -> _Progress:
+        """After an iteration that gave ``state``; ``decay`` of the average stays in it."""
+        iteration, average = self.iteration + 1, state.images
+        if decay:
+            average = self.average.lerp(state.images, 1 - decay)
+        older, newer = self.older, self.newer
+        if iteration % _ANCHOR == 0:
+            older, newer = newer, (state.images, state.rate)
+        return _Progress(iteration, state, average, self.halvings, older, newer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {"iteration": torch.tensor(self.iteration), "halvings": torch.tensor(self.halvings)}
+        found |= self.state._asdict()
+        if self.average is not self.state.images:
+            found["average"] = self.average
+        for name in ("older", "newer"):
+            images, rate = getattr(self, name)
+            found |= {f"{name}_images": images, f"{name}_rate": rate}
+        return found
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> _Progress:
+        state = MatchingState(*(tensors[name] for name in MatchingState._fields))
+        older, newer = ((tensors[f"{name}_images"], tensors[f"{name}_rate"]) for name in ("older", "newer"))
+        average = tensors.get("average", state.images)
+        return cls(int(tensors["iteration"]), state, average, int(tensors["halvings"]), older, newer)
+
+
 class TrajectoryMatching:
     """MTT as a base method: images and inner rate by SGD with momentum on the matching loss.
 
@@ -46,7 +107,7 @@ class TrajectoryMatching:
         self._batch = min(config.inner_batch or len(problem.labels), self._total)
         memory.require(images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower())
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
-        self._done = (0, MatchingState.start(images, config.inner_lr))
+        self._done = _Progress.start(MatchingState.start(images, config.inner_lr))
         self._ahead: tuple[int, MatchingInputs] | None = None  # the inputs of an iteration, made while a GPU was busy
         drawn = problem.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
         self._step = MatchingStep(
@@ -59,23 +120,29 @@ class TrajectoryMatching:
             cutout=drawn.cutout_size,
             memory=config.memory,
             memory_limit=self._memory_limit(),
-            lr_img=config.lr_img,
+            lr_img=self._lr_img,
             lr_lr=config.lr_lr,
             momentum=config.momentum,
+            trajectories=config.trajectories,
+            clip=config.clip,
             graph=config.graph != "off" and can_capture(problem.engine, images.device),
         )
 
     @property
     def iteration(self) -> int:
-        return self._done[0]
+        return self._done.iteration
 
     @property
     def images(self) -> Tensor:
-        return self._done[1].images
+        return self._done.average if self._problem.config.ema else self._done.state.images
 
     @property
     def learning_rate(self) -> float:
-        return float(self._done[1].rate)
+        return float(self._done.state.rate)
+
+    @property
+    def _lr_img(self) -> float:
+        return self._problem.config.lr_img_by_stage[self._problem.stage - 1]
 
     @property
     def _image_size(self) -> tuple[int, int]:
@@ -118,15 +185,31 @@ class TrajectoryMatching:
         return f"{batch} or {width}" + (", or set engine=fused" if config.engine == "autograd" else "")
 
     def step(self) -> dict[str, float]:
-        iteration, state = self._done
+        done, config = self._done, self._problem.config
+        iteration = done.iteration
         if self._ahead is None or self._ahead[0] != iteration:
             self._ahead = (iteration, self._inputs(iteration))
-        where = f"stage {self._problem.stage}, iteration {iteration + 1}"
-        with memory.explained(state.images.device, where, self._lower()):
-            result = self._step(state, self._ahead[1], meanwhile=self._look_ahead)
-        self._guard(where, result)
-        self._done = (iteration + 1, result.state)
-        return {"loss": result.loss, "inner_lr": result.rate}
+        inputs, where = self._ahead[1], f"stage {self._problem.stage}, iteration {iteration + 1}"
+        meanwhile: Callable[[], None] | None = self._look_ahead
+        while True:
+            with memory.explained(done.state.images.device, where, self._lower()):
+                result = self._step(done.state, inputs, meanwhile, 0.5**done.halvings)
+            wrong = self._wrong(result)
+            if wrong is None:
+                break
+            if done.halvings == config.guard:
+                times = f", after its steps were halved {done.halvings} times" if done.halvings else ""
+                raise RunError(f"{where}: {wrong[0]}{times}; start again with a smaller {wrong[1]}")
+            done, meanwhile = done.set_back(), None
+            warnings.warn(
+                f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} iterations before, with "
+                f"steps of 1/{2**done.halvings}",
+                SetBackWarning,
+                stacklevel=2,
+            )
+        self._done = done.followed_by(result.state, config.ema)
+        values = {"loss": result.loss, "inner_lr": result.rate}
+        return values | ({"halvings": done.halvings} if done.halvings else {})
 
     def _look_ahead(self) -> None:
         """Makes the next iteration's inputs. What goes wrong with them goes wrong again when they are needed."""
@@ -137,28 +220,31 @@ class TrajectoryMatching:
     def _inputs(self, iteration: int) -> MatchingInputs:
         problem, config = self._problem, self._problem.config
         draw = generator(config.seed, "matching", problem.stage, iteration)
-        trajectory = problem.trajectories[self._integer(len(problem.trajectories), draw)]
-        first = self._integer(config.max_start_epoch + 1, draw)
-        start, target = trajectory.pair(first, config.expert_epochs)
-        batches = self._batches(draw)
-        draws = None
-        if problem.dsa.operations:
-            draws = PackedDraws.of([problem.dsa.sample(self._batch, self._image_size, draw) for _ in batches])
-        return MatchingInputs(start, target, torch.stack(batches), draws)
+        pairs, batches, drawn = [], [], []
+        for _ in range(config.trajectories):
+            trajectory = problem.trajectories[self._integer(len(problem.trajectories), draw)]
+            first = self._integer(config.max_start_epoch + 1, draw)
+            pairs.append(trajectory.pair(first, config.expert_epochs))
+            own = self._batches(draw)
+            batches.append(torch.stack(own))
+            if problem.dsa.operations:
+                drawn += [problem.dsa.sample(self._batch, self._image_size, draw) for _ in own]
+        draws = PackedDraws.of(drawn) if drawn else None
+        if config.trajectories == 1:
+            return MatchingInputs(*pairs[0], batches[0], draws)
+        starts, targets = (torch.stack(points) for points in zip(*pairs, strict=True))
+        return MatchingInputs(starts, targets, torch.stack(batches), draws)
 
-    def _guard(self, where: str, result: MatchingResult) -> None:
+    def _wrong(self, result: MatchingResult) -> tuple[str, str] | None:
+        """What is wrong with an iteration, and what to make smaller; None where all is well."""
         config = self._problem.config
+        lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {config.lr_lr:g})"
         if not math.isfinite(result.loss) or not result.finite:
-            raise RunError(
-                f"{where}: the matching loss is {result.loss:g} and the images are no longer finite; start again with "
-                f"a smaller lr_img (now {config.lr_img:g}), lr_lr (now {config.lr_lr:g}) or inner_lr (now "
-                f"{config.inner_lr:g})"
-            )
+            rates = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
+            return f"the matching loss is {result.loss:g} and the images are no longer finite", rates
         if not result.rate > 0:
-            raise RunError(
-                f"{where}: the learned inner rate became {result.rate:g}; start again with a smaller lr_lr (now "
-                f"{config.lr_lr:g})"
-            )
+            return f"the learned inner rate became {result.rate:g}", lr_lr
+        return None
 
     def _batches(self, draw: torch.Generator) -> list[Tensor]:
         """N batches: the union in random order, again and again, in whole batches of the stage's own size."""
@@ -174,10 +260,7 @@ class TrajectoryMatching:
         return int(torch.randint(bound, (), generator=draw))
 
     def state(self) -> dict[str, Tensor]:
-        iteration, state = self._done
-        return {"iteration": torch.tensor(iteration)} | {name: t.cpu() for name, t in state._asdict().items()}
+        return {name: tensor.cpu() for name, tensor in self._done.tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        device = self.images.device
-        loaded = MatchingState(*(state[name].to(device) for name in MatchingState._fields))
-        self._done = (int(state["iteration"]), loaded)
+        self._done = _Progress.of_tensors({name: tensor.to(self.images.device) for name, tensor in state.items()})
