@@ -17,10 +17,18 @@ from pdd_fast.cli.options import continued
     "--against", type=click.Path(path_type=Path), default=None,
     help="Another run on the same data, e.g. of one stage and the same --ipc.",
 )  # fmt: skip
+@click.option(
+    "--networks", default="convnet",
+    help="Of convnet, resnet18, resnet18-batchnorm, vgg11, alexnet, mlp, joined by commas. [default: convnet]",
+)  # fmt: skip
+@click.option("--subsets", is_flag=True, help="Also what each stage's images teach alone.")
 @click.option("--device", default=None, help="auto, cpu, cuda or cuda:N. [default: the run's]")
 @click.option("--data-dir", default=None, help="Where torchvision's data sets lie. [default: as in the run]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
-def command(run_dir: Path, repeats: int | None, against: Path | None, as_json: bool, **where: str | None) -> None:
+def command(
+    run_dir: Path, repeats: int | None, against: Path | None, networks: str, subsets: bool, as_json: bool,
+    **where: str | None,
+) -> None:  # fmt: skip
     """Train fresh networks through the unions of RUN and report their test accuracy stage by stage.
 
     Beside it, with the same number of SGD steps: random real images and the last union alone.
@@ -31,7 +39,8 @@ def command(run_dir: Path, repeats: int | None, against: Path | None, as_json: b
 
     run = Run.open(run_dir)
     run = Run(run.path, continued(run.config, where))
-    evaluation = evaluate_run(run, output.reporter(), repeats=repeats, against=against)
+    names = [name.strip() for name in networks.split(",")]
+    evaluation = evaluate_run(run, output.reporter(), repeats, against, names, subsets)
     files = [run.evaluation_file, *draw(run)]
     if as_json:
         output.print_json(evaluation)

@@ -127,23 +127,34 @@ def _console() -> Console:
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """The table of an evaluation: a row per stage, a column per result."""
+    """The tables of an evaluation, one for each kind of network: a row per stage, a column per result."""
+    kinds = list(dict.fromkeys(result["network"] for result in evaluation["results"]))
+    for kind in kinds:
+        results = [result for result in evaluation["results"] if result["network"] == kind]
+        _print_results(evaluation, results, "" if kinds == ["ConvNet"] else f" ({kind})")
+        # Evaluations of before have none.
+        for pair in (pair for pair in evaluation.get("paired", ()) if pair["network"] == kind):
+            if pair["ci95"] is not None:
+                print(f"{pair['of']} − {pair['to']} in the end: {pair['difference']:+.1f} ± {pair['ci95']:.1f} (95 %)")
+
+
+def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
     from pdd_fast.evaluate import ALONE
 
     protocol = evaluation["protocol"]
-    repeats = len(evaluation["results"][0]["seeds"])
+    repeats = len(results[0]["seeds"])
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
-    print(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}")
+    print(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}{kind}")
     # Stages run downwards: there may be any number of them, and the table has to fit into 80 columns.
     table = Table()
-    for name in ("stage", "ipc", "steps", *(result["name"] for result in evaluation["results"])):
+    for name in ("stage", "ipc", "steps", *(result["name"] for result in results)):
         table.add_column(name, justify="right")
     rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
     for stage, (images, steps) in enumerate(rows):
         last = stage + 1 == len(evaluation["steps"])
         cells = [
             f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}" if last or result["name"] not in ALONE else ""
-            for result in evaluation["results"]
+            for result in results
         ]
         table.add_row(str(stage + 1), str(images), str(steps), *cells)
     sys.stdout.flush()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pdd_fast.augmentation import augment
 from pdd_fast.distilled import DistilledSet, load_distilled
 from pdd_fast.errors import UsageError
+from pdd_fast.networks.zoo import TITLES, accuracy, build, check_names
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
 from pdd_fast.training import accuracies
@@ -35,7 +41,12 @@ class Leg(NamedTuple):
 
 
 def evaluate_run(
-    run: Run, reporter: Reporter = SILENT, repeats: int | None = None, against: Path | None = None
+    run: Run,
+    reporter: Reporter = SILENT,
+    repeats: int | None = None,
+    against: Path | None = None,
+    networks: Sequence[str] = ("convnet",),
+    subsets: bool = False,
 ) -> dict[str, Any]:
     """Trains fresh networks on the distilled set of ``run`` and on what it is compared with; writes evaluation.json.
 
@@ -45,15 +56,19 @@ def evaluate_run(
     - "random": as many random real images, other ones in every repeat, in as many stages, at the rate that learning
       started from;
     - "last-union": U_S alone from the start, at the last stage's rate;
-    - "one-stage" (or "against"): the last union of the run ``against``, at its last rate.
+    - "one-stage" (or "against"): the last union of the run ``against``, at its last rate;
+    - "subsets", where asked for: at every stage another fresh network, trained on what that stage alone made.
 
     Args:
         repeats: fresh networks; None: what the run's configuration says.
         against: another run directory or distilled set on the same data.
+        networks: names of :data:`pdd_fast.networks.zoo.TITLES`; every result is there for each.
 
     Returns:
         the content of evaluation.json. Accuracies are percent of the test images; ``std`` is the sample standard
-        deviation over repeats, 0 for one repeat.
+        deviation over repeats, 0 for one repeat; ``ci95`` is half the width of the 95 % confidence interval of the mean
+        (Student's t), None for one repeat. "paired" has the same of the differences, repeat by repeat, between "pdd"
+        and every other result after the last step.
 
     Raises:
         UsageError: ``run`` is not finished, or ``against`` does not fit it.
@@ -62,6 +77,7 @@ def evaluate_run(
         raise UsageError(f"{run.path} holds no finished distilled set; continue it with pdd-fast distill --resume")
     if repeats is not None and repeats < 1:
         raise UsageError(f"repeats must be at least 1, got {repeats}")
+    check_names(list(networks))
     config = replace(run.config, repeats=repeats or run.config.repeats)
     bench = Workbench.prepare(config, run.path)
     union = Union.load(run.distilled_file, bench)
@@ -75,21 +91,31 @@ def evaluate_run(
     names = ["pdd", "random", "last-union"]
     if other is not None:
         names.append("one-stage" if other.stages == 1 else "against")
-    found: dict[str, list[list[float]]] = {name: [] for name in names}
-    with reporter.task("evaluation", total=config.repeats * len(names), unit="network") as task:
-        for group in bench.groups(config.repeats):
-            for name in names:
-                if name == "pdd":
-                    course = _in_order(union, steps)
-                elif name == "random":
-                    course = _random(bench, union.stages, steps, group)
-                else:
-                    chosen = union if name == "last-union" else other
-                    assert chosen is not None
-                    course = [Leg(chosen.images, chosen.labels, chosen.rates[-1], total, boundaries)]
-                for scores in _follow(bench, course, group):
-                    found[name].append(scores)
-                    task.advance(1, result=name, accuracy=scores[-1])
+    if subsets:
+        names.append("subsets")
+    for network in networks:  # before any work: that they can be built
+        _module(bench, network, 0)
+    found: dict[tuple[str, str], list[list[float]]] = {(net, name): [] for net in networks for name in names}
+    with reporter.task("evaluation", total=config.repeats * len(found), unit="network") as task:
+        for network, group, name in product(networks, bench.groups(config.repeats), names):
+            if name == "pdd":
+                courses = [_in_order(union, steps)]
+            elif name == "random":
+                courses = [_random(bench, union.stages, steps, group)]
+            elif name == "subsets":
+                courses = [
+                    [Leg(*union.only(s), union.rates[s - 1], count, [count])] for s, count in enumerate(boundaries, 1)
+                ]
+            else:
+                chosen = union if name == "last-union" else other
+                assert chosen is not None
+                courses = [[Leg(chosen.images, chosen.labels, chosen.rates[-1], total, boundaries)]]
+            follow = _follow if network == "convnet" else partial(_follow_modules, network)
+            parts = [follow(bench, course, group) for course in courses]
+            for repeat in range(len(group)):
+                scores = [score for part in parts for score in part[repeat]]
+                found[network, name].append(scores)
+                task.advance(1, network=TITLES[network], result=name, accuracy=scores[-1])
 
     evaluation = {
         "protocol": {
@@ -115,17 +141,38 @@ def evaluate_run(
             {
                 "name": name,
                 "labels": "hard",
-                "network": "ConvNet",
+                "network": TITLES[network],
                 "seeds": [bench.seed("evaluation", repeat, "parameters") for repeat in range(config.repeats)],
                 "accuracy": scores,
                 "mean": [statistics.fmean(column) for column in zip(*scores, strict=True)],
                 "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*scores, strict=True)],
+                "ci95": [_half_width(column) for column in zip(*scores, strict=True)],
             }
-            for name, scores in found.items()
+            for (network, name), scores in found.items()
+        ],
+        "paired": [
+            {"network": TITLES[network], "of": "pdd", "to": name, **_paired(found[network, "pdd"], scores)}
+            for (network, name), scores in found.items()
+            if name != "pdd"
         ],
     }
     run.write_evaluation(evaluation)
     return evaluation
+
+
+def _half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % confidence interval of the mean."""
+    from scipy.stats import t as student  # a second to import
+
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _paired(scores: list[list[float]], others: list[list[float]]) -> dict[str, float | None]:
+    """The mean difference of final accuracies, repeat by repeat, and its confidence interval."""
+    differences = [one[-1] - other[-1] for one, other in zip(scores, others, strict=True)]
+    return {"difference": statistics.fmean(differences), "ci95": _half_width(differences)}
 
 
 def _load_other(path: Path, bench: Workbench) -> Union:
@@ -172,4 +219,41 @@ def _follow(bench: Workbench, course: list[Leg], group: range) -> list[list[floa
         for theta in seen:
             for row, score in zip(scores, accuracies(bench.engine, theta, test.images, test.labels), strict=True):
                 row.append(score)
+    return scores
+
+
+def _module(bench: Workbench, network: str, repeat: int) -> nn.Module:
+    """A fresh network of a repeat, the same on every device."""
+    data, config = bench.data, bench.config
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would change the GPUs' states too.
+        torch.default_generator.manual_seed(bench.seed("evaluation", repeat, "parameters", network))
+        net = build(network, data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
+    return net.to(bench.device)
+
+
+def _follow_modules(network: str, bench: Workbench, course: list[Leg], group: range) -> list[list[float]]:
+    """:func:`_follow` for networks of any kind, one after another, by torch's own optimiser and autograd."""
+    return [_follow_module(network, bench, course, place, repeat) for place, repeat in enumerate(group)]
+
+
+def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int, repeat: int) -> list[float]:
+    net, sgd, test, scores = _module(bench, network, repeat), bench.synthetic_sgd, bench.data.test, list[float]()
+    optimiser = torch.optim.SGD(net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+    for number, leg in enumerate(course):
+        rows = torch.arange(len(leg.images)) if leg.rows is None else leg.rows[place]
+        draw, done, size = bench.generator("evaluation", repeat, number), 0, bench.data.image_size
+        while done < leg.steps:
+            for batch in rows[torch.randperm(len(rows), generator=draw)].split(sgd.batch):
+                if done == leg.steps:
+                    break
+                x = augment(leg.images[batch.to(bench.device)], sgd.dsa.sample(len(batch), size, draw))
+                # As Sgd.run: a tenth of the rate from half time on.
+                optimiser.param_groups[0]["lr"] = leg.rate if done < (leg.steps + 1) // 2 else leg.rate / 10
+                optimiser.zero_grad()
+                nn.functional.cross_entropy(net(x), leg.labels[batch.to(bench.device)]).backward()
+                optimiser.step()
+                done += 1
+                if done in leg.stops:
+                    scores.append(accuracy(net, test.images, test.labels))
     return scores

@@ -21,6 +21,7 @@ _COLOURS = {
     "last-union": "#d9730d",
     "one-stage": "#6940a5",
     "against": "#6940a5",
+    "subsets": "#2f8f5b",
 }
 _LABELS = {
     "pdd": "union, stage after stage",
@@ -28,6 +29,7 @@ _LABELS = {
     "last-union": "last union alone",
     "one-stage": "one stage",
     "against": "the other run",
+    "subsets": "each stage's images alone",
 }
 
 
@@ -74,12 +76,21 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
 
 
 def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with a curve per result: test accuracy over images per class, bars of one standard deviation."""
+    """Writes a PNG with a panel per kind of network and a curve per result: test accuracy over images per class, bars
+    of one standard deviation."""
+    kinds = list(dict.fromkeys(result["network"] for result in evaluation["results"]))
+    figure = Figure(figsize=(6.4 * len(kinds), 4.2), dpi=150)
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
+    for panel, kind in zip(panels, kinds, strict=True):
+        results = [result for result in evaluation["results"] if result["network"] == kind]
+        _curves(panel, evaluation, results, "" if kinds == ["ConvNet"] else f"{kind}, ")
+    _save(figure, path)
+
+
+def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
     protocol = evaluation["protocol"]
     images = protocol["images_per_class"]
-    figure = Figure(figsize=(6.4, 4.2), dpi=150)
-    axes = figure.subplots()
-    for result in evaluation["results"]:
+    for result in results:
         name, mean, std = result["name"], result["mean"], result["std"]
         alone = name in ALONE
         x, y, e = (images[-1:], mean[-1:], std[-1:]) if alone else (images, mean, std)
@@ -87,12 +98,12 @@ def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
             x, y, yerr=e, marker="D" if alone else "o", linestyle="none" if alone else "-", markersize=5, capsize=3,
             color=_COLOURS.get(name), label=_LABELS.get(name, name),
         )  # fmt: skip
-    repeats = len(evaluation["results"][0]["seeds"])
+    repeats = len(results[0]["seeds"])
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
     axes.set_xticks(images)
     axes.set_title(
-        f"{protocol['data']}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
+        f"{kind}{protocol['data']}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
         fontsize=10,
         parse_math=False,
     )
@@ -100,7 +111,6 @@ def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    _save(figure, path)
 
 
 def _save(figure: Figure, path: Path) -> None:

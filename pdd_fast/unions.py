@@ -42,6 +42,11 @@ class Union:
         rows = self.stage <= stage
         return self.images[rows], self.labels[rows]
 
+    def only(self, stage: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of stage ``stage`` alone."""
+        rows = self.stage == stage
+        return self.images[rows], self.labels[rows]
+
     def extended(self, images: Tensor, labels: Tensor, rate: float) -> Union:
         number = self.stage.new_full((len(labels),), self.stages + 1)
         return Union(

@@ -275,7 +275,7 @@ def test_metrics_hold_an_object_an_iteration(finished: Finished) -> None:
 
 def test_the_evaluation_has_exactly_its_format(finished: Finished) -> None:
     evaluation = json.loads((finished.path / "evaluation.json").read_text())
-    assert set(evaluation) == {"protocol", "stages", "steps", "results"}
+    assert set(evaluation) == {"protocol", "stages", "steps", "results", "paired"}
     assert evaluation["stages"] == STAGES
     assert len(evaluation["steps"]) == STAGES
     assert all(isinstance(count, int) and count > 0 for count in evaluation["steps"])
@@ -283,7 +283,7 @@ def test_the_evaluation_has_exactly_its_format(finished: Finished) -> None:
     assert evaluation["protocol"]["images_per_class"] == [1, 2, 3]
     assert [result["name"] for result in evaluation["results"]] == ["pdd", "random", "last-union"]
     for result in evaluation["results"]:
-        assert set(result) == {"name", "labels", "network", "seeds", "accuracy", "mean", "std"}
+        assert set(result) == {"name", "labels", "network", "seeds", "accuracy", "mean", "std", "ci95"}
         assert (result["labels"], result["network"]) == ("hard", "ConvNet")
         assert len(set(result["seeds"])) == 2
         assert [len(row) for row in result["accuracy"]] == [STAGES, STAGES]
@@ -388,6 +388,19 @@ def test_evaluate_with_other_repeats(run: Path) -> None:
         assert new["accuracy"][:2] == old["accuracy"]
 
 
+def test_evaluate_other_networks(run: Path) -> None:
+    outcome = call("evaluate", run, "--repeats", "2", "--networks", "convnet, mlp", "--subsets")
+    assert outcome.status == 0
+    assert outcome.out.count("Test accuracy on digits") == 2
+    assert "fresh networks (MLP)" in outcome.out
+    assert "subsets" in outcome.out
+    assert outcome.out.count("pdd − random in the end: ") == 2
+    wrong = call("evaluate", run, "--networks", "mlq")
+    assert wrong.status == 2
+    assert "did you mean 'mlp'?" in wrong.sentence()
+    call("evaluate", run)
+
+
 def test_evaluate_as_json_and_against_another_run(run: Path) -> None:
     outcome = call("evaluate", run, "--repeats", "1", "--json", "--against", run, "--device", "cpu")
     found = one_object(outcome.out)
@@ -458,6 +471,7 @@ WRONG = {  # what is wrong: arguments, and what the sentence has to name
     "GPU that is not there": (["distill", "--device", "cuda:99"], ["cuda:99"]),
     "nothing to resume": (["distill", "--resume", "--run-dir", "nowhere"], ["nowhere", "--resume"]),
     "RUN that is not there": (["evaluate", "nowhere"], ["nowhere", "config.json"]),
+    "networks that are none": (["evaluate", "nowhere", "--networks", ""], ["nowhere"]),
     "RUN that is not there to show": (["show", "nowhere"], ["nowhere", "config.json"]),
 }  # fmt: skip
 

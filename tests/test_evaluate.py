@@ -21,6 +21,7 @@ from pdd_fast.evaluate import evaluate_run
 from pdd_fast.networks.parameters import initial_parameters
 from pdd_fast.progressive import distill
 from pdd_fast.runs import Run
+from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
 
@@ -90,6 +91,72 @@ def test_numbers_equal_those_of_a_loop_with_torch_optim(run: Run, evaluation: di
                 right = (net(bench.data.test.images).argmax(1) == bench.data.test.labels).float().mean()
             # One image in 360 may lie so near a boundary that rounding decides.
             assert 100 * float(right) == pytest.approx(expected[stage - 1], abs=0.6)
+
+
+def test_intervals_are_students(evaluation: dict[str, Any]) -> None:
+    for result in evaluation["results"]:
+        # t of 0.975 at one degree of freedom.
+        assert result["ci95"] == pytest.approx([12.7062 * std / 2**0.5 for std in result["std"]], rel=1e-4)
+    pdd = of(evaluation, "pdd")["accuracy"]
+    assert [(pair["network"], pair["of"], pair["to"]) for pair in evaluation["paired"]] == [
+        ("ConvNet", "pdd", "random"), ("ConvNet", "pdd", "last-union"),
+    ]  # fmt: skip
+    for pair in evaluation["paired"]:
+        other = of(evaluation, pair["to"])["accuracy"]
+        differences = [one[-1] - two[-1] for one, two in zip(pdd, other, strict=True)]
+        assert pair["difference"] == pytest.approx(statistics.fmean(differences))
+        assert pair["ci95"] == pytest.approx(12.7062 * statistics.stdev(differences) / 2**0.5, rel=1e-4)
+
+
+def test_one_repeat_has_no_interval(run: Run, evaluation: dict[str, Any]) -> None:
+    found = evaluate_run(run, repeats=1)
+    assert all(result["ci95"] == [None] * 3 for result in found["results"])
+    assert all(pair["ci95"] is None for pair in found["paired"])
+    evaluate_run(run)
+
+
+def test_other_networks_are_trained_as_a_loop_of_torchs_would(run: Run, evaluation: dict[str, Any]) -> None:
+    """ConvNet by the path of any module gives ConvNet's own numbers, up to rounding."""
+    bench = Workbench.prepare(run.config)
+    union = Union.load(run.distilled_file, bench)
+    course = evaluate._in_order(union, evaluation["steps"])
+    net = bench.engine.net
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+
+        def same(bench: Workbench, network: str, repeat: int) -> torch.nn.Module:
+            pdd_fast.load_parameters(net, initial_parameters(net, bench.seed("evaluation", repeat, "parameters")))
+            return net
+
+        patch.setattr(evaluate, "_module", same)
+        found = evaluate._follow_modules("convnet", bench, course, range(2))
+    for row, expected in zip(found, of(evaluation, "pdd")["accuracy"], strict=True):
+        assert row == pytest.approx(expected, abs=0.6)
+
+
+def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any]) -> None:
+    found = evaluate_run(run, networks=("mlp", "convnet"), subsets=True)
+    assert [(r["network"], r["name"]) for r in found["results"]] == [
+        (network, name) for network in ("MLP", "ConvNet") for name in ("pdd", "random", "last-union", "subsets")
+    ]
+    own = [r for r in found["results"] if r["network"] == "ConvNet"]
+    assert own[:3] == evaluation["results"]
+    mlp = [r for r in found["results"] if r["network"] == "MLP"]
+    assert all(len(row) == 3 for r in mlp for row in r["accuracy"])
+    assert mlp[0]["mean"][-1] > 30  # of ten classes
+    assert len({tuple(row) for row in mlp[0]["accuracy"]}) == 2
+    assert evaluate_run(run, networks=("mlp",), subsets=True)["results"] == mlp
+    # A stage's images alone, for as many steps as the union had until then: of the first they are the union.
+    subsets = own[3]["accuracy"]
+    assert [row[0] for row in subsets] == [row[0] for row in of(evaluation, "pdd")["accuracy"]]
+    assert [row[2] for row in subsets] != [row[2] for row in of(evaluation, "last-union")["accuracy"]]
+    evaluate_run(run)
+
+
+def test_networks_are_checked_before_any_work(run: Run) -> None:
+    for networks, message in ((("mlp", "nope"), "got 'nope'"), (("mlp", "vgg11"), "at least 32 pixels a side")):
+        with pytest.raises(UsageError, match=message):
+            evaluate_run(run, networks=networks)
 
 
 def test_last_union_is_trained_from_the_start_for_as_many_steps(run: Run, evaluation: dict[str, Any]) -> None:

@@ -45,8 +45,8 @@ def evaluation(stages: int = 2, repeats: int = 2) -> dict[str, Any]:
         "stages": stages,
         "steps": [100 * (s + 1) for s in range(stages)],
         "results": [
-            {"name": name, "seeds": list(range(repeats)), "mean": [50.0 + n + 10 * s for s in range(stages)],
-             "std": [1.5 * s for s in range(stages)]}
+            {"name": name, "network": "ConvNet", "seeds": list(range(repeats)),
+             "mean": [50.0 + n + 10 * s for s in range(stages)], "std": [1.5 * s for s in range(stages)]}
             for n, name in enumerate(("pdd", "random", "last-union"))
         ],
     }  # fmt: skip
@@ -207,6 +207,24 @@ def test_one_network_is_not_called_networks(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines()[0].endswith(" over 1 fresh network")
 
 
+def test_every_kind_of_network_has_a_table_and_differences_follow_it(capsys: pytest.CaptureFixture[str]) -> None:
+    content = evaluation()
+    other = [result | {"network": "MLP", "mean": [12.5, 25.0]} for result in content["results"][:2]]
+    content["results"] += other
+    content["paired"] = [
+        {"network": "ConvNet", "of": "pdd", "to": "random", "difference": -1.26, "ci95": 0.5},
+        {"network": "MLP", "of": "pdd", "to": "random", "difference": 2.0, "ci95": None},
+    ]
+    output.print_evaluation(content)
+    lines = capsys.readouterr().out.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("Test accuracy")]
+    assert [lines[i].rpartition("networks")[2] for i in heads] == [" (ConvNet)", " (MLP)"]
+    assert cells(lines[heads[0] + 5])[-1] == "62.0 ± 1.5"
+    assert cells(lines[-2]) == ["2", "2", "200", "25.0 ± 1.5", "25.0 ± 1.5"]
+    assert [line for line in lines if "−" in line] == ["pdd − random in the end: -1.3 ± 0.5 (95 %)"]
+    assert lines.index("pdd − random in the end: -1.3 ± 0.5 (95 %)") == heads[1] - 1
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal() if terminal else io.StringIO()
@@ -214,7 +232,7 @@ def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: 
     monkeypatch.setenv("COLUMNS", "80")
     content = evaluation(stages=100)
     content["results"] = [
-        {"name": name, "seeds": [0, 1], "mean": [99.9] * 100, "std": [10.5] * 100}
+        {"name": name, "network": "ConvNet", "seeds": [0, 1], "mean": [99.9] * 100, "std": [10.5] * 100}
         for name in ("pdd", "random", "last-union", "one-stage")
     ]
     content["steps"] = [100_000] * 100

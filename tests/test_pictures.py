@@ -174,7 +174,7 @@ def evaluation(**results: list[float]) -> dict[str, Any]:
         "stages": 3,
         "steps": [10, 20, 30],
         "results": [
-            {"name": name.replace("_", "-"), "seeds": [1, 2], "mean": mean, "std": [0.0] * 3}
+            {"name": name.replace("_", "-"), "network": "ConvNet", "seeds": [1, 2], "mean": mean, "std": [0.0] * 3}
             for name, mean in results.items()
         ],
     }
@@ -193,6 +193,16 @@ def ends(picture: NDArray[np.int16], colour: tuple[int, int, int]) -> tuple[int,
     rows, columns = np.nonzero(dots)
     first, last = int(columns.min()), int(columns.max())
     return first, last, float(rows[columns <= first + 5].mean()), float(rows[columns >= last - 5].mean())
+
+
+def test_every_kind_of_network_has_a_panel(tmp_path: Path) -> None:
+    content = evaluation(pdd=[20.0, 60.0, 80.0])
+    one = plot(content, tmp_path)
+    content["results"] += [result | {"network": "MLP"} for result in content["results"]]
+    two = plot(content, tmp_path)
+    assert abs(two.shape[0] - one.shape[0]) <= 5
+    assert two.shape[1] > 1.8 * one.shape[1]
+    assert all(where(half, BLUE).sum() > 500 for half in np.array_split(two, 2, axis=1))
 
 
 def test_one_result_is_a_curve_from_the_first_stage_to_the_last(tmp_path: Path) -> None:
