@@ -32,6 +32,12 @@ class Config:
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
     augment_mode: str = "single"
 
+    # which real examples a stage is made from
+    filter: str = "none"  # all, or by how often the experts forget them: forgetting
+    filter_band: float = (
+        10.0  # of scores; stage s takes those from (s - 1) of it to s of it, the last all from there on
+    )
+
     # network
     width: int = 128
     depth: int = 3
@@ -113,6 +119,7 @@ _TYPES = get_type_hints(Config)
 CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
     "base": ("mtt",),
     "whitening": ("none", "zca"),
+    "filter": ("none", "forgetting"),
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
     "engine": ("auto", "fused", "autograd"),
@@ -137,7 +144,7 @@ _BELOW: dict[str, float] = {
     "expert_momentum": 1,
     "union_momentum": 1,
 }
-_ABOVE: dict[str, float] = {"expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
+_ABOVE: dict[str, float] = {"filter_band": 0, "expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
 
 
 def recipe_names() -> list[str]:

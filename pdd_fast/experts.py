@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pdd_fast.data import Split
 from pdd_fast.errors import UsageError
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.replay_buffers import buffer_files, read_buffer
@@ -68,7 +69,8 @@ def stored_experts(run: Run) -> list[Trajectory]:
     if (folder / "experts").is_dir():
         folder = folder / "experts"
     buffers = buffer_files(folder)
-    found = [trajectory for path in buffers for trajectory in read_buffer(path)] or list_trajectories(folder)
+    found: list[Trajectory] = [trajectory for path in buffers for trajectory in read_buffer(path)]
+    found = found or list_trajectories(folder)
     require_alike(found)
     if len(found) < config.experts:
         raise UsageError(f"experts must be at most {len(found)}, as many as {folder} holds, got {config.experts}")
@@ -83,8 +85,10 @@ def record_trajectories(
     purpose: str,
     reporter: Reporter,
     title: str,
+    train: Split | None = None,
 ) -> None:
-    """Trains one network per expert on real data, keeping the weights of every epoch.
+    """Trains one network per expert on real data (``train``, or all of ``bench.train``), keeping the weights of every
+    epoch.
 
     Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K, P]. Epoch e of
     network k draws from a generator of its own, so an interrupted group goes on with the same bits. Where some of a
@@ -93,7 +97,7 @@ def record_trajectories(
     Raises:
         UsageError: a trajectory that is there already is of another network, length or data set.
     """
-    config, train = bench.config, bench.train
+    config, train = bench.config, bench.train if train is None else train
     groups, there = bench.groups(config.experts), set[int]()
     for k in range(config.experts):
         if trajectory_path(folder, k).exists():

@@ -16,6 +16,7 @@ from pdd_fast.data import require_images_per_class
 from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.experts import ensure_experts, record_trajectories, stored_experts
+from pdd_fast.filtering import forgetting_scores, initial_rows, stage_bands
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
@@ -37,14 +38,15 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         bench = Workbench.prepare(config, run.path)
         require_images_per_class(bench.train, config.ipc, bench.data.classes)
         ensure_experts(run, bench, reporter)
-        union = Union.empty(bench)
+        union, real = Union.empty(bench), _real(run, bench, reporter)
         for stage in range(1, config.stages + 1):
             if run.stage_file(stage).exists():
                 union = Union.load(run.stage_file(stage), bench)
                 continue
-            if stage > 1:
-                transition(run, bench, union, reporter)
-            union = _run_stage(run, bench, union, _trajectories(run, stage), reporter)
+            kept, rows = real[stage - 1]
+            if stage > 1 or kept is not None:
+                transition(run, bench, union, reporter, kept)
+            union = _run_stage(run, bench, union, _trajectories(run, stage), rows, reporter)
             union.distilled(bench).save(run.stage_file(stage))
             run.checkpoint_file(stage).unlink(missing_ok=True)
         distilled = union.distilled(bench)
@@ -52,22 +54,37 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         return distilled
 
 
+def _real(run: Run, bench: Workbench, reporter: Reporter) -> list[tuple[Tensor | None, Tensor]]:
+    """For every stage two sets of rows of ``bench.train``: of the examples that it is made from, None where these are
+    all, and of those that its images start from."""
+    config = bench.config
+    if config.filter == "none":
+        return [(None, rows) for rows in bench.random_real_rows(config.ipc_by_stage, "initial images")]
+    bands = stage_bands(bench, forgetting_scores(bench, stored_experts(run), run.forgetting_file, reporter))
+    kept = [inside.nonzero().flatten().to(bench.device) for inside in bands]
+    return list(zip(kept, initial_rows(bench, bands), strict=True))
+
+
 def _trajectories(run: Run, stage: int) -> list[Trajectory]:
-    """What stage ``stage`` matches."""
-    return stored_experts(run) if stage == 1 else list_trajectories(run.stage_trajectories_dir(stage))
+    """What stage ``stage`` matches; of stage 0, whose networks have seen nothing, the experts."""
+    if stage == 0 or (stage == 1 and run.config.filter == "none"):
+        return stored_experts(run)
+    return list_trajectories(run.stage_trajectories_dir(stage))
 
 
-def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter) -> None:
-    """Trajectories for the stage after ``union``: each start network is trained on the union and then,
-    recorded, on real data. Starts are chained: they are those of the stage before, trained further."""
+def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter, kept: Tensor | None = None) -> None:
+    """Trajectories for the stage after ``union``: each start network is trained on the union, where there is one, and
+    then, recorded, on the real data of ``kept`` (None: all). Starts are chained: they are those of the stage before,
+    trained further."""
     stage = union.stages + 1
     starts = _trajectories(run, stage - 1)
     config = bench.config
 
     def start(group: range) -> Tensor:
         students = Students.start(torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device))
-        draws = [bench.generator("transition", stage, k) for k in group]
-        bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
+        if union.stages:
+            draws = [bench.generator("transition", stage, k) for k in group]
+            bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
         return students.theta
 
     record_trajectories(
@@ -78,6 +95,7 @@ def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter) -> 
         f"stage-{stage}",
         reporter,
         f"transition to stage {stage}/{config.stages}",
+        None if kept is None else bench.train.rows(kept),
     )
 
 
@@ -119,10 +137,11 @@ class _Selection:
         return sum(scores) / len(scores)
 
 
-def _run_stage(run: Run, bench: Workbench, union: Union, trajectories: list[Trajectory], reporter: Reporter) -> Union:
-    """Learns the images of the stage after ``union``, matching ``trajectories``."""
+def _run_stage(
+    run: Run, bench: Workbench, union: Union, trajectories: list[Trajectory], rows: Tensor, reporter: Reporter
+) -> Union:
+    """Learns the images of the stage after ``union`` from the real ones in ``rows`` on, matching ``trajectories``."""
     config, stage = bench.config, union.stages + 1
-    rows = bench.random_real_rows(config.ipc_by_stage, "initial images")[stage - 1]
     labels = bench.train.labels[rows]
     problem = StageProblem(
         config=config,

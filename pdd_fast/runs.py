@@ -139,6 +139,10 @@ class Run:
         return self.stage_dir(stage) / "checkpoint.safetensors"
 
     @property
+    def forgetting_file(self) -> Path:
+        return self.path / "forgetting.safetensors"
+
+    @property
     def distilled_file(self) -> Path:
         return self.path / "distilled.safetensors"
 
