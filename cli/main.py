@@ -21,6 +21,7 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "distill": "Distil a data set in stages, judge it, draw it.",
     "experts": "Train and store expert trajectories.",
     "evaluate": "Train fresh networks on a run's unions and report their test accuracy.",
+    "ablate": "Distil with other numbers of stages, conditioned or not, and compare.",
     "bench": "Measure speed, memory and gradient error against plain PyTorch.",
     "show": "Draw a run's images and accuracy, and print its table.",
     "export": "Write a run's images as MTT's scripts store theirs.",

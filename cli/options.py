@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,22 @@ FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side", "me
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe a run."""
+    run_dir = click.option(
+        "--run-dir", type=click.Path(path_type=Path), default=None, help="[default: runs/DATA-ipc...]"
+    )
+    return _described(run_dir(command), [setting for _, setting, _, _ in _FLAGS])
+
+
+def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags that describe what all runs of an ablation have in common."""
+    return _described(command, ["dataset", "ipc", "base", "device", "precision", "data_dir", "select"])
+
+
+def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable[..., Any]:
     decorators = [
         click.option(flag, setting, type=kind, default=None, help=_help(setting, text))
         for flag, setting, kind, text in _FLAGS
+        if setting in settings
     ]
     decorators += [
         click.option(
@@ -48,7 +61,6 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Settings from the package, by name; list shows them. [default: the data set's]",
         ),
         click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; may be repeated."),
-        click.option("--run-dir", type=click.Path(path_type=Path), default=None, help="[default: runs/DATA-ipc...]"),
         click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."),
     ]
     for decorator in reversed(decorators):

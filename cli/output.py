@@ -161,6 +161,23 @@ def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], ki
     _console().print(table)
 
 
+def print_ablation(content: dict[str, Any]) -> None:
+    """A row for each variant."""
+    seeds = len(content["seeds"])
+    of = "1 seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
+    print(f"Test accuracy on {content['data']} after {content['steps']} steps, percent, {of}")
+    table = Table()
+    table.add_column("variant")
+    for name in ("accuracy", *(f"seed {seed}" for seed in content["seeds"])):
+        table.add_column(name, justify="right")
+    for result in content["results"]:
+        interval = "" if result["ci95"] is None else f" ± {result['ci95']:.1f}"
+        cells = [f"{accuracy:.1f}" for accuracy in result["accuracy"]]
+        table.add_row(result["name"], f"{result['mean']:.1f}{interval}", *cells)
+    sys.stdout.flush()
+    _console().print(table)
+
+
 def print_files(paths: list[Path]) -> None:
     """The files that a command made, one a line."""
     for path in paths:

@@ -23,6 +23,7 @@ class Config:
     stages: int = 5
     ipc: int = 10  # images per class, all stages together
     stage_ipc: str = ""  # of these, what each stage adds, as in 4,2,2,1,1; "": as even as can be
+    conditioning: str = "on"  # on: a stage goes on from the earlier ones; off: each is made as the first is
     seed: int = 0
 
     # data
@@ -118,6 +119,7 @@ class Config:
 _TYPES = get_type_hints(Config)
 CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
     "base": ("mtt",),
+    "conditioning": ("on", "off"),
     "whitening": ("none", "zca"),
     "filter": ("none", "forgetting"),
     "select": ("validation", "test"),

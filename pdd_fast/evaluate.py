@@ -146,7 +146,7 @@ def evaluate_run(
                 "accuracy": scores,
                 "mean": [statistics.fmean(column) for column in zip(*scores, strict=True)],
                 "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*scores, strict=True)],
-                "ci95": [_half_width(column) for column in zip(*scores, strict=True)],
+                "ci95": [half_width(column) for column in zip(*scores, strict=True)],
             }
             for (network, name), scores in found.items()
         ],
@@ -160,7 +160,7 @@ def evaluate_run(
     return evaluation
 
 
-def _half_width(values: Sequence[float]) -> float | None:
+def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % confidence interval of the mean."""
     from scipy.stats import t as student  # a second to import
 
@@ -172,7 +172,7 @@ def _half_width(values: Sequence[float]) -> float | None:
 def _paired(scores: list[list[float]], others: list[list[float]]) -> dict[str, float | None]:
     """The mean difference of final accuracies, repeat by repeat, and its confidence interval."""
     differences = [one[-1] - other[-1] for one, other in zip(scores, others, strict=True)]
-    return {"difference": statistics.fmean(differences), "ci95": _half_width(differences)}
+    return {"difference": statistics.fmean(differences), "ci95": half_width(differences)}
 
 
 def _load_other(path: Path, bench: Workbench) -> Union:

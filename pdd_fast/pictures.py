@@ -72,7 +72,7 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
     more += f", the first {most} of a class and stage" if max(counts) > most else ""
     title = f"{distilled.metadata.get('data', 'distilled set')}: {len(pixels)} images{more}"
     figure.suptitle(title, fontsize=10, parse_math=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
@@ -84,7 +84,7 @@ def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
     for panel, kind in zip(panels, kinds, strict=True):
         results = [result for result in evaluation["results"] if result["network"] == kind]
         _curves(panel, evaluation, results, "" if kinds == ["ConvNet"] else f"{kind}, ")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
@@ -113,7 +113,8 @@ def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]]
         axes.spines[side].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG; equal content gives equal bytes."""
     with atomic_path(path) as temporary:
         # No date and no version among the metadata: equal content gives equal bytes.
         figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pdd_fast.config import Config
 from pdd_fast.data import require_images_per_class
 from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
@@ -44,7 +45,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
                 union = Union.load(run.stage_file(stage), bench)
                 continue
             kept, rows = real[stage - 1]
-            if stage > 1 or kept is not None:
+            if _records(config, stage):
                 transition(run, bench, union, reporter, kept)
             union = _run_stage(run, bench, union, _trajectories(run, stage), rows, reporter)
             union.distilled(bench).save(run.stage_file(stage))
@@ -65,9 +66,14 @@ def _real(run: Run, bench: Workbench, reporter: Reporter) -> list[tuple[Tensor |
     return list(zip(kept, initial_rows(bench, bands), strict=True))
 
 
+def _records(config: Config, stage: int) -> bool:
+    """Whether a stage matches trajectories of its own: on other examples than the experts', or from other starts."""
+    return config.filter != "none" or (stage > 1 and config.conditioning == "on")
+
+
 def _trajectories(run: Run, stage: int) -> list[Trajectory]:
     """What stage ``stage`` matches; of stage 0, whose networks have seen nothing, the experts."""
-    if stage == 0 or (stage == 1 and run.config.filter == "none"):
+    if stage == 0 or not _records(run.config, stage):
         return stored_experts(run)
     return list_trajectories(run.stage_trajectories_dir(stage))
 
@@ -76,13 +82,13 @@ def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter, kep
     """Trajectories for the stage after ``union``: each start network is trained on the union, where there is one, and
     then, recorded, on the real data of ``kept`` (None: all). Starts are chained: they are those of the stage before,
     trained further."""
-    stage = union.stages + 1
-    starts = _trajectories(run, stage - 1)
-    config = bench.config
+    config, stage = bench.config, union.stages + 1
+    conditioned = config.conditioning == "on" and union.stages > 0
+    starts = _trajectories(run, stage - 1 if conditioned else 0)
 
     def start(group: range) -> Tensor:
         students = Students.start(torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device))
-        if union.stages:
+        if conditioned:
             draws = [bench.generator("transition", stage, k) for k in group]
             bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
         return students.theta
@@ -149,8 +155,8 @@ def _run_stage(
         engine=bench.engine,
         dsa=bench.dsa,
         trajectories=trajectories,
-        frozen_images=union.images,
-        frozen_labels=union.labels,
+        frozen_images=union.images if config.conditioning == "on" else union.images[:0],
+        frozen_labels=union.labels if config.conditioning == "on" else union.labels[:0],
         initial_images=bench.train.images[rows],
         labels=labels,
     )

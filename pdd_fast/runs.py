@@ -28,9 +28,16 @@ except ImportError:  # not a POSIX system: runs are not locked there
 
 def default_run_dir(config: Config) -> Path:
     """Where a run goes that was not told where."""
-    data = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-")
-    stages = "-".join(map(str, config.ipc_by_stage)) if config.stage_ipc else config.stages
-    return Path("runs") / f"{data}-ipc{config.ipc}-stages{stages}-seed{config.seed}"
+    return Path("runs") / default_name(config)
+
+
+def default_name(config: Config, stages: bool = True) -> str:
+    """What a run is about, in a folder's name; of several runs without ``stages`` and seed."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-") + f"-ipc{config.ipc}"
+    if not stages:
+        return name
+    split = "-".join(map(str, config.ipc_by_stage)) if config.stage_ipc else config.stages
+    return f"{name}-stages{split}-seed{config.seed}"
 
 
 class Metrics:

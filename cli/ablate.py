@@ -1,0 +1,66 @@
+"""pdd-fast ablate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pdd_fast.cli import output
+from pdd_fast.cli.options import ablation_options, given_settings
+from pdd_fast.config import CHOICES, resolve
+from pdd_fast.errors import UsageError
+
+
+@click.command(name="ablate")
+@ablation_options
+@click.option("--stages", default="1,2,5,10", help="Numbers of stages, joined by commas. [default: 1,2,5,10]")
+@click.option("--conditioning", default="on,off", help="on, off, or both. [default: on,off]")
+@click.option("--filter", "filters", default="none", help="none, forgetting, or both. [default: none]")
+@click.option("--seeds", type=click.IntRange(1), default=3, help="Seeds 0, 1, ... [default: 3]")
+@click.option(
+    "--output", "folder", type=click.Path(path_type=Path), default=None, help="[default: ablation/DATA-ipc...]"
+)
+def command(
+    stages: str, conditioning: str, filters: str, seeds: int, folder: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Distil and judge with other numbers of stages, with and without conditioning and the filter.
+
+    All variants of a seed share their experts and are judged by as many SGD steps. The same call goes on where an
+    interrupted one stopped.
+    """
+    # Any number of stages will do here: each variant has its own.
+    config = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
+    names = {"conditioning": _names("conditioning", conditioning), "filter": _names("filter", filters)}
+    numbers = _numbers(stages)
+
+    from pdd_fast.ablation import ablate, variants
+    from pdd_fast.runs import default_name
+
+    folder = folder or Path("ablation") / default_name(config, stages=False)
+    chosen = variants(numbers, names["conditioning"], names["filter"])
+    content = ablate(config, chosen, range(seeds), folder, output.reporter())
+    if as_json:
+        output.print_json(content)
+        return
+    output.print_ablation(content)
+    output.print_files([folder / "ablation.json", folder / "ablation.png"])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise UsageError(f"--stages must be whole numbers from 1 on, joined by commas, got {text!r}")
+    return found
+
+
+def _names(setting: str, text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",")]
+    for name in found:
+        if name not in CHOICES[setting]:
+            raise UsageError(f"--{setting} must be of {', '.join(CHOICES[setting])}, joined by commas, got {name!r}")
+    return found
