@@ -22,6 +22,12 @@ class RunError(PddFastError, RuntimeError):
     """The work failed after it had begun; what was computed is kept (exit status 1)."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, without the full stop that would end our sentence. CUDA's errors are a
+    dozen lines of advice after the one that says what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """What to add to a message about a name that is not one of ``names``: the likely one, or nothing."""
     close = difflib.get_close_matches(name.lower(), list(names), n=1)

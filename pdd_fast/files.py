@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import UsageError, first_line
 
 _METADATA = "pdd_fast"
 
@@ -103,6 +104,25 @@ def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} was not written by pdd-fast: its metadata are not an object")
     return content
+
+
+def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
+    """What ``torch.save`` wrote, of tensors, lists and dictionaries alone: no code in a file is run.
+
+    Args:
+        mapped: leave the numbers in the file until they are used.
+
+    Raises:
+        UsageError: the file is missing or damaged, or holds something else.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist") from error
+    except pickle.UnpicklingError as error:
+        raise UsageError(f"{path} is refused: it holds more than tensors, which could be code") from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pdd_fast.errors import first_line
+
 
 class CaptureWarning(UserWarning):
     """A function could not be captured and runs kernel by kernel instead: the same results, slower."""
@@ -72,11 +74,11 @@ class CudaBackend:
                     try:
                         function()
                     except Exception as error:
-                        reason = _first_line(error)
+                        reason = first_line(error)
                         raise
         except Exception as error:
             # Ending a capture that went wrong raises an error of its own, which no longer says what went wrong.
-            raise RuntimeError(reason or _first_line(error)) from None
+            raise RuntimeError(reason or first_line(error)) from None
         return graph
 
 
@@ -144,13 +146,8 @@ class Replay:
         try:
             self._graph = backend.capture(self._function)
         except Exception as error:
-            return _first_line(error)
+            return first_line(error)
         return ""
-
-
-def _first_line(error: Exception) -> str:
-    """CUDA's errors are a dozen lines of advice after the one that says what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 class Upload:

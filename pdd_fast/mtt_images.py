@@ -7,7 +7,6 @@ published. What is written here says it beside them, in settings.json.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.errors import UsageError
-from pdd_fast.files import atomic_path, write_json
+from pdd_fast.files import atomic_path, read_pickled_tensors, write_json
 
 IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
 
@@ -90,15 +89,7 @@ def read_mtt(
 
 
 def _tensor(path: Path) -> Tensor:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist") from error
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"{path} is refused: it holds more than tensors, which could be code") from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UsageError(f"{path} cannot be read: {reason}") from error
+    found = read_pickled_tensors(path)
     if not isinstance(found, Tensor) or found.dim() == 0:
         raise UsageError(f"{path} must hold a tensor with a row for each image, got {type(found).__name__}")
     return found.detach()

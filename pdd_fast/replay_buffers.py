@@ -6,7 +6,6 @@ network's parameters in the order of ``parameters()``.
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pdd_fast.errors import UsageError
+from pdd_fast.files import read_pickled_tensors
 from pdd_fast.trajectories import Trajectory
 
 
@@ -48,13 +48,7 @@ def read_buffer(path: Path) -> list[BufferTrajectory]:
         UsageError: the file holds other things (code among them), is damaged, or cannot be mapped; its checkpoints are
             not of one shape, or are one and the same.
     """
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(f"{path} is refused: it holds more than tensors, which could be code") from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UsageError(f"{path} cannot be read: {reason}") from error
+    content = read_pickled_tensors(path, mapped=True)
     if not _is_list(content) or not all(_is_list(t) and all(map(_is_checkpoint, t)) for t in content):
         raise UsageError(f"{path} is no replay buffer: it must hold a list of trajectories of lists of tensors")
     shapes = [tensor.shape for tensor in content[0][0]]

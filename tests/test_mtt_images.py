@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from cases import Harmful
 
 from pdd_fast.cli.main import run
 from pdd_fast.data.normalisation import Normalisation
@@ -74,14 +74,6 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-class _Harmful:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_mtt(distilled(), tmp_path / "out")
     stage = tmp_path / "out" / "stage-1"
@@ -96,7 +88,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "stage-1 hold no distilled set: DistilledSet: stage must number 1..2" in read(stage, rates=(0.1, 0.2))
     mark = tmp_path / "it ran"
     for content, message in (
-        (_Harmful(mark), "is refused: it holds more than tensors"), ({"a": 1}, "must hold a tensor"),
+        (Harmful(mark), "is refused: it holds more than tensors"), ({"a": 1}, "must hold a tensor"),
         (torch.tensor(1), "must hold a tensor"), (torch.zeros(3, dtype=torch.int64), "hold no distilled set"),
     ):  # fmt: skip
         torch.save(content, stage / "labels_best.pt")

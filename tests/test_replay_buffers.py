@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from cases import Harmful
 from torch import Tensor
 
 import pdd_fast
@@ -73,17 +74,9 @@ def test_a_file_is_not_read_before_it_is_needed(tmp_path: Path) -> None:
     assert trajectory.checkpoint(3).numel() == size
 
 
-class _Harmful:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "it ran"
-    message = refused(tmp_path / "replay_buffer_0.pt", [[[_Harmful(mark)]]])
+    message = refused(tmp_path / "replay_buffer_0.pt", [[[Harmful(mark)]]])
     assert message.endswith("is refused: it holds more than tensors, which could be code")
     assert not mark.exists()
 

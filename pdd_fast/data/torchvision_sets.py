@@ -1,4 +1,4 @@
-"""The data sets that torchvision reads. Nothing else in the package imports torchvision."""
+"""The data sets that torchvision reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pdd_fast.data.splits import Pixels
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import UsageError, first_line
+from pdd_fast.torchvision_parts import load
 
 _CLASSES = {
     "cifar10": "CIFAR10",
@@ -26,16 +27,7 @@ def read(name: str, data_dir: str) -> Pixels:
     Raises:
         UsageError: torchvision does not import, or the files are not in ``data_dir``.
     """
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms does not exist, and
-        # at a second attempt with AttributeError: partially initialized module.
-        reason = _reason(error)
-        raise UsageError(
-            f"dataset {name!r} needs torchvision, which does not import here ({reason}); install the torchvision "
-            f"release that belongs to torch {torch.__version__}, or use imagefolder:DIR"
-        ) from error
+    datasets = load("datasets", f"dataset {name!r}", ", or use imagefolder:DIR")
     kind = getattr(datasets, _CLASSES[name])
     train, test = (_load(kind, name, data_dir, first) for first in (True, False))
     classes = tuple(str(c) for c in getattr(train, "classes", range(10)))
@@ -49,14 +41,9 @@ def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
     except Exception as error:  # MNIST's files are not checksummed: a damaged one raises whatever the reader meets
         argument = f"split={split['split']!r}" if name == "svhn" else f"train={train}"
         raise UsageError(
-            f"dataset {name!r} was not found whole in {data_dir!r} ({_reason(error)}); choose another --data-dir, or "
-            f"fetch it once with torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
+            f"dataset {name!r} was not found whole in {data_dir!r} ({first_line(error)}); choose another --data-dir, "
+            f"or fetch it once with torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, without the full stop that would end our sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _images(dataset: Any) -> Tensor:

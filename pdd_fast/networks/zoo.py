@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from pdd_fast.errors import UsageError, nearest
 from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.torchvision_parts import load
 
 _MLP_WIDTH = 128
 # Of the last normalised plane, which has to have more than one pixel: an instance norm makes zeros of one.
@@ -62,18 +62,6 @@ TITLES = {
 }
 
 
-def _torchvision(name: str) -> ModuleType:
-    try:
-        from torchvision import models
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:  # as for data sets: built for another torch
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UsageError(
-            f"network {name!r} needs torchvision, which does not import here ({reason}); install the torchvision "
-            f"release that belongs to torch {torch.__version__}"
-        ) from error
-    return models
-
-
 def _instance_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(channels, channels)
 
@@ -82,7 +70,7 @@ def _resnet18(
     in_channels: int, num_classes: int, _: tuple[int, int], norm: Callable[[int], nn.Module] = _instance_norm
 ) -> nn.Module:
     """torchvision's, with a first convolution of 3×3 pixels at full resolution and no pooling after it."""
-    net = _torchvision("resnet18").resnet18(num_classes=num_classes, norm_layer=norm)
+    net = load("models", "network 'resnet18'").resnet18(num_classes=num_classes, norm_layer=norm)
     net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
     return net
@@ -90,7 +78,7 @@ def _resnet18(
 
 def _vgg11(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     """The convolutions of torchvision's, each normalised, and one linear layer."""
-    features = _torchvision("vgg11").vgg11_bn(num_classes=num_classes).features
+    features = load("models", "network 'vgg11'").vgg11_bn(num_classes=num_classes).features
     for i, layer in enumerate(features):
         if isinstance(layer, nn.BatchNorm2d):
             features[i] = _instance_norm(layer.num_features)
