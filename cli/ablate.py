@@ -9,7 +9,7 @@ import click
 
 from pdd_fast.cli import output
 from pdd_fast.cli.options import ablation_options, given_settings
-from pdd_fast.config import CHOICES, resolve
+from pdd_fast.config import CHOICES, listed, resolve
 from pdd_fast.errors import UsageError
 
 
@@ -32,15 +32,13 @@ def command(
     """
     # Any number of stages will do here: each variant has its own.
     config = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
-    names = {"conditioning": _names("conditioning", conditioning), "filter": _names("filter", filters)}
-    numbers = _numbers(stages)
+    combined = _numbers(stages), _names("conditioning", conditioning), _names("filter", filters)
 
     from pdd_fast.ablation import ablate, variants
     from pdd_fast.runs import default_name
 
     folder = folder or Path("ablation") / default_name(config, stages=False)
-    chosen = variants(numbers, names["conditioning"], names["filter"])
-    content = ablate(config, chosen, range(seeds), folder, output.reporter())
+    content = ablate(config, variants(*combined), range(seeds), folder, output.reporter())
     if as_json:
         output.print_json(content)
         return
@@ -48,11 +46,8 @@ def command(
     output.print_files([folder / "ablation.json", folder / "ablation.png"])
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
+def _numbers(text: str) -> tuple[int, ...]:
+    found = listed(text, int)
     if not found or min(found) < 1:
         raise UsageError(f"--stages must be whole numbers from 1 on, joined by commas, got {text!r}")
     return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import PurePath
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pdd_fast.errors import UsageError, nearest
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -201,12 +204,17 @@ def from_dict(stored: dict[str, Any]) -> Config:
     return config
 
 
+def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
+    """Numbers joined by commas; none where ``read`` refuses one of them."""
+    try:
+        return tuple(read(part.strip()) for part in text.split(","))
+    except (ValueError, OverflowError):
+        return ()
+
+
 def _split(text: str) -> tuple[int, ...]:
     """The numbers of ``stage_ipc``."""
-    try:
-        found = tuple(_whole(part.strip()) for part in text.split(","))
-    except (ValueError, OverflowError):
-        found = ()
+    found = listed(text, _whole)
     if not found or min(found) < 1:
         raise UsageError(f"stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got {text!r}")
     return found
@@ -214,10 +222,7 @@ def _split(text: str) -> tuple[int, ...]:
 
 def _numbers(text: str) -> tuple[float, ...]:
     """The numbers of ``stage_lr_img``."""
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        found = ()
+    found = listed(text, float)
     if not found or not all(math.isfinite(number) and number >= 0 for number in found):
         raise UsageError(f"stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got {text!r}")
     return found

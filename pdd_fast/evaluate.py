@@ -243,13 +243,13 @@ def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int
     for number, leg in enumerate(course):
         rows = torch.arange(len(leg.images)) if leg.rows is None else leg.rows[place]
         draw, done, size = bench.generator("evaluation", repeat, number), 0, bench.data.image_size
+        rates = sgd.rates(leg.rate, leg.steps)
         while done < leg.steps:
             for batch in rows[torch.randperm(len(rows), generator=draw)].split(sgd.batch):
                 if done == leg.steps:
                     break
                 x = augment(leg.images[batch.to(bench.device)], sgd.dsa.sample(len(batch), size, draw))
-                # As Sgd.run: a tenth of the rate from half time on.
-                optimiser.param_groups[0]["lr"] = leg.rate if done < (leg.steps + 1) // 2 else leg.rate / 10
+                optimiser.param_groups[0]["lr"] = rates[done]
                 optimiser.zero_grad()
                 nn.functional.cross_entropy(net(x), leg.labels[batch.to(bench.device)]).backward()
                 optimiser.step()

@@ -161,14 +161,13 @@ def _forget(folder: Path, group: range) -> None:
 def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
     """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
     metadata, reach = trajectory.metadata, bench.config.max_start_epoch + bench.config.expert_epochs
-    for name, value, wanted in (
-        ("data", metadata.get("data", bench.data.name), bench.data.name),
-        ("whitening", metadata.get("whitening", bench.config.whitening), bench.config.whitening),
-        ("network", metadata.get("network", bench.network), bench.network),
-        ("parameters", trajectory.parameters, parameter_count(bench.engine.net)),
-    ):
-        if value != wanted:
-            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {value}")
+    _require_same(
+        trajectory,
+        data=(metadata.get("data", bench.data.name), bench.data.name),
+        whitening=(metadata.get("whitening", bench.config.whitening), bench.config.whitening),
+        network=(metadata.get("network", bench.network), bench.network),
+        parameters=(trajectory.parameters, parameter_count(bench.engine.net)),
+    )
     if trajectory.epochs < reach:
         raise UsageError(
             f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs ({reach}), got "
@@ -177,11 +176,20 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
 
 
 def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
-    found = (trajectory.metadata.get("data"), trajectory.metadata.get("network"), trajectory.epochs)
-    expected = (bench.data.name, bench.network, epochs)
-    for name, value, wanted in zip(("data", "network", "epochs"), found, expected, strict=True):
-        if value != wanted:
-            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {value}")
+    metadata = trajectory.metadata
+    _require_same(
+        trajectory,
+        data=(metadata.get("data"), bench.data.name),
+        network=(metadata.get("network"), bench.network),
+        epochs=(trajectory.epochs, epochs),
+    )
+
+
+def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
+    """Raises UsageError at the first of ``pairs`` in which what was found is not what is wanted."""
+    for name, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {found}")
 
 
 def _begin(

@@ -73,11 +73,15 @@ class Sgd:
         """
         seen = [students.theta.clone()] if 0 in stops else []
         loop = Loop(self, students, images, labels, steps, rows)
-        rates = [rate if step < (steps + 1) // 2 else rate / 10 for step in range(steps)]
-        for done in loop.advance(rates, generators):
+        for done in loop.advance(self.rates(rate, steps), generators):
             if done in stops:
                 seen.append(students.theta.clone())
         return seen
+
+    @staticmethod
+    def rates(rate: float, steps: int) -> list[float]:
+        """``rate``, and from half of the ``steps`` on a tenth of it."""
+        return [rate if step < (steps + 1) // 2 else rate / 10 for step in range(steps)]
 
     def steps_per_epoch(self, images: int) -> int:
         return -(-images // self.batch)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pdd_fast.config import CHOICES
 from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.splits import ImageData, Split, prepare, require_images_per_class
 from pdd_fast.data.whitening import Whitening
@@ -14,7 +15,6 @@ from pdd_fast.errors import UsageError, nearest
 
 __all__ = ["NAMES", "ImageData", "Normalisation", "Split", "Whitening", "load", "require_images_per_class"]
 
-WHITENINGS = ("none", "zca")
 NAMES = ("digits", "cifar10", "cifar100", "mnist", "fashionmnist", "svhn")
 _FOLDER = "imagefolder:"
 
@@ -57,8 +57,8 @@ def load(
     else:
         known = f"{', '.join(NAMES)} or imagefolder:DIR"
         raise UsageError(f"dataset must be one of {known}, got {name!r}{nearest(name, NAMES)}")
-    if whitening not in WHITENINGS:
-        raise UsageError(f"whitening must be {' or '.join(WHITENINGS)}, got {whitening!r}")
+    if whitening not in CHOICES["whitening"]:
+        raise UsageError(f"whitening must be {' or '.join(CHOICES['whitening'])}, got {whitening!r}")
     whiten = partial(_whitening, name, keep_whitening) if whitening == "zca" else None
     return prepare(name, pixels, validation_fraction, whiten)
 
