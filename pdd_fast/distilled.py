@@ -105,7 +105,7 @@ class DistilledSet:
         """Pixels [n, C, H, W] in [0, 1], of the test set say, as a network sees them that is trained on the images:
         normalised and, where the images are, whitened."""
         images = self.normalisation.apply(pixels)
-        return images if self.whitening is None else self.whitening.apply_(images)
+        return images if self.whitening is None else self.whitening.apply(images)
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; equal sets give equal bytes."""

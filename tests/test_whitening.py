@@ -82,6 +82,16 @@ def test_arguments_are_left_alone_but_where_asked() -> None:
     assert torch.equal(images, white)
 
 
+def test_where_images_lie_changes_nothing() -> None:
+    images = photographs(20)
+    fitted = Whitening.fit(images)
+    last = images.contiguous(memory_format=torch.channels_last)
+    for call in (fitted.apply, fitted.invert):
+        for other in (last, images.flip(0).flip(0), images.repeat_interleave(2, 3)[..., ::2]):
+            assert torch.equal(call(other), call(images))
+    assert torch.equal(Whitening.fit(last).basis, fitted.basis)
+
+
 def test_wrong_shapes_and_numbers_are_named() -> None:
     fitted = Whitening.fit(photographs(9))
     with pytest.raises(ValueError, match=r"images must have shape \[n, 3, 5, 4\], got \(2, 3, 4, 5\)"):

@@ -81,10 +81,10 @@ class Whitening:
 
     def apply(self, images: Tensor) -> Tensor:
         """Whitened images [n, C, H, W], of the type and on the device of ``images``."""
-        return self.apply_(images.clone())
+        return self.apply_(images.clone(memory_format=torch.contiguous_format))
 
     def apply_(self, images: Tensor) -> Tensor:
-        """:meth:`apply` in place."""
+        """:meth:`apply` in place, of images that lie in planar memory (NCHW)."""
         flat, (matrix, mean) = self._flat(images), self._on(images, self._forward)
         for part in flat.split(_AT_ONCE):
             part.copy_((part - mean) @ matrix)
@@ -92,7 +92,7 @@ class Whitening:
 
     def invert(self, images: Tensor) -> Tensor:
         """What :meth:`apply` made ``images`` [n, C, H, W] of."""
-        result = images.clone()
+        result = images.clone(memory_format=torch.contiguous_format)
         flat, (matrix, mean) = self._flat(result), self._on(images, self._backward)
         for part in flat.split(_AT_ONCE):
             part.copy_(torch.addmm(mean, part, matrix))
