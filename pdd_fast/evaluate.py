@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -162,10 +162,10 @@ def evaluate_run(
 
 def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % confidence interval of the mean."""
-    from scipy.stats import t as student  # a second to import
-
     if len(values) < 2:
         return None
+    from scipy.stats import t as student  # a second to import
+
     return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
 
 
@@ -242,18 +242,21 @@ def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int
     optimiser = torch.optim.SGD(net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     for number, leg in enumerate(course):
         rows = torch.arange(len(leg.images)) if leg.rows is None else leg.rows[place]
-        draw, done, size = bench.generator("evaluation", repeat, number), 0, bench.data.image_size
-        rates = sgd.rates(leg.rate, leg.steps)
-        while done < leg.steps:
-            for batch in rows[torch.randperm(len(rows), generator=draw)].split(sgd.batch):
-                if done == leg.steps:
-                    break
-                x = augment(leg.images[batch.to(bench.device)], sgd.dsa.sample(len(batch), size, draw))
-                optimiser.param_groups[0]["lr"] = rates[done]
-                optimiser.zero_grad()
-                nn.functional.cross_entropy(net(x), leg.labels[batch.to(bench.device)]).backward()
-                optimiser.step()
-                done += 1
-                if done in leg.stops:
-                    scores.append(accuracy(net, test.images, test.labels))
+        draw, size = bench.generator("evaluation", repeat, number), bench.data.image_size
+        # The rates end first, so that no more is drawn than they need.
+        steps = zip(sgd.rates(leg.rate, leg.steps), _batches(rows, sgd.batch, draw), strict=False)
+        for done, (rate, batch) in enumerate(steps, start=1):
+            augmentation, index = sgd.dsa.sample(len(batch), size, draw), batch.to(bench.device)
+            optimiser.param_groups[0]["lr"] = rate
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(net(augment(leg.images[index], augmentation)), leg.labels[index]).backward()
+            optimiser.step()
+            if done in leg.stops:
+                scores.append(accuracy(net, test.images, test.labels))
     return scores
+
+
+def _batches(rows: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+    """``rows`` in whole epochs, each in a new order, ``size`` at a time; without end."""
+    while True:
+        yield from rows[torch.randperm(len(rows), generator=draw)].split(size)
