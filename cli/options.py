@@ -22,6 +22,7 @@ _FLAGS = (  # flag, setting, type, what --help says
     ("--ipc", "ipc", int, "Images per class, all stages together."),
     ("--stage-ipc", "stage_ipc", str, "Of these, what each stage adds, as in 4,2,2,1,1; even if not given."),
     ("--base", "base", _choice("base"), "The method that a stage uses."),
+    ("--labels", "labels", _choice("labels"), "Classes; or probabilities, from the experts, or learned from there on."),
     ("--seed", "seed", int, "Where all randomness comes from."),
     ("--device", "device", str, "auto, cpu, cuda or cuda:N."),
     ("--precision", "precision", _choice("precision"), "Of convolutions; auto: tf32 on a GPU, float32 on the CPU."),
@@ -43,7 +44,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe what all runs of an ablation have in common."""
-    return _described(command, ["dataset", "ipc", "base", "device", "precision", "data_dir", "select"])
+    return _described(command, ["dataset", "ipc", "base", "labels", "device", "precision", "data_dir", "select"])
 
 
 def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable[..., Any]:

@@ -127,13 +127,14 @@ def _console() -> Console:
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """The tables of an evaluation, one for each kind of network: a row per stage, a column per result."""
-    kinds = list(dict.fromkeys(result["network"] for result in evaluation["results"]))
-    for kind in kinds:
-        results = [result for result in evaluation["results"] if result["network"] == kind]
-        _print_results(evaluation, results, "" if kinds == ["ConvNet"] else f" ({kind})")
+    """The tables of an evaluation, one for each kind of network and of labels: a row per stage, a column per result."""
+    from pdd_fast.evaluate import tables
+
+    for words, results in tables(evaluation):
+        _print_results(evaluation, results, f" ({words})" if words else "")
         # Evaluations of before have none.
-        for pair in (pair for pair in evaluation.get("paired", ()) if pair["network"] == kind):
+        shown = [(result["network"], result["name"]) for result in results]
+        for pair in (pair for pair in evaluation.get("paired", ()) if (pair["network"], pair["to"]) in shown):
             if pair["ci95"] is not None:
                 print(f"{pair['of']} − {pair['to']} in the end: {pair['difference']:+.1f} ± {pair['ci95']:.1f} (95 %)")
 

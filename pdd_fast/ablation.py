@@ -66,7 +66,7 @@ def ablate(
     Returns:
         the content of ablation.json. ``accuracy`` has a row for every seed: the final test accuracy in percent, mean
         over the repeats of that seed's evaluation; ``ci95`` is over seeds. "random" are as many random real images,
-        in as many stages as the first variant has.
+        in as many stages as the first variant has, with labels of the variants' kind.
 
     Raises:
         UsageError: a variant's settings cannot be, or a folder holds another run.
@@ -93,7 +93,7 @@ def ablate(
             found[variant.name].append(final["pdd"])
             if first is None:
                 first, steps = path, sum(evaluation["steps"])
-                random.append(final["random"])
+                random.append(final["random" if config.labels == "hard" else "random-soft"])
     results = [
         {"name": name, "accuracy": rows, "mean": statistics.fmean(rows), "ci95": half_width(rows)}
         for name, rows in [*found.items(), ("random", random)]
@@ -101,7 +101,8 @@ def ablate(
     for variant, result in zip(chosen, results, strict=False):
         result |= {"stages": variant.stages, "conditioning": variant.conditioning, "filter": variant.filter}
     content = {
-        "data": config.dataset, "ipc": config.ipc, "seeds": list(seeds), "steps": steps, "results": results,
+        "data": config.dataset, "ipc": config.ipc, "labels": config.labels, "seeds": list(seeds), "steps": steps,
+        "results": results,
     }  # fmt: skip
     write_json(folder / "ablation.json", content)
     plot(content, folder / "ablation.png")
@@ -149,10 +150,8 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axes.set_xticks(sorted({result["stages"] for result in results}))
     axes.set_xlabel("stages")
     axes.set_ylabel("test accuracy in the end, %")
-    axes.set_title(
-        f"{content['data']}, {content['ipc']} images a class: {len(content['seeds'])} seeds", fontsize=10,
-        parse_math=False,
-    )  # fmt: skip
+    what = f"{content['data']}, {content['ipc']} images a class, {content['labels']} labels"
+    axes.set_title(f"{what}, {len(content['seeds'])} seeds", fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     for side in ("top", "right"):

@@ -64,6 +64,8 @@ class Config:
     lr_img: float = 1000.0
     stage_lr_img: str = ""  # lr_img of each stage, as in 1000,500,500; "": lr_img in all
     lr_lr: float = 1e-7
+    labels: str = "hard"  # classes; or probabilities: soft (what the experts say), or learned (from there on)
+    lr_label: float = 1.0  # of learned labels, which are the softmax of what is learned
     inner_lr: float = 0.01  # where the learned rate starts in every stage
     momentum: float = 0.5  # of images and rate
     clip: float = 0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
@@ -127,6 +129,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few nam
     "filter": ("none", "forgetting"),
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
+    "labels": ("hard", "soft", "learned"),
     "engine": ("auto", "fused", "autograd"),
     "memory": ("recompute", "cache", "auto"),
     "precision": ("auto", "float32", "tf32", "bfloat16"),
@@ -138,7 +141,7 @@ _AT_LEAST: dict[str, float] = {
     "stages": 1, "ipc": 1, "width": 1, "depth": 1, "experts": 1, "expert_train_epochs": 1, "expert_batch": 1,
     "iterations": 0, "inner_steps": 1, "expert_epochs": 1, "max_start_epoch": 0, "inner_batch": 0, "eval_every": 0,
     "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
-    "seed": 0, "lr_img": 0, "lr_lr": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
+    "seed": 0, "lr_img": 0, "lr_lr": 0, "lr_label": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
     "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0, "side_by_side": 0,
     "memory_limit": 0, "trajectories": 1, "clip": 0, "ema": 0, "guard": 0,
 }  # fmt: skip

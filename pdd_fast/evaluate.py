@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from pdd_fast.augmentation import augment
 from pdd_fast.distilled import DistilledSet, load_distilled
 from pdd_fast.errors import UsageError
+from pdd_fast.experts import stored_experts
 from pdd_fast.networks.zoo import TITLES, accuracy, build, check_names
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
+from pdd_fast.soft_labels import soft_labels
 from pdd_fast.training import accuracies
+from pdd_fast.trajectories import Trajectory
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
@@ -33,7 +36,7 @@ class Leg(NamedTuple):
     """A set that networks are trained on before the next one."""
 
     images: Tensor  # [n, C, H, W]
-    labels: Tensor  # [n]
+    labels: Tensor  # [n], or weights [n, classes]
     rate: float
     steps: int
     stops: list[int]  # the numbers of steps after which to test
@@ -55,6 +58,8 @@ def evaluate_run(
     - "pdd": U_1, then U_2, ..., each at its stage's learned rate, momentum carried over;
     - "random": as many random real images, other ones in every repeat, in as many stages, at the rate that learning
       started from;
+    - "random-soft", where the run's labels are not hard and its experts are still there: the same images, with the
+      experts' word for labels;
     - "last-union": U_S alone from the start, at the last stage's rate;
     - "one-stage" (or "against"): the last union of the run ``against``, at its last rate;
     - "subsets", where asked for: at every stage another fresh network, trained on what that stage alone made.
@@ -65,10 +70,12 @@ def evaluate_run(
         networks: names of :data:`pdd_fast.networks.zoo.TITLES`; every result is there for each.
 
     Returns:
-        the content of evaluation.json. Accuracies are percent of the test images; ``std`` is the sample standard
-        deviation over repeats, 0 for one repeat; ``ci95`` is half the width of the 95 % confidence interval of the mean
-        (Student's t), None for one repeat. "paired" has the same of the differences, repeat by repeat, between "pdd"
-        and every other result after the last step.
+        the content of evaluation.json. "labels" of a result are hard, soft or learned: accuracies by hard labels are
+        not to be compared with those by others, which lift random images too. Accuracies are percent of the test
+        images; ``std`` is the sample standard deviation over repeats, 0 for one repeat; ``ci95`` is half the width of
+        the 95 % confidence interval of the mean (Student's t), None for one repeat. "paired" has the same of the
+        differences, repeat by repeat, between "pdd" and every other result after the last step, where both have hard
+        labels, or neither.
 
     Raises:
         UsageError: ``run`` is not finished, or ``against`` does not fit it.
@@ -88,11 +95,19 @@ def evaluate_run(
     steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in sizes]
     total, boundaries = sum(steps), [sum(steps[: s + 1]) for s in range(len(steps))]
 
-    names = ["pdd", "random", "last-union"]
+    real_labels = {"random": bench.train.labels}
+    kinds = {"pdd": config.labels, "random": "hard"}  # of labels, by the name of a result
+    if config.labels != "hard":
+        experts = _experts(run, reporter)
+        if experts:
+            kinds["random-soft"] = "soft"
+            real_labels["random-soft"] = _soft(bench, experts)
+    kinds["last-union"] = config.labels
     if other is not None:
-        names.append("one-stage" if other.stages == 1 else "against")
+        kinds["one-stage" if other.stages == 1 else "against"] = _kind(other)
     if subsets:
-        names.append("subsets")
+        kinds["subsets"] = config.labels
+    names = list(kinds)
     for network in networks:  # before any work: that they can be built
         _module(bench, network, 0)
     found: dict[tuple[str, str], list[list[float]]] = {(net, name): [] for net in networks for name in names}
@@ -100,8 +115,8 @@ def evaluate_run(
         for network, group, name in product(networks, bench.groups(config.repeats), names):
             if name == "pdd":
                 courses = [_in_order(union, steps)]
-            elif name == "random":
-                courses = [_random(bench, union.stages, steps, group)]
+            elif name in real_labels:
+                courses = [_random(bench, real_labels[name], union.stages, steps, group)]
             elif name == "subsets":
                 courses = [
                     [Leg(*union.only(s), union.rates[s - 1], count, [count])] for s, count in enumerate(boundaries, 1)
@@ -140,7 +155,7 @@ def evaluate_run(
         "results": [
             {
                 "name": name,
-                "labels": "hard",
+                "labels": kinds[name],
                 "network": TITLES[network],
                 "seeds": [bench.seed("evaluation", repeat, "parameters") for repeat in range(config.repeats)],
                 "accuracy": scores,
@@ -153,7 +168,7 @@ def evaluate_run(
         "paired": [
             {"network": TITLES[network], "of": "pdd", "to": name, **_paired(found[network, "pdd"], scores)}
             for (network, name), scores in found.items()
-            if name != "pdd"
+            if name != "pdd" and is_soft(kinds[name]) == is_soft(kinds["pdd"])
         ],
     }
     run.write_evaluation(evaluation)
@@ -191,20 +206,67 @@ def _load_other(path: Path, bench: Workbench) -> Union:
     return Union.load(file, bench)
 
 
+def is_soft(kind: str) -> bool:
+    """Whether labels of this kind say more than the class: those and hard ones are reported apart."""
+    return kind != "hard"
+
+
+def tables(evaluation: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The results of an evaluation in groups that may be compared, one for each kind of network and of labels, and what
+    the group has that others have not, in words ("" for the only group)."""
+    results = evaluation["results"]
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["network"], is_soft(result["labels"])), []).append(result)
+    named = {network for network, _ in groups} != {"ConvNet"}
+    mixed = any(soft for _, soft in groups)
+    found = []
+    for (network, soft), group in groups.items():
+        words = [network] if named else []
+        words += ["soft labels" if soft else "hard labels"] if mixed else []
+        found.append((", ".join(words), group))
+    return found
+
+
+def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
+    try:
+        return stored_experts(run)
+    except UsageError as error:  # a run may be given away without them
+        reporter.message(f"random-soft is left out, which needs the experts: {error}")
+        return []
+
+
+def _soft(bench: Workbench, experts: list[Trajectory]) -> Tensor:
+    """Soft labels [n, classes] of those of ``bench.train`` that are going to be drawn; zero for the others."""
+    rows = torch.cat([row for repeat in range(bench.config.repeats) for row in _random_rows(bench, repeat)]).unique()
+    labels = bench.train.images.new_zeros(len(bench.train), bench.data.num_classes)
+    labels[rows] = soft_labels(bench.engine, experts, bench.train.images[rows])
+    return labels
+
+
+def _kind(union: Union) -> str:
+    """Of a union's labels, as far as they tell."""
+    return "hard" if union.labels.dim() == 1 else "soft"
+
+
 def _in_order(union: Union, steps: list[int]) -> list[Leg]:
     return [
         Leg(*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)
     ]
 
 
-def _random(bench: Workbench, stages: int, steps: list[int], group: range) -> list[Leg]:
-    """Real images, other ones for every network, in as many stages as the union has."""
-    chosen = [bench.random_real_rows(bench.config.ipc_by_stage, "random images", repeat) for repeat in group]
-    train, rate = bench.train, bench.config.inner_lr
+def _random(bench: Workbench, labels: Tensor, stages: int, steps: list[int], group: range) -> list[Leg]:
+    """Real images with ``labels``, other ones for every network, in as many stages as the union has."""
+    chosen = [_random_rows(bench, repeat) for repeat in group]
+    images, rate = bench.train.images, bench.config.inner_lr
     return [
-        Leg(train.images, train.labels, rate, count, [count], torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu())
+        Leg(images, labels, rate, count, [count], torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu())
         for stage, count in zip(range(1, stages + 1), steps, strict=True)
     ]
+
+
+def _random_rows(bench: Workbench, repeat: int) -> list[Tensor]:
+    return bench.random_real_rows(bench.config.ipc_by_stage, "random images", repeat)
 
 
 def _follow(bench: Workbench, course: list[Leg], group: range) -> list[list[float]]:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pdd_fast.distilled import DistilledSet
-from pdd_fast.evaluate import ALONE
+from pdd_fast.evaluate import ALONE, tables
 from pdd_fast.files import atomic_path
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
@@ -18,6 +18,7 @@ MOST_COLUMNS_IN_ALL = 400  # matplotlib draws no picture wider than 2^16 dots, w
 _COLOURS = {
     "pdd": "#0b6e99",
     "random": "#8a8a8a",
+    "random-soft": "#8a8a8a",
     "last-union": "#d9730d",
     "one-stage": "#6940a5",
     "against": "#6940a5",
@@ -26,6 +27,7 @@ _COLOURS = {
 _LABELS = {
     "pdd": "union, stage after stage",
     "random": "random real images",
+    "random-soft": "random real images",
     "last-union": "last union alone",
     "one-stage": "one stage",
     "against": "the other run",
@@ -76,14 +78,13 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
 
 
 def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with a panel per kind of network and a curve per result: test accuracy over images per class, bars
-    of one standard deviation."""
-    kinds = list(dict.fromkeys(result["network"] for result in evaluation["results"]))
-    figure = Figure(figsize=(6.4 * len(kinds), 4.2), dpi=150)
-    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
-    for panel, kind in zip(panels, kinds, strict=True):
-        results = [result for result in evaluation["results"] if result["network"] == kind]
-        _curves(panel, evaluation, results, "" if kinds == ["ConvNet"] else f"{kind}, ")
+    """Writes a PNG with a panel per kind of network and of labels and a curve per result: test accuracy over images per
+    class, bars of one standard deviation."""
+    groups = tables(evaluation)
+    figure = Figure(figsize=(6.4 * len(groups), 4.2), dpi=150)
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for panel, (words, results) in zip(panels, groups, strict=True):
+        _curves(panel, evaluation, results, f"{words}, " if words else "")
     save_figure(figure, path)
 
 

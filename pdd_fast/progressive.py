@@ -7,7 +7,7 @@ what lies in its directory: a run that was killed goes on with the same bits.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from pdd_fast.filtering import forgetting_scores, initial_rows, stage_bands
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
+from pdd_fast.soft_labels import soft_labels
 from pdd_fast.training import Students, accuracies
 from pdd_fast.trajectories import Trajectory, list_trajectories
 from pdd_fast.unions import Union
@@ -110,6 +111,7 @@ class _Best:
     """The images that selection liked most so far."""
 
     images: Tensor
+    labels: Tensor
     rate: float
     accuracy: float  # percent, mean over the selection networks
     iteration: int
@@ -148,7 +150,9 @@ def _run_stage(
 ) -> Union:
     """Learns the images of the stage after ``union`` from the real ones in ``rows`` on, matching ``trajectories``."""
     config, stage = bench.config, union.stages + 1
-    labels = bench.train.labels[rows]
+    images, labels = bench.train.images[rows], bench.train.labels[rows]
+    if config.labels != "hard":
+        labels = soft_labels(bench.engine, stored_experts(run), images)
     problem = StageProblem(
         config=config,
         stage=stage,
@@ -157,7 +161,7 @@ def _run_stage(
         trajectories=trajectories,
         frozen_images=union.images if config.conditioning == "on" else union.images[:0],
         frozen_labels=union.labels if config.conditioning == "on" else union.labels[:0],
-        initial_images=bench.train.images[rows],
+        initial_images=images,
         labels=labels,
     )
     method = METHODS[config.base](problem)
@@ -173,7 +177,7 @@ def _run_stage(
                 if _is_judged(config.eval_every, method.iteration, config.iterations) and (
                     best is None or best.judged < method.iteration
                 ):
-                    best = _judge(run, selection, union, labels, method, best, task)
+                    best = _judge(run, selection, union, method, best, task)
                 if method.iteration == config.iterations:
                     break
                 began = time.perf_counter()
@@ -190,31 +194,29 @@ def _run_stage(
         _checkpoint(run, stage, method, best)
         raise
     assert best is not None
-    return union.extended(best.images, labels, best.rate)
+    return union.extended(best.images, best.labels, best.rate)
 
 
 def _is_judged(every: int, iteration: int, last: int) -> bool:
     return iteration == last or (every > 0 and iteration % every == 0)
 
 
-def _judge(
-    run: Run, selection: _Selection, union: Union, labels: Tensor, method: BaseMethod, best: _Best | None, task: Task
-) -> _Best:
+def _judge(run: Run, selection: _Selection, union: Union, method: BaseMethod, best: _Best | None, task: Task) -> _Best:
     stage, rate = union.stages + 1, method.learning_rate
-    score = selection.score(union.extended(method.images, labels, rate))
+    score = selection.score(union.extended(method.images, method.labels, rate))
     run.metrics.append(stage=stage, iteration=method.iteration, held_out_accuracy=score)
     task.advance(0, accuracy=score)
     # Of equals the later, which were learned from longer: few held-out images make equals common.
     if best is None or score >= best.accuracy:
-        return _Best(method.images.clone(), rate, score, method.iteration, method.iteration)
-    return _Best(best.images, best.rate, best.accuracy, best.iteration, method.iteration)
+        return _Best(method.images.clone(), method.labels, rate, score, method.iteration, method.iteration)
+    return replace(best, judged=method.iteration)
 
 
 def _checkpoint(run: Run, stage: int, method: BaseMethod, best: _Best | None) -> None:
     tensors = {f"method.{name}": tensor for name, tensor in method.state().items()}
     state: dict[str, float] = {}
     if best is not None:
-        tensors["best.images"] = best.images.cpu()
+        tensors |= {"best.images": best.images.cpu(), "best.labels": best.labels.cpu()}
         state = {"rate": best.rate, "accuracy": best.accuracy, "iteration": best.iteration, "judged": best.judged}
     run.save_checkpoint(stage, tensors, state)
 
@@ -228,5 +230,5 @@ def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
     method.load_state({name[7:]: tensor for name, tensor in tensors.items() if name.startswith("method.")})
     if "best.images" not in tensors:
         return None
-    images = tensors["best.images"].to(method.images.device)
-    return _Best(images, state["rate"], state["accuracy"], int(state["iteration"]), int(state["judged"]))
+    images, labels = (tensors[f"best.{name}"].to(method.images.device) for name in ("images", "labels"))
+    return _Best(images, labels, state["rate"], state["accuracy"], int(state["iteration"]), int(state["judged"]))

@@ -18,14 +18,17 @@ class Union:
     """The images of the stages so far, on the run's device."""
 
     images: Tensor  # [n, C, H, W]
-    labels: Tensor  # [n]
+    labels: Tensor  # [n], or probabilities [n, classes]
     stage: Tensor  # [n], 1-based
     rates: list[float] = field(default_factory=list)
 
     @classmethod
     def empty(cls, bench: Workbench) -> Union:
         train = bench.train
-        return cls(train.images[:0].clone(), train.labels[:0].clone(), train.labels[:0].clone())
+        none, labels = train.labels[:0].clone(), train.labels[:0].clone()
+        if bench.config.labels != "hard":
+            labels = train.images.new_empty(0, bench.data.num_classes)
+        return cls(train.images[:0].clone(), labels, none)
 
     @classmethod
     def load(cls, path: Path, bench: Workbench) -> Union:
@@ -71,6 +74,7 @@ class Union:
                 "classes": list(bench.data.classes),
                 "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
                 "network": bench.network,
+                "labels": config.labels,
                 "base": config.base,
                 "seed": config.seed,
                 "pdd_fast": __version__,

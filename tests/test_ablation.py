@@ -135,3 +135,11 @@ def test_wrong_calls_are_sentences(
     assert call(["ablate", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_soft_labels_are_compared_with_random_images_that_have_them_too(tmp_path: Path) -> None:
+    content = ablate(resolve(**(SETTINGS | {"labels": "soft"})), variants([2], ["on"], ["none"]), [0], tmp_path / "out")
+    assert content["labels"] == "soft"
+    results = Run.open(tmp_path / "out/seed-0/2-stages").read_evaluation()["results"]
+    expected = {result["name"]: result["mean"][-1] for result in results}
+    assert content["results"][-1]["accuracy"] == [expected["random-soft"]]

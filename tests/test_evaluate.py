@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from pdd_fast import evaluate
 from pdd_fast.config import resolve
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run
+from pdd_fast.experts import stored_experts
 from pdd_fast.networks.parameters import initial_parameters
 from pdd_fast.progressive import distill
 from pdd_fast.runs import Run
+from pdd_fast.soft_labels import soft_labels
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
@@ -191,7 +194,7 @@ def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, An
 
 def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
     bench = Workbench.prepare(run.config)
-    legs = evaluate._random(bench, 3, [7, 8, 9], range(1, 3))
+    legs = evaluate._random(bench, bench.train.labels, 3, [7, 8, 9], range(1, 3))
     assert [(leg.rate, leg.steps, leg.stops) for leg in legs] == [(0.05, 7, [7]), (0.05, 8, [8]), (0.05, 9, [9])]
     for position, repeat in enumerate((1, 2)):
         rows = bench.random_real_rows((1, 1, 1), "random images", repeat)
@@ -215,6 +218,41 @@ def test_against_a_set_of_one_stage(run: Run, evaluation: dict[str, Any], tmp_pa
     as_file = evaluate_run(run, against=other.distilled_file)
     assert of(as_file, "one-stage") == of(found, "one-stage")
     evaluate_run(run)
+
+
+def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path) -> None:
+    soft = finished(tmp_path / "soft", labels="learned", union_epochs=30, inner_lr=0.05)
+    found = evaluate_run(soft, against=run.path, subsets=True)
+    kinds = {result["name"]: result["labels"] for result in found["results"]}
+    assert kinds == {
+        "pdd": "learned", "random": "hard", "random-soft": "soft", "last-union": "learned", "against": "hard",
+        "subsets": "learned",
+    }  # fmt: skip
+    assert [pair["to"] for pair in found["paired"]] == ["random-soft", "last-union", "subsets"]
+    assert [(words, [r["name"] for r in group]) for words, group in evaluate.tables(found)] == [
+        ("soft labels", ["pdd", "random-soft", "last-union", "subsets"]), ("hard labels", ["random", "against"]),
+    ]  # fmt: skip
+    assert of(found, "random") == of(evaluate_run(run), "random")
+    assert of(found, "random-soft")["accuracy"] != of(found, "random")["accuracy"]
+    assert of(evaluate_run(run, against=soft.path), "against")["labels"] == "soft"
+    shutil.rmtree(soft.experts_dir)  # a run may be given away without them
+    without = evaluate_run(soft)
+    assert [result["name"] for result in without["results"]] == ["pdd", "random", "last-union"]
+    assert of(without, "pdd") == of(found, "pdd")
+    evaluate_run(run)
+
+
+def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) -> None:
+    soft = finished(tmp_path / "soft", labels="soft", iterations=0)
+    bench, experts = Workbench.prepare(soft.config), stored_experts(soft)
+    labels = evaluate._soft(bench, experts)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for repeat in range(2):
+        for rows in bench.random_real_rows((1, 1, 1), "random images", repeat):
+            drawn[rows] = True
+            torch.testing.assert_close(labels[rows], soft_labels(bench.engine, experts, bench.train.images[rows]))
+    assert not labels[~drawn].any()
+    torch.testing.assert_close(labels[drawn].sum(1), torch.ones(int(drawn.sum())))
 
 
 def test_what_cannot_be_evaluated_is_refused(run: Run, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds less than two GPUs")
 CLASSES, STEPS, BATCH, SIZE = 3, 4, 5, (8, 7)
 SINGLE, MULTIPLE = pdd_fast.DSA(), pdd_fast.DSA("color_crop_cutout", mode="multiple")
-UPDATE = {"lr_img": 0.5, "lr_lr": 1e-3, "momentum": 0.6}
+UPDATE = {"lr_img": 0.5, "lr_lr": 1e-3, "lr_label": 20.0, "momentum": 0.6}
+RATES = ("lr_img", "lr_lr", "lr_label")
 
 
 class Case:
@@ -43,6 +44,7 @@ class Case:
     def __init__(
         self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, frozen: int = 4, learned: int = 6,
         engine: str = "fused", memory: str = "recompute", keep: int = 0, dsa: pdd_fast.DSA | None = SINGLE,
+        labels: str = "hard",
     ) -> None:  # fmt: skip
         """``keep``: with memory="auto", how many steps the limit has room for."""
         draw = torch.Generator().manual_seed(0)
@@ -55,6 +57,9 @@ class Case:
         images = torch.randn(frozen + learned, 3, *SIZE, generator=draw, dtype=dtype).to(device)
         self.frozen, self.learned = images.split([frozen, learned])
         self.labels = torch.randint(CLASSES, (frozen + learned,), generator=draw).to(device)
+        self.learns_labels = labels == "learned"
+        if labels != "hard":
+            self.labels = torch.randn(frozen + learned, CLASSES, generator=draw, dtype=dtype).softmax(1).to(device)
 
     def inputs(self, seed: int) -> tuple[MatchingInputs, list[AugmentParameters] | None]:
         draw = torch.Generator().manual_seed(seed)
@@ -71,12 +76,13 @@ class Case:
         if self.dsa is not None:
             drawn = self.dsa.sample(1, SIZE, torch.Generator())
             options = {"operations": len(drawn.operations), "cutout": drawn.cutout_size} | options
-        memory = {"memory": self.memory, "memory_limit": self.memory_limit}
+        memory = {"memory": self.memory, "memory_limit": self.memory_limit, "learn_labels": self.learns_labels}
         options = {"steps": STEPS, "batch": BATCH} | memory | UPDATE | options
         return MatchingStep(self.engine, self.labels, self.frozen, **options)
 
     def first(self) -> MatchingState:
-        return MatchingState.start(self.learned, 0.03)
+        own = self.labels[len(self.frozen) :] if self.learns_labels else None
+        return MatchingState.start(self.learned, 0.03, own)
 
     def run(self, step: MatchingStep, iterations: int) -> list[MatchingResult]:
         state, results = self.first(), []
@@ -91,20 +97,22 @@ class Case:
         for seed in range(iterations):
             inputs, draws = self.inputs(seed)
             start, target = inputs.start.to(self.device), inputs.target.to(self.device)
-            images, rate = state.images.clone().requires_grad_(), state.rate.clone().requires_grad_()
+            images, rate, logits = (t.clone().requires_grad_() for t in (state.images, state.rate, state.logits))
+            labels = self.labels
+            if self.learns_labels:
+                labels = torch.cat([labels[: len(self.frozen)], logits.softmax(1)])
             end = pdd_fast.unroll(
-                self.engine.net, start, torch.cat([self.frozen, images]), self.labels, rate, list(inputs.batches),
+                self.engine.net, start, torch.cat([self.frozen, images]), labels, rate, list(inputs.batches),
                 draws, engine="fused" if isinstance(self.engine, FusedEngine) else "autograd", memory=self.memory,
                 memory_limit=self.memory_limit, frozen=torch.arange(len(self.labels)) < len(self.frozen),
             )  # fmt: skip
             loss = pdd_fast.trajectory_matching_loss(end, start, target)
-            images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
-            images_velocity = state.images_velocity * UPDATE["momentum"] + images_grad
-            rate_velocity = state.rate_velocity * UPDATE["momentum"] + rate_grad
-            state = MatchingState(
-                state.images - UPDATE["lr_img"] * images_velocity, images_velocity,
-                state.rate - UPDATE["lr_lr"] * rate_velocity, rate_velocity,
-            )  # fmt: skip
+            grads = torch.autograd.grad(loss, [images, rate, logits], materialize_grads=True)
+            updated = list[Tensor]()
+            for name, gradient, update in zip(("images", "rate", "logits"), grads, RATES, strict=True):
+                velocity = getattr(state, f"{name}_velocity") * UPDATE["momentum"] + gradient
+                updated += [getattr(state, name) - UPDATE[update] * velocity, velocity]
+            state = MatchingState(*updated)
             results.append(MatchingResult(state, float(loss.detach()), float(state.rate), True))
         return results
 
@@ -128,6 +136,10 @@ CASES = {
     "autograd, kept": {"engine": "autograd", "memory": "cache"},
     "autograd, kept up to a limit": {"engine": "autograd", "memory": "auto", "keep": 2},
     "float64": {"dtype": torch.float64},
+    "soft labels": {"labels": "soft"},
+    "learned labels": {"labels": "learned"},
+    "learned labels, nothing frozen": {"labels": "learned", "frozen": 0, "dtype": torch.float64},
+    "learned labels, autograd": {"labels": "learned", "engine": "autograd"},
 }
 
 
@@ -202,8 +214,11 @@ def several(case: Case, seeds: tuple[int, ...]) -> MatchingInputs:
     return MatchingInputs(start, target, batches, draws)
 
 
+SOME = ["plain", "nothing frozen", "several operations", "no augmentation", "autograd", "learned labels"]
+
+
 @pytest.mark.usefixtures("composed")
-@pytest.mark.parametrize("name", ["plain", "nothing frozen", "several operations", "no augmentation", "autograd"])
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("recorded", [False, True])
 def test_of_several_trajectories_the_mean_gradient_is_taken(name: str, recorded: bool) -> None:
     case = Case(**{"dtype": torch.float64} | CASES[name])
@@ -229,9 +244,10 @@ def test_a_long_gradient_is_clipped_and_a_short_one_is_not() -> None:
     assert torch.equal(clipped.rate, free.state.rate)
 
 
-def test_a_shorter_update_is_one_at_smaller_rates() -> None:
-    case = Case()
-    step, half = case.step(), case.step(lr_img=UPDATE["lr_img"] / 2, lr_lr=UPDATE["lr_lr"] / 2)
+@pytest.mark.parametrize("labels", ["hard", "learned"])
+def test_a_shorter_update_is_one_at_smaller_rates(labels: str) -> None:
+    case = Case(labels=labels)
+    step, half = case.step(), case.step(**{name: UPDATE[name] / 2 for name in RATES})
     expected = half(case.first(), case.inputs(0)[0])
     assert_same([step(case.first(), case.inputs(0)[0], shorter=0.5)], [expected])
     assert_same(case.run(step, 2), case.by_autograd(2))  # and the next is as long as ever
@@ -255,6 +271,28 @@ def test_the_memory_of_a_step_goes_with_it() -> None:
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_learned_labels_start_as_they_are_given_and_stay_probabilities() -> None:
+    case = Case(labels="learned", dtype=torch.float64)
+    own = case.labels[len(case.frozen) :]
+    torch.testing.assert_close(case.first().labels, own)
+    assert bool(MatchingState.start(case.learned, 0.03, torch.eye(6).double()).logits.isfinite().all())  # 0 is no end
+    last = case.run(case.step(), 5)[-1].state
+    torch.testing.assert_close(last.labels.sum(1), torch.ones(6, dtype=torch.float64))
+    assert float((last.labels - own).abs().max()) > 1e-3
+
+
+def test_labels_that_are_no_longer_finite_are_told() -> None:
+    case = Case(labels="learned")
+    assert not case.step(lr_label=1e45)(case.first(), case.inputs(0)[0]).finite
+
+
+def test_classes_cannot_be_learned() -> None:
+    with pytest.raises(
+        ValueError, match=r"labels must be torch.float32 \[m \+ n, classes\] to be learned, got torch.int64"
+    ):
+        Case().step(learn_labels=True)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +345,7 @@ def test_inputs_that_do_not_fit_are_named(change: dict[str, Any], message: str) 
 
 def problem(folder: Path, device: torch.device = CPU, engine: Engine | None = None, **settings: Any) -> StageProblem:
     """A stage's problem with two trajectories on disk."""
-    case = Case(device)
+    case = Case(device, labels=settings.get("labels", "hard"))
     engine = engine or case.engine
     if not list(folder.glob("*")):
         for k in range(2):
@@ -316,7 +354,7 @@ def problem(folder: Path, device: torch.device = CPU, engine: Engine | None = No
             write_trajectory(folder / f"trajectory-00{k}.safetensors", rows, {})
     settings = {
         "inner_steps": STEPS, "inner_batch": BATCH, "max_start_epoch": 2, "expert_epochs": 2, "lr_img": 0.5,
-        "lr_lr": 1e-3, "inner_lr": 0.03, "width": 6, "depth": 2,
+        "lr_lr": 1e-3, "inner_lr": 0.03, "width": 6, "depth": 2, "lr_label": 20.0,
     } | settings  # fmt: skip
     frozen = len(case.frozen)
     return StageProblem(
@@ -358,6 +396,34 @@ class Tripping(FusedEngine):
         return super().dual(*args, **options)
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_labels_that_are_not_to_be_learned_stay(tmp_path: Path, labels: str) -> None:
+    method = TrajectoryMatching(problem(tmp_path, labels=labels))
+    before = method.labels.clone()
+    states_of(method, 2)
+    assert torch.equal(method.labels, before)
+    assert before.dim() == (1 if labels == "hard" else 2)
+
+
+def test_labels_are_learned_where_asked(tmp_path: Path) -> None:
+    method, slower, averaged = (
+        TrajectoryMatching(problem(tmp_path, labels="learned", **settings))
+        for settings in ({}, {"lr_label": 0.0}, {"ema": 0.75})
+    )
+    first = method.labels.clone()
+    assert torch.equal(slower.labels, first)
+    seen = states_of(method, 3)
+    states_of(slower, 3), states_of(averaged, 3)
+    assert float((method.labels - first).abs().max()) > 1e-4
+    torch.testing.assert_close(method.labels.sum(1), torch.ones(len(first)))
+    torch.testing.assert_close(slower.labels, first)
+    assert 0 < float((averaged.labels - first).norm()) < float((method.labels - first).norm())
+    again = TrajectoryMatching(problem(tmp_path, labels="learned"))
+    again.load_state(seen[1])
+    again.step()
+    assert torch.equal(again.labels, method.labels)
+
+
 @pytest.mark.parametrize("at", [1, 3, STEPS + 1, 2 * STEPS, 2 * STEPS + 2, 4 * STEPS])
 def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(tmp_path: Path, at: int) -> None:
     expected = states_of(TrajectoryMatching(problem(tmp_path)), 4)
@@ -374,14 +440,15 @@ def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(
     assert all(same_state(one, other) for one, other in zip(seen, expected, strict=True))
 
 
-def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"labels": "learned"}, {"labels": "learned", "ema": 0.5}])
+def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
     """Also where inputs were made ahead for another iteration."""
-    method = TrajectoryMatching(problem(tmp_path))
+    method = TrajectoryMatching(problem(tmp_path, **settings))
     expected = states_of(method, 4)
     method.load_state(expected[0])
     assert method.iteration == 1
     assert all(same_state(one, other) for one, other in zip(states_of(method, 3), expected[1:], strict=True))
-    other = TrajectoryMatching(problem(tmp_path))
+    other = TrajectoryMatching(problem(tmp_path, **settings))
     other.load_state(expected[1])
     assert all(same_state(one, two) for one, two in zip(states_of(other, 2), expected[2:], strict=True))
 

@@ -45,7 +45,7 @@ def evaluation(stages: int = 2, repeats: int = 2) -> dict[str, Any]:
         "stages": stages,
         "steps": [100 * (s + 1) for s in range(stages)],
         "results": [
-            {"name": name, "network": "ConvNet", "seeds": list(range(repeats)),
+            {"name": name, "labels": "hard", "network": "ConvNet", "seeds": list(range(repeats)),
              "mean": [50.0 + n + 10 * s for s in range(stages)], "std": [1.5 * s for s in range(stages)]}
             for n, name in enumerate(("pdd", "random", "last-union"))
         ],
@@ -225,6 +225,19 @@ def test_every_kind_of_network_has_a_table_and_differences_follow_it(capsys: pyt
     assert lines.index("pdd − random in the end: -1.3 ± 0.5 (95 %)") == heads[1] - 1
 
 
+def test_soft_and_hard_labels_have_tables_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    content = evaluation()
+    for name, labels in zip(("pdd", "random", "last-union"), ("learned", "hard", "soft"), strict=True):
+        next(result for result in content["results"] if result["name"] == name)["labels"] = labels
+    content["paired"] = [{"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}]
+    output.print_evaluation(content)
+    lines = capsys.readouterr().out.splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("Test accuracy")]
+    assert [lines[i].rpartition("networks")[2] for i in heads] == [" (soft labels)", " (hard labels)"]
+    assert [cells(lines[i + 2])[3:] for i in heads] == [["pdd", "last-union"], ["random"]]
+    assert lines[heads[1] - 1].startswith("pdd − last-union in the end: +1.0")
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal() if terminal else io.StringIO()
@@ -232,7 +245,14 @@ def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: 
     monkeypatch.setenv("COLUMNS", "80")
     content = evaluation(stages=100)
     content["results"] = [
-        {"name": name, "network": "ConvNet", "seeds": [0, 1], "mean": [99.9] * 100, "std": [10.5] * 100}
+        {
+            "name": name,
+            "labels": "hard",
+            "network": "ConvNet",
+            "seeds": [0, 1],
+            "mean": [99.9] * 100,
+            "std": [10.5] * 100,
+        }
         for name in ("pdd", "random", "last-union", "one-stage")
     ]
     content["steps"] = [100_000] * 100

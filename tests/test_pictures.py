@@ -174,7 +174,14 @@ def evaluation(**results: list[float]) -> dict[str, Any]:
         "stages": 3,
         "steps": [10, 20, 30],
         "results": [
-            {"name": name.replace("_", "-"), "network": "ConvNet", "seeds": [1, 2], "mean": mean, "std": [0.0] * 3}
+            {
+                "name": name.replace("_", "-"),
+                "labels": "hard",
+                "network": "ConvNet",
+                "seeds": [1, 2],
+                "mean": mean,
+                "std": [0.0] * 3,
+            }
             for name, mean in results.items()
         ],
     }
@@ -203,6 +210,14 @@ def test_every_kind_of_network_has_a_panel(tmp_path: Path) -> None:
     assert abs(two.shape[0] - one.shape[0]) <= 5
     assert two.shape[1] > 1.8 * one.shape[1]
     assert all(where(half, BLUE).sum() > 500 for half in np.array_split(two, 2, axis=1))
+
+
+def test_soft_labels_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    content = evaluation(pdd=[20.0, 60.0, 80.0], random=[30.0, 40.0, 50.0])
+    content["results"][0]["labels"] = "learned"
+    left, right = np.array_split(plot(content, tmp_path), 2, axis=1)
+    assert where(left, BLUE).sum() > 500
+    assert where(right, BLUE).sum() == 0
 
 
 def test_one_result_is_a_curve_from_the_first_stage_to_the_last(tmp_path: Path) -> None:

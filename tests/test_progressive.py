@@ -20,6 +20,7 @@ import torch
 from pdd_fast import load_distilled, progressive
 from pdd_fast.config import Config, resolve
 from pdd_fast.errors import RunError, UsageError
+from pdd_fast.networks.parameters import load_parameters
 from pdd_fast.ops import convnet
 from pdd_fast.progressive import distill
 from pdd_fast.reporting import SILENT, Reporter, Task
@@ -234,6 +235,47 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(
         distill(Run.open(stopped.path))
         assert bytes_of(stopped) == expected, limit
         assert measured(stopped) == expected_metrics, limit
+
+
+def test_learned_labels_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:
+    changes = {
+        "labels": "learned", "lr_label": 5.0, "stages": 2, "ipc": 2, "expert_train_epochs": 3, "checkpoint_seconds": 0,
+    }  # fmt: skip
+    whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
+    distill(whole, counter)
+    for limit in range(3, counter.count + 1, 2):
+        stopped = Run.create(tmp_path / f"stopped-{limit}", whole.config)
+        with pytest.raises(Stopped):
+            distill(stopped, Stopper(limit))
+        distill(Run.open(stopped.path))
+        assert bytes_of(stopped) == bytes_of(whole), limit
+
+
+def test_labels_are_what_the_experts_say_and_learned_from_there_on(tmp_path: Path) -> None:
+    """iterations=0 gives what learning starts from."""
+    sets = {}
+    for kind, iterations in (("soft", 0), ("soft", 4), ("learned", 0), ("learned", 4)):
+        changes = {"labels": kind, "iterations": iterations, "lr_label": 5.0, "eval_every": 0}
+        run = Run.create(tmp_path / f"{kind}-{iterations}", configuration(**changes))
+        sets[kind, iterations] = distill(run)
+        assert load_distilled(run.path).metadata["labels"] == kind
+    bench = Workbench.prepare(run.config)
+    rows = torch.cat(bench.random_real_rows(run.config.ipc_by_stage, "initial images"))
+    net, said = bench.engine.net, []
+    for expert in list_trajectories(run.experts_dir):
+        load_parameters(net, expert.checkpoint(expert.epochs))
+        with torch.no_grad():
+            said.append(net(bench.train.images[rows]).softmax(1))
+    expected = (said[0] + said[1]) / 2
+    for start in (sets["soft", 0], sets["soft", 4], sets["learned", 0]):
+        torch.testing.assert_close(start.labels, expected, rtol=1e-4, atol=2e-5)
+    learned = sets["learned", 4]
+    for stage in (1, 2, 3):
+        own = learned.stage == stage
+        assert float((learned.labels - expected)[own].abs().max()) > 1e-4
+    torch.testing.assert_close(learned.labels.sum(1), torch.ones(30))
+    # They are what networks are trained on: the images of stage 2 know the labels of stage 1.
+    assert not torch.equal(learned.subset(2).images, sets["soft", 4].subset(2).images)
 
 
 def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ class StageProblem:
     dsa: DSA
     trajectories: list[Trajectory]
     frozen_images: Tensor  # [m, C, H, W] of the earlier stages
-    frozen_labels: Tensor  # [m]
+    frozen_labels: Tensor  # [m], or [m, classes]
     initial_images: Tensor  # [n, C, H, W] real images that this stage's start from
-    labels: Tensor  # [n]
+    labels: Tensor  # [n], or probabilities [n, classes], which are learned or not as the configuration says
 
 
 class BaseMethod(Protocol):
@@ -45,6 +45,11 @@ class BaseMethod(Protocol):
     @property
     def images(self) -> Tensor:
         """The stage's images as they are now [n, C, H, W]."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """Their labels as they are now, [n] or [n, classes]."""
         ...
 
     @property

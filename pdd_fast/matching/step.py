@@ -23,6 +23,9 @@ from pdd_fast.ops import _native
 from pdd_fast.ops.dsa import DRAWS, NOTHING
 from pdd_fast.unrolling import UnrollSpec, Wanted, adjoint, forward_path, kept_steps, learned_rows
 
+# Of a class's probability where learning starts. The gradient of a logit is proportional to it: from 0 it would stay 0.
+_SMALLEST = 1e-6
+
 
 class MatchingState(NamedTuple):
     """What an iteration changes. Never written to: an iteration gives a new one."""
@@ -31,12 +34,22 @@ class MatchingState(NamedTuple):
     images_velocity: Tensor  # [n, C, H, W]
     rate: Tensor  # [] inner learning rate
     rate_velocity: Tensor  # []
+    logits: Tensor  # [n, classes], whose softmax the labels are; [0, 0] where labels are not learned
+    logits_velocity: Tensor
 
     @classmethod
-    def start(cls, images: Tensor, rate: float) -> MatchingState:
-        """At rest at ``images`` [n, C, H, W] and ``rate``."""
+    def start(cls, images: Tensor, rate: float, labels: Tensor | None = None) -> MatchingState:
+        """At rest at ``images`` [n, C, H, W], ``rate`` and, where they are learned, ``labels`` [n, classes], which are
+        probabilities."""
         first = torch.tensor(rate, dtype=images.dtype, device=images.device)
-        return cls(images.clone(), torch.zeros_like(images), first, torch.zeros_like(first))
+        logits = images.new_empty(0, 0) if labels is None else labels.clamp_min(_SMALLEST).log()
+        pairs = [(tensor, torch.zeros_like(tensor)) for tensor in (images.clone(), first, logits)]
+        return cls(*(tensor for pair in pairs for tensor in pair))
+
+    @property
+    def labels(self) -> Tensor:
+        """The learned labels: probabilities [n, classes]."""
+        return self.logits.softmax(1)
 
 
 class MatchingInputs(NamedTuple):
@@ -52,7 +65,7 @@ class MatchingResult(NamedTuple):
     state: MatchingState
     loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖², before the update; the mean of K
     rate: float  # the new state's
-    finite: bool  # whether all of the new state's images are
+    finite: bool  # whether all of the new state's images and logits are
 
 
 def can_capture(engine: Engine, device: torch.device) -> bool:
@@ -74,7 +87,10 @@ class MatchingStep:
         cutout: height and width of what the operation cutout blanks, pixels.
         memory, memory_limit: as for :func:`pdd_fast.unroll`; how many steps keep their activations is settled here and
             for good.
-        lr_img, lr_lr, momentum: of the update; the two rates are those of the images and of the inner rate.
+        lr_img, lr_lr, lr_label, momentum: of the update; the rates are those of the images, of the inner rate and of
+            learned labels' logits.
+        learn_labels: the labels of the learned images are learned too. ``labels`` has to be weights then, whose last n
+            rows are not read: the state has them.
         trajectories: K, whose mean gradient an update takes.
         clip: largest norm of the images' gradient, which is scaled down to it; 0: any.
         graph: one launch from the second call on (:class:`pdd_fast.graphs.Replay`); without effect on the CPU.
@@ -98,7 +114,9 @@ class MatchingStep:
         memory_limit: int | None = None,
         lr_img: float = 0.0,
         lr_lr: float = 0.0,
+        lr_label: float = 0.0,
         momentum: float = 0.0,
+        learn_labels: bool = False,
         trajectories: int = 1,
         clip: float = 0.0,
         graph: bool = False,
@@ -113,6 +131,9 @@ class MatchingStep:
         _require(operations >= 0, "operations", "be at least 0", operations)
         _require(trajectories >= 1, "trajectories", "be at least 1", trajectories)
         _require(clip >= 0, "clip", "be at least 0", clip)
+        weights = labels.dim() == 2 and labels.dtype == frozen_images.dtype
+        _require(weights or not learn_labels, "labels", f"be {frozen_images.dtype} [m + n, classes] to be learned",
+                 f"{labels.dtype} {tuple(labels.shape)}")  # fmt: skip
         device, dtype = frozen_images.device, frozen_images.dtype
         shape = PassShape.of(frozen_images, batch)
         keep = kept_steps("MatchingStep", engine, [shape] * steps, memory, memory_limit)
@@ -120,7 +141,7 @@ class MatchingStep:
         several = () if trajectories == 1 else (trajectories,)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "start": ((*several, parameters), dtype), "target": ((*several, parameters), dtype),
-            "batches": ((*several, steps, batch), torch.int64), "rates": ((2,), dtype),
+            "batches": ((*several, steps, batch), torch.int64), "rates": ((3,), dtype),
         }  # fmt: skip
         if operations:
             shapes["values"] = ((trajectories * steps, len(DRAWS), batch), torch.float64)
@@ -137,13 +158,15 @@ class MatchingStep:
         ]
         images = frozen_images.new_empty((total, *frozen_images.shape[1:]))
         images[:frozen] = frozen_images
+        logits = labels[frozen:] if learn_labels else images.new_empty(0, 0)
         self._buffers = _Buffers(
-            specs, labels, fixed["start"].view(-1, parameters), fixed["target"].view(-1, parameters), images, frozen,
-            _empty_state(images[frozen:]), _empty_state(images[frozen:]), images.new_empty(3, dtype=torch.float64),
-            fixed["rates"], momentum, clip,
+            specs, labels.clone() if learn_labels else labels, fixed["start"].view(-1, parameters),
+            fixed["target"].view(-1, parameters), images, frozen, _empty_state(images[frozen:], logits),
+            _empty_state(images[frozen:], logits), images.new_empty(3, dtype=torch.float64), fixed["rates"], momentum,
+            clip, learn_labels,
         )  # fmt: skip
         self._shape, self._operations, self._cutout = (*several, steps, batch), operations, cutout
-        self._rates = torch.tensor([lr_img, lr_lr], dtype=torch.float64, device="cpu")
+        self._rates = torch.tensor([lr_img, lr_lr, lr_label], dtype=torch.float64, device="cpu")
         self._replay = Replay(partial(_iterate, self._buffers), device, graph, backend=backend)
         # How many rows of a batch are frozen changes from batch to batch. Where shapes have to stay, frozen images get
         # a gradient too, which nobody reads: some 3 % of the operations at width 128. On CUDA also without a graph, so
@@ -161,7 +184,7 @@ class MatchingStep:
 
         Args:
             meanwhile: what the host does while a GPU is at work.
-            shorter: factor of both rates of the update.
+            shorter: factor of all rates of the update.
 
         Raises:
             ValueError: an input does not fit what the constructor was told, or an index is out of range.
@@ -218,7 +241,7 @@ class _Buffers:
     """What :func:`_iterate` reads and writes."""
 
     specs: list[UnrollSpec]  # K
-    labels: Tensor  # [m + n]
+    labels: Tensor  # [m + n] or [m + n, classes]; where they are learned the last n rows are written every time
     start: Tensor  # [K, P]
     target: Tensor  # [K, P]
     images: Tensor  # [m + n, C, H, W], the frozen ones written once
@@ -226,37 +249,45 @@ class _Buffers:
     old: MatchingState
     new: MatchingState
     numbers: Tensor  # float64 [3], as MatchingResult has them after the state
-    rates: Tensor  # [2], of the images and of the inner rate
+    rates: Tensor  # [3], of the images, of the inner rate and of the logits
     momentum: float
     clip: float
+    learn_labels: bool
 
 
-def _empty_state(like: Tensor) -> MatchingState:
-    return MatchingState(torch.empty_like(like), torch.empty_like(like), like.new_empty(()), like.new_empty(()))
+def _empty_state(images: Tensor, logits: Tensor) -> MatchingState:
+    rate = images.new_empty(())
+    return MatchingState(*(torch.empty_like(like) for like in (images, images, rate, rate, logits, logits)))
 
 
 @torch.no_grad()
 def _iterate(b: _Buffers) -> None:
     old, new = b.old, b.new
     b.images[b.frozen :] = old.images
-    loss, images_grad, slope = _matched(b, 0)
+    if b.learn_labels:
+        b.labels[b.frozen :] = old.labels
+    found = _matched(b, 0)
     if len(b.specs) > 1:
         for k in range(1, len(b.specs)):
-            for total, one in zip((loss, images_grad, slope), _matched(b, k), strict=True):
+            for total, one in zip(found, _matched(b, k), strict=True):
                 total.add_(one)
-        for total in (loss, images_grad, slope):
+        for total in found:
             total.div_(len(b.specs))
+    loss, images_grad, slope, logits_grad = found
     if b.clip:
         images_grad = images_grad * (b.clip / images_grad.norm()).clamp_max(1)
     new.images_velocity.copy_(old.images_velocity * b.momentum + images_grad)
     new.rate_velocity.copy_(old.rate_velocity * b.momentum - slope)
+    new.logits_velocity.copy_(old.logits_velocity * b.momentum + logits_grad)
     new.images.copy_(old.images - b.rates[0] * new.images_velocity)
     new.rate.copy_(old.rate - b.rates[1] * new.rate_velocity)
-    b.numbers.copy_(torch.stack([loss, new.rate, new.images.isfinite().all()]))
+    new.logits.copy_(old.logits - b.rates[2] * new.logits_velocity)
+    b.numbers.copy_(torch.stack([loss, new.rate, new.images.isfinite().all() & new.logits.isfinite().all()]))
 
 
-def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of trajectory k: the loss [], its gradient with respect to the learned images, and the sum of the slopes []."""
+def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of trajectory k: the loss [], its gradient with respect to the learned images, the sum of the slopes [], and the
+    gradient with respect to the logits ([0, 0] where labels are not learned)."""
     spec, start, target = b.specs[k], b.start[k], b.target[k]
     alphas = b.old.rate.expand(len(spec.batches))
     path, kept = forward_path(spec, start, b.images, b.labels, alphas)
@@ -264,7 +295,11 @@ def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor]:
     difference, distance = path[-1] - target, (start - target).square().sum()
     loss = difference.square().sum() / distance
     grad = distance.reciprocal() * (difference * 2)
-    wanted = Wanted(theta=False, images=True, labels=False)
+    wanted = Wanted(theta=False, images=True, labels=b.learn_labels)
     found = adjoint(spec, path, kept, b.images, b.labels, alphas, grad, wanted)
     assert found.images is not None
-    return loss, found.images[b.frozen :], found.slopes.sum()
+    logits_grad = torch.zeros_like(b.old.logits)
+    if found.labels is not None:
+        learned = b.labels[b.frozen :]
+        logits_grad = torch._softmax_backward_data(found.labels[b.frozen :], learned, 1, learned.dtype)
+    return loss, found.images[b.frozen :], found.slopes.sum(), logits_grad

@@ -44,57 +44,76 @@ class SetBackWarning(UserWarning):
     """Images were set back to earlier ones, and the steps halved."""
 
 
+class _Point(NamedTuple):
+    """What is learned, without its velocities."""
+
+    images: Tensor  # [n, C, H, W]
+    rate: Tensor  # []
+    logits: Tensor  # [n, classes], or [0, 0]
+
+    @classmethod
+    def of(cls, state: MatchingState) -> _Point:
+        return cls(state.images, state.rate, state.logits)
+
+    def at_rest(self) -> MatchingState:
+        return MatchingState(*(t for tensor in self for t in (tensor, torch.zeros_like(tensor))))
+
+
 class _Progress(NamedTuple):
     """All that :class:`TrajectoryMatching` is. Never written to."""
 
     iteration: int
     state: MatchingState
-    average: Tensor  # [n, C, H, W], of the images over iterations
-    halvings: int  # of both rates of the update, so far
-    older: tuple[Tensor, Tensor]  # images and rate to go back to, of _ANCHOR to 2 * _ANCHOR iterations ago
-    newer: tuple[Tensor, Tensor]
+    average: _Point  # over iterations, all but the rate, which is the last
+    halvings: int  # of the rates of the update, so far
+    older: _Point  # to go back to, of _ANCHOR to 2 * _ANCHOR iterations ago
+    newer: _Point
 
     @classmethod
     def start(cls, state: MatchingState) -> _Progress:
-        point = (state.images, state.rate)
-        return cls(0, state, state.images, 0, point, point)
+        point = _Point.of(state)
+        return cls(0, state, point, 0, point, point)
 
     def set_back(self) -> _Progress:
         """At rest at the older images, with steps of half the length."""
-        images, rate = self.older
-        at_rest = MatchingState(images, torch.zeros_like(images), rate, torch.zeros_like(rate))
-        return self._replace(state=at_rest, average=images, halvings=self.halvings + 1, newer=self.older)
+        return self._replace(
+            state=self.older.at_rest(), average=self.older, halvings=self.halvings + 1, newer=self.older
+        )
 
     def followed_by(self, state: MatchingState, decay: float) -> _Progress:
         """After an iteration that gave ``state``; ``decay`` of the average stays in it."""
-        iteration, average = self.iteration + 1, state.images
+        iteration, point = self.iteration + 1, _Point.of(state)
+        average = point
         if decay:
-            average = self.average.lerp(state.images, 1 - decay)
+            images, _, logits = (old.lerp(new, 1 - decay) for old, new in zip(self.average, point, strict=True))
+            average = _Point(images, state.rate, logits)
         older, newer = self.older, self.newer
         if iteration % _ANCHOR == 0:
-            older, newer = newer, (state.images, state.rate)
+            older, newer = newer, point
         return _Progress(iteration, state, average, self.halvings, older, newer)
 
     def tensors(self) -> dict[str, Tensor]:
         found = {"iteration": torch.tensor(self.iteration), "halvings": torch.tensor(self.halvings)}
         found |= self.state._asdict()
-        if self.average is not self.state.images:
-            found["average"] = self.average
-        for name in ("older", "newer"):
-            images, rate = getattr(self, name)
-            found |= {f"{name}_images": images, f"{name}_rate": rate}
+        # Without averaging that is the state itself, which need not be stored twice.
+        own_average = [] if self.average.images is self.state.images else ["average"]
+        for name in (*own_average, "older", "newer"):
+            found |= {f"{name}_{field}": tensor for field, tensor in getattr(self, name)._asdict().items()}
         return found
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> _Progress:
         state = MatchingState(*(tensors[name] for name in MatchingState._fields))
-        older, newer = ((tensors[f"{name}_images"], tensors[f"{name}_rate"]) for name in ("older", "newer"))
-        average = tensors.get("average", state.images)
-        return cls(int(tensors["iteration"]), state, average, int(tensors["halvings"]), older, newer)
+
+        def point(name: str) -> _Point:
+            return _Point(*(tensors[f"{name}_{field}"] for field in _Point._fields))
+
+        average = point("average") if "average_images" in tensors else _Point.of(state)
+        return cls(int(tensors["iteration"]), state, average, int(tensors["halvings"]), point("older"), point("newer"))
 
 
 class TrajectoryMatching:
-    """MTT as a base method: images and inner rate by SGD with momentum on the matching loss.
+    """MTT as a base method: images, inner rate and, on request, labels by SGD with momentum on the matching loss.
 
     Raises:
         UsageError: an iteration would take more memory than the GPU has.
@@ -107,7 +126,8 @@ class TrajectoryMatching:
         self._batch = min(config.inner_batch or len(problem.labels), self._total)
         memory.require(images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower())
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
-        self._done = _Progress.start(MatchingState.start(images, config.inner_lr))
+        learned = problem.labels if config.labels == "learned" else None
+        self._done = _Progress.start(MatchingState.start(images, config.inner_lr, learned))
         self._ahead: tuple[int, MatchingInputs] | None = None  # the inputs of an iteration, made while a GPU was busy
         drawn = problem.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
         self._step = MatchingStep(
@@ -122,7 +142,9 @@ class TrajectoryMatching:
             memory_limit=self._memory_limit(),
             lr_img=self._lr_img,
             lr_lr=config.lr_lr,
+            lr_label=config.lr_label,
             momentum=config.momentum,
+            learn_labels=learned is not None,
             trajectories=config.trajectories,
             clip=config.clip,
             graph=config.graph != "off" and can_capture(problem.engine, images.device),
@@ -134,7 +156,13 @@ class TrajectoryMatching:
 
     @property
     def images(self) -> Tensor:
-        return self._done.average if self._problem.config.ema else self._done.state.images
+        return self._done.average.images
+
+    @property
+    def labels(self) -> Tensor:
+        if self._problem.config.labels != "learned":
+            return self._problem.labels
+        return self._done.average.logits.softmax(1)
 
     @property
     def learning_rate(self) -> float:
@@ -241,7 +269,10 @@ class TrajectoryMatching:
         lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {config.lr_lr:g})"
         if not math.isfinite(result.loss) or not result.finite:
             rates = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
-            return f"the matching loss is {result.loss:g} and the images are no longer finite", rates
+            what = "images"
+            if config.labels == "learned":
+                rates, what = f"lr_label (now {config.lr_label:g}), {rates}", "images or labels"
+            return f"the matching loss is {result.loss:g} and the {what} are no longer finite", rates
         if not result.rate > 0:
             return f"the learned inner rate became {result.rate:g}", lr_lr
         return None
