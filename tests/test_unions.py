@@ -101,6 +101,7 @@ def test_a_distilled_set_says_what_someone_else_needs(tmp_path: Path, bench: Wor
         "network": {
             "name": "ConvNet", "in_channels": 1, "num_classes": 10, "image_size": [8, 8], "width": 4, "depth": 2,
         },
+        "labels": "hard",
         "base": "mtt",
         "seed": 5,
         "pdd_fast": __version__,
