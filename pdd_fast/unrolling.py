@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from pdd_fast import engines
 from pdd_fast import memory as memories
 from pdd_fast.augmentation import AugmentParameters, PackedDraws
-from pdd_fast.networks.parameters import check_parameters
+from pdd_fast.networks.arguments import check_batch, check_theta, require
 from pdd_fast.ops.add_rows import add_rows
 
 MEMORY = ("recompute", "cache", "auto")
+_require = partial(require, "unroll")
 
 
 def unroll(
@@ -266,11 +268,6 @@ class _Unroll(torch.autograd.Function):
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _require(condition: bool, argument: str, requirement: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f"unroll: {argument} must {requirement}, got {value}")
-
-
 def _check(
     engine: engines.Engine,
     theta: Tensor,
@@ -280,22 +277,9 @@ def _check(
     augmentations: Sequence[AugmentParameters] | None,
     frozen: Tensor | None,
 ) -> UnrollSpec:
-    if theta.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"unroll: theta must be float32 or float64, got {theta.dtype}")
-    check_parameters("unroll", engine.net, theta)
-    for name, tensor in (("images", images), ("labels", labels)):
-        _require(tensor.device == theta.device, name, f"be on {theta.device}", tensor.device)
-        if tensor.dtype != theta.dtype and not (name == "labels" and tensor.dtype == torch.int64):
-            also = " or int64" if name == "labels" else ""
-            raise TypeError(f"unroll: {name} must be {theta.dtype}{also}, got {tensor.dtype}")
-    _require(images.dim() == 4 and len(images) > 0, "images", "have shape [n, C, H, W]", tuple(images.shape))
+    check_theta("unroll", engine.net, theta)
+    check_batch("unroll", engine.net, theta, images, labels)
     n = len(images)
-    if labels.dtype == torch.int64:
-        _require(tuple(labels.shape) == (n,), "labels", f"have shape ({n},)", tuple(labels.shape))
-    else:
-        _require(labels.dim() == 2 and len(labels) == n, "labels", f"have shape ({n}, classes)", tuple(labels.shape))
-    _check_network(engine.net, images, labels)
-
     indices = []
     for i, batch in enumerate(batches):
         if batch.dtype != torch.int64:
@@ -325,20 +309,3 @@ def _check(
             learned = learned_rows(~mask[batch.cpu()])
             rows[i] = None if learned is None else learned.to(theta.device)
     return UnrollSpec(engine, indices, draws, rows)
-
-
-def _check_network(net: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Where the module says what it takes, a mismatch is named before a kernel or a matrix product trips over it."""
-    channels, size = getattr(net, "in_channels", None), getattr(net, "image_size", None)
-    if isinstance(channels, int) and isinstance(size, tuple):
-        expected = (channels, *size)
-        _require(tuple(images.shape[1:]) == expected, "images", f"have shape [n, {', '.join(map(str, expected))}]",
-                 tuple(images.shape))  # fmt: skip
-    classes = getattr(net, "num_classes", None)
-    if not isinstance(classes, int):
-        return
-    if labels.dtype == torch.int64:
-        low, high = int(labels.min()), int(labels.max())
-        _require(low >= 0 and high < classes, "labels", f"lie in [0, {classes})", f"{low}..{high}")
-    else:
-        _require(labels.shape[1] == classes, "labels", f"have shape ({len(labels)}, {classes})", tuple(labels.shape))
