@@ -4,6 +4,9 @@ With ``filter=forgetting`` by how often networks forget them. An example is forg
 gets it wrong that got it right an epoch before (Toneva et al., ICLR 2019, arXiv 1812.05159). Stage s takes the examples
 of scores in [w(s − 1), ws), the last stage all from there on.
 
+With ``filter=learned`` by what the earlier stages have taught. A stage drops the examples that all networks get right
+from which its trajectories start, those that were trained on the earlier stages' images; the first stage drops none.
+
 Everything of a stage is made from its examples: the images it starts from, and the real epochs of the trajectories that
 it matches.
 """
@@ -21,7 +24,7 @@ from torch import Tensor
 from pdd_fast.data import Split
 from pdd_fast.engines import Engine
 from pdd_fast.errors import UsageError
-from pdd_fast.experts import stored_experts
+from pdd_fast.experts import stored_experts, stored_start
 from pdd_fast.files import read_tensors, save_tensors
 from pdd_fast.reporting import Reporter
 from pdd_fast.runs import Run
@@ -63,6 +66,18 @@ def forgetting_scores(bench: Workbench, experts: Sequence[Trajectory], file: Pat
     return (total / len(experts)).float()
 
 
+def times_learned(
+    bench: Workbench, start: Callable[[int], Tensor], networks: int, file: Path, reporter: Reporter
+) -> Tensor:
+    """How many of the ``networks`` at ``start(number)`` [P] get each example of ``bench.train`` right, float64 [n];
+    kept in ``file``, errors as :func:`_summed`."""
+
+    def each(number: int) -> Tensor:
+        return gets_right(bench.engine, start(number).to(bench.device), bench.train)
+
+    return _summed(bench, each, networks, file, "what is learned", reporter)
+
+
 def _summed(
     bench: Workbench, each: Callable[[int], Tensor], networks: int, file: Path, title: str, reporter: Reporter
 ) -> Tensor:
@@ -98,6 +113,12 @@ def band(scores: Tensor, labels: Tensor, stage: int, stages: int, width: float, 
     low, high = width * (stage - 1), float("inf") if stage == stages else width * stage
     inside = (scores >= low) & (scores < high)
     return _filled(inside, torch.where(scores < low, low - scores, scores - high), labels, least)
+
+
+def unlearned(right: Tensor, networks: int, labels: Tensor, least: int) -> Tensor:
+    """The examples that not all of ``networks`` get right, bool [n], of how many get each right, [n]; in classes with
+    fewer than ``least`` of them as many more as are missing. Those are right for all networks alike: the first rows."""
+    return _filled(right < networks, right, labels, least)
 
 
 def _filled(inside: Tensor, distance: Tensor, labels: Tensor, least: int) -> Tensor:
@@ -145,6 +166,9 @@ def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
 class Examples(ABC):
     """The real examples of ``bench.train`` that stages are made from. Asked stage by stage, because a stage's may
     follow from what those before it have made; the answer is the same however often a run was interrupted."""
+
+    # Whether a stage's examples can be told only when the starts of its trajectories are there.
+    follow_from_starts = False
 
     def __init__(self, run: Run, bench: Workbench, reporter: Reporter) -> None:
         self._run, self._bench, self._reporter = run, bench, reporter
@@ -194,7 +218,24 @@ class ForgottenExamples(FilteredExamples):
         return self._bands[stage - 1]
 
 
+class UnlearnedExamples(FilteredExamples):
+    """Those that not all starts of a stage's trajectories get right."""
+
+    follow_from_starts = True
+
+    def inside(self, stage: int) -> Tensor:
+        run, bench = self._run, self._bench
+        if stage == 1:
+            return torch.ones(len(bench.train), dtype=torch.bool)
+        folder, networks = run.stage_trajectories_dir(stage), bench.config.experts
+        right = times_learned(
+            bench, lambda k: stored_start(bench, folder, k), networks, run.learned_file(stage), self._reporter
+        )
+        return unlearned(right, networks, bench.train.labels.cpu(), _least(bench))
+
+
 FILTERS: dict[str, type[Examples]] = {  # by Config.filter
     "none": AllExamples,
     "forgetting": ForgottenExamples,
+    "learned": UnlearnedExamples,
 }

@@ -16,7 +16,7 @@ from pdd_fast.config import Config
 from pdd_fast.data import require_images_per_class
 from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
-from pdd_fast.experts import ensure_experts, record_trajectories, stored_experts
+from pdd_fast.experts import ensure_experts, keep_starts, record_trajectories, stored_experts
 from pdd_fast.filtering import FILTERS, Examples
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
@@ -56,7 +56,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
 
 def _records(config: Config, stage: int) -> bool:
     """Whether a stage matches trajectories of its own: on other examples than the experts', or from other starts."""
-    return config.filter != "none" or (stage > 1 and config.conditioning == "on")
+    return config.filter == "forgetting" or (stage > 1 and config.conditioning == "on")
 
 
 def _trajectories(run: Run, stage: int) -> list[Trajectory]:
@@ -81,6 +81,8 @@ def transition(run: Run, bench: Workbench, union: Union, examples: Examples, rep
             bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
         return students.theta
 
+    if examples.follow_from_starts:
+        keep_starts(bench, folder, start, reporter, f"starts of stage {stage}/{config.stages}")
     record_trajectories(
         bench,
         folder,

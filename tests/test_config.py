@@ -240,6 +240,17 @@ def test_experts_are_trained_as_far_as_matching_looks() -> None:
         resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=6)
 
 
+def test_without_conditioning_no_network_has_learned_from_earlier_stages() -> None:
+    assert resolve(filter="learned").conditioning == "on"
+    assert resolve(filter="forgetting", conditioning="off").filter == "forgetting"
+    message = r"^conditioning must be on where filter is learned, got off: [^.]*$"
+    for stages in (1, 2):
+        with pytest.raises(UsageError, match=message):
+            resolve(filter="learned", conditioning="off", stages=stages)
+    with pytest.raises(UsageError, match=message):
+        from_dict(Config().to_dict() | {"filter": "learned", "conditioning": "off"})
+
+
 def test_a_limit_is_not_for_keeping_everything() -> None:
     for memory in ("auto", "recompute"):
         assert resolve(memory=memory, memory_limit="1.5").memory_limit == 1.5
@@ -328,6 +339,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_img": st.floats(0, 1e300),
     "inner_lr": st.floats(0, 10, exclude_min=True),
     "momentum": st.floats(0, 1, exclude_max=True),
+    "filter": st.sampled_from(config.CHOICES["filter"]),
     "engine": st.sampled_from(config.CHOICES["engine"]),
     "memory": st.sampled_from([name for name in config.CHOICES["memory"] if name != "cache"]),
     "memory_limit": st.floats(0, 1e300),
