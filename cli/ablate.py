@@ -17,7 +17,7 @@ from pdd_fast.errors import UsageError
 @ablation_options
 @click.option("--stages", default="1,2,5,10", help="Numbers of stages, joined by commas. [default: 1,2,5,10]")
 @click.option("--conditioning", default="on,off", help="on, off, or both. [default: on,off]")
-@click.option("--filter", "filters", default="none", help="none, forgetting, or both. [default: none]")
+@click.option("--filter", "filters", default="none", help="none, forgetting, learned, or several. [default: none]")
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Seeds 0, 1, ... [default: 3]")
 @click.option(
     "--output", "folder", type=click.Path(path_type=Path), default=None, help="[default: ablation/DATA-ipc...]"

@@ -51,10 +51,18 @@ class Variant:
 
 
 def variants(stages: Sequence[int], conditioning: Sequence[str], filters: Sequence[str]) -> list[Variant]:
-    """All combinations, without those that are none: a single stage has nothing to be conditioned on."""
-    found = [Variant(s, c, f) for s in stages for c in conditioning for f in filters if s > 1 or c == "on"]
+    """All combinations that differ and can be. A single stage has nothing to be conditioned on, and with
+    ``filter=learned`` no networks before it that could have learned anything: it is as without. Without conditioning
+    that filter is none."""
+    found = [
+        Variant(s, c, "none" if (s, f) == (1, "learned") else f)
+        for s in stages
+        for c in conditioning
+        for f in filters
+        if c == "on" or (s > 1 and f != "learned")
+    ]
     if not found:
-        raise UsageError("conditioning must be on where there is a single stage")
+        raise UsageError("conditioning must be on where there is a single stage or the filter is learned")
     return list(dict.fromkeys(found))
 
 

@@ -37,10 +37,10 @@ class Config:
     augment_mode: str = "single"
 
     # which real examples a stage is made from
-    filter: str = "none"  # all, or by how often the experts forget them: forgetting
-    filter_band: float = (
-        10.0  # of scores; stage s takes those from (s - 1) of it to s of it, the last all from there on
-    )
+    # all; by how often the experts forget them (forgetting); or those that not every transition got right (learned)
+    filter: str = "none"
+    # of forgetting's scores; stage s takes those from (s - 1) of it to s of it, the last all from there on
+    filter_band: float = 10.0
 
     # network
     width: int = 128
@@ -126,7 +126,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few nam
     "base": ("mtt",),
     "conditioning": ("on", "off"),
     "whitening": ("none", "zca"),
-    "filter": ("none", "forgetting"),
+    "filter": ("none", "forgetting", "learned"),
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
     "labels": ("hard", "soft", "learned"),
@@ -297,6 +297,11 @@ def _check(config: Config) -> None:
     if config.stage_lr_img and len(config.lr_img_by_stage) != config.stages:
         raise UsageError(
             f"stage_lr_img must hold a number for each of the stages ({config.stages}), got {config.stage_lr_img}"
+        )
+    if config.filter == "learned" and config.conditioning == "off":
+        raise UsageError(
+            "conditioning must be on where filter is learned, got off: what is learned is asked of networks that were "
+            "trained on the earlier stages"
         )
     if config.stages > config.ipc:
         raise UsageError(

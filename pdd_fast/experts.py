@@ -21,6 +21,7 @@ from pdd_fast.trajectories import (
     list_trajectories,
     partial_path,
     read_partial,
+    read_partial_start,
     require_alike,
     trajectory_path,
     write_partial,
@@ -114,7 +115,7 @@ def record_trajectories(
             missing = [k for k in group if k not in there]
             if not missing:
                 continue
-            checkpoints, students = _begin(bench, folder, group, start)
+            checkpoints, students = _unfinished(bench, folder, group) or _begin(start(group))
             task.advance((len(checkpoints) - 1) * len(missing))
             loop = Loop(bench.real_sgd, students, train.images, train.labels)
             saved = time.monotonic()
@@ -133,6 +134,39 @@ def record_trajectories(
                 write_trajectory(trajectory_path(folder, k), own, _metadata(bench, k, purpose, reached[place]))
                 task.advance(0, accuracy=reached[place])
             _forget(folder, group)  # only now: what is missing of a group is made from it
+
+
+def keep_starts(
+    bench: Workbench, folder: Path, start: Callable[[range], Tensor], reporter: Reporter, title: str
+) -> None:
+    """Makes the starts that trajectories in ``folder`` still lack, by ``start(group)`` [K, P], and keeps those of each
+    group as trajectories of no epoch yet, from which :func:`record_trajectories` goes on."""
+    config, groups = bench.config, bench.groups(bench.config.experts)
+    missing = [
+        group
+        for group in groups
+        if not all(trajectory_path(folder, k).exists() for k in group) and _unfinished(bench, folder, group) is None
+    ]
+    if not missing:
+        return
+    there = config.experts - sum(map(len, missing))
+    with reporter.task(title, total=config.experts, unit="network", done=there) as task:
+        for group in missing:
+            checkpoints, students = _begin(start(group))
+            write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
+            task.advance(len(group))
+
+
+def stored_start(bench: Workbench, folder: Path, k: int) -> Tensor:
+    """Weights [P] from which trajectory ``k`` in ``folder`` starts, finished or not.
+
+    Raises:
+        UsageError: they are not there.
+    """
+    if trajectory_path(folder, k).exists():
+        return Trajectory(trajectory_path(folder, k)).checkpoint(0)
+    (group,) = (group for group in bench.groups(bench.config.experts) if k in group)
+    return read_partial_start(folder, group[0], k - group[0])
 
 
 def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[str, Any]:
@@ -192,15 +226,19 @@ def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
             raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {found}")
 
 
-def _begin(
-    bench: Workbench, folder: Path, group: range, start: Callable[[range], Tensor]
-) -> tuple[list[Tensor], Students]:
-    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the run's device)."""
+def _unfinished(bench: Workbench, folder: Path, group: range) -> tuple[list[Tensor], Students] | None:
+    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the device), where they are kept."""
     partial = read_partial(folder, group[0])
-    if partial is not None:
-        checkpoints, state = partial
-        # Work of a group of another size (on another device, say) is no beginning of this one's.
-        if checkpoints[-1].shape == state["velocity"].shape and checkpoints[-1].shape[:-1] == (len(group),):
-            return checkpoints, Students(*(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"])))
-    students = Students.start(start(group))
+    if partial is None:
+        return None
+    checkpoints, state = partial
+    # Work of a group of another size (on another device, say) is no beginning of this one's.
+    if checkpoints[-1].shape != state["velocity"].shape or checkpoints[-1].shape[:-1] != (len(group),):
+        return None
+    return checkpoints, Students(*(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"])))
+
+
+def _begin(theta: Tensor) -> tuple[list[Tensor], Students]:
+    """The same as :func:`_unfinished` of networks that start at ``theta`` [K, P]."""
+    students = Students.start(theta)
     return [students.theta.to("cpu", copy=True)], students

@@ -16,8 +16,8 @@ from pdd_fast.config import Config
 from pdd_fast.data import require_images_per_class
 from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
-from pdd_fast.experts import ensure_experts, record_trajectories, stored_experts
-from pdd_fast.filtering import forgetting_scores, initial_rows, stage_bands
+from pdd_fast.experts import ensure_experts, keep_starts, record_trajectories, stored_experts
+from pdd_fast.filtering import FILTERS, Examples
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
@@ -40,15 +40,14 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         bench = Workbench.prepare(config, run.path)
         require_images_per_class(bench.train, config.ipc, bench.data.classes)
         ensure_experts(run, bench, reporter)
-        union, real = Union.empty(bench), _real(run, bench, reporter)
+        union, examples = Union.empty(bench), FILTERS[config.filter](run, bench, reporter)
         for stage in range(1, config.stages + 1):
             if run.stage_file(stage).exists():
                 union = Union.load(run.stage_file(stage), bench)
                 continue
-            kept, rows = real[stage - 1]
             if _records(config, stage):
-                transition(run, bench, union, reporter, kept)
-            union = _run_stage(run, bench, union, _trajectories(run, stage), rows, reporter)
+                transition(run, bench, union, examples, reporter)
+            union = _run_stage(run, bench, union, _trajectories(run, stage), examples.initial_rows(stage), reporter)
             union.distilled(bench).save(run.stage_file(stage))
             run.checkpoint_file(stage).unlink(missing_ok=True)
         distilled = union.distilled(bench)
@@ -56,20 +55,9 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         return distilled
 
 
-def _real(run: Run, bench: Workbench, reporter: Reporter) -> list[tuple[Tensor | None, Tensor]]:
-    """For every stage two sets of rows of ``bench.train``: of the examples that it is made from, None where these are
-    all, and of those that its images start from."""
-    config = bench.config
-    if config.filter == "none":
-        return [(None, rows) for rows in bench.random_real_rows(config.ipc_by_stage, "initial images")]
-    bands = stage_bands(bench, forgetting_scores(bench, stored_experts(run), run.forgetting_file, reporter))
-    kept = [inside.nonzero().flatten().to(bench.device) for inside in bands]
-    return list(zip(kept, initial_rows(bench, bands), strict=True))
-
-
 def _records(config: Config, stage: int) -> bool:
     """Whether a stage matches trajectories of its own: on other examples than the experts', or from other starts."""
-    return config.filter != "none" or (stage > 1 and config.conditioning == "on")
+    return config.filter == "forgetting" or (stage > 1 and config.conditioning == "on")
 
 
 def _trajectories(run: Run, stage: int) -> list[Trajectory]:
@@ -79,13 +67,13 @@ def _trajectories(run: Run, stage: int) -> list[Trajectory]:
     return list_trajectories(run.stage_trajectories_dir(stage))
 
 
-def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter, kept: Tensor | None = None) -> None:
+def transition(run: Run, bench: Workbench, union: Union, examples: Examples, reporter: Reporter) -> None:
     """Trajectories for the stage after ``union``: each start network is trained on the union, where there is one, and
-    then, recorded, on the real data of ``kept`` (None: all). Starts are chained: they are those of the stage before,
-    trained further."""
+    then, recorded, on the stage's real ``examples``. Starts are chained: they are those of the stage before, trained
+    further."""
     config, stage = bench.config, union.stages + 1
     conditioned = config.conditioning == "on" and union.stages > 0
-    starts = _trajectories(run, stage - 1 if conditioned else 0)
+    starts, folder = _trajectories(run, stage - 1 if conditioned else 0), run.stage_trajectories_dir(stage)
 
     def start(group: range) -> Tensor:
         students = Students.start(torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device))
@@ -94,15 +82,17 @@ def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter, kep
             bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
         return students.theta
 
+    if examples.follow_from_starts:
+        keep_starts(bench, folder, start, reporter, f"starts of stage {stage}/{config.stages}")
     record_trajectories(
         bench,
-        run.stage_trajectories_dir(stage),
+        folder,
         start,
         config.transition_real_epochs,
         f"stage-{stage}",
         reporter,
         f"transition to stage {stage}/{config.stages}",
-        None if kept is None else bench.train.rows(kept),
+        examples.of(stage),
     )
 
 

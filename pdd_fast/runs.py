@@ -149,6 +149,9 @@ class Run:
     def forgetting_file(self) -> Path:
         return self.path / "forgetting.safetensors"
 
+    def learned_file(self, stage: int) -> Path:
+        return self.stage_dir(stage) / "learned.safetensors"
+
     @property
     def distilled_file(self) -> Path:
         return self.path / "distilled.safetensors"

@@ -89,6 +89,16 @@ def write_partial(folder: Path, index: int, checkpoints: list[Tensor], state: di
     save_tensors(partial_path(folder, index), tensors, {})
 
 
+def read_partial_start(folder: Path, index: int, place: int) -> Tensor:
+    """Weights [P] after no epoch of network ``place`` of those in the group's partial file; reads these and no others.
+
+    Raises:
+        UsageError: the file is missing or damaged.
+    """
+    with open_tensors(partial_path(folder, index)) as (file, _):
+        return file.get_slice("checkpoints")[0:1, place : place + 1][0, 0].clone()
+
+
 def read_partial(folder: Path, index: int) -> tuple[list[Tensor], dict[str, Tensor]] | None:
     """What :func:`write_partial` kept, or None."""
     path = partial_path(folder, index)

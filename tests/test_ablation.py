@@ -19,18 +19,21 @@ from pdd_fast.runs import Run
 from pdd_fast.trajectories import list_trajectories
 
 SETTINGS = tiny.SETTINGS | {"stages": 1, "iterations": 2, "repeats": 1, "union_batch": 16}
-CHOSEN = variants([1, 3], ["on", "off"], ["none", "forgetting"])
+CHOSEN = variants([1, 3], ["on", "off"], ["none", "forgetting", "learned"])
 
 
 def test_variants_are_all_combinations_that_differ() -> None:
     assert [variant.name for variant in CHOSEN] == [
-        "1 stage", "1 stage, forgetting filter", "3 stages", "3 stages, forgetting filter",
+        "1 stage", "1 stage, forgetting filter", "3 stages", "3 stages, forgetting filter", "3 stages, learned filter",
         "3 stages, no conditioning", "3 stages, no conditioning, forgetting filter",
     ]  # fmt: skip
-    assert len({variant.folder for variant in CHOSEN}) == 6
+    assert len({variant.folder for variant in CHOSEN}) == 7
     assert variants([2, 2], ["on"], ["none"]) == [Variant(2, "on", "none")]
-    with pytest.raises(UsageError, match="conditioning must be on where there is a single stage"):
-        variants([1], ["off"], ["none"])
+    # A single stage has no networks before it: it is one without the filter, and there is a point of it in the plot.
+    assert variants([1, 2], ["on", "off"], ["learned"]) == [Variant(1, "on", "none"), Variant(2, "on", "learned")]
+    for stages, filters in ((1, "none"), (2, "learned")):
+        with pytest.raises(UsageError, match="conditioning must be on where there is a single stage or the filter is"):
+            variants([stages], ["off"], [filters])
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,12 @@ def test_conditioning_is_what_makes_later_stages_differ(folder: Path) -> None:
         assert not off.stage_trajectories_dir(stage).exists()
 
 
+def test_what_is_learned_is_dropped_in_the_variant_that_says_so(folder: Path) -> None:
+    for variant in CHOSEN:
+        found = [path.parent.name for path in (folder / "seed-0" / variant.folder).rglob("learned.safetensors")]
+        assert sorted(found) == (["stage-2", "stage-3"] if variant.filter == "learned" else [])
+
+
 def test_an_interrupted_ablation_goes_on_and_a_foreign_folder_is_left_alone(
     folder: Path, content: dict[str, Any]
 ) -> None:
@@ -103,12 +112,13 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     settings = [
         part for key, value in SETTINGS.items() if key not in ("stages",) for part in ("--set", f"{key}={value}")
     ]
-    arguments = ["ablate", *settings, "--stages", "1,2", "--seeds", "1", "--output", str(tmp_path / "out")]
+    options = ["--stages", "1,2", "--filter", "none,learned", "--seeds", "1", "--output", str(tmp_path / "out")]
+    arguments = ["ablate", *settings, *options]
     assert call(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Test accuracy on digits after ")
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == [
-        "1 stage", "2 stages", "2 stages, no conditioning", "random",
+        "1 stage", "2 stages", "2 stages, learned filter", "2 stages, no conditioning", "random",
     ]  # fmt: skip
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert call([*arguments, "--json"]) == 0
@@ -120,7 +130,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     [
         (["--stages", "1,x"], "--stages must be whole numbers from 1 on"),
         (["--conditioning", "maybe"], "--conditioning must be of on, off, joined by commas, got 'maybe'"),
-        (["--filter", "easy"], "--filter must be of none, forgetting, joined by commas, got 'easy'"),
+        (["--filter", "easy"], "--filter must be of none, forgetting, learned, joined by commas, got 'easy'"),
         (["--stages", "11", "--ipc", "10"], "stages must be at most ipc (10), got 11"),
     ],
 )

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -67,6 +67,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest(name: str, hint: str) ->
 # lr_img, lr_lr, images of an inner step, whitening, depth.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "cifar10-ipc10": (2, 50, 2, 5, 1000, 1e-7, 20, "zca", 3),
+    "cifar10-ipc10-filter": (2, 50, 2, 5, 1000, 1e-7, 20, "zca", 3),
     "cifar10-ipc50": (10, 30, 2, 15, 1000, 1e-5, 100, "zca", 3),
     "cifar100-ipc10": (2, 20, 3, 20, 1000, 1e-5, 200, "zca", 3),
     "cifar100-ipc50": (10, 20, 2, 20, 1000, 1e-5, 512, "zca", 3),
@@ -88,8 +89,14 @@ def test_the_papers_recipes_are_the_papers(name: str) -> None:
     assert (c.width, c.augment, c.augment_mode) == (128, "color_crop_cutout_flip_scale_rotate", "single")
 
 
+def test_the_recipe_with_the_filter_is_the_one_without_but_for_the_filter() -> None:
+    plain = resolve("cifar10-ipc10")
+    assert plain.filter == "none"
+    assert resolve("cifar10-ipc10-filter") == replace(plain, filter="forgetting", filter_band=10.0)
+
+
 def test_every_recipe_is_pinned_or_ours() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, "digits", "cifar10-small"}
+    assert set(recipe_names()) == {*PUBLISHED, "cifar10-small", "digits"}
     for name in recipe_names():
         assert recipe_title(name).endswith(".")
 
@@ -240,6 +247,17 @@ def test_experts_are_trained_as_far_as_matching_looks() -> None:
         resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=6)
 
 
+def test_without_conditioning_no_network_has_learned_from_earlier_stages() -> None:
+    assert resolve(filter="learned").conditioning == "on"
+    assert resolve(filter="forgetting", conditioning="off").filter == "forgetting"
+    message = r"^conditioning must be on where filter is learned, got off: [^.]*$"
+    for stages in (1, 2):
+        with pytest.raises(UsageError, match=message):
+            resolve(filter="learned", conditioning="off", stages=stages)
+    with pytest.raises(UsageError, match=message):
+        from_dict(Config().to_dict() | {"filter": "learned", "conditioning": "off"})
+
+
 def test_a_limit_is_not_for_keeping_everything() -> None:
     for memory in ("auto", "recompute"):
         assert resolve(memory=memory, memory_limit="1.5").memory_limit == 1.5
@@ -328,6 +346,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lr_img": st.floats(0, 1e300),
     "inner_lr": st.floats(0, 10, exclude_min=True),
     "momentum": st.floats(0, 1, exclude_max=True),
+    "filter": st.sampled_from(config.CHOICES["filter"]),
     "engine": st.sampled_from(config.CHOICES["engine"]),
     "memory": st.sampled_from([name for name in config.CHOICES["memory"] if name != "cache"]),
     "memory_limit": st.floats(0, 1e300),

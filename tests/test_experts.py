@@ -17,7 +17,7 @@ from torch import Tensor
 from pdd_fast import experts
 from pdd_fast.config import Config, resolve
 from pdd_fast.errors import UsageError
-from pdd_fast.experts import make_experts, record_trajectories
+from pdd_fast.experts import keep_starts, make_experts, record_trajectories, stored_start
 from pdd_fast.networks.parameters import flatten_parameters
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
@@ -436,3 +436,63 @@ def test_work_of_a_group_of_another_size_is_begun_again(finished_in_groups: Run,
     make_experts(Run(other.path, configuration(experts=MANY)))
     alone = made(tmp_path / "alone", configuration(experts=MANY))
     assert contents(other.experts_dir) == contents(alone.experts_dir)
+
+
+# ---- starts that are kept before the first epoch --------------------------------------------------------------------
+
+
+def test_starts_that_were_kept_leave_no_trace(finished_in_groups: Run, tmp_path: Path) -> None:
+    bench, asked = Workbench.prepare(grouped()), list[range]()
+
+    def start(group: range) -> Tensor:
+        asked.append(group)
+        return starting(bench)(group)
+
+    recorder = Recorder()
+    for _ in range(2):
+        keep_starts(bench, tmp_path, start, recorder, "")
+    assert asked == [range(3), range(3, 5)]
+    assert (recorder.totals, recorder.advances) == ([(MANY, 0)], [3, 2])
+    assert list(contents(tmp_path)) == ["trajectory-000.partial", "trajectory-003.partial"]
+    kept = [stored_start(bench, tmp_path, k) for k in range(MANY)]
+    record_trajectories(bench, tmp_path, start, EPOCHS, "expert", SILENT, "")
+    assert len(asked) == 2
+    assert contents(tmp_path) == contents(finished_in_groups.experts_dir)
+    for k in range(MANY):
+        assert torch.equal(kept[k], bench.initial_students("expert", [k]).theta[0])
+        assert torch.equal(stored_start(bench, tmp_path, k), kept[k])
+    keep_starts(bench, tmp_path, start, recorder, "")
+    assert len(recorder.totals) == 1
+
+
+def test_starts_of_finished_trajectories_are_not_made_again(finished_in_groups: Run, tmp_path: Path) -> None:
+    bench, asked = Workbench.prepare(grouped()), list[range]()
+    for k in range(3):
+        path = trajectory_path(finished_in_groups.experts_dir, k)
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def start(group: range) -> Tensor:
+        asked.append(group)
+        return starting(bench)(group)
+
+    recorder = Recorder()
+    keep_starts(bench, tmp_path, start, recorder, "")
+    assert asked == [range(3, 5)]
+    assert (recorder.totals, recorder.advances) == ([(MANY, 3)], [2])
+
+
+def test_starts_of_groups_of_another_size_are_made_again(tmp_path: Path) -> None:
+    """As where a run goes on on another device."""
+    alone, together = Workbench.prepare(configuration(experts=MANY)), Workbench.prepare(grouped())
+    keep_starts(alone, tmp_path, starting(alone), SILENT, "")
+    keep_starts(together, tmp_path, starting(together), SILENT, "")
+    for k in range(MANY):
+        assert torch.equal(stored_start(together, tmp_path, k), together.initial_students("expert", [k]).theta[0])
+    record_trajectories(together, tmp_path, starting(together), EPOCHS, "expert", SILENT, "")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_start_that_is_not_there_is_named(tmp_path: Path) -> None:
+    bench = Workbench.prepare(grouped())
+    with pytest.raises(UsageError, match=r"trajectory-003\.partial does not exist"):
+        stored_start(bench, tmp_path, 4)

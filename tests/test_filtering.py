@@ -8,16 +8,28 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pdd_fast import filtering
-from pdd_fast.config import resolve
+from pdd_fast.config import Config, resolve
 from pdd_fast.data import Split
+from pdd_fast.distilled import load_distilled
 from pdd_fast.errors import UsageError
 from pdd_fast.files import read_tensors
-from pdd_fast.filtering import band, forgetting_scores, initial_rows, stage_bands, times_forgotten
+from pdd_fast.filtering import (
+    FILTERS,
+    band,
+    forgetting_scores,
+    initial_rows,
+    stage_bands,
+    times_forgotten,
+    times_learned,
+    unlearned,
+)
 from pdd_fast.progressive import distill
-from pdd_fast.reporting import SILENT
+from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
 from pdd_fast.training import Loop, Students
 from pdd_fast.trajectories import Trajectory, list_trajectories, write_trajectory
@@ -161,3 +173,172 @@ def test_without_a_filter_a_run_is_another(run: Run, tmp_path: Path) -> None:
     assert not plain.forgetting_file.exists()
     assert not plain.stage_trajectories_dir(1).exists()
     assert plain.distilled_file.read_bytes() != run.distilled_file.read_bytes()
+
+
+# ---- what the earlier stages have taught ----------------------------------------------------------------------------
+
+
+COUNTS = st.integers(1, 4).flatmap(
+    lambda networks: st.tuples(
+        st.just(networks),
+        st.lists(st.tuples(st.integers(0, networks), st.integers(0, 2)), min_size=1, max_size=40),
+        st.integers(0, 12),
+    )
+)
+
+
+@given(COUNTS)
+def test_what_not_all_have_learned_stays_and_of_the_rest_no_more_than_a_class_lacks(
+    drawn: tuple[int, list[tuple[int, int]], int],
+) -> None:
+    networks, examples, least = drawn
+    right, labels = (torch.tensor(column) for column in zip(*examples, strict=True))
+    before = right.clone()
+    inside = unlearned(right, networks, labels, least)
+    assert torch.equal(right, before)
+    assert inside.dtype == torch.bool
+    for label in range(3):
+        hard = [n for n, (count, of) in enumerate(examples) if of == label and count < networks]
+        easy = [n for n, (count, of) in enumerate(examples) if of == label and count == networks]
+        found = [n for n in inside.nonzero().flatten().tolist() if examples[n][1] == label]
+        assert found == sorted(hard + easy[: max(0, least - len(hard))])
+
+
+def test_an_example_is_learned_where_all_networks_get_it_right() -> None:
+    right, labels = torch.tensor([0.0, 3.0, 2.0, 3.0, 3.0, 1.0]), torch.tensor([0, 0, 0, 1, 1, 1])
+    assert unlearned(right, 3, labels, least=1).int().tolist() == [1, 0, 1, 0, 0, 1]
+    assert unlearned(right, 3, labels, least=2).int().tolist() == [1, 0, 1, 1, 0, 1]
+    assert unlearned(right, 4, labels, least=1).all()
+
+
+# Networks that learn enough from ten images for a third of the examples to be dropped after one stage, and two thirds
+# after two.
+LEARNED: dict[str, Any] = {"filter": "learned", "experts": 3, "transition_epochs": 20, "inner_lr": 0.05}
+
+
+def learning(**changes: Any) -> Config:
+    return resolve(**(tiny.SETTINGS | LEARNED | changes))
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run.create(tmp_path_factory.mktemp("learned") / "run", learning())
+    distill(run)
+    return run
+
+
+def left(run: Run, bench: Workbench, stage: int) -> list[int]:
+    """The examples of a stage, plainly: those that one of the starts gets wrong, and where a class has fewer than ten
+    of them the first of its others."""
+    if stage == 1:
+        return list(range(len(bench.train)))
+    starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.stage_trajectories_dir(stage))]
+    assert len(starts) == run.config.experts
+    right = [bench.engine.logits(theta, bench.train.images).argmax(1) == bench.train.labels for theta in starts]
+    wrong = [not all(column) for column in zip(*(row.tolist() for row in right), strict=True)]
+    found = [row for row, is_wrong in enumerate(wrong) if is_wrong]
+    for label in range(bench.data.num_classes):
+        of_class = bench.train.rows_of(label).tolist()
+        have = sum(wrong[row] for row in of_class)
+        found += [row for row in of_class if not wrong[row]][: max(0, 10 - have)]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_stage_keeps_what_a_start_of_its_trajectories_gets_wrong(learned: Run, bench: Workbench, stage: int) -> None:
+    rows = left(learned, bench, stage)
+    found = FILTERS["learned"](learned, bench, SILENT).of(stage)
+    assert torch.equal(found.images, bench.train.images[rows])
+    assert torch.equal(found.labels, bench.train.labels[rows])
+    assert int(torch.bincount(found.labels).min()) >= 10
+    assert len(rows) / len(bench.train) == pytest.approx([1, 0.57, 0.36][stage - 1], abs=0.1)
+    assert learned.learned_file(stage).exists() == (stage > 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(learned: Run, bench: Workbench, stage: int) -> None:
+    """Made again from what is left alone, every recorded epoch has the same bits; from all examples the first has
+    not."""
+    stored = list_trajectories(learned.stage_trajectories_dir(stage))
+    for k, trajectory in enumerate(stored):
+        assert trajectory.epochs == learned.config.transition_real_epochs
+        for rows, same in ((left(learned, bench, stage), True), (list(range(len(bench.train))), False)):
+            split = bench.train.rows(torch.tensor(rows))
+            students = Students.start(trajectory.checkpoint(0)[None])
+            loop = Loop(bench.real_sgd, students, split.images, split.labels)
+            for epoch in range(trajectory.epochs if same else 1):
+                loop.epoch(learned.config.expert_lr, [bench.generator(f"stage-{stage}", k, epoch)])
+                assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1)) == same
+
+
+def test_the_first_stage_matches_the_experts(learned: Run) -> None:
+    assert not learned.stage_trajectories_dir(1).exists()
+
+
+def test_no_stage_starts_from_an_image_that_is_learned_and_none_from_one_twice(tmp_path: Path) -> None:
+    """With two images a class and stage, of which a stage without the filter would take a third or more elsewhere."""
+    run = Run.create(tmp_path / "run", learning(ipc=6, iterations=0))
+    distill(run)
+    bench, found, used = Workbench.prepare(run.config), load_distilled(run.path), list[int]()
+    for stage in (1, 2, 3):
+        rows, subset = left(run, bench, stage), found.subset(stage)
+        assert torch.bincount(subset.labels).tolist() == [2] * 10
+        for image in subset.images:
+            (row,) = (bench.train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
+            assert row in rows
+            used.append(row)
+    assert len(set(used)) == len(used) == 60
+
+
+def test_what_is_learned_is_counted_on_from_where_it_was_interrupted(
+    learned: Run, bench: Workbench, tmp_path: Path
+) -> None:
+    starts, seen = list_trajectories(learned.stage_trajectories_dir(2)), list[int]()
+
+    def start(number: int) -> Tensor:
+        seen.append(number)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return starts[number].checkpoint(0)
+
+    file = tmp_path / "f"
+    with pytest.raises(KeyboardInterrupt):
+        times_learned(bench, start, 3, file, SILENT)
+    total = read_tensors(learned.learned_file(2))[0]["total"]
+    assert torch.equal(times_learned(bench, start, 3, file, SILENT), total)
+    assert seen == [0, 1, 1, 2]
+
+    class NoTask(Reporter):
+        def task(self, name: str, total: int, unit: str, done: int = 0) -> Any:
+            raise AssertionError(name)
+
+    assert torch.equal(times_learned(bench, start, 3, file, NoTask()), total)  # nothing is left to do or to be said
+    with pytest.raises(UsageError, match=r"must be for \d+ examples and .*'experts': 2"):
+        times_learned(bench, start, 2, file, SILENT)
+
+
+def test_experts_from_elsewhere_teach_the_same(learned: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", learning(experts_from=str(learned.path)))
+    distill(run)
+    assert not run.experts_dir.exists()
+    for stage in (2, 3):
+        assert run.learned_file(stage).read_bytes() == learned.learned_file(stage).read_bytes()
+    assert run.distilled_file.read_bytes() == learned.distilled_file.read_bytes()
+
+
+def test_what_later_stages_need_of_earlier_ones_is_in_the_run(learned: Run, tmp_path: Path) -> None:
+    """The last stage made again, by a process that has not seen the others: it starts from no image of theirs."""
+    again = Run.create(tmp_path / "again", learning())
+    distill(again)
+    for path in (again.learned_file(2), again.stage_file(3), again.distilled_file):  # the first from the trajectories
+        path.unlink()
+    distill(Run.open(again.path))
+    assert again.distilled_file.read_bytes() == learned.distilled_file.read_bytes()
+    assert again.learned_file(2).read_bytes() == learned.learned_file(2).read_bytes()
+
+
+def test_with_one_stage_there_is_nothing_learned_yet(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", learning(stages=1))
+    distill(run)
+    assert not list(run.path.rglob("learned.safetensors"))
+    assert not run.stage_trajectories_dir(1).exists()

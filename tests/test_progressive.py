@@ -298,6 +298,70 @@ def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_byte
         assert measured(stopped) == expected_metrics, limit
 
 
+def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Three networks in groups of two and one: stopped between starts, while they are asked, and in real epochs."""
+    changes = {
+        "filter": "learned", "experts": 3, "side_by_side": 2, "transition_epochs": 20, "inner_lr": 0.05,
+        "iterations": 1, "eval_every": 0, "eval_epochs": 1, "expert_train_epochs": 2, "max_start_epoch": 0,
+    }  # fmt: skip
+    whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
+    distill(whole, counter)
+    expected, expected_metrics = bytes_of(whole), measured(whole)
+    assert {"stage-2/learned.safetensors", "stage-3/learned.safetensors"} < set(expected)
+    assert counter.tasks == [
+        "experts", "stage 1/3",
+        *(name for s in (2, 3) for name in (
+            f"starts of stage {s}/3", "what is learned", f"transition to stage {s}/3", f"stage {s}/3",
+        )),
+    ]  # fmt: skip
+    for kept_every_time in (True, False):
+        for limit in range(1, counter.count + 1, 1 if kept_every_time else 7):
+            config = configuration(**changes, checkpoint_seconds=0 if kept_every_time else 1000)
+            stopped = Run.create(tmp_path / f"stopped-{limit}-{kept_every_time}", config)
+            with pytest.raises(Stopped):
+                distill(stopped, Stopper(limit))
+            distill(Run.open(stopped.path))
+            assert bytes_of(stopped) == expected, limit
+            assert measured(stopped) == expected_metrics, limit
+            assert not list(stopped.path.rglob("*.partial"))
+
+
+def test_starts_that_were_trained_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three networks, stopped after the second start and then in the second's real epochs."""
+    changes = {"filter": "learned", "experts": 3, "stages": 2, "ipc": 2, "checkpoint_seconds": 1000}
+    run, trained = Run.create(tmp_path / "run", configuration(**changes)), list[int]()
+    generator = Workbench.generator
+
+    def noting(self: Workbench, *purpose: str | int) -> torch.Generator:
+        if purpose[0] == "transition":
+            trained.append(int(purpose[2]))
+        return generator(self, *purpose)
+
+    monkeypatch.setattr(Workbench, "generator", noting)
+
+    class During(Stopper):
+        """Stops at the ``limit``-th report of one task."""
+
+        def __init__(self, name: str, limit: int) -> None:
+            super().__init__()
+            self.name, self.at = name, limit
+
+        @contextmanager
+        def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+            self.limit = self.count + self.at if name == self.name else None
+            with super().task(name, total, unit, done) as task:
+                yield task
+
+    with pytest.raises(Stopped):
+        distill(run, During("starts of stage 2/2", 2))
+    assert trained == [0, 1]
+    with pytest.raises(Stopped):
+        distill(run, During("transition to stage 2/2", run.config.transition_real_epochs + 4))
+    assert len(list(run.stage_trajectories_dir(2).glob("*.safetensors"))) == 1
+    distill(run)
+    assert trained == [0, 1, 2]
+
+
 @pytest.mark.parametrize("engine", ["fused", "composed"], indirect=True)
 @pytest.mark.usefixtures("engine")
 def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
