@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdd_fast.benchmarks import contenders, machine, processes, results, tables
-from pdd_fast.benchmarks.cases import SUITES, Case
+from pdd_fast.benchmarks.cases import KINDS, SUITES, Case
 from pdd_fast.benchmarks.contenders import FLOOR, TRUTH, Contender
 from pdd_fast.benchmarks.plot import draw
 from pdd_fast.benchmarks.processes import Outcome
@@ -113,12 +113,12 @@ class Bench:
             self._write()
 
         said = set[str]()
-        total = self.rounds * len(names) + (case.kind == "unroll")
+        total = self.rounds * len(names) + bool(KINDS[case.kind].errors)
         with tempfile.TemporaryDirectory(prefix="pdd-fast-bench-") as scratch:
             measure = partial(self._measure, case, scratch)
             try:
                 with self.reporter.task(case.name, total=total, unit="measurement") as task:
-                    if case.kind == "unroll":
+                    if KINDS[case.kind].errors:
                         found["truth"] = measure(TRUTH)
                         self._say(case, TRUTH, found["truth"])
                         keep()

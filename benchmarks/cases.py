@@ -26,7 +26,9 @@ class Case:
 
     kind: str
     operation: str = ""  # of DSA, one of STRATEGIES
-    batch: int = 0  # images of a step
+    batch: int = 0  # images of a step; synthetic ones of a class
+    real: int = 0  # images of a class
+    classes: int = 0
     steps: int = 0  # N, unrolled
     width: int = 0  # channels of every convolution
     size: int = 0  # pixels of a side
@@ -60,6 +62,7 @@ class Kind:
     shown: str  # letters that a name always has
     base: Case = field(repr=False)
     parts: tuple[str, ...] = ()  # what is timed; the last one stands for the case
+    errors: tuple[str, ...] = ()  # of what is computed, against float64: keys of a measurement's "error"
 
     def defaults(self, size: int = 0) -> Case:
         size = size or self.base.size
@@ -73,7 +76,14 @@ KINDS = {
     "unroll": Kind(
         "one meta-gradient: {case.batch} images, {case.steps} steps, width {case.width}, {case.size}×{case.size}{dsa}",
         {"b": "batch", "n": "steps", **_NET}, "bnws", Case("unroll", batch=50, steps=20, width=128, size=32),
-        ("iteration",),
+        ("iteration",), ("images", "cosine", "rate"),
+    ),
+    "gradient-matching": Kind(
+        "one gradient of the matching distance: {case.classes} classes of {case.real} real and {case.batch} synthetic "
+        "images, width {case.width}, {case.size}×{case.size}",
+        {"b": "batch", "r": "real", "k": "classes", **_NET}, "brkws",
+        Case("gradient-matching", batch=128, real=64, classes=10, width=128, size=32),
+        ("gradient",), ("images", "cosine"),
     ),
     "step": Kind(
         "one training step: {case.batch} images, width {case.width}, {case.size}×{case.size}{dsa}",
@@ -104,7 +114,8 @@ def parse(name: str) -> Case:
     Raises:
         UsageError: it is no case's name.
     """
-    kind_name, *parts = name.split("-")
+    kind_name = next((kind for kind in KINDS if f"{name}-".startswith(f"{kind}-")), name.partition("-")[0])
+    parts = name.split("-")[kind_name.count("-") + 1 :]
     if kind_name not in KINDS:
         raise UsageError(
             f"a case must begin with one of {', '.join(KINDS)}, got {name!r}{nearest(kind_name, list(KINDS))}"
@@ -173,6 +184,7 @@ SUITES = {
     "quick": Suite(
         "minutes: small networks, where launches and passes over memory count as much as arithmetic",
         _named("unroll-b20-n5-w32-s32", "unroll-b20-n20-w32-s32", "unroll-b20-n50-w32-s32",
+               "gradient-matching-b20-r20-k10-w32-s32",
                "step-b256-w32-s32", "step-b20-w32-s32-dsa", "dsa-single-b256", "dsa-multiple-b256", "evaluate",
                "stage"), rounds=2, limit=120, compiles=False,
     ),
@@ -182,13 +194,14 @@ SUITES = {
             *_named("unroll-b50-n5-w128-s32", "unroll-b50-n20-w128-s32", "unroll-b50-n50-w128-s32",
                     "unroll-b20-n20-w128-s32", "unroll-b100-n20-w128-s32", "unroll-b256-n20-w128-s32",
                     "unroll-b50-n20-w32-s32", "unroll-b50-n20-w64-s32", "unroll-b50-n20-w128-s8",
-                    "unroll-b50-n20-w128-s64", "unroll-b50-n20-w128-s32-dsa"), *_STEPS, *_DSA, *_WHOLE,
+                    "unroll-b50-n20-w128-s64", "unroll-b50-n20-w128-s32-dsa", "gradient-matching"),
+            *_STEPS, *_DSA, *_WHOLE,
         ), rounds=3, limit=600, compiles=True,
     ),
     "full": Suite(
         "days: every combination of batch, steps, width and size",
         (*_grid("unroll", batch=(20, 50, 100, 256), steps=(5, 20, 50), width=(32, 64, 128), size=(8, 32, 64)),
-         *_named("unroll-b50-n20-w128-s32-dsa"), *_STEPS, *_DSA, *_WHOLE),
+         *_named("unroll-b50-n20-w128-s32-dsa", "gradient-matching"), *_STEPS, *_DSA, *_WHOLE),
         rounds=3, limit=1800, compiles=True,
     ),
 }  # fmt: skip

@@ -23,7 +23,10 @@ from pdd_fast.graphs import CaptureWarning
 from pdd_fast.ops._native import MissingKernelsWarning
 
 SLOWER = (MissingKernelsWarning, CaptureWarning)  # the package does something slower: not what was to be measured
-MODULES = {"unroll": "unroll", "step": "training_step", "dsa": "dsa", "evaluate": "evaluation", "stage": "stage"}
+MODULES = {
+    "unroll": "unroll", "gradient-matching": "gradient_matching", "step": "training_step", "dsa": "dsa",
+    "evaluate": "evaluation", "stage": "stage",
+}  # fmt: skip
 
 
 def work(case: Case, name: str, job: Job) -> dict[str, Any]:
@@ -33,12 +36,12 @@ def work(case: Case, name: str, job: Job) -> dict[str, Any]:
         from pdd_fast.benchmarks.floor import measured
 
         return measured(case, list(dict.fromkeys(c.precision for c in every)), job)
+    module = import_module(f"pdd_fast.benchmarks.{MODULES[case.kind]}")
+    found: dict[str, Any]
     if name == TRUTH:
-        from pdd_fast.benchmarks.unroll import write_truth
-
-        return write_truth(case, job)
-    contender = next(c for c in every if c.name == name)
-    found: dict[str, Any] = import_module(f"pdd_fast.benchmarks.{MODULES[case.kind]}").measured(case, contender, job)
+        found = module.write_truth(case, job)
+    else:
+        found = module.measured(case, next(c for c in every if c.name == name), job)
     return found
 
 

@@ -34,7 +34,7 @@ def contenders(case: Case, device: str) -> list[Contender]:
 
 
 def has_floor(case: Case) -> bool:
-    return case.kind in ("unroll", "step", "dsa")
+    return case.kind in ("unroll", "gradient-matching", "step", "dsa")
 
 
 def select(
@@ -134,6 +134,23 @@ _EAGER = Contender("eager PyTorch", "planar memory (NCHW)", options={"channels_l
 _EAGER_LAST = Contender("eager PyTorch, channels-last", "channels-last memory", options={"channels_last": True})
 
 
+_PLAIN_CLASS = _autograd(
+    "plain autograd", "exact; create_graph=True, a class at a time, as IDC's script has it", "plain"
+)
+_PLAIN_CLASS_LAST = _autograd("plain autograd, channels-last", "the same in channels-last memory", "plain", True)
+_FUNCTIONAL_CLASS = _autograd("torch.func", "exact; jvp of grad, a class at a time", "functional")
+
+
+def _gradient_matching(on_gpu: bool) -> list[Contender]:
+    module = _own("ours, any module", "exact; engine='autograd'", engine="autograd")
+    others = (_PLAIN_CLASS, _PLAIN_CLASS_LAST, _FUNCTIONAL_CLASS)
+    if not on_gpu:
+        return [_AUTO, _DIRECT, module, *others]
+    own = _own("ours", "exact; pdd_fast.gradient_matching_loss")
+    precisions = (_ALL, ("float32",), _BOTH, _ALL, ("float32",))
+    return _precise(list(zip((own, module, *others), precisions, strict=True)))
+
+
 def _step(on_gpu: bool) -> list[Contender]:
     compiled = Contender(
         "PyTorch, compiled", "network and loss under torch.compile", compiles=True,
@@ -171,5 +188,6 @@ def _stage(on_gpu: bool) -> list[Contender]:
 
 
 _MAKERS: dict[str, Callable[[bool], list[Contender]]] = {
-    "unroll": _unroll, "step": _step, "dsa": _dsa, "evaluate": _evaluate, "stage": _stage,
+    "unroll": _unroll, "gradient-matching": _gradient_matching, "step": _step, "dsa": _dsa,
+    "evaluate": _evaluate, "stage": _stage,
 }  # fmt: skip

@@ -14,11 +14,13 @@ KINDS = ("forward", "input gradient", "weight gradient")
 # How often each kind is computed of a layer, in the order of KINDS: of the first layer, and of the others.
 COUNTS = {
     "3 F": ((1, 0, 1), (1, 1, 1)),  # a training step
+    "7 F": ((2, 2, 1), (3, 3, 1)),  # gradient and dual pass without the Hessian-vector product, activations kept
     "9 F": ((2, 2, 2), (3, 3, 3)),  # trajectory step and dual pass, activations kept
     "11 F": ((3, 2, 2), (4, 4, 3)),  # the same, activations made again
 }
-PASSES = {"3 F": 3.5, "9 F": 10.5, "11 F": 10.5}  # over every layer's result
-OF_KIND = {"unroll": ("9 F", "11 F"), "step": ("3 F",)}
+PASSES = {"3 F": 3.5, "7 F": 10.5, "9 F": 10.5, "11 F": 10.5}  # over every layer's result
+# Of gradient matching what synthetic and real images take, each for their number.
+OF_KIND = {"unroll": ("9 F", "11 F"), "gradient-matching": ("7 F + 3 F",), "step": ("3 F",)}
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,18 @@ def floors(case: Case, rates: dict[str, Any], precision: str) -> dict[str, dict[
         }
     if case.kind not in OF_KIND or precision not in rates["convolution"]:
         return {}
+
+    def of_batch(label: str) -> float:
+        of_layers = rates["convolution"][precision]
+        return convolutions(case, label, of_layers) + passes(case, label, precision, rates["copy"])
+
+    if case.kind == "gradient-matching":
+        of_class = of_batch("7 F") + case.real / case.batch * of_batch("3 F")
+        return {"gradient": {OF_KIND[case.kind][0]: case.classes * of_class}}
     part, steps = ("iteration", case.steps) if case.kind == "unroll" else ("step", 1)
-    found = {}
-    for label in OF_KIND[case.kind]:
-        one = convolutions(case, label, rates["convolution"][precision])
-        found[label] = steps * (one + passes(case, label, precision, rates["copy"]))
-    return {part: found}
+    return {part: {label: steps * of_batch(label) for label in OF_KIND[case.kind]}}
+
+
+def passes_in_words(label: str) -> str:
+    """ "10.5 passes", or "10.5 + 3.5 passes" of two batches."""
+    return f"{' + '.join(f'{PASSES[part]:g}' for part in label.split(' + '))} passes"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from pdd_fast import host
 from pdd_fast.benchmarks.present import size
@@ -86,6 +87,25 @@ def set_precision(name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True  # shapes never change here, so every contender gets its fastest algorithms
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float | None:
+    """‖found − truth‖ / ‖truth‖ with ``truth`` in float64 on the CPU; None where it is not finite."""
+    return _finite((found.detach().cpu().double() - truth).norm() / truth.norm())
+
+
+def image_errors(found: Tensor, truth: Tensor) -> dict[str, float | None]:
+    """Relative error of the images' gradient, and the cosine of its angle to the true one."""
+    flat = found.detach().cpu().double().flatten()
+    cosine = torch.nn.functional.cosine_similarity(flat, truth.flatten(), dim=0)
+    return {"images": relative_error(found, truth), "cosine": _finite(cosine)}
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if value.isfinite() else None
 
 
 # ---- bytes ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdd_fast.benchmarks import floors
@@ -16,10 +16,9 @@ def case_table(name: str, found: Mapping[str, Any]) -> str:
     case = parse(name)
     kind, labels = KINDS[case.kind], floors.OF_KIND.get(case.kind, ("copy",) if case.kind == "dsa" else ())
     several = len(kind.parts) > 1
-    with_errors = case.kind == "unroll"
     header = ["contender", *(["part"] if several else []), "seconds", "min–max", "times ours"]
     header += ["peak memory", "of it new"]
-    header += ["images' gradient", "cosine", "rate's gradient"] if with_errors else []
+    header += [_ERRORS[key][0] for key in kind.errors]
     header += [f"over floor {' / '.join(labels)}"] if labels else []
     rows = []
     for contender, result in found["results"].items():
@@ -31,19 +30,21 @@ def case_table(name: str, found: Mapping[str, Any]) -> str:
             row = [contender if i == 0 else "", *([part] if several else []), duration(seconds["median"])]
             row += [spread([seconds["smallest"], seconds["largest"]]), number(seconds["times_ours"])]
             row += [size(result[key]) if i == 0 else "" for key in ("peak_bytes", "above_start_bytes")]
-            if with_errors:
-                row += _errors(result.get("error"))
+            row += _errors(kind.errors, result.get("error"))
             if labels:
                 row.append(" / ".join(number(value) for value in seconds["over_floor"].values()))
             rows.append(row)
     return table(header, rows)
 
 
-def _errors(error: Mapping[str, float | None] | None) -> list[str]:
+# Its column and how it is written.
+_ERRORS = {"images": ("images' gradient", ".1e"), "cosine": ("cosine", ".6f"), "rate": ("rate's gradient", ".1e")}
+
+
+def _errors(keys: Sequence[str], error: Mapping[str, float | None] | None) -> list[str]:
     if error is None:
-        return ["", "", ""]
-    forms = {"images": ".1e", "cosine": ".6f", "rate": ".1e"}
-    return [number(error[key], form) or "not finite" for key, form in forms.items()]
+        return [""] * len(keys)
+    return [number(error[key], _ERRORS[key][1]) or "not finite" for key in keys]
 
 
 def floor_table(name: str, found: Mapping[str, Any]) -> str:
@@ -61,7 +62,7 @@ def floor_table(name: str, found: Mapping[str, Any]) -> str:
             rows.append([precision, f"{i}: {shape}", *(f"{rates[k] / 1e9:.4g}" for k in floors.KINDS)])
     text = table(["floor", "layer", *(f"{kind}, GFLOP/s" for kind in floors.KINDS)], rows)
     sums = [
-        f"{label} and {floors.PASSES[label]:g} passes at {copy}: {duration(seconds)} in {precision}"
+        f"{label} and {floors.passes_in_words(label)} at {copy}: {duration(seconds)} in {precision}"
         for precision, parts in floor["seconds"].items() for part in parts.values() for label, seconds in part.items()
     ]  # fmt: skip
     return "\n\n".join([text, f"Floor: {'; '.join(sums)}."] if sums else [text])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import pdd_fast
 from pdd_fast import engines
@@ -114,14 +112,7 @@ def write_truth(case: Case, job: Job) -> dict[str, Any]:
 def errors(found: Gradients, truth: Gradients) -> dict[str, float | None]:
     """Relative errors of both gradients, and the cosine of the angle between the images' gradient and the true one.
     None for what is not finite."""
-    images, rate = (gradient.detach().cpu().double() for gradient in found)
-
-    def relative(value: Tensor, exact: Tensor) -> float:
-        return float((value - exact).norm() / exact.norm())
-
-    cosine = torch.nn.functional.cosine_similarity(images.flatten(), truth[0].flatten(), dim=0)
-    numbers = {"images": relative(images, truth[0]), "cosine": float(cosine), "rate": relative(rate, truth[1])}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return measure.image_errors(found[0], truth[0]) | {"rate": measure.relative_error(found[1], truth[1])}
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:

@@ -58,6 +58,12 @@ def test_the_full_suite_has_all_that_was_asked_for() -> None:
         ("unroll", "unroll-b50-n20-w128-s32", {"batch": 50, "steps": 20, "depth": 3, "augment": False}),
         ("unroll-s64-b3", "unroll-b3-n20-w128-s64", {"size": 64, "depth": 4}),
         ("unroll-w4-s8-n3-b4-d3-dsa", "unroll-b4-n3-w4-s8-d3-dsa", {"depth": 3, "augment": True}),
+        (
+            "gradient-matching",
+            "gradient-matching-b128-r64-k10-w128-s32",
+            {"batch": 128, "real": 64, "classes": 10, "depth": 3},
+        ),
+        ("gradient-matching-s8-k2-r3", "gradient-matching-b128-r3-k2-w128-s8", {"real": 3, "classes": 2, "depth": 2}),
         ("dsa-flip-b20-s8", "dsa-flip-b20-s8", {"operation": "flip", "size": 8}),
         ("dsa", "dsa-single-b256", {"operation": "single"}),
         ("evaluate-w4-s16-e2", "evaluate-w4-s16-e2", {"epochs": 2, "size": 16}),
@@ -74,8 +80,14 @@ def test_a_name_says_what_a_case_is(name: str, canonical: str, expected: dict[st
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("unrol-b5", "a case must begin with one of unroll, step, dsa, evaluate, stage, got 'unrol-b5'; did you mean"),
+        (
+            "unrol-b5",
+            "a case must begin with one of unroll, gradient-matching, step, dsa, evaluate, stage, got 'unrol-b5'; did",
+        ),
         ("unroll-x5", "'x5' is not a part of it; its parts look like b50, n20, w128, s32, d3 and dsa"),
+        ("gradient-mathcing", "got 'gradient-mathcing'; did you mean 'gradient-matching'"),
+        ("gradient-matching-n5", "'n5' is not a part of it; its parts look like b128, r64, k10, w128, s32, d3"),
+        ("gradient-matchings", "a case must begin with one of"),
         ("unroll-b0", "'b0' is not a part of it"),
         ("step-n5", "'n5' is not a part of it"),
         ("dsa-twist", "'twist' is not a part of it; its parts look like b256, s32, and one of color, crop"),
@@ -160,7 +172,8 @@ def made_up(case_name: str, name: str) -> dict[str, Any]:
     errors: dict[str, float | None] = {"images": 1e-6, "cosine": 0.75, "rate": 2e-7}
     if name == "frozen weights":
         errors = dict.fromkeys(errors)  # not finite
-    return found | ({"error": errors} if case.kind == "unroll" else {})
+    kept = {key: errors[key] for key in cases.KINDS[case.kind].errors}
+    return found | ({"error": kept} if kept else {})
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from pdd_fast.benchmarks import (
     evaluation,
     floor,
     floors,
+    gradient_matching,
     machine,
     measure,
     processes,
@@ -245,7 +246,7 @@ def test_baselines_run_nothing_of_the_package(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(engines, "choose", refuse)
     monkeypatch.setattr(PackedDraws, "apply", refuse)
     monkeypatch.setattr(measure, "repeated", lambda call, device: [measure.timed(call, device)[0]])
-    for name in ("unroll-b4-n2-w4-s8-dsa", "step-b4-w4-s8-dsa"):
+    for name in ("unroll-b4-n2-w4-s8-dsa", "gradient-matching-b4-r3-k3-w4-s8", "step-b4-w4-s8-dsa"):
         every = contenders.contenders(parse(name), "cpu")
         with pytest.raises(AssertionError, match="a baseline ran the package"):
             child.work(parse(name), every[0].name, job)
@@ -264,6 +265,40 @@ def test_the_rate_of_plain_training_falls_to_a_tenth_at_half_time() -> None:
     assert rates == [0.5, 0.5, 0.5, 0.05, 0.05]
     expected = 100 * float((net(images).argmax(1) == labels).double().mean())
     assert training.accuracy(images, labels, batch=4) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
+    device_type: str, device: torch.device
+) -> None:
+    p = gradient_matching.Problem.draw(parse("gradient-matching-b4-r3-k3-w4-s8"), device, torch.float64)
+    theta = p.theta.clone().requires_grad_()
+    images = p.images.clone().requires_grad_()
+    shapes = [parameter.shape for parameter in p.net.parameters()]
+    names = [name for name, _ in p.net.named_parameters()]
+
+    def gradient(x: Tensor, y: Tensor) -> Tensor:
+        """Of the convolutions' weights."""
+        parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
+        logits = torch.func.functional_call(p.net, dict(zip(names, parts, strict=True)), (x,))
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        found = torch.autograd.grad(loss, parts, create_graph=True)
+        return torch.cat([g.flatten() for g in found if g.dim() == 4])
+
+    distances = [
+        (gradient(images[k], p.labels[k]) - gradient(p.real[k], p.real_labels[k]).detach()).square().sum()
+        for k in range(3)
+    ]  # fmt: skip
+    (expected,) = torch.autograd.grad(torch.stack(distances).sum(), images)
+    seen = 0
+    for contender in contenders.contenders(parse("gradient-matching"), device_type):
+        if contender.precision != "float32":
+            continue
+        run = gradient_matching.prepared(contender, p)
+        assert relative_error(run(3), expected) < 1e-9, contender.name
+        assert relative_error(run(2), expected[:2]) < 1e-9, contender.name
+        seen += 1
+    assert seen >= 4
 
 
 # ---- whole evaluations and stages -----------------------------------------------------------------------------------
@@ -329,10 +364,13 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_in_haste")
 def test_every_contender_of_every_kind_can_be_measured(device: torch.device, tmp_path: Path) -> None:
     job = Job(device, tmp_path)
-    for name in ("unroll-b4-n2-w4-s8-dsa", "step-b4-w4-s8", "dsa-multiple-b4-s8", "evaluate-w4-e1", "stage-n2-i1-w4"):
+    for name in (
+        "unroll-b4-n2-w4-s8-dsa", "gradient-matching-b4-r3-k3-w4-s8", "step-b4-w4-s8", "dsa-multiple-b4-s8",
+        "evaluate-w4-e1", "stage-n2-i1-w4",
+    ):  # fmt: skip
         case = parse(name)
-        if case.kind == "unroll":
-            unroll_benchmark.write_truth(case, job)
+        if errors := results.KINDS[case.kind].errors:
+            child.work(case, contenders.TRUTH, job)
         for contender in contenders.contenders(case, device.type):
             if contender.compiles:  # half a minute each
                 continue
@@ -341,7 +379,8 @@ def test_every_contender_of_every_kind_can_be_measured(device: torch.device, tmp
             assert all(each and min(each) > 0 for each in found["seconds"].values())
             assert found["peak_bytes"] > 0
             assert found["above_start_bytes"] >= 0
-            if case.kind == "unroll":
+            if errors:
+                assert tuple(found["error"]) == errors
                 # On a GPU convolutions take TF32 unless a flag says otherwise.
                 exact = 0.5 if contender.precision == "bfloat16" else 0.05 if device.type == "cuda" else 1e-4
                 assert (found["error"]["images"] < exact) == contender.exact, contender.name
@@ -350,7 +389,7 @@ def test_every_contender_of_every_kind_can_be_measured(device: torch.device, tmp
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_first_contender_of_every_precision_is_ours(device_type: str) -> None:
-    for name in ("unroll", "step", "dsa", "evaluate", "stage"):
+    for name in ("unroll", "gradient-matching", "step", "dsa", "evaluate", "stage"):
         every = contenders.contenders(parse(name), device_type)
         assert len({c.name for c in every}) == len(every) > 1
         assert every[0].ours
@@ -415,6 +454,19 @@ def test_counts_of_convolutions_have_the_names_they_should() -> None:
     )  # fmt: skip
     first, rest = 32 * 32 * 3 * 128, (16 * 16 + 8 * 8) * 128 * 128
     assert step["step"]["3 F"] == pytest.approx(10 * 18 * (2 * first + 3 * rest) / 1e9)
+
+
+def test_the_floor_of_gradient_matching_counts_real_and_synthetic_images() -> None:
+    case = parse("gradient-matching-b10-r4-k3-w128-s32")
+    first, rest = 32 * 32 * 3 * 128, (16 * 16 + 8 * 8) * 128 * 128  # multiplications of one image
+    rates = {"forward": 1e9, "input gradient": 2e9, "weight gradient": 4e9}
+    synthetic = (2 * first + 3 * rest) / 1e9 + (2 * first + 3 * rest) / 2e9 + (first + rest) / 4e9
+    real = (first + rest) / 1e9 + rest / 2e9 + (first + rest) / 4e9
+    numbers = 128 * (1024 + 256 + 64) * 4 / 1e8  # seconds of one pass over one image
+    found = floors.floors(case, {"convolution": {"float32": [rates] * 3}, "copy": 1e8}, "float32")["gradient"]
+    expected = 3 * (10 * (18 * synthetic + 10.5 * numbers) + 4 * (18 * real + 3.5 * numbers))
+    assert found == {"7 F + 3 F": pytest.approx(expected)}
+    assert floors.passes_in_words("7 F + 3 F") == "10.5 + 3.5 passes"
 
 
 def test_the_floor_of_dsa_is_bytes() -> None:
