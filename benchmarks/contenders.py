@@ -146,7 +146,7 @@ def _gradient_matching(on_gpu: bool) -> list[Contender]:
     others = (_PLAIN_CLASS, _PLAIN_CLASS_LAST, _FUNCTIONAL_CLASS)
     if not on_gpu:
         return [_AUTO, _DIRECT, module, *others]
-    own = _own("ours", "exact; pdd_fast.gradient_matching_loss")
+    own = _own("ours", "exact; pdd_fast.gradient_matching")
     precisions = (_ALL, ("float32",), _BOTH, _ALL, ("float32",))
     return _precise(list(zip((own, module, *others), precisions, strict=True)))
 

@@ -70,7 +70,7 @@ def ours(problem: Problem, contender: Contender) -> Gradient:
 
     def gradient(classes: int) -> Tensor:
         images = problem.images[:classes].detach().requires_grad_()
-        loss = pdd_fast.gradient_matching_loss(
+        loss = pdd_fast.gradient_matching(
             net, problem.theta, problem.real[:classes], problem.real_labels[:classes], images, problem.labels[:classes],
             precision=contender.precision, **options,
         )  # fmt: skip

@@ -12,8 +12,9 @@ from pdd_fast.cli import output
 @click.command(name="export")
 @click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
 @click.option("--output", "folder", type=click.Path(path_type=Path), required=True, help="Where the files go.")
+@click.option("--raw", is_flag=True, help="Images that hold several as they are stored, not what they hold.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
-def command(run_dir: Path, folder: Path, as_json: bool) -> None:
+def command(run_dir: Path, folder: Path, raw: bool, as_json: bool) -> None:
     """Write the images of RUN (or of a distilled set's file) as MTT's scripts store theirs.
 
     For every stage a folder with images_best.pt and labels_best.pt; rates, normalisation and augmentation in
@@ -22,7 +23,7 @@ def command(run_dir: Path, folder: Path, as_json: bool) -> None:
     from pdd_fast.distilled import load_distilled
     from pdd_fast.mtt_images import write_mtt
 
-    files = write_mtt(load_distilled(run_dir), folder)
+    files = write_mtt(load_distilled(run_dir), folder, raw)
     if as_json:
         output.print_json({"files": list(map(str, files))})
         return

@@ -14,7 +14,7 @@ from pdd_fast._version import __version__
 if TYPE_CHECKING:
     from pdd_fast.augmentation import DSA, AugmentParameters, augment
     from pdd_fast.distilled import DistilledSet, load_distilled
-    from pdd_fast.gradient_matching import gradient_matching_loss
+    from pdd_fast.gradient_distance import gradient_matching
     from pdd_fast.matching.trajectory import trajectory_matching_loss
     from pdd_fast.networks.convnet import ConvNet
     from pdd_fast.networks.parameters import flatten_parameters, load_parameters
@@ -27,7 +27,7 @@ _HOMES = {
     "augment": "augmentation",
     "DistilledSet": "distilled",
     "load_distilled": "distilled",
-    "gradient_matching_loss": "gradient_matching",
+    "gradient_matching": "gradient_distance",
     "trajectory_matching_loss": "matching.trajectory",
     "ConvNet": "networks.convnet",
     "free_buffers": "ops.convnet",
@@ -45,7 +45,7 @@ __all__ = [
     "augment",
     "flatten_parameters",
     "free_buffers",
-    "gradient_matching_loss",
+    "gradient_matching",
     "load_distilled",
     "load_parameters",
     "trajectory_matching_loss",

@@ -21,6 +21,7 @@ from pdd_fast.data import load
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run, half_width
 from pdd_fast.files import write_json
+from pdd_fast.matching import METHODS
 from pdd_fast.pictures import save_figure
 from pdd_fast.progressive import distill
 from pdd_fast.reporting import SILENT, Reporter
@@ -91,7 +92,7 @@ def ablate(
         for variant, each in zip(chosen, configs, strict=True):
             path = folder / f"seed-{seed}" / variant.folder
             settings = replace(each, seed=seed, union_epochs=_epochs(each, configs, classes))
-            if first is not None:
+            if first is not None and METHODS[config.base].needs_trajectories:
                 settings = replace(settings, experts_from=str(first.resolve()))
             run = _run(path, settings)
             reporter.message(f"{variant.name}, seed {seed}")
@@ -121,7 +122,7 @@ def _epochs(config: Config, configs: Sequence[Config], classes: int) -> int:
     """Epochs on each union with which a variant takes as many steps in all, up to rounding, as the longest one."""
 
     def batches(c: Config) -> int:
-        return sum(math.ceil(images * classes / c.union_batch) for images in accumulate(c.ipc_by_stage))
+        return sum(math.ceil(images * classes / c.union_batch) for images in accumulate(c.real_by_stage))
 
     most = max(c.union_epochs * batches(c) for c in configs)
     return max(1, round(most / batches(config)))

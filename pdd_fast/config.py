@@ -75,6 +75,14 @@ class Config:
     guard: int = (
         5  # how often a stage is set back, its steps halved, where images or rate left the range, before it fails
     )
+    factor: int = 1  # idc, dm: each stored image holds so many smaller ones a side, enlarged for training
+    distance: str = "squared"  # idc: of gradients; squared, or cosine (layer by layer)
+    real_batch: int = 64  # idc, dm: real images of a class that synthetic ones are matched to
+    synthetic_batch: int = 128  # idc, dm: synthetic images of a class, of the whole union and enlarged, at most
+    inner_loops: int = 100  # idc: updates of the images in an iteration, each followed by one of its network
+    network_images: int = 2000  # idc: real images that the network is trained on after each, in steps of union_batch
+    start_networks: int = 0  # idc, dm: networks of a stage, taken in turn; 0: a new one for every iteration
+    cutmix: float = 0.5  # idc, dm: how often a step of those networks' training mixes its images
     engine: str = "auto"
     memory: str = "recompute"  # activations of inner steps: recompute, cache (keep all), or auto (keep up to a limit)
     memory_limit: float = 0.0  # of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory
@@ -108,6 +116,11 @@ class Config:
         return tuple(share + (stage < extra) for stage in range(self.stages))
 
     @property
+    def real_by_stage(self) -> tuple[int, ...]:
+        """Real images per class that each stage's images start from: one for each that a stored image holds."""
+        return tuple(images * self.factor**2 for images in self.ipc_by_stage)
+
+    @property
     def lr_img_by_stage(self) -> tuple[float, ...]:
         """The images' learning rate of each stage."""
         return _numbers(self.stage_lr_img) if self.stage_lr_img else (self.lr_img,) * self.stages
@@ -123,13 +136,14 @@ class Config:
 
 _TYPES = get_type_hints(Config)
 CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
-    "base": ("mtt",),
+    "base": ("mtt", "idc", "dm"),  # pdd_fast.matching.register adds to it
     "conditioning": ("on", "off"),
     "whitening": ("none", "zca"),
     "filter": ("none", "forgetting", "learned"),
     "select": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
     "labels": ("hard", "soft", "learned"),
+    "distance": ("squared", "cosine"),
     "engine": ("auto", "fused", "autograd"),
     "memory": ("recompute", "cache", "auto"),
     "precision": ("auto", "float32", "tf32", "bfloat16"),
@@ -144,6 +158,8 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0, "lr_img": 0, "lr_lr": 0, "lr_label": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
     "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0, "side_by_side": 0,
     "memory_limit": 0, "trajectories": 1, "clip": 0, "ema": 0, "guard": 0,
+    "factor": 1, "real_batch": 1, "synthetic_batch": 1, "inner_loops": 1, "network_images": 0, "start_networks": 0,
+    "cutmix": 0,
 }  # fmt: skip
 _BELOW: dict[str, float] = {
     "validation_fraction": 1,
@@ -152,6 +168,12 @@ _BELOW: dict[str, float] = {
     "expert_momentum": 1,
     "union_momentum": 1,
 }
+# What a base method leaves of other settings. Some have no experts, whose words soft labels are, and no transitions,
+# which are asked what is learned; those work on pixels in [0, 1].
+_ON_PIXELS: dict[str, tuple[Any, ...]] = {
+    "labels": ("hard",), "whitening": ("none",), "filter": ("none", "forgetting"),
+}  # fmt: skip
+_OF_BASE: dict[str, dict[str, tuple[Any, ...]]] = {"mtt": {"factor": (1,)}, "idc": _ON_PIXELS, "dm": _ON_PIXELS}
 _ABOVE: dict[str, float] = {"filter_band": 0, "expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
 
 
@@ -182,15 +204,17 @@ def recipe_title(name: str) -> str:
 def resolve(recipe: str | None = None, **settings: Any) -> Config:
     """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's type.
 
-    Without ``recipe``, the recipe named like the data set is taken where there is one. ``stages`` and ``ipc`` follow
+    Without ``recipe``, the one named like the data set is taken where there is one, and for another base method than
+    mtt the one named like both (digits-idc). ``stages`` and ``ipc`` follow
     from ``stage_ipc`` where that is among ``settings`` and they are not.
 
     Raises:
         UsageError: an unknown setting (with the nearest name), or a value that cannot be.
     """
-    dataset = str(settings.get("dataset", Config.dataset))
-    if recipe is None and dataset in recipe_names():
-        recipe = dataset
+    dataset, base = (str(settings.get(key, getattr(Config, key))) for key in ("dataset", "base"))
+    own = dataset if base == Config.base else f"{dataset}-{base}"
+    if recipe is None and own in recipe_names():
+        recipe = own
     merged = (load_recipe(recipe) if recipe is not None else {}) | settings
     if settings.get("stage_ipc"):  # says how many stages and images there are, where nobody else does
         split = _split(str(settings["stage_ipc"]))
@@ -284,6 +308,12 @@ def _check(config: Config) -> None:
     for key, bound in _ABOVE.items():
         if getattr(config, key) <= bound:
             raise UsageError(f"{key} must be above {bound:g}, got {getattr(config, key)}")
+    if config.cutmix > 1:
+        raise UsageError(f"cutmix must be at most 1, got {config.cutmix}")
+    for key, allowed in _OF_BASE.get(config.base, {}).items():
+        if getattr(config, key) not in allowed:
+            choices = " or ".join(map(str, allowed))
+            raise UsageError(f"{key} must be {choices} where base is {config.base}, got {getattr(config, key)}")
     if config.memory == "cache" and config.memory_limit:
         raise UsageError(
             f"memory_limit must be 0 where memory is cache, which keeps everything, got {config.memory_limit:g}; "

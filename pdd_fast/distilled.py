@@ -14,6 +14,7 @@ from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 from pdd_fast.files import read_tensors, save_tensors
+from pdd_fast.formation import decode, decode_labels
 
 
 class DistilledUnion(TensorDataset):
@@ -32,13 +33,14 @@ class DistilledSet:
         ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates not positive.
     """
 
-    images: Tensor  # [n, C, H, W] float32, normalised (and whitened) as training data are
+    images: Tensor  # [n, C, H, W] float32, normalised (and whitened) as training data are, as they are stored
     labels: Tensor  # int64 [n], or float [n, classes]
     stage: Tensor  # int64 [n], 1-based
     learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
     normalisation: Normalisation
     metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, base, seed
     whitening: Whitening | None = None  # None: images are not whitened
+    factor: int = 1  # every stored image holds factor² smaller ones, which networks are trained on once enlarged
 
     def __post_init__(self) -> None:
         if self.images.dim() != 4:
@@ -62,6 +64,9 @@ class DistilledSet:
         if self.whitening is not None and self.whitening.image_shape != tuple(self.images.shape[1:]):
             expected = tuple(self.images.shape[1:])
             raise ValueError(f"DistilledSet: whitening must be for {expected}, got {self.whitening.image_shape}")
+        if not 1 <= self.factor <= min(self.images.shape[2:]):
+            most = min(self.images.shape[2:])
+            raise ValueError(f"DistilledSet: factor must lie in [1, {most}], got {self.factor}")
         present = sorted(set(self.stage.tolist()))
         if present != list(range(1, self.stages + 1)):
             raise ValueError(f"DistilledSet: stage must number 1..{self.stages} without gaps, got {present}")
@@ -80,16 +85,24 @@ class DistilledSet:
     def stages(self) -> int:
         return len(self.learning_rates)
 
-    def union(self, stage: int | None = None) -> DistilledUnion:
-        """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with ``learning_rate``."""
-        last = self._check_stage(self.stages if stage is None else stage)
-        rows = self.stage <= last
-        return DistilledUnion(self.images[rows], self.labels[rows], float(self.learning_rates[last - 1]))
+    def union(self, stage: int | None = None, raw: bool = False) -> DistilledUnion:
+        """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with ``learning_rate``.
 
-    def subset(self, stage: int) -> DistilledUnion:
-        """What stage ``stage`` alone made."""
-        rows = self.stage == self._check_stage(stage)
-        return DistilledUnion(self.images[rows], self.labels[rows], float(self.learning_rates[stage - 1]))
+        Args:
+            raw: the images as they are stored. Otherwise, where ``factor`` is not 1, the factor² enlarged ones that
+                each of them holds, which are what to train on.
+        """
+        last = self._check_stage(self.stages if stage is None else stage)
+        return self._part(self.stage <= last, last, raw)
+
+    def subset(self, stage: int, raw: bool = False) -> DistilledUnion:
+        """What stage ``stage`` alone made; ``raw`` as for :meth:`union`."""
+        return self._part(self.stage == self._check_stage(stage), stage, raw)
+
+    def _part(self, rows: Tensor, last: int, raw: bool) -> DistilledUnion:
+        images, labels, factor = self.images[rows], self.labels[rows], 1 if raw else self.factor
+        rate = float(self.learning_rates[last - 1])
+        return DistilledUnion(decode(images, factor), decode_labels(labels, factor), rate)
 
     def _check_stage(self, stage: int) -> int:
         if not 1 <= stage <= self.stages:
@@ -97,7 +110,7 @@ class DistilledSet:
         return stage
 
     def pixels(self) -> Tensor:
-        """Images [n, C, H, W] with whitening and normalisation undone, clipped to [0, 1]."""
+        """Images [n, C, H, W] as they are stored, with whitening and normalisation undone, clipped to [0, 1]."""
         images = self.images if self.whitening is None else self.whitening.invert(self.images)
         return self.normalisation.invert(images).clamp(0, 1)
 
@@ -116,7 +129,8 @@ class DistilledSet:
             "learning_rates": self.learning_rates,
             **({} if self.whitening is None else self.whitening.tensors()),
         }
-        save_tensors(Path(path), tensors, self.metadata | {"normalisation": self.normalisation.to_dict()})
+        own = {"normalisation": self.normalisation.to_dict(), "factor": self.factor}
+        save_tensors(Path(path), tensors, self.metadata | own)
 
 
 def load_distilled(path: str | Path) -> DistilledSet:
@@ -136,7 +150,9 @@ def load_distilled(path: str | Path) -> DistilledSet:
         raise UsageError(f"{file} is not a distilled set: it lacks {', '.join(missing)}")
     try:
         normalisation = Normalisation.from_dict(metadata.pop("normalisation"))
+        factor = int(metadata.pop("factor", 1))  # sets of before have none
         images, labels, stage, rates = (tensors[name] for name in names)
-        return DistilledSet(images, labels, stage, rates, normalisation, metadata, Whitening.of_tensors(tensors))
+        whitening = Whitening.of_tensors(tensors)
+        return DistilledSet(images, labels, stage, rates, normalisation, metadata, whitening, factor)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a distilled set: {error}") from error

@@ -124,7 +124,7 @@ def evaluate_run(
             else:
                 chosen = union if name == "last-union" else other
                 assert chosen is not None
-                courses = [[Leg(chosen.images, chosen.labels, chosen.rates[-1], total, boundaries)]]
+                courses = [[Leg(*chosen.up_to(), chosen.rates[-1], total, boundaries)]]
             follow = _follow if network == "convnet" else partial(_follow_modules, network)
             parts = [follow(bench, course, group) for course in courses]
             for repeat in range(len(group)):

@@ -145,7 +145,7 @@ def stage_bands(bench: Workbench, scores: Tensor) -> list[Tensor]:
 
 def _least(bench: Workbench) -> int:
     """Examples that a stage has of every class, at least: enough for images that no other stage starts from."""
-    return max(_FEWEST, bench.config.ipc)
+    return max(_FEWEST, sum(bench.config.real_by_stage))
 
 
 def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
@@ -153,7 +153,7 @@ def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
     out of its band; no image twice."""
     labels, found = bench.train.labels.cpu(), []
     free = torch.ones(len(labels), dtype=torch.bool)
-    for stage, (count, inside) in enumerate(zip(bench.config.ipc_by_stage[: len(bands)], bands, strict=True), start=1):
+    for stage, (count, inside) in enumerate(zip(bench.config.real_by_stage[: len(bands)], bands, strict=True), start=1):
         draw, own = bench.generator("initial images", stage), list[Tensor]()
         for label in range(bench.data.num_classes):
             rows = (inside & free & (labels == label)).nonzero().flatten()
@@ -189,7 +189,7 @@ class AllExamples(Examples):
         return self._bench.train
 
     def initial_rows(self, stage: int) -> Tensor:
-        return self._bench.random_real_rows(self._bench.config.ipc_by_stage, "initial images")[stage - 1]
+        return self._bench.random_real_rows(self._bench.config.real_by_stage, "initial images")[stage - 1]
 
 
 class FilteredExamples(Examples):

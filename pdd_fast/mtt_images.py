@@ -23,13 +23,14 @@ from pdd_fast.files import atomic_path, read_pickled_tensors, write_json
 IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
 
 
-def write_mtt(distilled: DistilledSet, folder: str | Path) -> list[Path]:
+def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) -> list[Path]:
     """Writes stage-1/images_best.pt, stage-1/labels_best.pt, ... and settings.json; the files.
 
     Images are as networks see them (normalised and, where the set is, whitened), which is what the scripts expect.
 
     Args:
         folder: is made where it is missing.
+        raw: images that hold several as they are stored. Otherwise what they hold, enlarged, as the scripts need them.
 
     Raises:
         UsageError: there is something in it already.
@@ -39,7 +40,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path) -> list[Path]:
         raise UsageError(f"{folder} exists and is not an empty folder; choose another")
     written = []
     for stage in range(1, distilled.stages + 1):
-        subset = distilled.subset(stage)
+        subset = distilled.subset(stage, raw)
         for name, tensor in ((IMAGES, subset.images), (LABELS, subset.labels)):
             path = folder / f"stage-{stage}" / name
             with atomic_path(path) as temporary:
@@ -49,6 +50,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path) -> list[Path]:
         "learning_rates": distilled.learning_rates.tolist(),
         "normalisation": distilled.normalisation.to_dict(),
         "whitening": "none" if distilled.whitening is None else "zca",
+        "factor": distilled.factor if raw else 1,
     }
     known = ("data", "classes", "augmentation", "network")
     settings |= {key: distilled.metadata[key] for key in known if key in distilled.metadata}

@@ -18,6 +18,7 @@ from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.experts import ensure_experts, keep_starts, record_trajectories, stored_experts
 from pdd_fast.filtering import FILTERS, Examples
+from pdd_fast.formation import combine
 from pdd_fast.matching import METHODS, BaseMethod, StageProblem
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
@@ -38,16 +39,20 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     with run.lock():
         config = run.config
         bench = Workbench.prepare(config, run.path)
-        require_images_per_class(bench.train, config.ipc, bench.data.classes)
-        ensure_experts(run, bench, reporter)
+        require_images_per_class(bench.train, sum(config.real_by_stage), bench.data.classes)
+        if METHODS[config.base].needs_trajectories or config.filter == "forgetting":
+            ensure_experts(run, bench, reporter)
         union, examples = Union.empty(bench), FILTERS[config.filter](run, bench, reporter)
         for stage in range(1, config.stages + 1):
             if run.stage_file(stage).exists():
                 union = Union.load(run.stage_file(stage), bench)
                 continue
-            if _records(config, stage):
-                transition(run, bench, union, examples, reporter)
-            union = _run_stage(run, bench, union, _trajectories(run, stage), examples.initial_rows(stage), reporter)
+            trajectories = list[Trajectory]()
+            if METHODS[config.base].needs_trajectories:
+                if _records(config, stage):
+                    transition(run, bench, union, examples, reporter)
+                trajectories = _trajectories(run, stage)
+            union = _run_stage(run, bench, union, trajectories, examples, reporter)
             union.distilled(bench).save(run.stage_file(stage))
             run.checkpoint_file(stage).unlink(missing_ok=True)
         distilled = union.distilled(bench)
@@ -79,7 +84,7 @@ def transition(run: Run, bench: Workbench, union: Union, examples: Examples, rep
         students = Students.start(torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device))
         if conditioned:
             draws = [bench.generator("transition", stage, k) for k in group]
-            bench.train_on_union(students, union.images, union.labels, union.rates[-1], config.transition_epochs, draws)
+            bench.train_on_union(students, *union.up_to(), union.rates[-1], config.transition_epochs, draws)
         return students.theta
 
     if examples.follow_from_starts:
@@ -130,31 +135,22 @@ class _Selection:
         held_out, scores = self._bench.held_out, list[float]()
         for group, carried in self._students:
             students = carried.copy()
-            self._train(group, students, union.images, union.labels, union.rates[-1], union.stages)
+            self._train(group, students, *union.up_to(), union.rates[-1], union.stages)
             scores += accuracies(self._bench.engine, students.theta, held_out.images, held_out.labels)
         return sum(scores) / len(scores)
 
 
 def _run_stage(
-    run: Run, bench: Workbench, union: Union, trajectories: list[Trajectory], rows: Tensor, reporter: Reporter
+    run: Run, bench: Workbench, union: Union, trajectories: list[Trajectory], examples: Examples, reporter: Reporter
 ) -> Union:
-    """Learns the images of the stage after ``union`` from the real ones in ``rows`` on, matching ``trajectories``."""
+    """Learns the images of the stage after ``union`` from ``examples``, matching ``trajectories`` where the method
+    does."""
     config, stage = bench.config, union.stages + 1
-    images, labels = bench.train.images[rows], bench.train.labels[rows]
-    if config.labels != "hard":
-        labels = soft_labels(bench.engine, stored_experts(run), images)
-    problem = StageProblem(
-        config=config,
-        stage=stage,
-        engine=bench.engine,
-        dsa=bench.dsa,
-        trajectories=trajectories,
-        frozen_images=union.images if config.conditioning == "on" else union.images[:0],
-        frozen_labels=union.labels if config.conditioning == "on" else union.labels[:0],
-        initial_images=images,
-        labels=labels,
+    images, labels = _initial(run, bench, examples.initial_rows(stage))
+    conditions = union if config.conditioning == "on" else Union.empty(bench)
+    method = METHODS[config.base](
+        StageProblem(bench, stage, examples.of(stage), conditions, trajectories, images, labels)
     )
-    method = METHODS[config.base](problem)
     best = _resume(run, stage, method)
     run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)
     selection = _Selection(bench, union)
@@ -185,6 +181,17 @@ def _run_stage(
         raise
     assert best is not None
     return union.extended(best.images, best.labels, best.rate)
+
+
+def _initial(run: Run, bench: Workbench, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Images as they are stored, which hold the real ones in ``rows`` of ``bench.train`` (so many of each class, class
+    by class), and their labels."""
+    config, each = bench.config, bench.config.factor**2
+    groups = rows.view(-1, each).T  # [each, n]: of every stored image what its cells hold
+    images, labels = combine(bench.train.images[groups.flatten()], config.factor), bench.train.labels[groups[0]]
+    if config.labels != "hard":
+        labels = soft_labels(bench.engine, stored_experts(run), images)
+    return images, labels
 
 
 def _is_judged(every: int, iteration: int, last: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdd_fast._version import __version__
 from pdd_fast.distilled import DistilledSet, load_distilled
+from pdd_fast.formation import decode, decode_labels
 from pdd_fast.workbench import Workbench
 
 
@@ -17,10 +18,11 @@ from pdd_fast.workbench import Workbench
 class Union:
     """The images of the stages so far, on the run's device."""
 
-    images: Tensor  # [n, C, H, W]
+    images: Tensor  # [n, C, H, W], as they are stored
     labels: Tensor  # [n], or probabilities [n, classes]
     stage: Tensor  # [n], 1-based
     rates: list[float] = field(default_factory=list)
+    factor: int = 1  # every stored image holds factor² that networks are trained on (pdd_fast.formation)
 
     @classmethod
     def empty(cls, bench: Workbench) -> Union:
@@ -28,27 +30,28 @@ class Union:
         none, labels = train.labels[:0].clone(), train.labels[:0].clone()
         if bench.config.labels != "hard":
             labels = train.images.new_empty(0, bench.data.num_classes)
-        return cls(train.images[:0].clone(), labels, none)
+        return cls(train.images[:0].clone(), labels, none, factor=bench.config.factor)
 
     @classmethod
     def load(cls, path: Path, bench: Workbench) -> Union:
         stored = load_distilled(path)
         images, labels, stage = (t.to(bench.device) for t in (stored.images, stored.labels, stored.stage))
-        return cls(images, labels, stage, rates=stored.learning_rates.tolist())
+        return cls(images, labels, stage, stored.learning_rates.tolist(), stored.factor)
 
     @property
     def stages(self) -> int:
         return len(self.rates)
 
-    def up_to(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of stages 1..``stage``."""
-        rows = self.stage <= stage
-        return self.images[rows], self.labels[rows]
+    def up_to(self, stage: int | None = None) -> tuple[Tensor, Tensor]:
+        """Images and labels of stages 1..``stage`` (None: all), as networks are trained on them."""
+        return self._decoded(self.stage <= (self.stages if stage is None else stage))
 
     def only(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of stage ``stage`` alone."""
-        rows = self.stage == stage
-        return self.images[rows], self.labels[rows]
+        """Images and labels of stage ``stage`` alone, as networks are trained on them."""
+        return self._decoded(self.stage == stage)
+
+    def _decoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return decode(self.images[rows], self.factor), decode_labels(self.labels[rows], self.factor)
 
     def extended(self, images: Tensor, labels: Tensor, rate: float) -> Union:
         number = self.stage.new_full((len(labels),), self.stages + 1)
@@ -56,7 +59,8 @@ class Union:
             torch.cat([self.images, images]),
             torch.cat([self.labels, labels]),
             torch.cat([self.stage, number]),
-            [*self.rates, rate],
+            [*self.rates, torch.tensor(rate, dtype=torch.float32).item()],  # as it is stored
+            self.factor,
         )
 
     def distilled(self, bench: Workbench) -> DistilledSet:
@@ -67,6 +71,7 @@ class Union:
             labels=self.labels.cpu(),
             stage=self.stage.cpu(),
             learning_rates=torch.tensor(self.rates),
+            factor=self.factor,
             normalisation=bench.data.normalisation,
             whitening=bench.data.whitening,
             metadata={

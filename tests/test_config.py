@@ -95,8 +95,52 @@ def test_the_recipe_with_the_filter_is_the_one_without_but_for_the_filter() -> N
     assert resolve("cifar10-ipc10-filter") == replace(plain, filter="forgetting", filter_band=10.0)
 
 
+# The same, on IDC: images a class and stage, and the rate of the images.
+IDC = {
+    "cifar10-idc-ipc10": (2, 1e-3),
+    "cifar10-idc-ipc50": (10, 5e-3),
+    "cifar100-idc-ipc10": (2, 1e-3),
+    "cifar100-idc-ipc50": (10, 5e-3),
+}
+
+
+@pytest.mark.parametrize("name", IDC)
+def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
+    c = resolve(name)
+    assert (c.ipc_by_stage, c.lr_img) == (5 * (IDC[name][0],), IDC[name][1])
+    assert c.lr_img == pytest.approx(5e-3 * c.ipc_by_stage[0] / 10)
+    assert (c.base, c.factor, c.iterations, c.inner_loops, c.start_networks) == ("idc", 2, 2000, 100, 0)
+    assert (c.real_batch, c.synthetic_batch, c.network_images, c.distance) == (64, 128, 2000, "squared")
+    assert (c.transition_epochs, c.inner_lr, c.union_momentum, c.union_weight_decay) == (200, 0.01, 0.9, 5e-4)
+    assert (c.momentum, c.cutmix, c.union_epochs) == (0.5, 0.5, 500)
+    assert (c.augment, c.augment_mode) == ("color_crop_cutout", "multiple")
+    assert (c.width, c.depth, c.whitening, c.dataset) == (128, 3, "none", name.partition("-")[0])
+
+
+def test_a_base_method_has_a_recipe_of_its_own() -> None:
+    assert resolve(base="idc") == resolve("digits-idc")
+    assert resolve(base="dm") == resolve("digits-dm")
+    assert resolve(dataset="mnist-like", base="idc") == Config(dataset="mnist-like", base="idc")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": "idc", "labels": "soft"}, "labels must be hard where base is idc, got soft"),
+        ({"base": "dm", "labels": "learned"}, "labels must be hard where base is dm, got learned"),
+        ({"base": "idc", "whitening": "zca"}, "whitening must be none where base is idc, got zca"),
+        ({"base": "mtt", "factor": 2}, "factor must be 1 where base is mtt, got 2"),
+        ({"base": "idc", "filter": "learned"}, "filter must be none or forgetting where base is idc, got learned"),
+        ({"cutmix": 1.5}, "cutmix must be at most 1, got 1.5"),
+    ],
+)
+def test_settings_that_a_base_method_cannot_have_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(**settings)
+
+
 def test_every_recipe_is_pinned_or_ours() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, "cifar10-small", "digits"}
+    assert set(recipe_names()) == {*PUBLISHED, *IDC, "digits", "digits-idc", "digits-dm", "cifar10-small"}
     for name in recipe_names():
         assert recipe_title(name).endswith(".")
 

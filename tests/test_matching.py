@@ -21,6 +21,8 @@ import pdd_fast
 from pdd_fast import engines, memory
 from pdd_fast.augmentation import AugmentParameters, PackedDraws
 from pdd_fast.config import Config
+from pdd_fast.data import ImageData, Split
+from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.errors import RunError, UsageError
 from pdd_fast.graphs import CaptureWarning
@@ -28,6 +30,8 @@ from pdd_fast.matching import StageProblem, TrajectoryMatching, trajectory
 from pdd_fast.matching.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep
 from pdd_fast.matching.trajectory import SetBackWarning
 from pdd_fast.trajectories import list_trajectories, write_trajectory
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -356,11 +360,13 @@ def problem(folder: Path, device: torch.device = CPU, engine: Engine | None = No
         "inner_steps": STEPS, "inner_batch": BATCH, "max_start_epoch": 2, "expert_epochs": 2, "lr_img": 0.5,
         "lr_lr": 1e-3, "inner_lr": 0.03, "width": 6, "depth": 2, "lr_label": 20.0,
     } | settings  # fmt: skip
-    frozen = len(case.frozen)
-    return StageProblem(
-        replace(Config(), **settings), 2, engine, SINGLE, list_trajectories(folder), case.frozen, case.labels[:frozen],
-        case.learned, case.labels[frozen:],
-    )  # fmt: skip
+    frozen, config = len(case.frozen), replace(Config(), **settings)
+    learned, learned_labels = case.learned, case.labels[frozen:]
+    split = Split(learned, learned_labels)
+    data = ImageData("none", tuple("abc"), split, split, split, Normalisation((0.0,) * 3, (1.0,) * 3))
+    bench = Workbench(config, device, data, engine, SINGLE, 1)
+    union = Union(case.frozen, case.labels[:frozen], torch.ones(frozen, dtype=torch.int64), [0.1])
+    return StageProblem(bench, 2, split, union, list_trajectories(folder), learned, learned_labels)
 
 
 def states_of(method: TrajectoryMatching, iterations: int) -> list[dict[str, Tensor]]:

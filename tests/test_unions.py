@@ -42,14 +42,14 @@ def test_every_stage_is_added_behind_the_others(bench: Workbench) -> None:
     assert union.stages == 3
     assert union.stage.tolist() == [1] * 10 + [2] * 20 + [3] * 30
     assert union.images[:, 0, 0, 0].tolist() == union.stage.tolist()
-    assert union.rates == [0.05, 0.1, 0.2]
+    assert union.rates == torch.tensor([0.05, 0.1, 0.2]).tolist()  # as they are stored
 
 
 def test_adding_a_stage_leaves_the_union_before_it_alone(bench: Workbench) -> None:
     before = grown(bench, 1)
     before.extended(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), 0.3)
     assert before.stages == 1
-    assert before.rates == [0.05]
+    assert before.rates == pytest.approx([0.05])
     assert len(before.images) == len(before.labels) == len(before.stage) == 10
 
 

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from pdd_fast import config
 from pdd_fast.matching.base import BaseMethod, StageProblem
+from pdd_fast.matching.distribution import DistributionMatching
+from pdd_fast.matching.gradient import GradientMatching
 from pdd_fast.matching.trajectory import TrajectoryMatching
 
-__all__ = ["METHODS", "BaseMethod", "StageProblem", "TrajectoryMatching"]
+__all__ = [
+    "METHODS", "BaseMethod", "DistributionMatching", "GradientMatching", "StageProblem", "TrajectoryMatching",
+    "register",
+]  # fmt: skip
 
-METHODS: dict[str, type[BaseMethod]] = {"mtt": TrajectoryMatching}
+METHODS: dict[str, type[BaseMethod]] = {"mtt": TrajectoryMatching, "idc": GradientMatching, "dm": DistributionMatching}
+
+
+def register(name: str, method: type[BaseMethod]) -> None:
+    """Makes ``base=name`` mean ``method``, in this process.
+
+    Raises:
+        ValueError: the name is another method's.
+    """
+    if METHODS.setdefault(name, method) is not method:
+        raise ValueError(f"register: name must be new, got {name!r}, which is {METHODS[name].__name__}")
+    config.CHOICES["base"] = tuple(METHODS)

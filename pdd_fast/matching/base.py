@@ -1,72 +1,84 @@
-"""What a base method is given by a stage, and what it gives back."""
+"""Base methods: what one is given by a stage of progressive distillation, and what it gives back.
+
+docs/method.md, "Another base method", adds one step by step.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from torch import Tensor
 
-from pdd_fast.augmentation import DSA
 from pdd_fast.config import Config
-from pdd_fast.engines import Engine
+from pdd_fast.data import Split
 from pdd_fast.trajectories import Trajectory
+from pdd_fast.unions import Union
+from pdd_fast.workbench import Workbench
 
 
 @dataclass(frozen=True)
 class StageProblem:
     """One stage of progressive distillation, everything on the run's device."""
 
-    config: Config
+    bench: Workbench  # configuration, data, network, augmentation, and where draws come from
     stage: int  # 1-based
-    engine: Engine
-    dsa: DSA
-    trajectories: list[Trajectory]
-    frozen_images: Tensor  # [m, C, H, W] of the earlier stages
-    frozen_labels: Tensor  # [m], or [m, classes]
-    initial_images: Tensor  # [n, C, H, W] real images that this stage's start from
+    real: Split  # the real examples that the stage is made from
+    union: Union  # of the earlier stages, frozen; empty where stages are not conditioned on one another
+    trajectories: list[Trajectory]  # none where the method does without
+    images: Tensor  # [n, C, H, W] that the stage's start from, of real ones, as they are stored
     labels: Tensor  # [n], or probabilities [n, classes], which are learned or not as the configuration says
 
+    @property
+    def config(self) -> Config:
+        return self.bench.config
 
-class BaseMethod(Protocol):
+
+class BaseMethod(ABC):
     """A way to learn a stage's images, one iteration at a time.
 
-    Everything random in an iteration derives from the run's seed, the stage and the iteration's number, so that
-    :meth:`state` is all that a continued run needs.
+    Everything random in an iteration derives from the run's seed, the stage and the iteration's number
+    (``problem.bench.generator(...)``), so that :meth:`state` is all that a continued run needs.
     """
 
-    def __init__(self, problem: StageProblem) -> None: ...
+    needs_trajectories: ClassVar[bool] = False  # the run then trains experts, and its stages have transitions
+
+    def __init__(self, problem: StageProblem) -> None:
+        self.problem = problem
 
     @property
+    @abstractmethod
     def iteration(self) -> int:
         """Iterations done."""
-        ...
 
     @property
+    @abstractmethod
     def images(self) -> Tensor:
         """The stage's images as they are now [n, C, H, W]."""
-        ...
 
     @property
     def labels(self) -> Tensor:
         """Their labels as they are now, [n] or [n, classes]."""
-        ...
+        return self.problem.labels
 
     @property
     def learning_rate(self) -> float:
         """The rate with which networks are to be trained on the images."""
-        ...
+        return self.problem.config.inner_lr
 
+    @abstractmethod
     def step(self) -> dict[str, float]:
         """One iteration. Its numbers, "loss" among them. Until it returns, :meth:`state` is that of before.
 
         Raises:
-            RunError: the loss or the learned rate left the range in which going on makes sense.
+            RunError: the loss or the images left the range in which going on makes sense.
         """
-        ...
 
+    @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`load_state` needs to go on with the same bits."""
-        ...
+        """What :meth:`load_state` needs to go on with the same bits, on the CPU."""
 
-    def load_state(self, state: dict[str, Tensor]) -> None: ...
+    @abstractmethod
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on from what :meth:`state` gave, in this process or an earlier one."""

@@ -15,9 +15,8 @@ from pdd_fast import memory
 from pdd_fast.augmentation import PackedDraws
 from pdd_fast.engines import PassShape
 from pdd_fast.errors import RunError
-from pdd_fast.matching.base import StageProblem
+from pdd_fast.matching.base import BaseMethod, StageProblem
 from pdd_fast.matching.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep, can_capture
-from pdd_fast.seeds import generator
 from pdd_fast.unrolling import kept_steps
 
 
@@ -112,28 +111,30 @@ class _Progress(NamedTuple):
         return cls(int(tensors["iteration"]), state, average, int(tensors["halvings"]), point("older"), point("newer"))
 
 
-class TrajectoryMatching:
+class TrajectoryMatching(BaseMethod):
     """MTT as a base method: images, inner rate and, on request, labels by SGD with momentum on the matching loss.
 
     Raises:
         UsageError: an iteration would take more memory than the GPU has.
     """
 
+    needs_trajectories = True
+
     def __init__(self, problem: StageProblem) -> None:
-        self._problem = problem
-        config, images = problem.config, problem.initial_images
-        self._total = len(problem.frozen_labels) + len(problem.labels)
+        super().__init__(problem)
+        config, bench, images = problem.config, problem.bench, problem.images
+        self._total = len(problem.union.labels) + len(problem.labels)
         self._batch = min(config.inner_batch or len(problem.labels), self._total)
         memory.require(images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower())
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
         learned = problem.labels if config.labels == "learned" else None
         self._done = _Progress.start(MatchingState.start(images, config.inner_lr, learned))
         self._ahead: tuple[int, MatchingInputs] | None = None  # the inputs of an iteration, made while a GPU was busy
-        drawn = problem.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
+        drawn = bench.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
         self._step = MatchingStep(
-            problem.engine,
-            torch.cat([problem.frozen_labels, problem.labels]),
-            problem.frozen_images,
+            bench.engine,
+            torch.cat([problem.union.labels, problem.labels]),
+            problem.union.images,
             steps=config.inner_steps,
             batch=self._batch,
             operations=len(drawn.operations),
@@ -147,7 +148,7 @@ class TrajectoryMatching:
             learn_labels=learned is not None,
             trajectories=config.trajectories,
             clip=config.clip,
-            graph=config.graph != "off" and can_capture(problem.engine, images.device),
+            graph=config.graph != "off" and can_capture(bench.engine, images.device),
         )
 
     @property
@@ -160,8 +161,8 @@ class TrajectoryMatching:
 
     @property
     def labels(self) -> Tensor:
-        if self._problem.config.labels != "learned":
-            return self._problem.labels
+        if self.problem.config.labels != "learned":
+            return self.problem.labels
         return self._done.average.logits.softmax(1)
 
     @property
@@ -170,40 +171,40 @@ class TrajectoryMatching:
 
     @property
     def _lr_img(self) -> float:
-        return self._problem.config.lr_img_by_stage[self._problem.stage - 1]
+        return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
 
     @property
     def _image_size(self) -> tuple[int, int]:
-        H, W = self._problem.initial_images.shape[2:]
+        H, W = self.problem.images.shape[2:]
         return H, W
 
     def _memory_limit(self) -> int | None:
         """Bytes that kept activations may take: of the whole device, not of what is free at the moment. Steps that are
         kept and steps that are made again round differently, and a run gives the same bits whatever else runs."""
-        config = self._problem.config
+        config = self.problem.config
         if config.memory != "auto":
             return None
         if config.memory_limit:
             return int(min(config.memory_limit * 1e9, 2.0**62))
-        return memory.total(self._problem.initial_images.device) // 2
+        return memory.total(self.problem.images.device) // 2
 
     def _bytes(self) -> int:
         """What an iteration takes at its peak."""
-        problem, config = self._problem, self._problem.config
-        shape = PassShape.of(problem.initial_images, self._batch)
+        problem, config = self.problem, self.problem.config
+        shape = PassShape.of(problem.images, self._batch)
         steps = [shape] * config.inner_steps
         return memory.matching_bytes(
-            problem.engine,
+            problem.bench.engine,
             shape,
             steps=config.inner_steps,
-            kept=kept_steps("matching", problem.engine, steps, config.memory, self._memory_limit()),
+            kept=kept_steps("matching", problem.bench.engine, steps, config.memory, self._memory_limit()),
             learned=len(problem.labels),
-            frozen=len(problem.frozen_labels),
+            frozen=len(problem.union.labels),
         )
 
     def _lower(self) -> str:
         """What makes an iteration take less, the most effective last."""
-        config = self._problem.config
+        config = self.problem.config
         batch, width = f"inner_batch (now {self._batch})", f"width (now {config.width})"
         if config.memory == "auto":
             limit = memory.in_words(self._memory_limit() or 0)
@@ -213,11 +214,11 @@ class TrajectoryMatching:
         return f"{batch} or {width}" + (", or set engine=fused" if config.engine == "autograd" else "")
 
     def step(self) -> dict[str, float]:
-        done, config = self._done, self._problem.config
+        done, config = self._done, self.problem.config
         iteration = done.iteration
         if self._ahead is None or self._ahead[0] != iteration:
             self._ahead = (iteration, self._inputs(iteration))
-        inputs, where = self._ahead[1], f"stage {self._problem.stage}, iteration {iteration + 1}"
+        inputs, where = self._ahead[1], f"stage {self.problem.stage}, iteration {iteration + 1}"
         meanwhile: Callable[[], None] | None = self._look_ahead
         while True:
             with memory.explained(done.state.images.device, where, self._lower()):
@@ -246,8 +247,8 @@ class TrajectoryMatching:
             self._ahead = (following, self._inputs(following))
 
     def _inputs(self, iteration: int) -> MatchingInputs:
-        problem, config = self._problem, self._problem.config
-        draw = generator(config.seed, "matching", problem.stage, iteration)
+        problem, config = self.problem, self.problem.config
+        draw, dsa = problem.bench.generator("matching", problem.stage, iteration), problem.bench.dsa
         pairs, batches, drawn = [], [], []
         for _ in range(config.trajectories):
             trajectory = problem.trajectories[self._integer(len(problem.trajectories), draw)]
@@ -255,8 +256,8 @@ class TrajectoryMatching:
             pairs.append(trajectory.pair(first, config.expert_epochs))
             own = self._batches(draw)
             batches.append(torch.stack(own))
-            if problem.dsa.operations:
-                drawn += [problem.dsa.sample(self._batch, self._image_size, draw) for _ in own]
+            if dsa.operations:
+                drawn += [dsa.sample(self._batch, self._image_size, draw) for _ in own]
         draws = PackedDraws.of(drawn) if drawn else None
         if config.trajectories == 1:
             return MatchingInputs(*pairs[0], batches[0], draws)
@@ -265,7 +266,7 @@ class TrajectoryMatching:
 
     def _wrong(self, result: MatchingResult) -> tuple[str, str] | None:
         """What is wrong with an iteration, and what to make smaller; None where all is well."""
-        config = self._problem.config
+        config = self.problem.config
         lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {config.lr_lr:g})"
         if not math.isfinite(result.loss) or not result.finite:
             rates = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
@@ -279,7 +280,7 @@ class TrajectoryMatching:
 
     def _batches(self, draw: torch.Generator) -> list[Tensor]:
         """N batches: the union in random order, again and again, in whole batches of the stage's own size."""
-        size, steps = self._batch, self._problem.config.inner_steps
+        size, steps = self._batch, self.problem.config.inner_steps
         batches: list[Tensor] = []
         while len(batches) < steps:
             order = torch.randperm(self._total, generator=draw)

@@ -19,7 +19,7 @@ from pdd_fast import engines
 from pdd_fast import memory as memories
 from pdd_fast.networks.arguments import check_batch, check_theta, require
 
-_NAME = "gradient_matching_loss"
+_NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")
 # By the least number of dimensions of a parameter that counts. IDC's published code
 # (snu-mllab/Efficient-Dataset-Condensation, `matchloss` of condense.py) leaves out those of one unless it is told
@@ -32,7 +32,7 @@ COSINE_EPS = 1e-6  # added to the product of two norms, as in both codes
 Batches = Tensor | Sequence[Tensor]
 
 
-def gradient_matching_loss(
+def gradient_matching(
     net: nn.Module,
     theta: Tensor,
     real_images: Batches,
@@ -111,7 +111,7 @@ class GradientDistance:
 
     Args:
         distance: one of :data:`DISTANCES`.
-        parameters: one of :data:`PARAMETERS` or "auto", as for :func:`gradient_matching_loss`.
+        parameters: one of :data:`PARAMETERS` or "auto", as for :func:`gradient_matching`.
 
     Raises:
         ValueError: an unknown name, "all" for "cosine", or ``net`` has no such parameters.
@@ -187,7 +187,7 @@ def matched_gradients(
         theta, target: [P]; ``target`` is the gradient of the real images (:func:`class_gradients`).
         images: [n, C, H, W].
         labels: int64 [n] or weights [n, classes].
-        keep: as for :func:`gradient_matching_loss`.
+        keep: as for :func:`gradient_matching`.
         want_images: without it only the labels' derivative is computed.
     """
     with torch.no_grad():

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.gradient_matching import COSINE_EPS, GradientDistance, class_gradients, matched_gradients
+from pdd_fast.gradient_distance import COSINE_EPS, GradientDistance, class_gradients, matched_gradients
 
 # "composed": the fused engine with the passes of a GPU, which are not one kernel.
 ENGINES = pytest.mark.parametrize("engine", ["fused", "composed", "autograd"], indirect=True)
@@ -134,7 +134,7 @@ def test_equals_plain_autograd_in_float64(
     problem = make(**CASES[case]).to(torch.float64, device)
     expected = problem.gradients(plain, distance=distance, parameters=parameters)
     found = problem.gradients(
-        pdd_fast.gradient_matching_loss, distance=distance, parameters=parameters, engine=engine, keep=keep
+        pdd_fast.gradient_matching, distance=distance, parameters=parameters, engine=engine, keep=keep
     )
     assert found.keys() == expected.keys()
     for name, truth in expected.items():
@@ -148,7 +148,7 @@ def test_images_may_lie_in_memory_as_they_like(distance: str, engine: str, devic
     expected = problem.gradients(plain, distance=distance)
     for images, real in zip(layouts(problem.images.cpu()), layouts(problem.real_images.cpu()), strict=True):
         laid = replace(problem, images=images.to(device), real_images=real.to(device))
-        found = laid.gradients(pdd_fast.gradient_matching_loss, distance=distance, engine=engine)
+        found = laid.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
         for name, truth in expected.items():
             assert relative_error(found[name], truth) <= 1e-9, name
 
@@ -166,7 +166,7 @@ def test_equals_plain_autograd_whatever_the_sizes(
     problem = make(channels, (height, width), classes, filters, 2, real, images, soft, seed)
     options = {"distance": distance, "parameters": parameters}
     expected = problem.gradients(plain, **options)
-    found = problem.gradients(pdd_fast.gradient_matching_loss, keep=keep, **options)
+    found = problem.gradients(pdd_fast.gradient_matching, keep=keep, **options)
     for name, truth in expected.items():
         # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the relative one.
         error = float((found[name] - truth).norm())
@@ -180,7 +180,7 @@ def test_gradcheck(distance: str, engine: str) -> None:
 
     def run(images: Tensor, labels: Tensor) -> Tensor:
         arguments = replace(problem, images=images, labels=labels).arguments
-        return pdd_fast.gradient_matching_loss(*arguments, distance, engine=engine)
+        return pdd_fast.gradient_matching(*arguments, distance, engine=engine)
 
     leaves = (problem.images.requires_grad_(), problem.labels.requires_grad_())
     assert torch.autograd.gradcheck(run, leaves, eps=1e-6, atol=1e-5, rtol=1e-4)
@@ -195,7 +195,7 @@ def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
     truth = exact.gradients(plain, distance=distance)
     rounded = exact.to(torch.float32, device)
     by_plain = rounded.gradients(plain, distance=distance)
-    found = rounded.gradients(pdd_fast.gradient_matching_loss, distance=distance, engine=engine)
+    found = rounded.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         # An activation that crosses zero by rounding changes the gradient by its whole share: up to 1e-3.
@@ -207,7 +207,7 @@ def test_same_bits_again(engine: str, device: torch.device) -> None:
     problem = make(width=16, real=30, images=30, soft=True).to(torch.float32, device)
     for distance in ("squared", "cosine"):
         first, second = (
-            problem.gradients(pdd_fast.gradient_matching_loss, distance=distance, engine=engine) for _ in range(2)
+            problem.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine) for _ in range(2)
         )
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
@@ -278,10 +278,10 @@ def test_a_network_that_has_learned_all_there_is_has_no_gradient() -> None:
     pdd_fast.load_parameters(net, problem.theta)
     problem = replace(problem, labels=net(problem.images).softmax(1).detach())
     for distance in ("squared", "cosine"):
-        found = problem.gradients(pdd_fast.gradient_matching_loss, distance=distance)
+        found = problem.gradients(pdd_fast.gradient_matching, distance=distance)
         assert all(value.isfinite().all() for value in found.values())
     same = replace(problem, real_images=problem.images, real_labels=problem.labels)
-    assert all(float(value.abs().max()) <= 1e-20 for value in same.gradients(pdd_fast.gradient_matching_loss).values())
+    assert all(float(value.abs().max()) <= 1e-20 for value in same.gradients(pdd_fast.gradient_matching).values())
 
 
 def test_what_counts() -> None:
@@ -327,7 +327,7 @@ def test_several_classes_are_the_sum_of_each(
     labels = [p.labels.clone().requires_grad_() if soft else p.labels for p in problems]
     together = torch.stack if form == "stacked" else list
     arguments = [[p.real_images for p in problems], [p.real_labels for p in problems], images, labels]
-    loss = pdd_fast.gradient_matching_loss(net, theta, *map(together, arguments), engine=engine, keep=keep)  # type: ignore[operator,arg-type]
+    loss = pdd_fast.gradient_matching(net, theta, *map(together, arguments), engine=engine, keep=keep)  # type: ignore[operator,arg-type]
     loss.backward()
     assert relative_error(loss, sum(one["loss"] for one in each)) <= 1e-9  # type: ignore[arg-type]
     for k, one in enumerate(each):
@@ -364,7 +364,7 @@ def test_gradients_of_classes_in_groups_of_any_size(
 def test_without_autograd_the_same(engine: str, device: torch.device) -> None:
     problem = make(soft=True).to(torch.float64, device)
     for distance in ("squared", "cosine"):
-        by_autograd = problem.gradients(pdd_fast.gradient_matching_loss, distance=distance, engine=engine)
+        by_autograd = problem.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
         chosen = engines.choose(problem.net, engine)
         target = chosen.gradient(problem.theta, problem.real_images, problem.real_labels)[1]
         measured = GradientDistance(problem.net, distance)
@@ -383,7 +383,7 @@ def test_without_autograd_the_same(engine: str, device: torch.device) -> None:
 
 def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make(soft=True)
-    everything = problem.gradients(pdd_fast.gradient_matching_loss)
+    everything = problem.gradients(pdd_fast.gradient_matching)
     asked = list[tuple[bool, bool]]()
     original = engines.FusedEngine.dual
 
@@ -394,13 +394,13 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engines.FusedEngine, "dual", dual)
     for name, wants_images in (("images", True), ("labels", False)):
         leaf = getattr(problem, name).clone().requires_grad_()
-        pdd_fast.gradient_matching_loss(*replace(problem, **{name: leaf}).arguments).backward()
+        pdd_fast.gradient_matching(*replace(problem, **{name: leaf}).arguments).backward()
         assert relative_error(leaf.grad, everything[name]) <= 1e-12
         assert asked.pop() == (False, wants_images)
-    result = pdd_fast.gradient_matching_loss(*problem.arguments)
+    result = pdd_fast.gradient_matching(*problem.arguments)
     assert not result.requires_grad
     with torch.no_grad():
-        other = pdd_fast.gradient_matching_loss(*replace(problem, images=problem.images.requires_grad_()).arguments)
+        other = pdd_fast.gradient_matching(*replace(problem, images=problem.images.requires_grad_()).arguments)
     assert torch.equal(result, other)
     assert torch.equal(result, everything["loss"])
     assert not asked
@@ -409,7 +409,7 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_of_several_batches_may_be_held() -> None:
     problems = stacked(2)
     images = [problems[0].images, problems[1].images.clone().requires_grad_()]
-    loss = pdd_fast.gradient_matching_loss(
+    loss = pdd_fast.gradient_matching(
         problems[0].net, problems[0].theta, [p.real_images for p in problems], [p.real_labels for p in problems],
         images, [p.labels for p in problems],
     )  # fmt: skip
@@ -425,7 +425,7 @@ def test_real_images_are_constants_even_where_a_graph_lies_behind_them() -> None
     images = problem.images.clone().requires_grad_()
     both = 1.0 * torch.cat([problem.real_images, images])
     found = replace(problem, real_images=both[:7], images=both[7:])
-    pdd_fast.gradient_matching_loss(*found.arguments).backward()
+    pdd_fast.gradient_matching(*found.arguments).backward()
     assert images.grad is not None
     assert relative_error(images.grad, expected) <= 1e-9
 
@@ -433,7 +433,7 @@ def test_real_images_are_constants_even_where_a_graph_lies_behind_them() -> None
 def test_the_gradient_scales_with_what_comes_after() -> None:
     problem = make()
     images = problem.images.clone().requires_grad_()
-    loss = pdd_fast.gradient_matching_loss(*replace(problem, images=images).arguments)
+    loss = pdd_fast.gradient_matching(*replace(problem, images=images).arguments)
     (3 * loss.square()).backward()
     assert images.grad is not None
     assert relative_error(images.grad, 6 * loss.detach() * problem.gradients(plain)["images"]) <= 1e-9
@@ -442,7 +442,7 @@ def test_the_gradient_scales_with_what_comes_after() -> None:
 def test_a_second_derivative_is_refused() -> None:
     problem = make()
     images = problem.images.clone().requires_grad_()
-    loss = pdd_fast.gradient_matching_loss(*replace(problem, images=images).arguments)
+    loss = pdd_fast.gradient_matching(*replace(problem, images=images).arguments)
     (gradient,) = torch.autograd.grad(loss.square(), images, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -458,7 +458,7 @@ def test_any_module_with_batch_norm(keep: bool) -> None:
     for distance in ("squared", "cosine"):
         # functional_call of the plain form writes to the module's buffers; it is given a copy.
         expected = replace(problem, net=copy.deepcopy(net)).gradients(plain, distance=distance)
-        found = problem.gradients(pdd_fast.gradient_matching_loss, distance=distance, keep=keep)
+        found = problem.gradients(pdd_fast.gradient_matching, distance=distance, keep=keep)
         for name, truth in expected.items():
             assert relative_error(found[name], truth) <= 1e-9, name
     for name, buffer in net.named_buffers():
@@ -469,7 +469,7 @@ def test_arguments_and_the_network_are_left_alone() -> None:
     problem = make(soft=True)
     before = copy.deepcopy(problem)
     for engine in ("fused", "autograd"):
-        problem.gradients(pdd_fast.gradient_matching_loss, engine=engine)
+        problem.gradients(pdd_fast.gradient_matching, engine=engine)
     for name in ("theta", "real_images", "real_labels", "images", "labels"):
         assert torch.equal(getattr(problem, name), getattr(before, name)), name
     for after, kept in zip(problem.net.parameters(), before.net.parameters(), strict=True):
@@ -529,8 +529,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 def test_wrong_arguments_are_named(wrong: str) -> None:
     changes, error, message = WRONG[wrong]
     arguments = vars(make()) | changes
-    with pytest.raises(error, match=f"^gradient_matching_loss: {message}") as caught:
-        pdd_fast.gradient_matching_loss(**arguments)
+    with pytest.raises(error, match=f"^gradient_matching: {message}") as caught:
+        pdd_fast.gradient_matching(**arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -539,8 +539,8 @@ def test_what_has_no_such_parameters_and_parameters_that_are_followed() -> None:
     linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
     theta = pdd_fast.flatten_parameters(linear)
     with pytest.raises(ValueError, match=r"parameters must be such that the network has some \(of 3 .* got 'auto'"):
-        pdd_fast.gradient_matching_loss(*replace(problem, net=linear, theta=theta).arguments)
-    found = replace(problem, net=linear, theta=theta).gradients(pdd_fast.gradient_matching_loss, parameters="weights")
+        pdd_fast.gradient_matching(*replace(problem, net=linear, theta=theta).arguments)
+    found = replace(problem, net=linear, theta=theta).gradients(pdd_fast.gradient_matching, parameters="weights")
     assert float(found["loss"]) > 0
     with pytest.raises(ValueError, match="theta must be a constant, got one that requires a gradient; detach it"):
-        pdd_fast.gradient_matching_loss(*replace(problem, theta=problem.theta.clone().requires_grad_()).arguments)
+        pdd_fast.gradient_matching(*replace(problem, theta=problem.theta.clone().requires_grad_()).arguments)

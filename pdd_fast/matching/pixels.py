@@ -1,0 +1,120 @@
+"""Methods that learn pixels in [0, 1] by comparing synthetic with real images of a class, without trajectories."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdd_fast.augmentation import augment
+from pdd_fast.errors import RunError
+from pdd_fast.formation import decode, decode_labels
+from pdd_fast.matching.base import BaseMethod, StageProblem
+from pdd_fast.matching.starts import Starts
+
+
+class Learned(NamedTuple):
+    """All that such a method is. Never written to: an iteration gives a new one."""
+
+    iteration: Tensor  # []
+    pixels: Tensor  # [n, C, H, W] as they are stored
+    velocity: Tensor  # [n, C, H, W]
+
+
+class PixelMethod(BaseMethod):
+    """What they have in common: start networks, batches of every class, and what is kept."""
+
+    def __init__(self, problem: StageProblem) -> None:
+        super().__init__(problem)
+        self.starts = Starts(problem.bench, problem.union)
+        self.batches = ClassBatches(problem)
+        pixels = self.batches.pixels(problem.images)
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
+        self.done = Learned(torch.tensor(0), pixels, torch.zeros_like(pixels))
+
+    @property
+    def iteration(self) -> int:
+        return int(self.done.iteration)
+
+    @property
+    def images(self) -> Tensor:
+        return self.batches.images(self.done.pixels)
+
+    @property
+    def lr_img(self) -> float:
+        return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
+
+    def finish(self, loss: float, pixels: Tensor, velocity: Tensor) -> dict[str, float]:
+        """Ends an iteration: what it learned is what is there from now on.
+
+        Raises:
+            RunError: not all of it is finite.
+        """
+        number = self.iteration + 1
+        if not math.isfinite(loss) or not bool(pixels.isfinite().all()):
+            raise RunError(
+                f"stage {self.problem.stage}, iteration {number}: the matching loss is {loss:g} and the images are no "
+                f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
+            )
+        # As they come back from a file: in another order of memory products are summed in another order.
+        self.done = Learned(torch.tensor(number), pixels.clamp(0, 1).contiguous(), velocity.contiguous())
+        return {"loss": loss}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.done._asdict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        device = self.done.pixels.device
+        learned = (state[name].to(device) for name in ("pixels", "velocity"))
+        self.done = Learned(state["iteration"], *learned)
+
+
+class ClassBatches:
+    """Draws, for every class, real images and synthetic ones of the whole union, augmented alike.
+
+    Within a class every image gets the same augmentation, as in the published codes of DSA, DM and IDC: what is
+    compared is then the images' content.
+    """
+
+    def __init__(self, problem: StageProblem) -> None:
+        bench = problem.bench
+        self._bench, self._real = bench, problem.real
+        self._normalisation, self._factor = bench.data.normalisation, bench.config.factor
+        self._frozen, frozen_labels = problem.union.up_to()
+        labels = torch.cat([frozen_labels, decode_labels(problem.labels, self._factor)]).cpu()
+        real_labels = problem.real.labels.cpu()
+        classes = range(bench.data.num_classes)
+        self._rows = [(labels == c).nonzero().flatten() for c in classes]
+        self._real_rows = [(real_labels == c).nonzero().flatten() for c in classes]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised ``images`` [n, C, H, W] as pixels in [0, 1]."""
+        return self._normalisation.invert(images).clamp(0, 1)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """``pixels`` [n, C, H, W] as a distilled set stores them; differentiable."""
+        return self._normalisation.apply(pixels)
+
+    def drawn(self, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """For every class ``real_batch`` real images and at most ``synthetic_batch`` synthetic ones, enlarged and of
+        all stages so far, each [b, C, H, W]; the latter differentiable with respect to ``pixels`` of this stage's.
+
+        Real ones are as many as there are where a class has fewer.
+        """
+        config = self._bench.config
+        seen = torch.cat([self._frozen, decode(self.images(pixels), self._factor)])
+        real = [_some(rows, config.real_batch, draw) for rows in self._real_rows]
+        synthetic = [_some(rows, config.synthetic_batch, draw) for rows in self._rows]
+        shared = self._bench.dsa.sample(len(real), self._bench.data.image_size, draw)
+        both = []
+        for images, rows in ((self._real.images, real), (seen, synthetic)):
+            sizes = [len(own) for own in rows]
+            whose = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(sizes))
+            both.append(augment(images[torch.cat(rows).to(images.device)], shared[whose]).split(sizes))
+        return list(both[0]), list(both[1])
+
+
+def _some(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
+    return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=draw)[:most]]
