@@ -17,6 +17,7 @@ from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.distilled import DistilledSet, load_distilled
 from pdd_fast.errors import UsageError
 from pdd_fast.files import save_tensors, write_json
+from pdd_fast.formation import decode
 
 
 def a_set(per_stage: tuple[int, ...] = (4, 2, 2), soft: bool = False) -> DistilledSet:
@@ -218,3 +219,46 @@ def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^DistilledSet: {message}"):
         replace(a_set(), **change)
+
+
+# ---- images that hold several ----
+
+
+def formed(factor: int = 2) -> DistilledSet:
+    draw = torch.Generator().manual_seed(0)
+    return DistilledSet(
+        torch.randn(6, 3, 8, 8, generator=draw), torch.tensor([0, 1, 2] * 2), torch.tensor([1] * 3 + [2] * 3),
+        torch.tensor([0.1, 0.2]), Normalisation((0.5,) * 3, (0.25,) * 3), factor=factor,
+    )  # fmt: skip
+
+
+def test_a_union_is_what_its_images_hold_and_raw_what_is_stored(tmp_path: Path) -> None:
+    formed().save(tmp_path / "set")
+    found = load_distilled(tmp_path / "set")
+    assert found.factor == 2
+    assert "factor" not in found.metadata
+    assert torch.equal(found.union(raw=True).images, found.images)
+    assert torch.equal(found.union().images, decode(found.images, 2))
+    assert torch.equal(found.subset(2).images, decode(found.images[3:], 2))
+    assert found.subset(2).labels.tolist() == [0, 1, 2] * 4
+    assert found.subset(2, raw=True).labels.tolist() == [0, 1, 2]
+    assert len(found.union(1)) == 12
+    assert found.union(1).learning_rate == pytest.approx(0.1)
+    assert found.pixels().shape == (6, 3, 8, 8)
+
+
+def test_a_set_from_before_has_one_image_in_each(tmp_path: Path) -> None:
+    one = formed(1)
+    assert torch.equal(one.union().images, one.images)
+    save_tensors(
+        tmp_path / "set",
+        {"images": one.images, "labels": one.labels, "stage": one.stage, "learning_rates": one.learning_rates},
+        {"normalisation": one.normalisation.to_dict()},
+    )
+    assert load_distilled(tmp_path / "set").factor == 1
+
+
+@pytest.mark.parametrize("factor", [0, 9])
+def test_a_factor_that_cannot_be_is_refused(factor: int) -> None:
+    with pytest.raises(ValueError, match=rf"factor must lie in \[1, 8\], got {factor}"):
+        formed(factor)

@@ -113,3 +113,21 @@ def test_the_command_writes_a_runs_images(tmp_path: Path, capsys: pytest.Capture
     assert "is not an empty folder" in capsys.readouterr().err
     assert run(["export", str(tmp_path / "missing"), "--output", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    stored = DistilledSet(
+        torch.randn(4, 3, 8, 8, generator=draw), torch.arange(4), torch.ones(4, dtype=torch.int64), torch.tensor([0.1]),
+        Normalisation((0.5,) * 3, (0.25,) * 3), factor=2,
+    )  # fmt: skip
+    for raw, expected in ((False, stored.union()), (True, stored.union(raw=True))):
+        folder = tmp_path / str(raw)
+        write_mtt(stored, folder, raw)
+        assert torch.equal(torch.load(folder / "stage-1/images_best.pt"), expected.images)
+        assert torch.equal(torch.load(folder / "stage-1/labels_best.pt"), expected.labels)
+        assert json.loads((folder / "settings.json").read_text())["factor"] == (2 if raw else 1)
+    stored.save(tmp_path / "set.safetensors")
+    arguments = ["export", str(tmp_path / "set.safetensors"), "--output", str(tmp_path / "called"), "--raw"]
+    assert run(arguments) == 0
+    assert torch.equal(torch.load(tmp_path / "called/stage-1/images_best.pt"), stored.images)
