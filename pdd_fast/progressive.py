@@ -56,13 +56,13 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
 
 
 def _real(run: Run, bench: Workbench, reporter: Reporter) -> list[tuple[Tensor | None, Tensor]]:
-    """For every stage two sets of rows of ``bench.train``: of the examples that it is made from, None where these are
-    all, and of those that its images start from."""
+    """For every stage two sets of rows of ``bench.train``: of the examples that it is made from, on the CPU, None where
+    these are all, and of those that its images start from."""
     config = bench.config
     if config.filter == "none":
         return [(None, rows) for rows in bench.random_real_rows(config.ipc_by_stage, "initial images")]
     bands = stage_bands(bench, forgetting_scores(bench, stored_experts(run), run.forgetting_file, reporter))
-    kept = [inside.nonzero().flatten().to(bench.device) for inside in bands]
+    kept = [inside.nonzero().flatten() for inside in bands]
     return list(zip(kept, initial_rows(bench, bands), strict=True))
 
 
@@ -101,7 +101,7 @@ def transition(run: Run, bench: Workbench, union: Union, reporter: Reporter, kep
         f"stage-{stage}",
         reporter,
         f"transition to stage {stage}/{config.stages}",
-        None if kept is None else bench.train.rows(kept),
+        kept,
     )
 
 
