@@ -38,14 +38,21 @@ class Union:
         return len(self.rates)
 
     def up_to(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of stages 1..``stage``."""
-        rows = self.stage <= stage
-        return self.images[rows], self.labels[rows]
+        """Images and labels of stages 1..``stage``; views, because an evaluation holds those of every stage at once:
+        as copies, half as many images as all stages' number of them times the union."""
+        return self._rows(self.stage <= stage)
 
     def only(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of stage ``stage`` alone."""
-        rows = self.stage == stage
-        return self.images[rows], self.labels[rows]
+        """Images and labels of stage ``stage`` alone; views."""
+        return self._rows(self.stage == stage)
+
+    def _rows(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of the rows in ``mask``, in stages of a run one after another."""
+        rows = mask.nonzero().flatten().tolist()
+        if rows and rows[-1] - rows[0] + 1 == len(rows):
+            part = slice(rows[0], rows[-1] + 1)
+            return self.images[part], self.labels[part]
+        return self.images[mask], self.labels[mask]  # a set that was put together elsewhere
 
     def extended(self, images: Tensor, labels: Tensor, rate: float) -> Union:
         number = self.stage.new_full((len(labels),), self.stages + 1)
