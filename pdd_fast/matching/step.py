@@ -171,7 +171,7 @@ class MatchingStep:
         if self._skips_frozen:
             batches = inputs.batches.view(len(buffers.specs), -1, self._shape[-1])
             buffers.specs = [
-                replace(spec, rows=[learned_rows(batch >= buffers.frozen) for batch in own])
+                replace(spec, rows=[learned_rows(batch >= buffers.frozen) for batch in own], frozen=buffers.frozen)
                 for spec, own in zip(buffers.specs, batches, strict=True)
             ]
         for target, source in zip(buffers.old, state, strict=True):
@@ -267,4 +267,4 @@ def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor]:
     wanted = Wanted(theta=False, images=True, labels=False)
     found = adjoint(spec, path, kept, b.images, b.labels, alphas, grad, wanted)
     assert found.images is not None
-    return loss, found.images[b.frozen :], found.slopes.sum()
+    return loss, found.images[b.frozen - spec.frozen :], found.slopes.sum()
