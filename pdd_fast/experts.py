@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from pdd_fast.data import Split
 from pdd_fast.errors import UsageError
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.replay_buffers import buffer_files, read_buffer
@@ -86,10 +85,10 @@ def record_trajectories(
     purpose: str,
     reporter: Reporter,
     title: str,
-    train: Split | None = None,
+    rows: Tensor | None = None,
 ) -> None:
-    """Trains one network per expert on real data (``train``, or all of ``bench.train``), keeping the weights of every
-    epoch.
+    """Trains one network per expert on real data (``rows`` of ``bench.train``, on the CPU, or all of it), keeping the
+    weights of every epoch.
 
     Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K, P]. Epoch e of
     network k draws from a generator of its own, so an interrupted group goes on with the same bits. Where some of a
@@ -98,7 +97,7 @@ def record_trajectories(
     Raises:
         UsageError: a trajectory that is there already is of another network, length or data set.
     """
-    config, train = bench.config, bench.train if train is None else train
+    config, train = bench.config, bench.train
     groups, there = bench.groups(config.experts), set[int]()
     for k in range(config.experts):
         if trajectory_path(folder, k).exists():
@@ -117,7 +116,9 @@ def record_trajectories(
                 continue
             checkpoints, students = _unfinished(bench, folder, group) or _begin(start(group))
             task.advance((len(checkpoints) - 1) * len(missing))
-            loop = Loop(bench.real_sgd, students, train.images, train.labels)
+            # Not a copy of these rows: easy examples are most of a set.
+            own_rows = None if rows is None else rows.expand(len(group), -1)
+            loop = Loop(bench.real_sgd, students, train.images, train.labels, rows=own_rows)
             saved = time.monotonic()
             for epoch in range(len(checkpoints) - 1, epochs):
                 loop.epoch(config.expert_lr, [bench.generator(purpose, k, epoch) for k in group])

@@ -174,8 +174,8 @@ class Examples(ABC):
         self._run, self._bench, self._reporter = run, bench, reporter
 
     @abstractmethod
-    def of(self, stage: int) -> Split:
-        """What the trajectories of ``stage`` are trained on."""
+    def rows(self, stage: int) -> Tensor | None:
+        """Rows of ``bench.train`` that ``stage`` is made from, on the CPU; None where these are all."""
 
     @abstractmethod
     def initial_rows(self, stage: int) -> Tensor:
@@ -185,8 +185,8 @@ class Examples(ABC):
 class AllExamples(Examples):
     """Every stage is made from all."""
 
-    def of(self, stage: int) -> Split:
-        return self._bench.train
+    def rows(self, stage: int) -> None:
+        return None
 
     def initial_rows(self, stage: int) -> Tensor:
         return self._bench.random_real_rows(self._bench.config.real_by_stage, "initial images")[stage - 1]
@@ -199,8 +199,8 @@ class FilteredExamples(Examples):
     def inside(self, stage: int) -> Tensor:
         """Which of ``bench.train`` the examples of ``stage`` are, bool [n] on the CPU."""
 
-    def of(self, stage: int) -> Split:
-        return self._bench.train.rows(self.inside(stage).nonzero().flatten().to(self._bench.device))
+    def rows(self, stage: int) -> Tensor:
+        return self.inside(stage).nonzero().flatten()
 
     def initial_rows(self, stage: int) -> Tensor:
         return initial_rows(self._bench, [self.inside(earlier) for earlier in range(1, stage + 1)])[-1]

@@ -47,7 +47,8 @@ def decode(images: Tensor, factor: int) -> Tensor:
 
 
 def decode_labels(labels: Tensor, factor: int) -> Tensor:
-    """Labels [n·f²] or [n·f², classes] of what :func:`decode` makes of images with ``labels`` [n] or [n, classes].
+    """Labels [n·f²] or [n·f², classes] of what :func:`decode` makes of images with ``labels`` [n] or [n, classes]; with
+    ``factor`` 1 these themselves.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -55,6 +56,8 @@ def decode_labels(labels: Tensor, factor: int) -> Tensor:
     _check_factor("decode_labels", factor)
     if labels.dim() not in (1, 2):
         raise ValueError(f"decode_labels: labels must have shape [n] or [n, classes], got {tuple(labels.shape)}")
+    if factor == 1:
+        return labels
     return labels.repeat(factor**2, *[1] * (labels.dim() - 1))
 
 

@@ -26,7 +26,8 @@ def matching_bytes(engine: Engine, shape: PassShape, *, steps: int, kept: int, l
     """Peak of one iteration of trajectory matching (:class:`pdd_fast.matching.step.MatchingStep`).
 
     What the kept steps keep and what a dual pass works in, with a batch before it; (N + 1)P for the path and 6P beside
-    it; the union's images with two gradients, and six times the learned images for the state.
+    it; the union's images, two gradients, and six times the learned images for the state. On a GPU frozen images have
+    a gradient too.
 
     Args:
         shape: of a batch of an inner step.
@@ -38,7 +39,8 @@ def matching_bytes(engine: Engine, shape: PassShape, *, steps: int, kept: int, l
     passes = kept * engine.kept_bytes(shape) + engine.working_bytes(shape, dual=True, kept=True) if kept else 0
     if kept < steps:
         passes = max(passes, engine.working_bytes(shape, dual=True))
-    images = shape.batch + 3 * (frozen + learned) + 6 * learned
+    moved = frozen + learned if shape.device.type == "cuda" else learned
+    images = shape.batch + frozen + learned + 2 * moved + 6 * learned
     numbers = (steps + 7) * parameter_count(engine.net) + images * math.prod(shape.image)
     return passes + shape.dtype.itemsize * numbers
 

@@ -15,6 +15,7 @@ from pdd_fast.files import atomic_path
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
 MOST_COLUMNS = 50  # of a stage
 MOST_COLUMNS_IN_ALL = 400  # matplotlib draws no picture wider than 2^16 dots, which is 970 images
+MOST_TICKS = 12  # of the accuracies' axis
 _COLOURS = {
     "pdd": "#0b6e99",
     "random": "#8a8a8a",
@@ -102,7 +103,8 @@ def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]]
     repeats = len(results[0]["seeds"])
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
-    axes.set_xticks(images)
+    # Labels of 20 stages would run into each other; of the stages that have one the last is one.
+    axes.set_xticks(images[::-1][:: -(-len(images) // MOST_TICKS)])
     axes.set_title(
         f"{kind}{protocol['data']}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
         fontsize=10,

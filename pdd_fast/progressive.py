@@ -97,7 +97,7 @@ def transition(run: Run, bench: Workbench, union: Union, examples: Examples, rep
         f"stage-{stage}",
         reporter,
         f"transition to stage {stage}/{config.stages}",
-        examples.of(stage),
+        examples.rows(stage),
     )
 
 
@@ -149,7 +149,7 @@ def _run_stage(
     images, labels = _initial(run, bench, examples.initial_rows(stage))
     conditions = union if config.conditioning == "on" else Union.empty(bench)
     method = METHODS[config.base](
-        StageProblem(bench, stage, examples.of(stage), conditions, trajectories, images, labels)
+        StageProblem(bench, stage, examples.rows(stage), conditions, trajectories, images, labels)
     )
     best = _resume(run, stage, method)
     run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)

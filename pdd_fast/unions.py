@@ -43,15 +43,24 @@ class Union:
         return len(self.rates)
 
     def up_to(self, stage: int | None = None) -> tuple[Tensor, Tensor]:
-        """Images and labels of stages 1..``stage`` (None: all), as networks are trained on them."""
-        return self._decoded(self.stage <= (self.stages if stage is None else stage))
+        """Images and labels of stages 1..``stage`` (None: all), as networks are trained on them.
+
+        Views where nothing has to be decoded, because an evaluation holds those of every stage at once: as copies, half
+        as many images as all stages' number of them times the union.
+        """
+        return self._seen(self.stage <= (self.stages if stage is None else stage))
 
     def only(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of stage ``stage`` alone, as networks are trained on them."""
-        return self._decoded(self.stage == stage)
+        """Images and labels of stage ``stage`` alone, as networks are trained on them; views like :meth:`up_to`."""
+        return self._seen(self.stage == stage)
 
-    def _decoded(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return decode(self.images[rows], self.factor), decode_labels(self.labels[rows], self.factor)
+    def _seen(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of the rows in ``mask``, in stages of a run one after another."""
+        rows = mask.nonzero().flatten().tolist()
+        part: Tensor | slice = mask  # of a set that was put together elsewhere
+        if rows and rows[-1] - rows[0] + 1 == len(rows):
+            part = slice(rows[0], rows[-1] + 1)
+        return decode(self.images[part], self.factor), decode_labels(self.labels[part], self.factor)
 
     def extended(self, images: Tensor, labels: Tensor, rate: float) -> Union:
         number = self.stage.new_full((len(labels),), self.stages + 1)

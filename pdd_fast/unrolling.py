@@ -130,6 +130,7 @@ class UnrollSpec:
     draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
     rows: Sequence[Tensor | None]  # int64, rows of the batch whose image gradient is wanted; None: all
     keep: int = 0  # so many of the last steps keep their activations for the way back
+    frozen: int = 0  # so many images in front are in none of ``rows``, and the images' gradient is that of the others
 
 
 class Wanted(NamedTuple):
@@ -144,7 +145,7 @@ class Gradients(NamedTuple):
     """Derivatives of an outer loss L through the unroll (docs/mathematics.md, section 1)."""
 
     theta: Tensor | None  # [P] ∂L/∂θ_0; None where not wanted, as below
-    images: Tensor | None  # [n, C, H, W]
+    images: Tensor | None  # [n, C, H, W], without the spec's frozen ones in front
     labels: Tensor | None  # [n, classes]
     slopes: Tensor  # [N] s_i = −∂L/∂α_i
 
@@ -191,7 +192,7 @@ def adjoint(
     steps = len(spec.batches)
     none = torch.empty(0, dtype=torch.int64, device=path.device)
     carried = grad.clone()  # λ_{i+1}
-    images_grad = torch.zeros_like(images) if wanted.images else None
+    images_grad = torch.zeros_like(images[spec.frozen :]) if wanted.images else None
     labels_grad = torch.zeros_like(labels) if wanted.labels else None
     slopes = alphas.new_empty(steps)
     for i in reversed(range(steps)):
@@ -208,7 +209,7 @@ def adjoint(
                 batch, draws = batch.index_select(0, rows), None if draws is None else _part(draws, rows)
             if draws is not None:
                 part = draws.adjoint(part)
-            images_grad = add_rows(images_grad, batch, part.mul_(-alphas[i]))
+            images_grad = add_rows(images_grad, batch - spec.frozen, part.mul_(-alphas[i]))
         if labels_grad is not None and dual.labels is not None:
             labels_grad = add_rows(labels_grad, spec.batches[i], dual.labels.mul_(-alphas[i]))
         if dual.theta is not None:

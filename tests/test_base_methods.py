@@ -47,7 +47,7 @@ def problem(base: str, stage: int = 2, **changes: Any) -> StageProblem:
         union = union.extended(images, torch.arange(10), 0.1)
     rows = groups[stage - 1].view(-1, each).T
     images = combine(bench.train.images[rows.flatten()], bench.config.factor)
-    return StageProblem(bench, stage, bench.train, union, [], images, bench.train.labels[rows[0]])
+    return StageProblem(bench, stage, None, union, [], images, bench.train.labels[rows[0]])
 
 
 @pytest.fixture(params=["idc", "dm"])

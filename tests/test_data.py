@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 from pdd_fast import data
 from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.splits import ImageData, Pixels, Split, prepare, require_images_per_class, stratified_mask
+from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 
 # ---- names ----
@@ -174,13 +178,104 @@ def test_bytes_are_scaled_to_the_unit_interval() -> None:
     assert prepare("bytes", replace(pixels, train=bytes_, test=bytes_[:1]), 0.5).normalisation.mean == (0.5,)
 
 
-def test_the_full_training_set_is_put_together_once() -> None:
+def test_training_and_validation_images_are_parts_of_one_tensor() -> None:
     found = prepare("numbered", numbered([0, 0, 1, 1, 1]), 0.3)
-    assert found.full_train is found.full_train
     assert sorted(numbers(found, found.full_train)) == [0, 1, 2, 3, 4]
-    moved = found.to(torch.device("cpu"))
-    assert torch.equal(moved.full_train.images, found.full_train.images)
-    assert found.train.rows(torch.tensor([1])).images.shape == (1, 1, 1, 1)
+    for data_set in (found, found.to(torch.device("cpu"))):
+        parts = data_set.train, data_set.validation
+        for name in ("images", "labels"):
+            whole = getattr(data_set.full_train, name)
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), whole)
+            for part in parts:
+                assert getattr(part, name).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        assert [len(part) for part in parts] == [3, 2]
+
+
+def random_bytes(count: int, *shape: int) -> Pixels:
+    """``count`` training images in two classes and half as many to test with."""
+    pixels = torch.randint(256, (count + count // 2, *shape), dtype=torch.uint8)
+    labels = torch.randint(2, (len(pixels),))
+    return Pixels(("a", "b"), pixels[:count], labels[:count], pixels[count:], labels[count:])
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_images_have_the_bits_of_the_formula_for_all_of_them_at_once(
+    whitened: bool, layout: torch.memory_format
+) -> None:
+    """2500 images are prepared in three pieces."""
+    pixels = random_bytes(2500, 3, 4, 4)
+    found = prepare(
+        "bytes",
+        replace(pixels, train=pixels.train.contiguous(memory_format=layout)),
+        0.2,
+        (lambda some, normalise: Whitening.fit(some, convert=normalise)) if whitened else None,
+    )
+    train, test = (found.normalisation.apply(part.float() / 255) for part in (pixels.train, pixels.test))
+    if whitened:
+        whitening = Whitening.fit(train)
+        whitening.apply_(train)
+        whitening.apply_(test)
+    held_out = stratified_mask(pixels.train_labels, 2, 0.2)
+    for part, images, labels in (
+        (found.train, train[~held_out], pixels.train_labels[~held_out]),
+        (found.validation, train[held_out], pixels.train_labels[held_out]),
+        (found.test, test, pixels.test_labels),
+    ):
+        assert torch.equal(part.images, images)
+        assert torch.equal(part.labels, labels)
+        assert part.images.is_contiguous()
+
+
+def test_bytes_are_counted_to_the_mean_and_deviation_of_their_floats() -> None:
+    pixels = random_bytes(5000, 3, 4, 4).train  # more than are counted at once
+    found, expected = Normalisation.fit(pixels), (pixels.float() / 255).double().numpy()
+    np.testing.assert_allclose(found.mean, expected.mean((0, 2, 3)), rtol=1e-14)
+    np.testing.assert_allclose(found.std, expected.std((0, 2, 3)), rtol=1e-14)
+    constant = Normalisation.fit(torch.full((7, 1, 3, 3), 77, dtype=torch.uint8))
+    assert constant == Normalisation((float(torch.tensor(77.0) / 255),), (1.0,))
+
+
+# What data take that lie in bytes, above these bytes, in a process of its own.
+CHILD = """
+import json, sys
+import torch
+from pdd_fast.data.splits import Pixels, prepare
+from pdd_fast.data.whitening import Whitening
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) * 1024
+
+def whiten(some, normalise):
+    return Whitening.fit(some, convert=normalise)
+
+def prepared(count):
+    pixels = torch.arange(192, dtype=torch.uint8).repeat(count).view(count, 3, 8, 8)
+    pixels[::2] = 0
+    labels = torch.arange(count) % 10
+    pixels = Pixels(tuple(map(str, range(10))), pixels, labels, pixels[: count // 5], labels[: count // 5])
+    before = status("VmRSS")
+    data = prepare("bytes", pixels, 0.1, whiten if sys.argv[1] == "zca" else None)
+    splits = data.train, data.validation, data.full_train, data.test
+    return before, sum(s.images.nbytes for s in splits[2:])
+
+prepared(50)  # what libraries take at their first call
+before, size = prepared(150000)
+print(json.dumps({"taken": status("VmHWM") - before, "size": size}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+@pytest.mark.parametrize("whitening", ["none", "zca"])
+def test_a_set_is_never_there_twice_in_floating_point(whitening: str) -> None:
+    """138 MB of images; the rest are pieces of 1 MB, 5 MB of labels and rows, and for whitening matrices of 0.3 MB."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        [sys.executable, "-c", CHILD, whitening], check=True, capture_output=True, text=True, env=environment
+    )
+    found = json.loads(output.stdout)
+    assert found["size"] <= found["taken"] <= 1.2 * found["size"], found
 
 
 @pytest.mark.parametrize(

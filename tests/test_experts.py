@@ -21,7 +21,7 @@ from pdd_fast.experts import keep_starts, make_experts, record_trajectories, sto
 from pdd_fast.networks.parameters import flatten_parameters
 from pdd_fast.reporting import SILENT, Reporter, Task
 from pdd_fast.runs import Run
-from pdd_fast.training import Loop, Students, accuracies
+from pdd_fast.training import Loop, Sgd, Students, accuracies
 from pdd_fast.trajectories import Trajectory, list_trajectories, partial_path, trajectory_path
 from pdd_fast.workbench import Workbench
 
@@ -177,6 +177,24 @@ def test_the_papers_choice_trains_on_all_training_images(bench: Workbench, tmp_p
     assert torch.equal(trajectory.checkpoint(1), students.theta[0])
     (reached,) = accuracies(bench.engine, students.theta, bench.data.test.images, bench.data.test.labels)
     assert trajectory.metadata["held_out_accuracy"] == round(reached, 2)
+
+
+def test_some_rows_are_trained_on_as_a_set_of_their_own_and_not_copied(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, seen = torch.arange(len(bench.train))[::3], []
+
+    def spy(sgd: Sgd, students: Students, images: Tensor, *rest: Any, **options: Any) -> Loop:
+        seen.append(images.data_ptr())
+        return Loop(sgd, students, images, *rest, **options)
+
+    monkeypatch.setattr(experts, "Loop", spy)
+    record_trajectories(bench, tmp_path, starting(bench), 1, "expert", SILENT, "", rows)
+    assert set(seen) == {bench.train.images.data_ptr()}
+    students = bench.initial_students("expert", [0])
+    loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
+    loop.epoch(bench.config.expert_lr, [bench.generator("expert", 0, 0)])
+    assert torch.equal(Trajectory(trajectory_path(tmp_path, 0)).checkpoint(1), students.theta[0])
 
 
 def test_seed_and_purpose_change_the_trajectories(finished: Run, bench: Workbench, tmp_path: Path) -> None:

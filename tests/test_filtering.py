@@ -146,9 +146,9 @@ def test_every_stage_matches_trajectories_on_its_own_examples(run: Run, bench: W
     assert len(stored) == 3
     assert torch.equal(stored[0].checkpoint(0), list_trajectories(run.experts_dir)[0].checkpoint(0))
     found = []
-    for split in (bench.train.rows(kept), bench.train):
+    for rows in (kept, torch.arange(len(bench.train))):
         students = Students.start(stored[0].checkpoint(0)[None])
-        loop = Loop(bench.real_sgd, students, split.images, split.labels)
+        loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
         loop.epoch(run.config.expert_lr, [bench.generator("stage-1", 0, 0)])
         found.append(torch.equal(students.theta[0], stored[0].checkpoint(1)))
     assert found == [True, False]
@@ -247,10 +247,10 @@ def left(run: Run, bench: Workbench, stage: int) -> list[int]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_keeps_what_a_start_of_its_trajectories_gets_wrong(learned: Run, bench: Workbench, stage: int) -> None:
     rows = left(learned, bench, stage)
-    found = FILTERS["learned"](learned, bench, SILENT).of(stage)
-    assert torch.equal(found.images, bench.train.images[rows])
-    assert torch.equal(found.labels, bench.train.labels[rows])
-    assert int(torch.bincount(found.labels).min()) >= 10
+    found = FILTERS["learned"](learned, bench, SILENT).rows(stage)
+    assert found is not None
+    assert found.tolist() == rows
+    assert int(torch.bincount(bench.train.labels[found]).min()) >= 10
     assert len(rows) / len(bench.train) == pytest.approx([1, 0.57, 0.36][stage - 1], abs=0.1)
     assert learned.learned_file(stage).exists() == (stage > 1)
 
@@ -263,9 +263,8 @@ def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(learned: Run, benc
     for k, trajectory in enumerate(stored):
         assert trajectory.epochs == learned.config.transition_real_epochs
         for rows, same in ((left(learned, bench, stage), True), (list(range(len(bench.train))), False)):
-            split = bench.train.rows(torch.tensor(rows))
             students = Students.start(trajectory.checkpoint(0)[None])
-            loop = Loop(bench.real_sgd, students, split.images, split.labels)
+            loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
             for epoch in range(trajectory.epochs if same else 1):
                 loop.epoch(learned.config.expert_lr, [bench.generator(f"stage-{stage}", k, epoch)])
                 assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1)) == same

@@ -363,10 +363,10 @@ def problem(folder: Path, device: torch.device = CPU, engine: Engine | None = No
     frozen, config = len(case.frozen), replace(Config(), **settings)
     learned, learned_labels = case.learned, case.labels[frozen:]
     split = Split(learned, learned_labels)
-    data = ImageData("none", tuple("abc"), split, split, split, Normalisation((0.0,) * 3, (1.0,) * 3))
+    data = ImageData("none", tuple("abc"), split, 1, split, Normalisation((0.0,) * 3, (1.0,) * 3))
     bench = Workbench(config, device, data, engine, SINGLE, 1)
     union = Union(case.frozen, case.labels[:frozen], torch.ones(frozen, dtype=torch.int64), [0.1])
-    return StageProblem(bench, 2, split, union, list_trajectories(folder), learned, learned_labels)
+    return StageProblem(bench, 2, None, union, list_trajectories(folder), learned, learned_labels)
 
 
 def states_of(method: TrajectoryMatching, iterations: int) -> list[dict[str, Tensor]]:

@@ -133,25 +133,26 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 def iterate(
     batch: int, steps: int, images: int, width: int = 32, size: int = 32, engine: str = "fused",
-    memory_mode: str = "recompute", keep: int = 0, device: str = "cpu",
+    memory_mode: str = "recompute", keep: int = 0, device: str = "cpu", frozen_each: int = 1,
 ) -> int:  # fmt: skip
-    """One iteration on as many learned as frozen images; what it should have taken.
+    """One iteration on ``images`` learned and ``frozen_each`` times as many frozen images; what it should have taken.
 
     With memory_mode="auto" the limit has room for ``keep`` steps.
     """
     net = ConvNet(3, 10, size, width, depth=3).to(device)
-    labels = torch.arange(2 * images, device=device) % 10
+    frozen = frozen_each * images
+    labels = torch.arange(frozen + images, device=device) % 10
     chosen, on = engines.choose(net, engine), shape(batch, size, device)
     step = MatchingStep(
-        chosen, labels, torch.randn(images, 3, size, size, device=device), steps=steps, batch=batch, memory=memory_mode,
+        chosen, labels, torch.randn(frozen, 3, size, size, device=device), steps=steps, batch=batch, memory=memory_mode,
         memory_limit=keep * chosen.kept_bytes(on) if memory_mode == "auto" else None,
     )  # fmt: skip
     start = torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
-    batches = torch.stack([torch.randperm(2 * images)[:batch] for _ in range(steps)])
+    batches = torch.stack([torch.randperm(frozen + images)[:batch] for _ in range(steps)])
     inputs = MatchingInputs(start, start + 0.01, batches, None)
     step(MatchingState.start(torch.randn(images, 3, size, size, device=device), 0.01), inputs)
     kept = {"recompute": 0, "cache": steps, "auto": keep}[memory_mode]
-    return memory.matching_bytes(chosen, on, steps=steps, kept=kept, learned=images, frozen=images)
+    return memory.matching_bytes(chosen, on, steps=steps, kept=kept, learned=images, frozen=frozen)
 
 
 def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu") -> int:
@@ -172,6 +173,7 @@ FORMULAS: dict[str, dict[str, Any]] = {
     "wide": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "width": 64},
     "many parameters": {"run": "iterate", "batch": 16, "steps": 60, "images": 10, "width": 128, "size": 8},
     "many images": {"run": "iterate", "batch": 16, "steps": 2, "images": 1500},
+    "many frozen images": {"run": "iterate", "batch": 16, "steps": 2, "images": 500, "frozen_each": 20},
     "kept activations": {"run": "iterate", "batch": 64, "steps": 6, "images": 100, "memory_mode": "cache"},
     "some kept": {"run": "iterate", "batch": 64, "steps": 9, "images": 100, "memory_mode": "auto", "keep": 5},
     "autograd": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "engine": "autograd"},

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
+from pdd_fast import pictures
 from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.pictures import MOST_CLASSES, accuracy_plot, image_grid
@@ -261,6 +263,17 @@ def test_an_error_bar_is_as_long_as_the_deviation(tmp_path: Path) -> None:
     bar = rows[columns >= right - 3]
     middle = (bar.min() + bar.max()) / 2
     assert (bar.max() - bar.min()) / (start - middle) == pytest.approx(12 / 60, abs=0.03)
+
+
+def test_the_numbers_of_twenty_stages_do_not_run_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, _: figures.append(figure))
+    for stages, expected in ((3, [10, 20, 30]), (20, list(range(20, 201, 20))), (25, list(range(10, 251, 30)))):
+        content = evaluation(pdd=[1.0] * stages)
+        content["protocol"]["images_per_class"] = [10 * s for s in range(1, stages + 1)]
+        content["results"][0]["std"] = [0.0] * stages
+        accuracy_plot(content, Path())
+        assert sorted(figures[-1].axes[0].get_xticks().tolist()) == expected
 
 
 def test_equal_evaluations_give_equal_plots(tmp_path: Path) -> None:

@@ -61,6 +61,27 @@ def test_a_union_up_to_a_stage_holds_the_stages_before(bench: Workbench, stage: 
     assert torch.bincount(labels).tolist() == [rows // 10] * 10
 
 
+def test_parts_of_a_union_are_no_copies(bench: Workbench) -> None:
+    """An evaluation of 20 stages holds all their unions at once: as copies, 10.5 times the last."""
+    union = grown(bench, 3)
+    for number in (1, 2, 3):
+        for images, labels in (union.up_to(number), union.only(number)):
+            assert images.untyped_storage().data_ptr() == union.images.untyped_storage().data_ptr()
+            assert labels.untyped_storage().data_ptr() == union.labels.untyped_storage().data_ptr()
+    images, labels = union.only(2)
+    assert images.unique().tolist() == [2]
+    assert torch.bincount(labels).tolist() == [2] * 10
+
+
+def test_a_union_whose_stages_are_mixed_has_parts_too() -> None:
+    stage = torch.tensor([2, 1, 3, 1, 2])
+    union = Union(stage.float().view(5, 1, 1, 1), torch.arange(5), stage, [0.1, 0.1, 0.1])
+    assert union.up_to(1)[1].tolist() == [1, 3]
+    assert union.up_to(2)[0].flatten().tolist() == [2, 1, 1, 2]
+    assert union.only(3)[1].tolist() == [2]
+    assert len(union.up_to(0)[0]) == 0
+
+
 def test_probabilities_may_be_added_as_labels(bench: Workbench) -> None:
     soft = Union(torch.zeros(0, 1, 8, 8), torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
     union = soft.extended(torch.zeros(4, 1, 8, 8), torch.full((4, 10), 0.1), 0.1)

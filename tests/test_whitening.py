@@ -43,7 +43,7 @@ def textbook(images: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("epsilon", [EPSILON, 1.0])
 def test_it_is_the_textbooks(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", 64)  # 300 images: some of it full, the last not
+    monkeypatch.setattr(module, "AT_ONCE", 64)  # 300 images: some of it full, the last not
     monkeypatch.setattr(module, "_BLOCK", 16)  # of 60 numbers
     images = photographs()
     matrix, mean = textbook(images, epsilon)

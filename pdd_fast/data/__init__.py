@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -63,15 +64,15 @@ def load(
     return prepare(name, pixels, validation_fraction, whiten)
 
 
-def _whitening(name: str, file: Path | None, images: Tensor) -> Whitening:
-    """Fitted to ``images``, or what was fitted before and kept in ``file``."""
+def _whitening(name: str, file: Path | None, pixels: Tensor, normalise: Callable[[Tensor], Tensor]) -> Whitening:
+    """Fitted to the images that ``normalise`` makes of ``pixels``, or what was fitted before and kept in ``file``."""
     if file is None or not file.exists():
-        fitted = Whitening.fit(images)
+        fitted = Whitening.fit(pixels, convert=normalise)
         if file is not None:
             fitted.save(file, {"data": name})
         return fitted
     kept, metadata = Whitening.load(file)
-    found, wanted = (metadata.get("data"), kept.image_shape), (name, tuple(images.shape[1:]))
+    found, wanted = (metadata.get("data"), kept.image_shape), (name, tuple(pixels.shape[1:]))
     if found != wanted:
         raise UsageError(f"{file} must be for {wanted[0]} {wanted[1]}, got one for {found[0]} {found[1]}")
     return kept

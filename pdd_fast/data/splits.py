@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pdd_fast.data.normalisation import Normalisation
-from pdd_fast.data.whitening import Whitening
+from pdd_fast.data.normalisation import Normalisation, unit
+from pdd_fast.data.whitening import AT_ONCE, Whitening
 from pdd_fast.errors import UsageError
 
 
@@ -31,43 +31,47 @@ class Split:
     def to(self, device: torch.device) -> Split:
         return Split(self.images.to(device), self.labels.to(device))
 
-    def rows(self, index: Tensor) -> Split:
-        return Split(self.images[index], self.labels[index])
+    def part(self, begin: int, end: int) -> Split:
+        """Images ``begin`` to ``end`` - 1, as a view."""
+        return Split(self.images[begin:end], self.labels[begin:end])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set with its training images split in two."""
+    """A data set with its training images split in two, which lie one after the other in one tensor."""
 
     name: str
     classes: tuple[str, ...]
-    train: Split
-    validation: Split  # held out of the training images, for selection
+    full_train: Split  # all training images: those of ``train``, then those of ``validation``
+    held_out: int  # images of ``validation``
     test: Split
     normalisation: Normalisation  # fitted on all training images
     whitening: Whitening | None = None  # fitted on all normalised training images, which it then was applied to
 
     @property
     def image_size(self) -> tuple[int, int]:
-        return self.train.images.shape[2], self.train.images.shape[3]
+        return self.test.images.shape[2], self.test.images.shape[3]
 
     @property
     def in_channels(self) -> int:
-        return self.train.images.shape[1]
+        return self.test.images.shape[1]
 
     @property
     def num_classes(self) -> int:
         return len(self.classes)
 
     @cached_property
-    def full_train(self) -> Split:
-        """All training images; a copy, made once because callers ask anew for every epoch and every class."""
-        images = torch.cat([self.train.images, self.validation.images])
-        return Split(images, torch.cat([self.train.labels, self.validation.labels]))
+    def train(self) -> Split:
+        """What is learned from; a view."""
+        return self.full_train.part(0, len(self.full_train) - self.held_out)
+
+    @cached_property
+    def validation(self) -> Split:
+        """Held out of the training images, for selection; a view."""
+        return self.full_train.part(len(self.full_train) - self.held_out, len(self.full_train))
 
     def to(self, device: torch.device) -> ImageData:
-        parts = {name: getattr(self, name).to(device) for name in ("train", "validation", "test")}
-        return replace(self, **parts)
+        return replace(self, full_train=self.full_train.to(device), test=self.test.to(device))
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,23 @@ class Pixels:
     test_labels: Tensor
 
 
+# Makes normalised images [k, C, H, W] of k images' pixels.
+Normalise = Callable[[Tensor], Tensor]
+
+
 def prepare(
-    name: str, pixels: Pixels, validation_fraction: float, whiten: Callable[[Tensor], Whitening] | None = None
+    name: str,
+    pixels: Pixels,
+    validation_fraction: float,
+    whiten: Callable[[Tensor, Normalise], Whitening] | None = None,
 ) -> ImageData:
     """Checks, normalises, whitens and splits what a reader gave.
 
+    Beside the pixels and what is made of them it takes the memory of 1024 images, and of the whitening's matrices.
+
     Args:
-        whiten: what gives the whitening for all training images, normalised; None: images are not whitened.
+        whiten: what gives the whitening for all training images, from their pixels and what normalises some of them;
+            None: images are not whitened.
 
     Raises:
         UsageError: labels or shapes do not fit, a class has too few images to hold one out, or ``validation_fraction``
@@ -95,14 +109,13 @@ def prepare(
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
-    train, test = _unit(pixels.train), _unit(pixels.test)
-    if train.shape[1:] != test.shape[1:]:
+    if pixels.train.shape[1:] != pixels.test.shape[1:]:
         raise UsageError(
-            f"{name}: test images must have the shape of training images {tuple(train.shape[1:])}, got "
-            f"{tuple(test.shape[1:])}"
+            f"{name}: test images must have the shape of training images {tuple(pixels.train.shape[1:])}, got "
+            f"{tuple(pixels.test.shape[1:])}"
         )
     for part, images, labels in (
-        ("training", train, pixels.train_labels), ("test", test, pixels.test_labels),
+        ("training", pixels.train, pixels.train_labels), ("test", pixels.test, pixels.test_labels),
     ):  # fmt: skip
         if len(images) == 0:
             raise UsageError(f"{name}: there are no {part} images")
@@ -111,31 +124,38 @@ def prepare(
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(pixels.classes):
             raise UsageError(f"{name}: {part} labels must lie in [0, {len(pixels.classes)}), got {low}..{high}")
-    normalisation = Normalisation.fit(train)
-    everything, judged = (
-        Split(normalisation.apply(images), labels)
-        for images, labels in ((train, pixels.train_labels), (test, pixels.test_labels))
-    )
-    del train, test  # in 32 bits they take as much as what was made of them
-    whitening = None
-    if whiten is not None:
-        whitening = whiten(everything.images)
-        for split in (everything, judged):
-            whitening.apply_(split.images)
-    held_out = _held_out(name, everything, pixels.classes, validation_fraction)
+    held_out = _held_out(name, pixels.train_labels, pixels.classes, validation_fraction)
+    normalisation = Normalisation.fit(pixels.train)
+
+    def normalise(some: Tensor) -> Tensor:
+        return normalisation.apply(unit(some))
+
+    whitening = None if whiten is None else whiten(pixels.train, normalise)
+    # Stable: within either part images stay in the reader's order.
+    order = held_out.long().argsort(stable=True)
     return ImageData(
         name,
         pixels.classes,
-        everything.rows((~held_out).nonzero().flatten()),
-        everything.rows(held_out.nonzero().flatten()),
-        judged,
+        Split(_images(pixels.train, normalise, whitening, order), pixels.train_labels[order]),
+        int(held_out.sum()),
+        Split(_images(pixels.test, normalise, whitening), pixels.test_labels),
         normalisation,
         whitening,
     )
 
 
-def _unit(pixels: Tensor) -> Tensor:
-    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+def _images(pixels: Tensor, normalise: Normalise, whitening: Whitening | None, order: Tensor | None = None) -> Tensor:
+    """The images [n, C, H, W] of ``pixels``, of row ``order[i]`` in place i; as they come where that is None.
+
+    Some rows at a time, each written where it belongs: a set is never there twice in floating point. Rows are taken in
+    the reader's order, in which products round them alike whatever is held out.
+    """
+    place = torch.arange(len(pixels)) if order is None else order.argsort()
+    images = torch.empty(pixels.shape, dtype=torch.float32)
+    for some, places in zip(pixels.split(AT_ONCE), place.split(AT_ONCE), strict=True):
+        part = normalise(some)
+        images[places] = part if whitening is None else whitening.apply_(part)
+    return images
 
 
 def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor:
@@ -150,13 +170,12 @@ def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor
     return mask
 
 
-def _held_out(name: str, split: Split, classes: tuple[str, ...], fraction: float) -> Tensor:
+def _held_out(name: str, labels: Tensor, classes: tuple[str, ...], fraction: float) -> Tensor:
     """Mask of the validation images."""
-    for label, title in enumerate(classes):
-        count = len(split.rows_of(label))
+    for title, count in zip(classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True):
         if count < 2:
             raise UsageError(f"{name}: class {title!r} must have at least 2 training images, got {count}")
-    return stratified_mask(split.labels, len(classes), fraction)
+    return stratified_mask(labels, len(classes), fraction)
 
 
 def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ published sets of trajectory matching for CIFAR were made with it, at ε = 0.1 o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from pdd_fast.files import read_tensors, save_tensors
 EPSILON = 0.1
 _NAMES = ("mean", "basis", "scale")
 # Images that are converted or multiplied at once: 25 MB in float64 where they are 3×32×32.
-_AT_ONCE = 1024
+AT_ONCE = 1024
 # Rows of the covariance that one product makes: those to the left of the block are never computed.
 _BLOCK = 512
 
@@ -50,23 +51,25 @@ class Whitening:
             raise ValueError(f"Whitening: scale must be above 0, got {float(self.scale.min())}")
 
     @classmethod
-    def fit(cls, images: Tensor, epsilon: float = EPSILON) -> Whitening:
+    def fit(
+        cls, images: Tensor, epsilon: float = EPSILON, convert: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
+    ) -> Whitening:
         """Of ``images`` [n, C, H, W], n at least 2, in float64 and 40·D² bytes beside them, however many they are.
 
         Args:
             epsilon: is added to every eigenvalue: directions in which images hardly differ are not blown up.
+            convert: what makes images of some of ``images``, 1024 at a time, where these are pixels still.
         """
         count, size = len(images), images[0].numel()
         if count < 2:
             raise ValueError(f"Whitening: images must be at least 2, got {count}")
-        flat = images.reshape(count, size)
         mean = torch.zeros(size, dtype=torch.float64)
-        for part in flat.split(_AT_ONCE):
-            mean += part.sum(0, dtype=torch.float64)
+        for part in images.split(AT_ONCE):
+            mean += convert(part).reshape(len(part), size).sum(0, dtype=torch.float64)
         mean /= count
         covariance = torch.zeros(size, size, dtype=torch.float64)
-        for part in flat.split(_AT_ONCE):
-            centred = part.double() - mean
+        for part in images.split(AT_ONCE):
+            centred = convert(part).reshape(len(part), size).double() - mean
             for first in range(0, size, _BLOCK):
                 rows = centred[:, first : first + _BLOCK]
                 covariance[first : first + _BLOCK, first:].addmm_(rows.t(), centred[:, first:])
@@ -86,7 +89,7 @@ class Whitening:
     def apply_(self, images: Tensor) -> Tensor:
         """:meth:`apply` in place, of images that lie in planar memory (NCHW)."""
         flat, (matrix, mean) = self._flat(images), self._on(images, self._forward)
-        for part in flat.split(_AT_ONCE):
+        for part in flat.split(AT_ONCE):
             part.copy_((part - mean) @ matrix)
         return images
 
@@ -94,7 +97,7 @@ class Whitening:
         """What :meth:`apply` made ``images`` [n, C, H, W] of."""
         result = images.clone(memory_format=torch.contiguous_format)
         flat, (matrix, mean) = self._flat(result), self._on(images, self._backward)
-        for part in flat.split(_AT_ONCE):
+        for part in flat.split(AT_ONCE):
             part.copy_(torch.addmm(mean, part, matrix))
         return result
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
@@ -24,7 +25,7 @@ class StageProblem:
 
     bench: Workbench  # configuration, data, network, augmentation, and where draws come from
     stage: int  # 1-based
-    real: Split  # the real examples that the stage is made from
+    rows: Tensor | None  # of bench.train, the real examples that the stage is made from; None: all
     union: Union  # of the earlier stages, frozen; empty where stages are not conditioned on one another
     trajectories: list[Trajectory]  # none where the method does without
     images: Tensor  # [n, C, H, W] that the stage's start from, of real ones, as they are stored
@@ -33,6 +34,15 @@ class StageProblem:
     @property
     def config(self) -> Config:
         return self.bench.config
+
+    @cached_property
+    def real(self) -> Split:
+        """The real examples that the stage is made from; a copy where they are not all."""
+        train = self.bench.train
+        if self.rows is None:
+            return train
+        rows = self.rows.to(self.bench.device)
+        return Split(train.images[rows], train.labels[rows])
 
 
 class BaseMethod(ABC):

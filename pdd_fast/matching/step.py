@@ -194,7 +194,7 @@ class MatchingStep:
         if self._skips_frozen:
             batches = inputs.batches.view(len(buffers.specs), -1, self._shape[-1])
             buffers.specs = [
-                replace(spec, rows=[learned_rows(batch >= buffers.frozen) for batch in own])
+                replace(spec, rows=[learned_rows(batch >= buffers.frozen) for batch in own], frozen=buffers.frozen)
                 for spec, own in zip(buffers.specs, batches, strict=True)
             ]
         for target, source in zip(buffers.old, state, strict=True):
@@ -302,4 +302,4 @@ def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if found.labels is not None:
         learned = b.labels[b.frozen :]
         logits_grad = torch._softmax_backward_data(found.labels[b.frozen :], learned, 1, learned.dtype)
-    return loss, found.images[b.frozen :], found.slopes.sum(), logits_grad
+    return loss, found.images[b.frozen - spec.frozen :], found.slopes.sum(), logits_grad
