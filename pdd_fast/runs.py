@@ -34,6 +34,8 @@ def default_run_dir(config: Config) -> Path:
 def default_name(config: Config, stages: bool = True) -> str:
     """What a run is about, in a folder's name; of several runs without ``stages`` and seed."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-") + f"-ipc{config.ipc}"
+    name += f"-{config.base}" if config.base != Config.base else ""
+    name += f"-{config.labels}-labels" if config.labels != Config.labels else ""
     if not stages:
         return name
     split = "-".join(map(str, config.ipc_by_stage)) if config.stage_ipc else config.stages

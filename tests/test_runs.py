@@ -102,6 +102,8 @@ def test_the_default_directory_says_what_the_run_is(dataset: str, name: str) -> 
     assert default_run_dir(Config(dataset=dataset, stages=2, ipc=4, seed=11)) == Path("runs") / name
     uneven = Config(dataset=dataset, stages=2, ipc=4, stage_ipc="3,1", seed=11)
     assert default_run_dir(uneven) == Path("runs") / name.replace("stages2", "stages3-1")
+    other = Config(dataset=dataset, stages=2, ipc=4, seed=11, base="idc", labels="soft")
+    assert default_run_dir(other) == Path("runs") / name.replace("ipc4", "ipc4-idc-soft-labels")
 
 
 def test_the_places_are_those_that_are_documented(run: Run) -> None:
