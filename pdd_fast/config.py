@@ -312,8 +312,8 @@ def _check(config: Config) -> None:
         raise UsageError(f"cutmix must be at most 1, got {config.cutmix}")
     for key, allowed in _OF_BASE.get(config.base, {}).items():
         if getattr(config, key) not in allowed:
-            choices = " or ".join(map(str, allowed))
-            raise UsageError(f"{key} must be {choices} where base is {config.base}, got {getattr(config, key)}")
+            wanted = " or ".join(map(str, allowed))
+            raise UsageError(f"{key} must be {wanted} where base is {config.base}, got {getattr(config, key)}")
     if config.memory == "cache" and config.memory_limit:
         raise UsageError(
             f"memory_limit must be 0 where memory is cache, which keeps everything, got {config.memory_limit:g}; "
