@@ -39,7 +39,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     with run.lock():
         config = run.config
         bench = Workbench.prepare(config, run.path)
-        require_images_per_class(bench.train, sum(config.real_by_stage), bench.data.classes)
+        require_images_per_class(bench.train, config.ipc, bench.data.classes, each=config.factor**2)
         if METHODS[config.base].needs_trajectories or config.filter == "forgetting":
             ensure_experts(run, bench, reporter)
         union, examples = Union.empty(bench), FILTERS[config.filter](run, bench, reporter)

@@ -57,6 +57,8 @@ class Workbench:
             raise UsageError(
                 f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got {config.depth}"
             )
+        if config.factor > side:
+            raise UsageError(f"factor must be at most {side} for images of {side} pixels, got {config.factor}")
         net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth).to(where)
         engine = engines.choose(net, config.engine, precision.resolve(config.precision, where), config.convolution)
         dsa = DSA(config.augment, mode=config.augment_mode)

@@ -303,3 +303,6 @@ def test_too_few_images_to_start_from_are_counted_by_class() -> None:
         require_images_per_class(split, 3, ("ant", "bee"))
     with pytest.raises(UsageError, match="class 'wasp' has 0"):
         require_images_per_class(split, 1, ("ant", "bee", "wasp"))
+    require_images_per_class(split, 1, ("ant", "bee"), each=2)
+    with pytest.raises(UsageError, match=r"at most 0, got 1: class 'bee' has 2 .*, of which every stored .* needs 3"):
+        require_images_per_class(split, 1, ("ant", "bee"), each=3)

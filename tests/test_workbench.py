@@ -30,6 +30,8 @@ def test_a_network_too_deep_for_the_images_is_refused() -> None:
     assert prepare(depth=3).network["depth"] == 3
     with pytest.raises(UsageError, match="depth must be at most 3 for images of 8 pixels, got 4"):
         prepare(depth=4)
+    with pytest.raises(UsageError, match="factor must be at most 8 for images of 8 pixels, got 9"):
+        prepare(base="idc", factor=9)
 
 
 def test_random_real_images_are_of_their_class_and_none_comes_twice() -> None:

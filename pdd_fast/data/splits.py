@@ -178,12 +178,13 @@ def _held_out(name: str, labels: Tensor, classes: tuple[str, ...], fraction: flo
     return stratified_mask(labels, len(classes), fraction)
 
 
-def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...]) -> None:
-    """Raises UsageError where a class has fewer than ``ipc`` images to start from."""
+def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...], each: int = 1) -> None:
+    """Raises UsageError where a class has fewer images to start from than ``ipc`` stored ones need, ``each`` apiece."""
     counts = torch.bincount(split.labels.cpu(), minlength=len(classes))
     fewest = int(counts.argmin())
-    if counts[fewest] < ipc:
+    if counts[fewest] < ipc * each:
+        need = "" if each == 1 else f", of which every stored image needs {each}"
         raise UsageError(
-            f"ipc must be at most the training images of every class, got {ipc}: class {classes[fewest]!r} has "
-            f"{int(counts[fewest])}"
+            f"ipc must be at most {int(counts[fewest]) // each}, got {ipc}: class {classes[fewest]!r} has "
+            f"{int(counts[fewest])} training images{need}"
         )
