@@ -135,6 +135,7 @@ def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         "build", "what was built", "tests on the GPU", "memcheck", "memcheck sees a planted mistake", "racecheck",
         "initcheck", "initcheck sees a planted mistake", "synccheck", "bench unroll-b20-n50-w128-s32-dsa",
         "bench unroll-b100-n30-w128-s32-dsa", "bench unroll-b256-n20-w128-s32-dsa", "bench step-b256-w128-s32-dsa",
+        "bench gradient-matching-b128-r64-k10-w128-s32",
         "bench dsa-single-b256",
     ]  # fmt: skip
     assert found["build"].environment == {"PDD_FAST_CUDA": "1", "PDD_FAST_CUDA_ARCHS": "90"}

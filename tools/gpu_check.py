@@ -86,7 +86,7 @@ def benchmark_steps(out: Path) -> list[Step]:
         step("unroll-b100-n30-w128-s32-dsa", 600, *once),
         step("unroll-b256-n20-w128-s32-dsa", 600, *once),
         step("step-b256-w128-s32-dsa", 300, "--rounds", "2", "--limit", "60"),
-        step("gradient-matching-b128-r64-k10-w128-s32", 300, *once),
+        step("gradient-matching-b128-r64-k10-w128-s32", 300, "--rounds", "1", "--limit", "200"),
         step("dsa-single-b256", 120, "--rounds", "2", "--limit", "60"),
     ]
 
