@@ -65,7 +65,7 @@ class Config:
     stage_lr_img: str = ""  # lr_img of each stage, as in 1000,500,500; "": lr_img in all
     lr_lr: float = 1e-7
     labels: str = "hard"  # classes; or probabilities: soft (what the experts say), or learned (from there on)
-    lr_label: float = 1.0  # of learned labels, which are the softmax of what is learned
+    lr_label: float = 10.0  # of learned labels, which are the softmax of what is learned
     inner_lr: float = 0.01  # where the learned rate starts in every stage
     momentum: float = 0.5  # of images and rate
     clip: float = 0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
