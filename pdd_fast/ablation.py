@@ -89,14 +89,17 @@ def ablate(
     steps = 0
     for seed in seeds:
         first: Path | None = None
+        experts: Path | None = None  # of the first run that has some
         for variant, each in zip(chosen, configs, strict=True):
             path = folder / f"seed-{seed}" / variant.folder
             settings = replace(each, seed=seed, union_epochs=_epochs(each, configs, classes))
-            if first is not None and METHODS[config.base].needs_trajectories:
-                settings = replace(settings, experts_from=str(first.resolve()))
+            with_experts = METHODS[config.base].needs_trajectories or each.filter == "forgetting"
+            if with_experts and experts is not None:
+                settings = replace(settings, experts_from=str(experts.resolve()))
             run = _run(path, settings)
             reporter.message(f"{variant.name}, seed {seed}")
             distill(run, reporter)
+            experts = path if with_experts and experts is None else experts
             evaluation = run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)
             final = {result["name"]: result["mean"][-1] for result in evaluation["results"]}
             found[variant.name].append(final["pdd"])

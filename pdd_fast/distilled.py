@@ -38,7 +38,7 @@ class DistilledSet:
     stage: Tensor  # int64 [n], 1-based
     learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
     normalisation: Normalisation
-    metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, base, seed
+    metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, labels, base, seed
     whitening: Whitening | None = None  # None: images are not whitened
     factor: int = 1  # every stored image holds factor² smaller ones, which networks are trained on once enlarged
 

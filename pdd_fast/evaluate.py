@@ -88,11 +88,10 @@ def evaluate_run(
     config = replace(run.config, repeats=repeats or run.config.repeats)
     bench = Workbench.prepare(config, run.path)
     union = Union.load(run.distilled_file, bench)
-    other = _load_other(against, bench) if against is not None else None
+    other, labels_of_other = _load_other(against, bench) if against is not None else (None, "")
 
     sgd = bench.synthetic_sgd
-    sizes = [len(union.up_to(stage)[0]) for stage in range(1, union.stages + 1)]
-    steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in sizes]
+    steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in union.sizes]
     total, boundaries = sum(steps), [sum(steps[: s + 1]) for s in range(len(steps))]
 
     real_labels = {"random": bench.train.labels}
@@ -104,7 +103,7 @@ def evaluate_run(
             real_labels["random-soft"] = _soft(bench, experts)
     kinds["last-union"] = config.labels
     if other is not None:
-        kinds["one-stage" if other.stages == 1 else "against"] = _kind(other)
+        kinds["one-stage" if other.stages == 1 else "against"] = labels_of_other
     if subsets:
         kinds["subsets"] = config.labels
     names = list(kinds)
@@ -190,7 +189,8 @@ def _paired(scores: list[list[float]], others: list[list[float]]) -> dict[str, f
     return {"difference": statistics.fmean(differences), "ci95": half_width(differences)}
 
 
-def _load_other(path: Path, bench: Workbench) -> Union:
+def _load_other(path: Path, bench: Workbench) -> tuple[Union, str]:
+    """The union in ``path``, and of which kind its labels are."""
     other: DistilledSet = load_distilled(path)
     shape, expected = tuple(other.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
     if other.metadata.get("data") != bench.data.name or shape != expected:
@@ -202,8 +202,8 @@ def _load_other(path: Path, bench: Workbench) -> Union:
             f"--against must name a run with whitening={bench.config.whitening}, got {path}, whose images {found} "
             "whitened"
         )
-    file = path if path.is_file() else path / "distilled.safetensors"
-    return Union.load(file, bench)
+    kind = other.metadata.get("labels", "hard" if other.labels.dim() == 1 else "soft")  # sets of before do not say
+    return Union.of(other, bench), kind
 
 
 def is_soft(kind: str) -> bool:
@@ -242,11 +242,6 @@ def _soft(bench: Workbench, experts: list[Trajectory]) -> Tensor:
     labels = bench.train.images.new_zeros(len(bench.train), bench.data.num_classes)
     labels[rows] = soft_labels(bench.engine, experts, bench.train.images[rows])
     return labels
-
-
-def _kind(union: Union) -> str:
-    """Of a union's labels, as far as they tell."""
-    return "hard" if union.labels.dim() == 1 else "soft"
 
 
 def _in_order(union: Union, steps: list[int]) -> list[Leg]:

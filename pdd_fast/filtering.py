@@ -28,18 +28,17 @@ from pdd_fast.experts import stored_experts, stored_start
 from pdd_fast.files import read_tensors, save_tensors
 from pdd_fast.reporting import Reporter
 from pdd_fast.runs import Run
+from pdd_fast.training import logits_in_parts
 from pdd_fast.trajectories import Trajectory
 from pdd_fast.workbench import Workbench
 
 # Of every class a stage has at least so many examples; where a filter leaves fewer, those nearest to staying join.
 _FEWEST = 10
-_BATCH = 1000  # images whose logits are made at once
 
 
 def gets_right(engine: Engine, theta: Tensor, split: Split) -> Tensor:
     """Which examples the network at ``theta`` [P] puts in their class, bool [n] on the CPU."""
-    batches = zip(split.images.split(_BATCH), split.labels.split(_BATCH), strict=True)
-    return torch.cat([engine.logits(theta, images).argmax(1) == labels for images, labels in batches]).cpu()
+    return (logits_in_parts(engine, theta, split.images).argmax(1) == split.labels).cpu()
 
 
 def times_forgotten(engine: Engine, trajectory: Trajectory, split: Split, device: torch.device) -> Tensor:

@@ -164,7 +164,7 @@ class Matched(NamedTuple):
     """A distance and its derivatives."""
 
     loss: Tensor  # []
-    images: Tensor | None  # [n, C, H, W]; None where not wanted
+    images: Tensor | None  # [rows, C, H, W]; None where none are wanted
     labels: Tensor | None  # [n, classes]; None for class indices
 
 
@@ -177,7 +177,7 @@ def matched_gradients(
     distance: GradientDistance,
     *,
     keep: bool = True,
-    want_images: bool = True,
+    rows: Tensor | None = None,
 ) -> Matched:
     """D(∇_θ ℓ(θ, X, y), target) with its derivatives: a gradient pass and a dual pass.
 
@@ -188,12 +188,11 @@ def matched_gradients(
         images: [n, C, H, W].
         labels: int64 [n] or weights [n, classes].
         keep: as for :func:`gradient_matching`.
-        want_images: without it only the labels' derivative is computed.
+        rows: int64, of the images whose derivative is wanted, which :class:`Matched` has alone; None: all; empty: none.
     """
     with torch.no_grad():
         _, gradient, saved = engine.gradient(theta, images, labels, keep=keep)
         loss, direction = distance(gradient, target)
-        rows = None if want_images else torch.empty(0, dtype=torch.int64, device=theta.device)
         dual = engine.dual(theta, images, labels, direction, saved, want_theta=False, rows=rows)
     return Matched(loss, dual.images, dual.labels)
 
@@ -257,7 +256,7 @@ class _GradientMatching(torch.autograd.Function):
             # The loss itself is the scalar that is differentiated, so its gradient is known but for a factor.
             loss, found[k], found[pairs + k] = matched_gradients(
                 spec.engine, spec.theta, spec.targets[k], images, labels, spec.distance,
-                keep=spec.keep, want_images=spec.wanted[k],
+                keep=spec.keep, rows=None if spec.wanted[k] else images.new_empty(0, dtype=torch.int64),
             )  # fmt: skip
             total = total + loss
         ctx.save_for_backward(*found)

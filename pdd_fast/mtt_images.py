@@ -52,7 +52,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
         "whitening": "none" if distilled.whitening is None else "zca",
         "factor": distilled.factor if raw else 1,
     }
-    known = ("data", "classes", "augmentation", "network")
+    known = ("data", "classes", "labels", "augmentation", "network")
     settings |= {key: distilled.metadata[key] for key in known if key in distilled.metadata}
     write_json(folder / SETTINGS, settings)
     return [*written, folder / SETTINGS]
@@ -64,6 +64,7 @@ def read_mtt(
     normalisation: Normalisation,
     whitening: Whitening | None = None,
     metadata: dict[str, Any] | None = None,
+    factor: int = 1,
 ) -> DistilledSet:
     """A distilled set of what MTT's scripts stored, one folder with images_best.pt and labels_best.pt for each stage.
 
@@ -71,6 +72,7 @@ def read_mtt(
         learning_rates: that were learned with each stage's images; the scripts print them.
         normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for the same data.
         metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared by.
+        factor: of settings.json, for images that were written as they are stored.
 
     Raises:
         UsageError: a file is missing or damaged, or holds something else (code is never run); or the parts do not fit.
@@ -84,7 +86,7 @@ def read_mtt(
     try:
         return DistilledSet(
             torch.cat(images), torch.cat(labels), torch.cat(stages), torch.tensor(list(learning_rates)).float(),
-            normalisation, dict(metadata or {}), whitening,
+            normalisation, dict(metadata or {}), whitening, factor,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:  # torch.cat: of different shapes, or of nothing
         raise UsageError(f"{', '.join(map(str, folders)) or 'no folders'} hold no distilled set: {error}") from error

@@ -16,6 +16,7 @@ from pdd_fast.config import Config
 from pdd_fast.data import require_images_per_class
 from pdd_fast.devices import peak_memory
 from pdd_fast.distilled import DistilledSet
+from pdd_fast.errors import UsageError
 from pdd_fast.experts import ensure_experts, keep_starts, record_trajectories, stored_experts
 from pdd_fast.filtering import FILTERS, Examples
 from pdd_fast.formation import combine
@@ -33,14 +34,18 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors``.
 
     Raises:
-        UsageError: data are missing or too few; the configuration does not fit them.
+        UsageError: data are missing or too few; the configuration does not fit them; its base method is unknown here.
         RunError: the optimisation left the range in which going on makes sense. What was computed is kept.
     """
     with run.lock():
         config = run.config
-        bench = Workbench.prepare(config, run.path)
+        if config.base not in METHODS:
+            raise UsageError(f"base must be {' or '.join(METHODS)}, got {config.base!r}; register it first")
+        bench, recorded = Workbench.prepare(config, run.path), METHODS[config.base].needs_trajectories
+        if config.filter == "learned" and not recorded:
+            raise UsageError(f"filter must be none or forgetting where base is {config.base}, got learned")
         require_images_per_class(bench.train, config.ipc, bench.data.classes, each=config.factor**2)
-        if METHODS[config.base].needs_trajectories or config.filter == "forgetting":
+        if recorded or config.filter == "forgetting" or config.labels != "hard":
             ensure_experts(run, bench, reporter)
         union, examples = Union.empty(bench), FILTERS[config.filter](run, bench, reporter)
         for stage in range(1, config.stages + 1):
@@ -48,7 +53,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
                 union = Union.load(run.stage_file(stage), bench)
                 continue
             trajectories = list[Trajectory]()
-            if METHODS[config.base].needs_trajectories:
+            if recorded:
                 if _records(config, stage):
                     transition(run, bench, union, examples, reporter)
                 trajectories = _trajectories(run, stage)
@@ -224,7 +229,13 @@ def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
     if loaded is None:
         return None
     tensors, state = loaded
-    method.load_state({name[7:]: tensor for name, tensor in tensors.items() if name.startswith("method.")})
+    try:
+        method.load_state({name[7:]: tensor for name, tensor in tensors.items() if name.startswith("method.")})
+    except KeyError as error:
+        file = run.checkpoint_file(stage)
+        raise UsageError(
+            f"{file} must hold {error}, but another version wrote it; remove it to begin stage {stage} again"
+        ) from error
     if "best.images" not in tensors:
         return None
     images, labels = (tensors[f"best.{name}"].to(method.images.device) for name in ("images", "labels"))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pdd_fast.engines import Engine
+from pdd_fast.training import logits_in_parts
 from pdd_fast.trajectories import Trajectory
-
-_BATCH = 1000  # images whose logits are made at once
 
 
 def soft_labels(engine: Engine, experts: Sequence[Trajectory], images: Tensor) -> Tensor:
@@ -18,11 +16,14 @@ def soft_labels(engine: Engine, experts: Sequence[Trajectory], images: Tensor) -
     [n, classes], of the type and on the device of the images.
 
     The mean of several is nearer to right than one network's word, and costs next to nothing beside training them.
+
+    Raises:
+        ValueError: there are no experts.
     """
     total: Tensor | None = None
     for expert in experts:
         theta = expert.checkpoint(expert.epochs).to(images)
-        found = torch.cat([engine.logits(theta, part).softmax(1) for part in images.split(_BATCH)])
+        found = logits_in_parts(engine, theta, images).softmax(1)
         total = found if total is None else total.add_(found)
     if total is None:
         raise ValueError("soft_labels: experts must be at least one, got none")

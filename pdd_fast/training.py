@@ -167,7 +167,10 @@ def _step(sgd: Sgd, theta: Tensor, velocity: Tensor, images: Tensor, labels: Ten
     tape.advance()
 
 
-def accuracies(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = 1000) -> list[float]:
+_BATCH = 1000  # images whose logits are made at once
+
+
+def accuracies(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = _BATCH) -> list[float]:
     """For each of the networks at ``theta`` [K, P] the percent of ``images`` [n, C, H, W] that it puts in the class of
     ``labels`` [n]; ``batch`` images at a time, of all networks together."""
     right = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
@@ -175,3 +178,8 @@ def accuracies(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, ba
     for x, y in zip(images.split(each), labels.split(each), strict=True):
         right += (engine.logits_of(theta, x).argmax(2) == y).sum(1)
     return [100.0 * count / len(images) for count in right.tolist()]
+
+
+def logits_in_parts(engine: Engine, theta: Tensor, images: Tensor) -> Tensor:
+    """Logits [n, classes] of the network at ``theta`` [P] on any number of ``images`` [n, C, H, W]."""
+    return torch.cat([engine.logits(theta, part) for part in images.split(_BATCH)])

@@ -34,13 +34,23 @@ class Union:
 
     @classmethod
     def load(cls, path: Path, bench: Workbench) -> Union:
-        stored = load_distilled(path)
+        return cls.of(load_distilled(path), bench)
+
+    @classmethod
+    def of(cls, stored: DistilledSet, bench: Workbench) -> Union:
+        """What ``stored`` holds, on the device of ``bench``."""
         images, labels, stage = (t.to(bench.device) for t in (stored.images, stored.labels, stored.stage))
         return cls(images, labels, stage, stored.learning_rates.tolist(), stored.factor)
 
     @property
     def stages(self) -> int:
         return len(self.rates)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many images networks are trained on, of stages 1..s for every s."""
+        per_stage = torch.bincount(self.stage, minlength=self.stages + 1)[1:]
+        return (per_stage.cumsum(0) * self.factor**2).tolist()
 
     def up_to(self, stage: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels of stages 1..``stage`` (None: all), as networks are trained on them.

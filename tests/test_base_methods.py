@@ -121,6 +121,46 @@ def test_a_name_means_one_method() -> None:
         resolve(base="nope")
 
 
+@pytest.mark.usefixtures("shrinking")
+def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", settings("shrinking", factor=1, stages=1))
+    distill(run)
+    known = METHODS.pop("shrinking")
+    try:
+        again = Run.open(run.path)
+        assert evaluate_run(again)["stages"] == 1
+        with pytest.raises(UsageError, match="base must be mtt or idc or dm, got 'shrinking'; register it first"):
+            distill(again)
+    finally:
+        METHODS["shrinking"] = known
+
+
+@pytest.mark.usefixtures("shrinking")
+@pytest.mark.parametrize("labels", ["soft", "hard"])
+def test_what_needs_experts_gets_them_and_what_needs_transitions_is_refused(tmp_path: Path, labels: str) -> None:
+    run = Run.create(tmp_path / "run", settings("shrinking", factor=1, stages=1, labels=labels))
+    distill(run)
+    assert run.experts_dir.exists() == (labels == "soft")
+    refused = Run.create(tmp_path / "refused", settings("shrinking", factor=1, filter="learned"))
+    with pytest.raises(UsageError, match="filter must be none or forgetting where base is shrinking, got learned"):
+        distill(refused)
+    with pytest.raises(UsageError, match="factor must be 1 where labels are soft, got 2"):
+        settings("shrinking", factor=2, labels="soft")
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, base: str) -> None:
+    run = Run.create(tmp_path / "run", settings(base, stages=1, iterations=3))
+    with pytest.raises(Stopped):
+        distill(run, Stopper(3))
+    tensors, state = run.load_checkpoint(1) or ({}, {})
+    del tensors["method.velocity"]
+    run.save_checkpoint(1, tensors, state)
+    before = run.checkpoint_file(1).read_bytes()
+    with pytest.raises(UsageError, match=r"checkpoint.safetensors must hold 'velocity', but another version wrote it"):
+        distill(Run.open(run.path))
+    assert run.checkpoint_file(1).read_bytes() == before
+
+
 # ---- what the methods without trajectories have in common ----
 
 
@@ -292,6 +332,52 @@ def test_the_network_is_trained_on_real_images_between_the_updates(monkeypatch: 
     bench = method.problem.bench
     losses = [float(F.cross_entropy(bench.engine.logits(t, bench.train.images), bench.train.labels)) for t in seen]
     assert losses[0] > losses[1] > losses[2]
+
+
+def test_an_iteration_whose_draw_has_no_image_of_the_stage_leaves_it_where_it_is() -> None:
+    """One synthetic image a class, out of 4 frozen and 4 learned ones: some classes have none to follow."""
+    work = problem("idc", synthetic_batch=1, inner_loops=1, momentum=0.0)
+    method = METHODS["idc"](work)
+    assert isinstance(method, PixelMethod)
+    start = method.done.pixels
+    drawn = method.batches.drawn(start, work.bench.generator("matching", 2, 0))[1]
+    method.step()
+    moved = (method.done.pixels != start).flatten(1).any(1).tolist()
+    assert moved == [len(each.learned) > 0 for each in drawn]
+    assert 0 < sum(moved) < 10
+
+
+def test_images_of_earlier_stages_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    method, asked = METHODS["idc"](problem("idc", inner_loops=1)), list[int]()
+    engine = type(method.problem.bench.engine)
+    original = engine.dual
+
+    def dual(*args: Any, rows: Tensor | None = None, **options: Any) -> Any:
+        assert rows is not None
+        asked.append(len(rows))
+        return original(*args, rows=rows, **options)
+
+    monkeypatch.setattr(engine, "dual", dual)
+    method.step()
+    assert len(asked) == 10
+    assert sum(asked) < 10 * method.problem.config.synthetic_batch
+
+
+def test_dm_computes_in_the_precision_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {name: METHODS["dm"](problem("dm", precision=name)).step()["loss"] for name in ("float32", "bfloat16")}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
+
+
+def test_running_out_of_memory_names_what_helps(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS[base](problem(base))
+
+    def full(*args: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(method, "iterate", full)
+    with pytest.raises(RunError, match=r"stage 2, iteration 1: cpu is out of memory.*lower real_batch \(now 7\)"):
+        method.step()
 
 
 def test_dm_follows_the_means_of_features() -> None:

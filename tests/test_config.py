@@ -120,7 +120,24 @@ def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
 def test_a_base_method_has_a_recipe_of_its_own() -> None:
     assert resolve(base="idc") == resolve("digits-idc")
     assert resolve(base="dm") == resolve("digits-dm")
-    assert resolve(dataset="mnist-like", base="idc") == Config(dataset="mnist-like", base="idc")
+    with pytest.raises(UsageError, match="base must be mtt as in the recipe digits, got idc; --recipe list"):
+        resolve("digits", base="idc")
+    assert resolve("digits-dm", base="dm") == resolve("digits-dm")
+
+
+def test_a_base_method_has_defaults_of_its_own_where_there_is_no_recipe() -> None:
+    """At the rate for trajectories pixels would be driven to 0 and 1."""
+    published = resolve("cifar10-idc-ipc10")
+    own = resolve(dataset="mnist-like", base="idc")
+    for key in ("lr_img", "iterations", "augment", "augment_mode", "eval_every", "eval_epochs", "transition_epochs"):
+        assert getattr(own, key) == getattr(published, key) != getattr(Config, key)
+    assert resolve(dataset="mnist-like", base="dm").lr_img == 0.1
+    assert resolve(dataset="mnist-like", base="dm", lr_img=3).lr_img == 3
+    assert resolve(dataset="mnist-like") == Config(dataset="mnist-like")
+
+
+def test_a_stored_configuration_may_have_a_base_method_that_is_not_known_here() -> None:
+    assert from_dict(Config().to_dict() | {"base": "elsewhere"}).base == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +148,9 @@ def test_a_base_method_has_a_recipe_of_its_own() -> None:
         ({"base": "idc", "whitening": "zca"}, "whitening must be none where base is idc, got zca"),
         ({"base": "mtt", "factor": 2}, "factor must be 1 where base is mtt, got 2"),
         ({"base": "idc", "filter": "learned"}, "filter must be none or forgetting where base is idc, got learned"),
+        ({"base": "idc", "clip": 1}, "clip must be 0.0 where base is idc, got 1.0"),
+        ({"base": "dm", "ema": 0.5}, "ema must be 0.0 where base is dm, got 0.5"),
+        ({"base": "dm", "trajectories": 2}, "trajectories must be 1 where base is dm, got 2"),
         ({"cutmix": 1.5}, "cutmix must be at most 1, got 1.5"),
     ],
 )

@@ -304,5 +304,7 @@ def test_too_few_images_to_start_from_are_counted_by_class() -> None:
     with pytest.raises(UsageError, match="class 'wasp' has 0"):
         require_images_per_class(split, 1, ("ant", "bee", "wasp"))
     require_images_per_class(split, 1, ("ant", "bee"), each=2)
-    with pytest.raises(UsageError, match=r"at most 0, got 1: class 'bee' has 2 .*, of which every stored .* needs 3"):
-        require_images_per_class(split, 1, ("ant", "bee"), each=3)
+    with pytest.raises(UsageError, match=r"at most 1, got 2: class 'ant' has 3 .*, of which every stored .* needs 2"):
+        require_images_per_class(Split(torch.zeros(3, 1, 1, 1), torch.zeros(3).long()), 2, ("ant",), each=2)
+    with pytest.raises(UsageError, match=r"factor must be at most 1, got 2: class 'bee' has 2 .* image needs 4"):
+        require_images_per_class(split, 1, ("ant", "bee"), each=4)

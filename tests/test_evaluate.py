@@ -234,7 +234,7 @@ def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path)
     ]  # fmt: skip
     assert of(found, "random") == of(evaluate_run(run), "random")
     assert of(found, "random-soft")["accuracy"] != of(found, "random")["accuracy"]
-    assert of(evaluate_run(run, against=soft.path), "against")["labels"] == "soft"
+    assert of(evaluate_run(run, against=soft.path), "against")["labels"] == "learned"
     shutil.rmtree(soft.experts_dir)  # a run may be given away without them
     without = evaluate_run(soft)
     assert [result["name"] for result in without["results"]] == ["pdd", "random", "last-union"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pdd_fast import filtering
+from pdd_fast import training
 from pdd_fast.config import Config, resolve
 from pdd_fast.data import Split
 from pdd_fast.distilled import load_distilled
@@ -55,7 +55,7 @@ def told(path: Path, *rows: str) -> Trajectory:
 def test_forgotten_is_what_was_right_and_is_wrong_after_the_next_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(filtering, "_BATCH", 3)
+    monkeypatch.setattr(training, "_BATCH", 3)
     trajectory = told(tmp_path / "t", "10010", "01010", "10110", "00100")
     split = Split(torch.arange(5.0).view(5, 1, 1, 1), torch.zeros(5, dtype=torch.int64))
     # Forgotten twice, once, learned late, forgotten in the end, never learned in three epochs.

@@ -374,11 +374,15 @@ def test_without_autograd_the_same(engine: str, device: torch.device) -> None:
             assert torch.equal(getattr(found, name), value), name
         assert not found.loss.requires_grad
         only_labels = matched_gradients(
-            chosen, problem.theta, target, images, problem.labels, measured, want_images=False
+            chosen, problem.theta, target, images, problem.labels, measured, rows=torch.empty(0, dtype=torch.int64)
         )
         assert only_labels.images is None
         assert only_labels.labels is not None
         assert relative_error(only_labels.labels, by_autograd["labels"]) <= 1e-12
+        rows = torch.tensor([2, 0])
+        some = matched_gradients(chosen, problem.theta, target, images, problem.labels, measured, rows=rows)
+        assert some.images is not None
+        assert relative_error(some.images, by_autograd["images"][rows]) <= 1e-12
 
 
 def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:

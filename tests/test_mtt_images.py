@@ -127,6 +127,8 @@ def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> N
         assert torch.equal(torch.load(folder / "stage-1/images_best.pt"), expected.images)
         assert torch.equal(torch.load(folder / "stage-1/labels_best.pt"), expected.labels)
         assert json.loads((folder / "settings.json").read_text())["factor"] == (2 if raw else 1)
+    again = read_mtt([tmp_path / "True/stage-1"], [0.1], stored.normalisation, factor=2)
+    assert torch.equal(again.union().images, stored.union().images)
     stored.save(tmp_path / "set.safetensors")
     arguments = ["export", str(tmp_path / "set.safetensors"), "--output", str(tmp_path / "called"), "--raw"]
     assert run(arguments) == 0

@@ -129,3 +129,10 @@ def test_a_distilled_set_says_what_someone_else_needs(tmp_path: Path, bench: Wor
     }  # fmt: skip
     assert [len(found.subset(stage)) for stage in (1, 2)] == [10, 20]
     assert found.union(1).learning_rate == pytest.approx(0.05)
+
+
+def test_sizes_are_those_of_the_parts(bench: Workbench) -> None:
+    union = grown(bench, 3)
+    assert union.sizes == [len(union.up_to(stage)[0]) for stage in (1, 2, 3)] == [10, 30, 60]
+    union.factor = 2
+    assert union.sizes == [len(union.up_to(stage)[0]) for stage in (1, 2, 3)] == [40, 120, 240]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -179,9 +180,16 @@ def _held_out(name: str, labels: Tensor, classes: tuple[str, ...], fraction: flo
 
 
 def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...], each: int = 1) -> None:
-    """Raises UsageError where a class has fewer images to start from than ``ipc`` stored ones need, ``each`` apiece."""
+    """Raises UsageError where a class has fewer images to start from than ``ipc`` stored ones need, ``each`` (factor²)
+    apiece."""
     counts = torch.bincount(split.labels.cpu(), minlength=len(classes))
     fewest = int(counts.argmin())
+    if counts[fewest] < each:
+        most = math.isqrt(int(counts[fewest]))
+        raise UsageError(
+            f"factor must be at most {most}, got {math.isqrt(each)}: class {classes[fewest]!r} has "
+            f"{int(counts[fewest])} training images, and a stored image needs {each}"
+        )
     if counts[fewest] < ipc * each:
         need = "" if each == 1 else f", of which every stored image needs {each}"
         raise UsageError(

@@ -65,7 +65,7 @@ class BaseMethod(ABC):
     @property
     @abstractmethod
     def images(self) -> Tensor:
-        """The stage's images as they are now [n, C, H, W]."""
+        """The stage's images as they are now [n, C, H, W], as they are stored."""
 
     @property
     def labels(self) -> Tensor:

@@ -32,7 +32,7 @@ class GradientMatching(PixelMethod):
         self._sgd = NetworkSgd(bench)
         self._real_weights = self._sgd.weights(problem.real.labels)
 
-    def step(self) -> dict[str, float]:
+    def iterate(self) -> dict[str, float]:
         problem, config = self.problem, self.problem.config
         draw = problem.bench.generator("matching", problem.stage, self.iteration)
         students = Students.start(self.starts.parameters(self.iteration)[None])
@@ -55,14 +55,20 @@ class GradientMatching(PixelMethod):
         real, synthetic = self.batches.drawn(leaf, draw)
         labels = [
             [torch.full((len(images),), c, device=pixels.device) for c, images in enumerate(batches)]
-            for batches in (real, synthetic)
+            for batches in (real, [each.images for each in synthetic])
         ]
         targets = class_gradients(engine, theta, real, labels[0])
         found = [
-            matched_gradients(engine, theta, target, images.detach(), own, self._distance)
-            for target, images, own in zip(targets, synthetic, labels[1], strict=True)
+            matched_gradients(engine, theta, target, x.images.detach(), y, self._distance, rows=x.learned)
+            for target, x, y in zip(targets, synthetic, labels[1], strict=True)
         ]
-        (gradient,) = torch.autograd.grad(synthetic, leaf, [each.images for each in found])
+        # Where a class's draw has none of this stage's images there is nothing to follow.
+        followed = [(x, each) for x, each in zip(synthetic, found, strict=True) if len(x.learned)]
+        if followed:
+            parts = [x.images[x.learned] for x, _ in followed]
+            (gradient,) = torch.autograd.grad(parts, leaf, [each.images for _, each in followed])
+        else:
+            gradient = torch.zeros_like(leaf)
         return torch.stack([each.loss for each in found]).sum(), gradient
 
     def _train(self, students: Students, draw: torch.Generator) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pdd_fast import memory
 from pdd_fast.augmentation import augment
 from pdd_fast.errors import RunError
 from pdd_fast.formation import decode, decode_labels
@@ -23,8 +25,16 @@ class Learned(NamedTuple):
     velocity: Tensor  # [n, C, H, W]
 
 
+class Synthetic(NamedTuple):
+    """A class's synthetic images, as networks see them."""
+
+    images: Tensor  # [b, C, H, W]
+    learned: Tensor  # int64, which of them are this stage's
+
+
 class PixelMethod(BaseMethod):
-    """What they have in common: start networks, batches of every class, and what is kept."""
+    """What they have in common: start networks, batches of every class, and what is kept. Each has its own
+    :meth:`iterate`."""
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
@@ -45,6 +55,19 @@ class PixelMethod(BaseMethod):
     @property
     def lr_img(self) -> float:
         return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
+
+    @abstractmethod
+    def iterate(self) -> dict[str, float]:
+        """An iteration, which ends with :meth:`finish`."""
+
+    def step(self) -> dict[str, float]:
+        config, where = self.problem.config, f"stage {self.problem.stage}, iteration {self.iteration + 1}"
+        lower = (
+            f"real_batch (now {config.real_batch}), synthetic_batch (now {config.synthetic_batch}) or width (now "
+            f"{config.width})"
+        )
+        with memory.explained(self.problem.bench.device, where, lower):
+            return self.iterate()
 
     def finish(self, loss: float, pixels: Tensor, velocity: Tensor) -> dict[str, float]:
         """Ends an iteration: what it learned is what is there from now on.
@@ -97,23 +120,31 @@ class ClassBatches:
         """``pixels`` [n, C, H, W] as a distilled set stores them; differentiable."""
         return self._normalisation.apply(pixels)
 
-    def drawn(self, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """For every class ``real_batch`` real images and at most ``synthetic_batch`` synthetic ones, enlarged and of
-        all stages so far, each [b, C, H, W]; the latter differentiable with respect to ``pixels`` of this stage's.
+    def drawn(self, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Synthetic]]:
+        """For every class ``real_batch`` real images [b, C, H, W] and at most ``synthetic_batch`` synthetic ones,
+        enlarged and of all stages so far; the latter differentiable with respect to ``pixels`` of this stage's.
 
         Real ones are as many as there are where a class has fewer.
         """
-        config = self._bench.config
-        seen = torch.cat([self._frozen, decode(self.images(pixels), self._factor)])
+        config, frozen = self._bench.config, self._frozen
         real = [_some(rows, config.real_batch, draw) for rows in self._real_rows]
         synthetic = [_some(rows, config.synthetic_batch, draw) for rows in self._rows]
         shared = self._bench.dsa.sample(len(real), self._bench.data.image_size, draw)
-        both = []
-        for images, rows in ((self._real.images, real), (seen, synthetic)):
-            sizes = [len(own) for own in rows]
+        index = torch.cat(synthetic)
+        own = index >= len(frozen)
+        # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy them every time.
+        learned = decode(self.images(pixels), self._factor)[(index[own] - len(frozen)).to(pixels.device)]
+        chosen = frozen.new_empty(len(index), *frozen.shape[1:])
+        chosen[(~own).nonzero().flatten().to(frozen.device)] = frozen[index[~own].to(frozen.device)]
+        chosen = chosen.index_copy(0, own.nonzero().flatten().to(frozen.device), learned)
+        real_images = self._real.images[torch.cat(real).to(frozen.device)]
+        found = []
+        for images, rows in ((real_images, real), (chosen, synthetic)):
+            sizes = [len(each) for each in rows]
             whose = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(sizes))
-            both.append(augment(images[torch.cat(rows).to(images.device)], shared[whose]).split(sizes))
-        return list(both[0]), list(both[1])
+            found.append(augment(images, shared[whose]).split(sizes))
+        learns = [(rows >= len(frozen)).nonzero().flatten().to(frozen.device) for rows in synthetic]
+        return list(found[0]), [Synthetic(*both) for both in zip(found[1], learns, strict=True)]
 
 
 def _some(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
