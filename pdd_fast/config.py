@@ -214,8 +214,8 @@ def recipe_title(name: str) -> str:
 def resolve(recipe: str | None = None, **settings: Any) -> Config:
     """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's type.
 
-    A recipe is for its base method. Without ``recipe``, the one named like the data set is taken where there is one, and
-    for another base method than mtt the one named like both (digits-idc). ``stages`` and ``ipc`` follow from
+    A recipe is for its base method. Without ``recipe``, the one named like the data set is taken where there is one,
+    and for another base method than mtt the one named like both (digits-idc). ``stages`` and ``ipc`` follow from
     ``stage_ipc`` where that is among ``settings`` and they are not.
 
     Raises:
