@@ -101,12 +101,14 @@ def plain(problem: Problem) -> Gradient:
 
 
 def functional(problem: Problem) -> Gradient:
-    """The dual pass in torch.func: jvp of the images' gradient along the distance's derivative."""
-    parameters = {name: parameter.detach() for name, parameter in problem.net.named_parameters()}
+    """The dual pass in torch.func: jvp of the images' gradient along the distance's derivative. In planar memory: torch
+    2.13 cannot do the other."""
+    net = problem.net.to(memory_format=torch.contiguous_format)
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     Parameters = dict[str, Tensor]
 
     def loss(at: Parameters, x: Tensor, y: Tensor) -> Tensor:
-        return problem.loss(lambda images: torch.func.functional_call(problem.net, at, (images,)), x, y)
+        return problem.loss(lambda images: torch.func.functional_call(net, at, (images,)), x, y)
 
     of_parameters, of_images = torch.func.grad(loss), torch.func.grad(loss, argnums=1)
 
