@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_progressive import Stopped, Stopper, bytes_of
+from test_progressive import Stopped, Stopper, bytes_of, stopped_and_continued
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -103,10 +103,7 @@ def test_a_method_of_ones_own_runs_through_stages_resume_and_evaluation(tmp_path
     assert found.metadata["base"] == "shrinking"
     assert found.learning_rates.tolist() == pytest.approx([0.02] * 3)
     assert not whole.experts_dir.exists()
-    stopped = Run.create(tmp_path / "stopped", config)
-    with pytest.raises(Stopped):
-        distill(stopped, Stopper(counter.count // 2))
-    distill(Run.open(stopped.path))
+    stopped = stopped_and_continued(tmp_path / "stopped", config, counter.count // 2)
     assert bytes_of(stopped) == bytes_of(whole)
     names = [result["name"] for result in evaluate_run(whole)["results"]]
     assert names == ["pdd", "random", "last-union"]
@@ -190,10 +187,7 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(tmp_path: Path, bas
     whole, counter = Run.create(tmp_path / "whole", config), Stopper()
     distill(whole, counter)
     for limit in range(1, counter.count + 1):
-        stopped = Run.create(tmp_path / f"stopped-{limit}", config)
-        with pytest.raises(Stopped):
-            distill(stopped, Stopper(limit))
-        distill(Run.open(stopped.path))
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", config, limit)
         assert bytes_of(stopped) == bytes_of(whole), limit
 
 

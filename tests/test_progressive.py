@@ -59,6 +59,15 @@ class Stopper(Reporter):
         yield Counting()
 
 
+def stopped_and_continued(path: Path, config: Config, limit: int) -> Run:
+    """A run that was stopped at its ``limit``-th report and then finished by another process, as it were."""
+    stopped = Run.create(path, config)
+    with pytest.raises(Stopped):
+        distill(stopped, Stopper(limit))
+    distill(Run.open(stopped.path))
+    return stopped
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, int]:
     """An uninterrupted run, and how often it reported."""
@@ -229,10 +238,7 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(
     assert reports > 30
     for limit in range(1, reports + 1, 1 if kept_every_time else 5):
         config = configuration(checkpoint_seconds=0 if kept_every_time else 1000)
-        stopped = Run.create(tmp_path / f"stopped-{limit}", config)
-        with pytest.raises(Stopped):
-            distill(stopped, Stopper(limit))
-        distill(Run.open(stopped.path))
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", config, limit)
         assert bytes_of(stopped) == expected, limit
         assert measured(stopped) == expected_metrics, limit
 
@@ -244,10 +250,7 @@ def test_learned_labels_stopped_anywhere_and_continued_give_the_same_bytes(tmp_p
     whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
     distill(whole, counter)
     for limit in range(3, counter.count + 1, 2):
-        stopped = Run.create(tmp_path / f"stopped-{limit}", whole.config)
-        with pytest.raises(Stopped):
-            distill(stopped, Stopper(limit))
-        distill(Run.open(stopped.path))
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", whole.config, limit)
         assert bytes_of(stopped) == bytes_of(whole), limit
 
 
@@ -290,10 +293,7 @@ def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_byte
     assert len(list_trajectories(whole.stage_trajectories_dir(2))) == 4
     assert counter.count > 20
     for limit in range(1, counter.count + 1):
-        stopped = Run.create(tmp_path / f"stopped-{limit}", configuration(**changes))
-        with pytest.raises(Stopped):
-            distill(stopped, Stopper(limit))
-        distill(Run.open(stopped.path))
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", configuration(**changes), limit)
         assert bytes_of(stopped) == expected, limit
         assert measured(stopped) == expected_metrics, limit
 
@@ -317,10 +317,7 @@ def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_t
     for kept_every_time in (True, False):
         for limit in range(1, counter.count + 1, 1 if kept_every_time else 7):
             config = configuration(**changes, checkpoint_seconds=0 if kept_every_time else 1000)
-            stopped = Run.create(tmp_path / f"stopped-{limit}-{kept_every_time}", config)
-            with pytest.raises(Stopped):
-                distill(stopped, Stopper(limit))
-            distill(Run.open(stopped.path))
+            stopped = stopped_and_continued(tmp_path / f"stopped-{limit}-{kept_every_time}", config, limit)
             assert bytes_of(stopped) == expected, limit
             assert measured(stopped) == expected_metrics, limit
             assert not list(stopped.path.rglob("*.partial"))
