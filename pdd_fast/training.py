@@ -155,15 +155,18 @@ class Loop:
         return self._lanes[size]
 
 
+def descent(theta: Tensor, velocity: Tensor, gradient: Tensor, momentum: float, weight_decay: float) -> Tensor:
+    """What a step of ``torch.optim.SGD`` subtracts, times the rate. Changes ``velocity`` and ``gradient`` in place."""
+    if weight_decay:
+        gradient.add_(theta, alpha=weight_decay)
+    return velocity.mul_(momentum).add_(gradient) if momentum else gradient
+
+
 def _step(sgd: Sgd, theta: Tensor, velocity: Tensor, images: Tensor, labels: Tensor, tape: Tape) -> None:
     index = tape.indices()
     x = tape.augment(images.index_select(0, index)).unflatten(0, (len(theta), -1))
     _, gradient = sgd.engine.gradients(theta, x, labels.index_select(0, index).unflatten(0, (len(theta), -1)))
-    if sgd.weight_decay:
-        gradient.add_(theta, alpha=sgd.weight_decay)
-    if sgd.momentum:
-        gradient = velocity.mul_(sgd.momentum).add_(gradient)
-    theta.addcmul_(gradient, tape.rate(), value=-1)
+    theta.addcmul_(descent(theta, velocity, gradient, sgd.momentum, sgd.weight_decay), tape.rate(), value=-1)
     tape.advance()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdd_fast.augmentation import augment
-from pdd_fast.training import Students
+from pdd_fast.training import Students, descent
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
@@ -64,8 +64,8 @@ class NetworkSgd:
             batches.append((x, y))
         x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
         _, gradient = self._bench.engine.gradients(students.theta, x, y)
-        gradient.add_(students.theta, alpha=config.union_weight_decay)
-        students.theta.sub_(students.velocity.mul_(config.union_momentum).add_(gradient), alpha=rate)
+        momentum, decay = config.union_momentum, config.union_weight_decay
+        students.theta.sub_(descent(students.theta, students.velocity, gradient, momentum, decay), alpha=rate)
 
 
 class Starts:
