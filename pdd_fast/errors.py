@@ -32,3 +32,9 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """What to add to a message about a name that is not one of ``names``: the likely one, or nothing."""
     close = difflib.get_close_matches(name.lower(), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def require(operator: str, condition: bool, argument: str, requirement: str, value: object) -> None:
+    """Raises ``ValueError("<operator>: <argument> must <requirement>, got <value>")`` unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{operator}: {argument} must {requirement}, got {value}")

@@ -17,7 +17,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdd_fast import engines
 from pdd_fast import memory as memories
-from pdd_fast.networks.arguments import check_batch, check_theta, require
+from pdd_fast.errors import require
+from pdd_fast.networks.arguments import check_batch, check_theta
 
 _NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")

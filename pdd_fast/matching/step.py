@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pdd_fast.augmentation import PackedDraws
 from pdd_fast.engines import Engine, FusedEngine, PassShape
+from pdd_fast.errors import require
 from pdd_fast.graphs import Backend, Replay, Upload
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
@@ -25,6 +26,9 @@ from pdd_fast.unrolling import UnrollSpec, Wanted, adjoint, forward_path, kept_s
 
 # Of a class's probability where learning starts. The gradient of a logit is proportional to it: from 0 it would stay 0.
 _SMALLEST = 1e-6
+
+
+_require = partial(require, "MatchingStep")
 
 
 class MatchingState(NamedTuple):
@@ -229,11 +233,6 @@ class MatchingStep:
         else:
             _require(inputs.draws is None, "draws", "be None where operations is 0", inputs.draws)
         self._inputs.write(**sources)
-
-
-def _require(condition: bool, argument: str, requirement: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"MatchingStep: {argument} must {requirement}, got {value}")
 
 
 @dataclass

@@ -3,18 +3,11 @@ it is."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from pdd_fast.errors import require
 from pdd_fast.networks.parameters import check_parameters
-
-
-def require(operator: str, condition: bool, argument: str, requirement: str, value: Any) -> None:
-    """Raises ValueError unless ``condition`` holds."""
-    if not condition:
-        raise ValueError(f"{operator}: {argument} must {requirement}, got {value}")
 
 
 def check_theta(operator: str, net: nn.Module, theta: Tensor) -> None:

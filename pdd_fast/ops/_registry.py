@@ -46,12 +46,6 @@ def operator(
     return getattr(torch.ops.pdd_fast, name).default
 
 
-def require(condition: bool, operator: str, argument: str, requirement: str, value: Any) -> None:
-    """Raises ``ValueError("<operator>: <argument> must <requirement>, got <value>")`` unless ``condition``."""
-    if not condition:
-        raise ValueError(f"{operator}: {argument} must {requirement}, got {value}")
-
-
 HALF = (torch.bfloat16, torch.float16)
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, operator, require, require_floating, require_like
+from pdd_fast.ops._registry import address, operator, require_floating, require_like
 
 
 def _check(target: Tensor, index: Tensor, rows: Tensor) -> None:
     name = "add_rows"
     require_floating(name, "target", target)
-    require(target.dim() >= 1 and target.numel() > 0, name, "target", "have rows and not be empty", tuple(target.shape))
+    require(name, target.dim() >= 1 and target.numel() > 0, "target", "have rows and not be empty", tuple(target.shape))
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: index must be torch.int64, got {index.dtype}")
-    require(index.dim() == 1, name, "index", "be a vector", tuple(index.shape))
-    require(index.device == target.device, name, "index", f"be on {target.device}", index.device)
+    require(name, index.dim() == 1, "index", "be a vector", tuple(index.shape))
+    require(name, index.device == target.device, "index", f"be on {target.device}", index.device)
     require_like(name, "rows", rows, target, (len(index), *target.shape[1:]))
 
 

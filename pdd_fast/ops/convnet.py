@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pdd_fast.errors import require
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, require, require_floating, require_like
+from pdd_fast.ops._registry import address, require_floating, require_like
 from pdd_fast.ops.norm_relu_pool import EPS
 
 if TYPE_CHECKING:
@@ -229,13 +230,13 @@ class ConvNetPasses:
         """What every pass takes; the workspace is this pass's until the end."""
         batch, shape = len(images), self._net_shape
         require_floating("convnet", "theta", theta)
-        require(theta.device.type == "cpu", "convnet", "theta", "be on cpu", theta.device)
+        require("convnet", theta.device.type == "cpu", "theta", "be on cpu", theta.device)
         require(
-            tuple(theta.shape) == (self._parameters,),
-            "convnet", "theta", f"have shape ({self._parameters},)", tuple(theta.shape),
+            "convnet",
+            tuple(theta.shape) == (self._parameters,), "theta", f"have shape ({self._parameters},)", tuple(theta.shape),
         )  # fmt: skip
         require_like("convnet", "images", images, theta, (batch, *shape[:3]))
-        require(batch > 0, "convnet", "images", "not be empty", tuple(images.shape))
+        require("convnet", batch > 0, "images", "not be empty", tuple(images.shape))
         size = self.sizes(batch, dual, kept).workspace * theta.element_size()
         # Another thread may be in a pass: then this one has a workspace of its own.
         mine = self._lock.acquire(blocking=False)

@@ -10,17 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, operator, require, require_floating, require_like
+from pdd_fast.ops._registry import address, operator, require_floating, require_like
 
 
 def _check_labels(name: str, logits: Tensor, labels: Tensor) -> None:
     require_floating(name, "logits", logits)
-    require(logits.dim() == 2, name, "logits", "have shape [B, K]", tuple(logits.shape))
-    require(logits.shape[0] > 0 and logits.shape[1] > 0, name, "logits", "not be empty", tuple(logits.shape))
+    require(name, logits.dim() == 2, "logits", "have shape [B, K]", tuple(logits.shape))
+    require(name, logits.shape[0] > 0 and logits.shape[1] > 0, "logits", "not be empty", tuple(logits.shape))
     if labels.dtype == torch.int64:
-        require(labels.shape == logits.shape[:1], name, "labels", f"have shape ({len(logits)},)", tuple(labels.shape))
-        require(labels.device == logits.device, name, "labels", f"be on {logits.device}", labels.device)
+        require(name, labels.shape == logits.shape[:1], "labels", f"have shape ({len(logits)},)", tuple(labels.shape))
+        require(name, labels.device == logits.device, "labels", f"be on {logits.device}", labels.device)
     else:
         require_like(name, "labels", labels, logits, tuple(logits.shape))
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import HALF, address, compute_dtype, operator, require, require_floating
+from pdd_fast.ops._registry import HALF, address, compute_dtype, operator, require_floating
 
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -50,23 +51,23 @@ def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout:
     if images.dtype not in _TYPES:
         require_floating(name, "images", images, half=True)
     if len(shape) != 4 or images.numel() == 0:
-        require(False, name, "images", "have shape [B, C, H, W] and not be empty", tuple(shape))
+        require(name, False, "images", "have shape [B, C, H, W] and not be empty", tuple(shape))
     if shape[1] * shape[2] * shape[3] >= 2**31:
-        require(False, name, "images", "have fewer than 2**31 numbers each", tuple(shape))
+        require(name, False, "images", "have fewer than 2**31 numbers each", tuple(shape))
     if draws.dtype != torch.float64:
         raise TypeError(f"{name}: draws must be torch.float64, got {draws.dtype}")
     if draws.device != device:
-        require(False, name, "draws", f"be on {device}", draws.device)
+        require(name, False, "draws", f"be on {device}", draws.device)
     if draws.shape != (len(DRAWS), shape[0]):
-        require(False, name, "draws", f"have shape {(len(DRAWS), shape[0])}", tuple(draws.shape))
+        require(name, False, "draws", f"have shape {(len(DRAWS), shape[0])}", tuple(draws.shape))
     if operations.dtype != torch.int32:
         raise TypeError(f"{name}: operations must be torch.int32, got {operations.dtype}")
     if operations.device != device:
-        require(False, name, "operations", f"be on {device}", operations.device)
+        require(name, False, "operations", f"be on {device}", operations.device)
     if operations.dim() != 2 or operations.shape[1] != shape[0]:
-        require(False, name, "operations", f"have shape (k, {shape[0]})", tuple(operations.shape))
+        require(name, False, "operations", f"have shape (k, {shape[0]})", tuple(operations.shape))
     if len(cutout) != 2 or min(cutout) < 0:
-        require(False, name, "cutout", "be a height and a width", cutout)
+        require(name, False, "cutout", "be a height and a width", cutout)
 
 
 def _empty(images: Tensor) -> Tensor:

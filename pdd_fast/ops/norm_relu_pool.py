@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, compute_dtype, operator, require, require_floating, require_like
+from pdd_fast.ops._registry import address, compute_dtype, operator, require_floating, require_like
 
 EPS = 1e-5  # torch.nn.GroupNorm's default
 
@@ -30,11 +31,11 @@ def _empty(like: Tensor, batch: int, height: int, width: int) -> Tensor:
 def _check_images(name: str, z: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of the images, of the pooled images, and of a vector over channels."""
     require_floating(name, "z", z, half=True)
-    require(z.dim() == 4, name, "z", "have shape [B, C, H, W]", tuple(z.shape))
-    require(min(z.shape[2:]) >= 2, name, "z", "be at least 2 pixels high and wide", tuple(z.shape))
-    require(z.numel() > 0, name, "z", "not be empty", tuple(z.shape))
+    require(name, z.dim() == 4, "z", "have shape [B, C, H, W]", tuple(z.shape))
+    require(name, min(z.shape[2:]) >= 2, "z", "be at least 2 pixels high and wide", tuple(z.shape))
+    require(name, z.numel() > 0, "z", "not be empty", tuple(z.shape))
     B, C, H, W = z.shape
-    require(C * H * W < 2**31, name, "z", "have fewer than 2**31 numbers an image", tuple(z.shape))
+    require(name, C * H * W < 2**31, "z", "have fewer than 2**31 numbers an image", tuple(z.shape))
     return (B, C, H, W), (B, C, H // 2, W // 2), (C,)
 
 
