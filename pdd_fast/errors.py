@@ -22,6 +22,10 @@ class RunError(PddFastError, RuntimeError):
     """The work failed after it had begun; what was computed is kept (exit status 1)."""
 
 
+class PddFastWarning(UserWarning):
+    """Something worth a sentence that does not stop the work; the command line prints the message alone."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of a library says first, without the full stop that would end our sentence. CUDA's errors are a
     dozen lines of advice after the one that says what happened."""

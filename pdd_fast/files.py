@@ -42,6 +42,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def readable(name: str) -> str:
+    """A file's name as text that can be drawn and encoded: bytes that are not UTF-8 as \\xNN, so that names that differ
+    still do."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

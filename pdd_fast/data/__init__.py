@@ -13,6 +13,7 @@ from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.data.splits import ImageData, Split, prepare, require_images_per_class
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError, nearest
+from pdd_fast.files import readable
 
 __all__ = ["NAMES", "ImageData", "Normalisation", "Split", "Whitening", "load", "require_images_per_class"]
 
@@ -30,7 +31,8 @@ def load(
     """A data set by name.
 
     Args:
-        name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and DIR/test/<class>/ (or DIR/val).
+        name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and DIR/test/<class>/
+            (or val/, valid/, validation/).
         data_dir: where torchvision's files lie.
         validation_fraction: share of every class's training images that is held out, in (0, 1).
         whitening: "none" or "zca".
@@ -54,7 +56,7 @@ def load(
         folder = name.removeprefix(_FOLDER)
         pixels = read_folder(folder)
         # The name goes into distilled sets that are given away: the folder's own, not where it lies on this disk.
-        name = _FOLDER + Path(folder).expanduser().resolve().name
+        name = _FOLDER + readable(Path(folder).expanduser().resolve().name)
     else:
         known = f"{', '.join(NAMES)} or imagefolder:DIR"
         raise UsageError(f"dataset must be one of {known}, got {name!r}{nearest(name, NAMES)}")

@@ -1,149 +1,470 @@
-"""Images in folders, one per class: DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val/<class>/*)."""
+"""Images in folders, one per class: DIR/train/<class>/* and DIR/test/<class>/* (or val/, valid/, validation/)."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pdd_fast.data.splits import Pixels
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import PddFastWarning, UsageError, first_line
+from pdd_fast.files import readable
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+TEST_FOLDERS = ("test", "val", "valid", "validation")
 _ANNOTATIONS = "val_annotations.txt"
+# Folders and files that systems and archives leave behind; hidden ones (.DS_Store, ._0.png, .ipynb_checkpoints) too.
+_LITTER = {
+    "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "recycler",
+    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+# Files that describe images. Everything else in a class's folder is read as an image or refused.
+_TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".htm", ".yaml", ".yml", ".log", ".pbtxt"}
+# These readers start other programs (Ghostscript), hand over to libraries that are not there, or are no still images.
+_EXCLUDED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+# The colors that transparent images may be composed on, the preferred one first.
+_BACKGROUNDS = {"white": 255, "black": 0, "gray": 128}
+# An image whose levels all lie within this range (of 0..255) shows nothing: a white icon's edge on white paper does.
+_FLAT = 8
+# 12-bit images in 16-bit files stay below this: 8 bits of 16 would leave them at most 16 levels.
+_FULL_RANGE = 4096
+# EXIF's orientations 2 to 8, and how Pillow turns such an image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 # Files of a task: what a pool of threads keeps of one, 1.6 KB, is half of the bytes of an image of 3×32×32.
 _AT_ONCE = 64
 
+Levels = NDArray[np.uint8]
+
 
 def read(folder: str) -> Pixels:
-    """Both splits, decoded into one uint8 tensor each. Grey where every image of both is grey, else RGB.
+    """Read both splits into one uint8 tensor each: gray where every image of both is gray, else RGB.
+
+    Images are turned upright (EXIF), the first frame of several is taken, 16-bit levels are reduced to 8 bits, and
+    transparent images are composed on white, or on the first of black and gray on which none of them vanishes; a
+    :class:`~pdd_fast.errors.PddFastWarning` says each of the last four. Class names that are not UTF-8 have their odd
+    bytes written as \\xNN.
 
     Raises:
-        UsageError: a folder is missing or empty, classes differ between the splits, a file cannot be decoded or has
-            more than 8 bits a channel, or images are not of one size; the message names the first offender.
+        UsageError: a folder is missing or empty, there is one class only, classes differ between the splits, a file
+            is no image that can be decoded, has floating-point or 32-bit levels, or images are not of one size; the
+            message names the first offender.
     """
     root = Path(folder).expanduser()
     if not (root / "train").is_dir():
         raise UsageError(f"imagefolder:{folder} must hold a folder train/, got {_found(root)}")
-    # Tiny ImageNet's own test/ has no labels, so an annotated val/ comes first.
-    annotated = (root / "val" / _ANNOTATIONS).is_file()
-    names = ("val",) if annotated else ("test", "val")
-    test = next((root / name for name in names if (root / name).is_dir()), None)
-    if test is None:
-        raise UsageError(f"imagefolder:{folder} must hold a folder test/ or val/, got {_found(root)}")
-    classes, train_files, train_labels = _list(root / "train")
-    if annotated:
-        test_files, test_labels = _list_annotated(test, classes)
-    else:
-        test_classes, test_files, test_labels = _list(test)
-        if test_classes != classes:
-            odd = sorted(set(test_classes) ^ set(classes))[0]
-            where = "train/" if odd in classes else f"{test.name}/"
-            raise UsageError(
-                f"imagefolder:{folder}: train/ and {test.name}/ must hold the same classes, got {odd!r} in {where} only"
-            )
-    grey, size = _look(train_files + test_files)
-    return Pixels(classes, _decode(train_files, grey, size), train_labels, _decode(test_files, grey, size), test_labels)
+    present = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
+    if not present:
+        raise UsageError(
+            f"imagefolder:{folder} must hold a folder test/ or val/ (or valid/ or validation/), got {_found(root)}"
+        )
+    texts: list[Path] = []
+    train = _sorted_into_classes(root / "train", texts)
+    if len(train.classes) < 2:
+        raise UsageError(
+            f"{root / 'train'} must hold 2 classes or more, each in a folder, got {readable(train.classes[0])!r} alone"
+        )
+    test = _test_part(folder, present, train.classes, texts)
+    if texts:
+        counts = Counter(path.suffix.lower() for path in texts)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+        _warn(f"imagefolder:{folder}: files that are no images are left out: {found}, e.g. {texts[0]}")
+    files = train.files + test.files
+    pixels = _Decoder(f"imagefolder:{folder}", files).run()
+    classes = tuple(map(readable, train.classes))
+    count = len(train.files)
+    return Pixels(classes, pixels[:count], torch.tensor(train.labels), pixels[count:], torch.tensor(test.labels))
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(sentence, PddFastWarning, stacklevel=4)
+
+
+# ---- which files ----
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The images of a split and their labels, which number ``classes``."""
+
+    classes: tuple[str, ...]  # as the folders are called, in alphabetical order
+    files: list[Path]
+    labels: list[int]
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _LITTER
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What a person put into a folder, in alphabetical order."""
+    return sorted(entry for entry in folder.iterdir() if not _is_litter(entry.name))
 
 
 def _found(folder: Path) -> str:
     if not folder.is_dir():
         return "no such folder"
-    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "an empty folder"
+    names = [entry.name + "/" * entry.is_dir() for entry in _entries(folder)]
+    return ", ".join(names[:5]) + ", ..." * (len(names) > 5) or "an empty folder"
 
 
-def _list(folder: Path) -> tuple[tuple[str, ...], list[Path], Tensor]:
-    """Class names in alphabetical order, files, labels."""
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, links followed; a link to a folder above it is not."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    for entry in _entries(folder):
+        if entry.is_dir():
+            yield from _walk(entry, above | {place})
+        else:
+            yield entry
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """What Pillow reads here, its own and those of plug-ins that were imported (pillow_heif, say)."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _EXCLUDED_FORMATS)
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Those of the images that Pillow reads."""
+    formats = set(_formats())
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+
+
+def _is_image(path: Path) -> bool:
+    """By its suffix, or, where that says nothing, by its content."""
+    if path.suffix.lower() in _suffixes():
+        return True
+    try:
+        with Image.open(path, formats=_formats()):
+            return True
+    except Exception:
+        return False
+
+
+def _images(folder: Path, files: Iterator[Path], texts: list[Path]) -> list[Path]:
+    """The images of a class among ``files``; files that describe them are added to ``texts``.
+
+    Raises:
+        UsageError: a file is neither.
+    """
+    images: list[Path] = []
+    odd: list[Path] = []
+    for path in files:
+        if path.suffix.lower() in _TEXTS:
+            # Tiny ImageNet's own: where in an image its object is.
+            texts += [] if path.name.endswith("_boxes.txt") else [path]
+        else:
+            (images if _is_image(path) else odd).append(path)
+    if odd:
+        counts = Counter(path.suffix.lower() or "no suffix" for path in odd)
+        found = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(counts.items()))
+        raise UsageError(
+            f"{folder} must hold images that Pillow can read, got {found}, e.g. {odd[0].name}; convert these files, to "
+            "PNG for instance, or move them away"
+        )
+    return images
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if entry.is_dir()]
+
+
+def _sorted_into_classes(folder: Path, texts: list[Path], wanted: tuple[str, ...] | None = None) -> _Part:
+    """A folder that holds one per class, with its images at any depth below it.
+
+    Args:
+        texts: gets the files that describe images.
+        wanted: the classes of train/; an empty folder that is none of them is what a script left behind that sorted
+            images into the others.
+    """
+    classes = tuple(
+        name for name in _class_folders(folder) if wanted is None or name in wanted or any(_walk(folder / name))
+    )
     if not classes:
         raise UsageError(f"{folder} must hold one folder per class, got {_found(folder)}")
-    files: list[Path] = []
-    labels: list[int] = []
+    loose = [entry for entry in _entries(folder) if not entry.is_dir() and _is_image(entry)]
+    if loose:
+        raise UsageError(
+            f"{folder} must hold all images in the folders of their classes, got {len(loose)} beside them, e.g. "
+            f"{loose[0].name}; sort them in or move them away"
+        )
+    part = _Part(classes, [], [])
     for label, name in enumerate(classes):
-        # Tiny ImageNet keeps a class's images one level deeper, in images/.
         inside = folder / name
-        inside = inside / "images" if (inside / "images").is_dir() else inside
-        # Hidden files are the system's: macOS leaves a ._NAME.png beside a NAME.png that it copies to a foreign disk.
-        own = sorted(p for p in inside.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != ".")
+        own = _images(inside, _walk(inside), texts)
         if not own:
-            raise UsageError(f"{inside} holds no images ({', '.join(sorted(_SUFFIXES))})")
-        files += own
-        labels += [label] * len(own)
-    return classes, files, torch.tensor(labels)
+            raise UsageError(f"{inside} holds no images, got {_found(inside)}")
+        part.files.extend(own)
+        part.labels.extend([label] * len(own))
+    return part
 
 
-def _list_annotated(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], Tensor]:
-    """Tiny ImageNet's val/ as it is shipped: all images in one folder, classes in a tab-separated file."""
-    numbers = {name: label for label, name in enumerate(classes)}
-    files, labels = [], []
+def _test_part(folder: str, present: list[Path], classes: tuple[str, ...], texts: list[Path]) -> _Part:
+    """The first of the folders ``present`` that is labeled, by an annotation file or by its own folders.
+
+    Tiny ImageNet's test/ is not: it holds no folder with the name of a class.
+    """
+    root = present[0].parent
+    validation = [path for path in present if path.name != "test"]
+    for annotated in validation:
+        # As it is shipped, or moved up, out of the way of a reader that sorts by folders.
+        for file in (annotated / _ANNOTATIONS, annotated / "images" / _ANNOTATIONS, root / _ANNOTATIONS):
+            if file.is_file():
+                return _annotated_part(annotated, file, classes)
+    # An unzipped Tiny ImageNet may have its classes in val/images/.
+    places = [place for path in present for place in (path, path / "images") if place.is_dir()]
+    chosen = next((p for p in places if not set(classes).isdisjoint(_class_folders(p))), present[0])
+    part = _sorted_into_classes(chosen, texts, classes)
+    if part.classes != classes:
+        odd = sorted(set(part.classes) ^ set(classes))[0]
+        name = chosen.relative_to(root).as_posix()
+        where = "train/" if odd in classes else f"{name}/"
+        raise UsageError(
+            f"imagefolder:{folder}: train/ and {name}/ must hold the same classes, got {odd!r} in {where} only"
+        )
+    return part
+
+
+def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> _Part:
+    """Tiny ImageNet's val/: all images in one folder and their classes in a tab-separated file, as it is shipped; or
+    sorted into folders by a script that left the file behind. Where every class has images in a folder, folders decide.
+    """
+    labels = {name: label for label, name in enumerate(classes)}
+    sorted_in: dict[tuple[int, str], Path] = {}
+    loose: dict[str, Path] = {}
+    for path in _images(folder, _walk(folder), []):
+        above = path.relative_to(folder).parts[:-1]
+        label = next((labels[name] for name in above[:2] if name in labels), None)
+        if label is None:
+            loose[path.name] = path
+        else:
+            sorted_in[label, path.name] = path
+    if {label for label, _ in sorted_in} == set(labels.values()):
+        names = {name for _, name in sorted_in}
+        left = [path for name, path in loose.items() if name not in names]  # others were copied, not moved
+        if left:
+            raise UsageError(
+                f"{folder} must hold all images in the folders of their classes or none, got {len(left)} beside them, "
+                f"e.g. {left[0]}; sort them in or move them away"
+            )
+        files = sorted((label, path) for (label, _), path in sorted_in.items())
+        return _Part(classes, [path for _, path in files], [label for label, _ in files])
+    part = _Part(classes, [], [])
+    for name, label in _annotation_lines(annotations, labels):
+        usual = folder / "images" / name
+        part.files.append(sorted_in.get((label, name)) or loose.get(name) or usual)
+        part.labels.append(label)
+    unnamed = sorted((set(sorted_in.values()) | set(loose.values())) - set(part.files))
+    if unnamed and all(path.exists() for path in part.files):
+        raise UsageError(f"{annotations} must name every image, got none for {unnamed[0]} ({len(unnamed)} in all)")
+    return part
+
+
+def _annotation_lines(file: Path, labels: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Names of images and their labels."""
     try:
-        lines = (folder / _ANNOTATIONS).read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{folder / _ANNOTATIONS} cannot be read as text: {error}") from error
+        raise UsageError(f"{file} cannot be read as text: {error}") from error
     for line in filter(str.strip, lines):
         name, tab, rest = line.partition("\t")
-        label = rest.split("\t")[0]
+        title = rest.split("\t")[0].strip()
         if not tab:
-            raise UsageError(f"{folder / _ANNOTATIONS} must hold lines of file, tab, class, got {line!r}")
-        if label not in numbers:
-            raise UsageError(f"{folder / _ANNOTATIONS} names the class {label!r}, which train/ does not hold")
-        files.append(folder / "images" / name)
-        labels.append(numbers[label])
-    return files, torch.tensor(labels)
+            raise UsageError(f"{file} must hold lines of file, tab, class, got {line!r}")
+        if title not in labels:
+            raise UsageError(f"{file} names the class {title!r}, which train/ does not hold")
+        yield name, labels[title]
 
 
-def _open(path: Path) -> Image.Image:
-    """A decoded image of 8 bits a channel at most."""
+# ---- their pixels ----
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """An image turned upright, of 8 bits a channel, and what is worth a word about its file."""
+
+    image: Image.Image
+    several: bool  # frames or pages
+    highest: int | None  # level of an image of 16 bits a channel; of one in color, which Pillow reduces, 65535
+
+
+def _open(path: Path) -> _Decoded:
     try:
-        image = Image.open(path)
-        image.load()
+        # Not by its path: Pillow maps a TIFF of eight bits without regard to its orientation, which garbles it.
+        with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
+            # Of a JPEG with several pictures (MPO: a preview, the other eye's) the first is the photograph.
+            several = image.format != "MPO" and getattr(image, "is_animated", False)
+            highest = 65535 if any(map(_has_16_bits, getattr(image, "tile", ()))) else None
+            image.load()
+            upright = _upright(image)
+            # Pillow has 16-bit gray of PNG and PGM as I;16 or, in some releases, as I; an I of TIFF has 32 bits.
+            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format in ("PNG", "PPM")):
+                levels = np.asarray(upright).astype(np.int64)
+                highest = int(levels.max())
+                upright = Image.fromarray((levels >> 8).astype(np.uint8))
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{path} cannot be decoded as an image: Pillow does not know its format") from error
     except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
-        raise UsageError(f"{path} cannot be decoded as an image: {error}") from error
-    if image.mode[0] in "IF":  # 16 or 32 bits; Pillow's conversion would clip all but the lowest 8 without a word
+        raise UsageError(f"{path} cannot be decoded as an image: {first_line(error)}") from error
+    if upright.mode[0] in "IF":  # Pillow's conversion would clip all but the lowest 8 bits without a word
         raise UsageError(
-            f"{path} must have 8 bits a channel, got Pillow's mode {image.mode!r}; convert the images first"
+            f"{path} must have 8 or 16 bits a channel, got Pillow's mode {upright.mode!r}; convert the images first"
         )
-    return image
+    return _Decoded(upright, several, highest)
+
+
+def _has_16_bits(tile: tuple[Any, ...]) -> bool:
+    """Whether a decoder reads 16 bits a channel, of which Pillow keeps the high byte where there are colors."""
+    decoder, arguments = tile[0], tile[3]
+    if decoder.startswith("ppm"):  # layout and highest level
+        return int(arguments[1]) > 255
+    return ";16" in str(arguments) and "BGR;16" not in str(arguments)  # the latter are 16 bits for all three channels
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A loaded image as viewers show it."""
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # damaged metadata of an image that is none the worse
+        orientation = None
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image.copy() if turn is None else image.transpose(turn)
 
 
 def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
-    """Whether all images are grey (read off their headers), and the (width, height) of the first."""
-    size = _open(files[0]).size
+    """Whether all images are gray (read off their headers), and the (width, height) of the first."""
+    size = _open(files[0]).image.size
 
-    def is_grey(path: Path) -> bool:
+    def is_gray(path: Path) -> bool:
         try:
-            with Image.open(path) as image:
-                return image.mode in ("1", "L", "LA")
+            with Image.open(path, formats=_formats()) as image:
+                return image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16")
         except Exception:
             return True  # _decode names it
 
-    return all(map(is_grey, files)), size
+    return all(map(is_gray, files)), size
 
 
-def _decode(files: list[Path], grey: bool, size: tuple[int, int]) -> Tensor:
-    """[n, C, H, W] uint8."""
-    width, height = size
-    pixels = np.empty((len(files), 1 if grey else 3, height, width), dtype=np.uint8)
+def _is_transparent(image: Image.Image) -> bool:
+    palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
+    return "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa", "RGBA") or palette.endswith("A")
 
-    def decode(i: int) -> None:
-        image = _open(files[i])
-        if image.size != size:
-            found = f"{image.size[0]}x{image.size[1]}"
+
+def _composed(rgba: Levels, background: int) -> Levels:
+    """[H, W, 4] on a gray of level ``background``: [H, W, 3]."""
+    alpha = rgba[..., 3:].astype(np.uint32)
+    return ((rgba[..., :3] * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _contrast(levels: Levels) -> int:
+    """[H, W, C]: the range of the channel that has the largest."""
+    return int((levels.max((0, 1)) - levels.min((0, 1))).max())
+
+
+class _Decoder:
+    """Decodes the files of both splits, which share what images are composed on and whether they are gray."""
+
+    def __init__(self, name: str, files: list[Path]) -> None:
+        self.name, self.files = name, files
+        self.gray, self.size = _look(files)
+        self.background = next(iter(_BACKGROUNDS.values()))
+        width, height = self.size
+        self.pixels: Levels = np.empty((len(files), 1 if self.gray else 3, height, width), dtype=np.uint8)
+        self.several: dict[int, bool] = {}  # by row; written by many threads at once
+        self.highest: dict[int, int] = {}
+        self.contrasts: dict[int, list[int]] = {}  # of transparent images, on each background
+
+    def run(self) -> Tensor:
+        self._decode(range(len(self.files)))
+        self._choose_background()
+        self._tell()
+        return torch.from_numpy(self.pixels)
+
+    def _decode(self, rows: Sequence[int]) -> None:
+        def decode_some(first: int) -> None:
+            for i in rows[first : first + _AT_ONCE]:
+                self._decode_one(i)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(decode_some, range(0, len(rows), _AT_ONCE)))
+
+    def _decode_one(self, i: int) -> None:
+        path, found = self.files[i], _open(self.files[i])
+        if found.image.size != self.size:
+            (width, height), (w, h) = self.size, found.image.size
             raise UsageError(
-                f"{files[i]} must be {width}x{height} pixels like the first image, got {found}; resize the images first"
+                f"{path} must be {width}x{height} pixels like the first image, got {w}x{h}; resize the images first"
             )
-        array = np.asarray(image.convert("L" if grey else "RGB"))
-        pixels[i] = array[None] if grey else array.transpose(2, 0, 1)
+        if found.several:
+            self.several[i] = True
+        if found.highest is not None:
+            self.highest[i] = found.highest
+        try:
+            if _is_transparent(found.image):
+                rgba = np.asarray(found.image.convert("RGBA"))
+                self.contrasts[i] = [_contrast(_composed(rgba, level)) for level in _BACKGROUNDS.values()]
+                array = _composed(rgba, self.background)
+                array = array[..., 0] if self.gray else array
+            else:
+                array = np.asarray(found.image.convert("L" if self.gray else "RGB"))
+        except ValueError as error:  # a color space that Pillow reads and cannot convert, LAB for instance
+            raise UsageError(f"{path} cannot be converted to RGB: {first_line(error)}") from error
+        self.pixels[i] = array[None] if self.gray else array.transpose(2, 0, 1)
 
-    def decode_some(first: int) -> None:
-        for i in range(first, min(first + _AT_ONCE, len(files))):
-            decode(i)
+    def _choose_background(self) -> None:
+        """Composes transparent images anew where some of them vanish on the first background, white icons on white."""
+        if not self.contrasts:
+            return
+        rows = sorted(self.contrasts)
+        contrasts = np.array([self.contrasts[i] for i in rows])  # [images, backgrounds]
+        empty = (contrasts <= _FLAT).all(1)
+        vanishes = (contrasts <= _FLAT) & ~empty[:, None]
+        if empty.any():
+            first = self.files[rows[int(empty.argmax())]]
+            _warn(f"{self.name}: some transparent images show one color throughout ({empty.sum()}), e.g. {first}")
+        titles = list(_BACKGROUNDS)
+        first = self.files[rows[int(vanishes[:, 0].argmax())]]
+        chosen = next((k for k in range(len(titles)) if not vanishes[:, k].any()), None)
+        if chosen is None:
+            raise UsageError(
+                f"{self.name}: transparent images must show something on {', '.join(titles[:-1])} or {titles[-1]}, but "
+                f"on each of them some vanish, on {titles[0]} e.g. {first}; compose the images first"
+            )
+        if chosen > 0:
+            _warn(
+                f"{self.name}: transparent images are composed on {titles[chosen]}, because on {titles[0]} some vanish "
+                f"({vanishes[:, 0].sum()} of {len(rows)}), e.g. {first}"
+            )
+            self.background = _BACKGROUNDS[titles[chosen]]
+            self._decode(rows)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(decode_some, range(0, len(files), _AT_ONCE)))
-    return torch.from_numpy(pixels)
+    def _tell(self) -> None:
+        if self.several:
+            first = self.files[min(self.several)]
+            _warn(f"{self.name}: of images with several frames ({len(self.several)}) the first is taken, e.g. {first}")
+        if self.highest:
+            first, level = self.files[min(self.highest)], max(self.highest.values())
+            if level < _FULL_RANGE:
+                raise UsageError(
+                    f"{self.name}: images of 16 bits a channel must use their range 0..65535, got none above {level}, "
+                    f"e.g. {first}; scale the images to 8 bits first"
+                )
+            _warn(f"{self.name}: images of 16 bits a channel ({len(self.highest)}) are reduced to 8, e.g. {first}")
