@@ -31,7 +31,9 @@ class Config:
 
     # data
     validation_fraction: float = 0.1  # of the training images, held out for selection
-    whitening: str = "none"  # of all images, before anything else: none, or zca
+    normalization: str = "fitted"  # of images that are not whitened: by constants fitted to them, or published ones
+    whitening: str = "none"  # of all images' pixels in [0, 1], before anything else: none, or zca
+    whitening_epsilon: float = 0.1  # zca: added to every eigenvalue of the covariance
     select: str = "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
     augment_mode: str = "single"
@@ -138,6 +140,7 @@ _TYPES = get_type_hints(Config)
 CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
     "base": ("mtt", "idc", "dm"),  # pdd_fast.matching.register adds to it
     "conditioning": ("on", "off"),
+    "normalization": ("fitted", "published"),
     "whitening": ("none", "zca"),
     "filter": ("none", "forgetting", "learned"),
     "select": ("validation", "test"),
@@ -184,7 +187,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "dm": {"lr_img": 0.1, "iterations": 2000, "transition_epochs": 200},
 }  # fmt: skip
 _OF_BASE: dict[str, dict[str, tuple[Any, ...]]] = {"mtt": {"factor": (1,)}, "idc": _ON_PIXELS, "dm": _ON_PIXELS}
-_ABOVE: dict[str, float] = {"filter_band": 0, "expert_lr": 0, "inner_lr": 0, "validation_fraction": 0}
+_ABOVE: dict[str, float] = {
+    "filter_band": 0, "expert_lr": 0, "inner_lr": 0, "validation_fraction": 0, "whitening_epsilon": 0,
+}  # fmt: skip
 
 
 def recipe_names() -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.splits import ImageData
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 from pdd_fast.files import read_tensors, save_tensors
@@ -120,6 +121,14 @@ class DistilledSet:
         images = self.normalisation.apply(pixels)
         return images if self.whitening is None else self.whitening.apply(images)
 
+    def is_seen_as(self, data: ImageData) -> bool:
+        """Return whether :meth:`transform` makes of pixels what ``data`` holds of them, but for rounding."""
+        if not self.normalisation.is_close(data.normalisation):
+            return False
+        if self.whitening is None or data.whitening is None:
+            return self.whitening is data.whitening
+        return self.whitening.is_close(data.whitening)
+
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; equal sets give equal bytes."""
         tensors = {
@@ -131,6 +140,14 @@ class DistilledSet:
         }
         own = {"normalisation": self.normalisation.to_dict(), "factor": self.factor}
         save_tensors(Path(path), tensors, self.metadata | own)
+
+
+def preprocessing(images: DistilledSet | ImageData) -> str:
+    """Return in words how ``images`` are made of pixels."""
+    if images.whitening is None:
+        return f"normalization {images.normalisation} and without whitening"
+    epsilon = f"{images.whitening.epsilon:g}"
+    return f"normalization {images.normalisation} and then ZCA whitening with epsilon {epsilon}"
 
 
 def load_distilled(path: str | Path) -> DistilledSet:

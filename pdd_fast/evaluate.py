@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pdd_fast.augmentation import augment
-from pdd_fast.distilled import DistilledSet, load_distilled
+from pdd_fast.distilled import DistilledSet, load_distilled, preprocessing
 from pdd_fast.errors import UsageError
 from pdd_fast.experts import stored_experts
 from pdd_fast.networks.zoo import TITLES, accuracy, build, check_names
@@ -145,7 +145,9 @@ def evaluate_run(
             "weight_decay": config.union_weight_decay,
             "schedule": "a tenth of the rate from half of each set's steps on",
             "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
+            "normalisation": bench.data.normalisation.to_dict(),
             "whitening": config.whitening,
+            "whitening_epsilon": None if bench.data.whitening is None else bench.data.whitening.epsilon,
             "selected_on": config.select,
             "against": None if against is None else str(against),
         },
@@ -196,12 +198,10 @@ def _load_other(path: Path, bench: Workbench) -> tuple[Union, str]:
     if other.metadata.get("data") != bench.data.name or shape != expected:
         found = f"{other.metadata.get('data')} {shape}"
         raise UsageError(f"--against must name a run on {bench.data.name} {expected}, got {path} on {found}")
-    if (other.whitening is None) != (bench.data.whitening is None):
-        found = "are not" if other.whitening is None else "are"
-        raise UsageError(
-            f"--against must name a run with whitening={bench.config.whitening}, got {path}, whose images {found} "
-            "whitened"
-        )
+    if not other.is_seen_as(bench.data):
+        wanted, found = preprocessing(bench.data), preprocessing(other)
+        found = found if found != wanted else f"{found}, but fitted to other images"
+        raise UsageError(f"--against must name a run with {wanted}, got {path} with {found}")
     kind = other.metadata.get("labels", "hard" if other.labels.dim() == 1 else "soft")  # sets of before do not say
     return Union.of(other, bench), kind
 

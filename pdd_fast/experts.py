@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pdd_fast.data import Normalisation
+from pdd_fast.data.whitening import EPSILON
 from pdd_fast.errors import UsageError
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.replay_buffers import buffer_files, read_buffer
@@ -174,7 +176,9 @@ def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[st
     return {
         "network": bench.network,
         "data": bench.data.name,
+        "normalisation": bench.data.normalisation.to_dict(),
         "whitening": bench.config.whitening,
+        **({} if bench.data.whitening is None else {"whitening_epsilon": bench.data.whitening.epsilon}),
         "seed": bench.config.seed,
         "index": k,
         "purpose": purpose,
@@ -199,7 +203,7 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
     _require_same(
         trajectory,
         data=(metadata.get("data", bench.data.name), bench.data.name),
-        whitening=(metadata.get("whitening", bench.config.whitening), bench.config.whitening),
+        **_made_of_pixels(metadata, bench),
         network=(metadata.get("network", bench.network), bench.network),
         parameters=(trajectory.parameters, parameter_count(bench.engine.net)),
     )
@@ -210,11 +214,30 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
         )
 
 
+def _made_of_pixels(metadata: dict[str, Any], bench: Workbench) -> dict[str, tuple[Any, Any]]:
+    """Return pairs for :func:`_require_same`: how the images of a trajectory that says so were made of pixels."""
+    if "whitening" not in metadata:
+        return {}
+    pairs: dict[str, tuple[Any, Any]] = {"whitening": (metadata["whitening"], bench.config.whitening)}
+    if bench.data.whitening is not None:
+        pairs["whitening_epsilon"] = (metadata.get("whitening_epsilon", EPSILON), bench.data.whitening.epsilon)
+    wanted = bench.data.normalisation
+    if "normalisation" in metadata:
+        stored = Normalisation.from_dict(metadata["normalisation"])
+        found, same = str(stored), stored.is_close(wanted)
+    else:  # Earlier versions took fitted constants alone, and whitened what they had normalized.
+        found = "by constants fitted to the images"
+        found += ", which earlier versions whitened then; train them again" if bench.data.whitening is not None else ""
+        same = bench.config.normalization == "fitted" and wanted != Normalisation.identity(len(wanted.mean))
+    return pairs | {"normalization": (str(wanted) if same else found, str(wanted))}
+
+
 def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
     metadata = trajectory.metadata
     _require_same(
         trajectory,
         data=(metadata.get("data"), bench.data.name),
+        **_made_of_pixels(metadata, bench),
         network=(metadata.get("network"), bench.network),
         epochs=(trajectory.epochs, epochs),
     )

@@ -50,6 +50,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
         "learning_rates": distilled.learning_rates.tolist(),
         "normalisation": distilled.normalisation.to_dict(),
         "whitening": "none" if distilled.whitening is None else "zca",
+        "whitening_epsilon": None if distilled.whitening is None else distilled.whitening.epsilon,
         "factor": distilled.factor if raw else 1,
     }
     known = ("data", "classes", "labels", "augmentation", "network")
@@ -70,7 +71,9 @@ def read_mtt(
 
     Args:
         learning_rates: that were learned with each stage's images; the scripts print them.
-        normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for the same data.
+        normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for the same data. Those
+            that the scripts of MTT and PDD made are with ``whitening="zca"`` where they used ZCA, else with
+            ``normalization="published"``.
         metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared by.
         factor: of settings.json, for images that were written as they are stored.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pdd_fast._version import __version__
-from pdd_fast.distilled import DistilledSet, load_distilled
+from pdd_fast.distilled import DistilledSet, load_distilled, preprocessing
+from pdd_fast.errors import UsageError
 from pdd_fast.formation import decode, decode_labels
 from pdd_fast.workbench import Workbench
 
@@ -34,7 +35,18 @@ class Union:
 
     @classmethod
     def load(cls, path: Path, bench: Workbench) -> Union:
-        return cls.of(load_distilled(path), bench)
+        """Return the union in a file of the run that ``bench`` is of.
+
+        Raises:
+            UsageError: its images were made of pixels in another way than the run's data are now.
+        """
+        stored = load_distilled(path)
+        if not stored.is_seen_as(bench.data):
+            raise UsageError(
+                f"{path} must hold images with {preprocessing(bench.data)}, as the run's data are now, got "
+                f"{preprocessing(stored)}; bring back the run's whitening.safetensors and data, or make the run again"
+            )
+        return cls.of(stored, bench)
 
     @classmethod
     def of(cls, stored: DistilledSet, bench: Workbench) -> Union:

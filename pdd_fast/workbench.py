@@ -50,8 +50,15 @@ class Workbench:
         where = resolve_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
-        keep = None if folder is None else folder / "whitening.safetensors"
-        images = load(config.dataset, config.data_dir, config.validation_fraction, config.whitening, keep)
+        images = load(
+            config.dataset,
+            config.data_dir,
+            config.validation_fraction,
+            config.whitening,
+            None if folder is None else _whitening_file(folder),
+            config.normalization,
+            config.whitening_epsilon,
+        )
         side = min(images.image_size)
         if side < 2**config.depth:
             raise UsageError(
@@ -144,6 +151,12 @@ class Workbench:
             for group, part in zip(groups, order[: sum(per_class)].split(list(per_class)), strict=True):
                 group.append(part)
         return [torch.cat(group).to(self.device) for group in groups]
+
+
+def _whitening_file(folder: Path) -> Path:
+    """Return where the whitening of a run is kept: also in its distilled sets, for a run that has lost the file."""
+    names = ("whitening.safetensors", "distilled.safetensors", "stage-1/distilled.safetensors")
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def _fitting(config: Config, net: ConvNet, engine: engines.Engine, device: torch.device) -> int:

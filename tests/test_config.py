@@ -87,6 +87,7 @@ def test_the_papers_recipes_are_the_papers(name: str) -> None:
     assert (c.iterations, c.eval_every, c.eval_networks, c.eval_epochs) == (5000, 100, 5, 1000)
     assert (c.transition_epochs, c.union_epochs, c.union_momentum, c.union_weight_decay) == (1000, 500, 0.9, 5e-4)
     assert (c.width, c.augment, c.augment_mode) == (128, "color_crop_cutout_flip_scale_rotate", "single")
+    assert (c.whitening_epsilon, c.normalization) == (0.1, "published")
 
 
 def test_the_recipe_with_the_filter_is_the_one_without_but_for_the_filter() -> None:
@@ -115,6 +116,7 @@ def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
     assert (c.momentum, c.cutmix, c.union_epochs) == (0.5, 0.5, 500)
     assert (c.augment, c.augment_mode) == ("color_crop_cutout", "multiple")
     assert (c.width, c.depth, c.whitening, c.dataset) == (128, 3, "none", name.partition("-")[0])
+    assert c.normalization == "published"
 
 
 def test_a_base_method_has_a_recipe_of_its_own() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pdd_fast import data
-from pdd_fast.data.normalisation import Normalisation
-from pdd_fast.data.splits import ImageData, Pixels, Split, prepare, require_images_per_class, stratified_mask
+from pdd_fast.data import torchvision_sets
+from pdd_fast.data.normalisation import Normalisation, unit
+from pdd_fast.data.splits import (
+    ImageData,
+    Pixels,
+    Split,
+    normalised,
+    prepare,
+    require_images_per_class,
+    stratified_mask,
+)
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 
@@ -112,6 +123,73 @@ def test_a_normalisation_survives_json_and_keeps_the_type_of_images() -> None:
     assert normalisation.apply(torch.rand(2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
 
 
+# As the public code of DC and MTT has them.
+CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100 = Normalisation((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def three_channels(classes: int) -> Pixels:
+    """Two training images and a test image of every class."""
+    pixels = torch.randint(256, (3 * classes, 3, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(3 * classes) % classes
+    names = tuple(f"class {k}" for k in range(classes))
+    return Pixels(names, pixels[classes:], labels[classes:], pixels[:classes], labels[:classes])
+
+
+@pytest.mark.parametrize(("name", "classes", "expected"), [("cifar10", 10, CIFAR10), ("cifar100", 100, CIFAR100)])
+def test_published_constants_are_taken_where_asked_for(
+    name: str, classes: int, expected: Normalisation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = three_channels(classes)
+    monkeypatch.setattr(torchvision_sets, "read", lambda *_: pixels)
+    found = data.load(name, normalization="published")
+    assert found.normalisation == expected
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (expected.mean, expected.std))
+    torch.testing.assert_close(found.test.images, (pixels.test.float() / 255 - mean) / std, rtol=0, atol=1e-6)
+    assert data.load(name).normalisation == Normalisation.fit(pixels.train)
+    # Whitening takes pixels as they are, whatever is said about normalization.
+    white = [data.load(name, whitening="zca", normalization=kind) for kind in ("fitted", "published")]
+    assert white[0].normalisation == white[1].normalisation == Normalisation((0.0,) * 3, (1.0,) * 3)
+    assert torch.equal(white[0].test.images, white[1].test.images)
+
+
+def folders(root: Path, classes: list[str], mode: str = "RGB") -> str:
+    """The name of a dataset of two training images and a test image of every class."""
+    for part, count in (("train", 2), ("test", 1)):
+        for k, title in enumerate(classes):
+            (root / part / title).mkdir(parents=True)
+            for i in range(count):
+                colour = (10 * k, 5 * k, 99) if mode == "RGB" else 10 * k + i
+                Image.new(mode, (4, 4), colour).save(root / part / title / f"{i}.png")
+    return f"imagefolder:{root}"
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [(TEN, CIFAR10), (["n01443537", "n01629819"], IMAGENET), (["n02124075", "n04067472", "n12267677"], IMAGENET)],
+    ids=["CIFAR-10", "two of Tiny ImageNet", "three of Tiny ImageNet"],
+)
+def test_folders_are_known_by_their_classes(classes: list[str], expected: Normalisation, tmp_path: Path) -> None:
+    assert data.load(folders(tmp_path / "any", classes), normalization="published").normalisation == expected
+
+
+@pytest.mark.parametrize(
+    ("classes", "mode"),
+    [(["ant", "bee"], "RGB"), (["n01443537", "bee"], "RGB"), (TEN[:9], "RGB"), (["n01443537", "n01629819"], "L")],
+    ids=["own", "in part", "nine", "grey"],
+)
+def test_a_dataset_without_published_constants_is_named(classes: list[str], mode: str, tmp_path: Path) -> None:
+    message = "^normalization must be fitted for {}, for which no constants were published, got published$"
+    with pytest.raises(UsageError, match=message.format("imagefolder:any")):
+        data.load(folders(tmp_path / "any", classes, mode), normalization="published")
+    with pytest.raises(UsageError, match=message.format("digits")):
+        data.load("digits", normalization="published")
+    with pytest.raises(UsageError, match="normalization must be fitted or published, got 'imagenet'"):
+        data.load("digits", normalization="imagenet")
+
+
 # ---- splits ----
 
 
@@ -198,6 +276,10 @@ def random_bytes(count: int, *shape: int) -> Pixels:
     return Pixels(("a", "b"), pixels[:count], labels[:count], pixels[count:], labels[count:])
 
 
+def whiten(pixels: torch.Tensor) -> tuple[Normalisation, Whitening]:
+    return Normalisation.identity(pixels.shape[1]), Whitening.fit(pixels, convert=unit)
+
+
 @pytest.mark.parametrize("whitened", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_images_have_the_bits_of_the_formula_for_all_of_them_at_once(
@@ -209,7 +291,7 @@ def test_images_have_the_bits_of_the_formula_for_all_of_them_at_once(
         "bytes",
         replace(pixels, train=pixels.train.contiguous(memory_format=layout)),
         0.2,
-        (lambda some, normalise: Whitening.fit(some, convert=normalise)) if whitened else None,
+        whiten if whitened else normalised,
     )
     train, test = (found.normalisation.apply(part.float() / 255) for part in (pixels.train, pixels.test))
     if whitened:
@@ -240,15 +322,16 @@ def test_bytes_are_counted_to_the_mean_and_deviation_of_their_floats() -> None:
 CHILD = """
 import json, sys
 import torch
-from pdd_fast.data.splits import Pixels, prepare
+from pdd_fast.data.normalisation import Normalisation, unit
+from pdd_fast.data.splits import Pixels, normalised, prepare
 from pdd_fast.data.whitening import Whitening
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) * 1024
 
-def whiten(some, normalise):
-    return Whitening.fit(some, convert=normalise)
+def whiten(some):
+    return Normalisation.identity(3), Whitening.fit(some, convert=unit)
 
 def prepared(count):
     pixels = torch.arange(192, dtype=torch.uint8).repeat(count).view(count, 3, 8, 8)
@@ -256,7 +339,7 @@ def prepared(count):
     labels = torch.arange(count) % 10
     pixels = Pixels(tuple(map(str, range(10))), pixels, labels, pixels[: count // 5], labels[: count // 5])
     before = status("VmRSS")
-    data = prepare("bytes", pixels, 0.1, whiten if sys.argv[1] == "zca" else None)
+    data = prepare("bytes", pixels, 0.1, whiten if sys.argv[1] == "zca" else normalised)
     splits = data.train, data.validation, data.full_train, data.test
     return before, sum(s.images.nbytes for s in splits[2:])
 

@@ -109,7 +109,7 @@ def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
         validation = bench.data.validation
         (reached,) = accuracies(bench.engine, last[None], validation.images, validation.labels)
         expected = {"network": bench.network, "data": "digits", "seed": 0, "index": number, "purpose": "expert"}
-        expected["whitening"] = "none"
+        expected |= {"whitening": "none", "normalisation": bench.data.normalisation.to_dict()}
         assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
         assert trajectory.metadata["network"]["width"] == 4
 

@@ -1,9 +1,11 @@
-"""ZCA whitening: the textbook's matrix, its inverse, and its way through files, data sets and distilled sets."""
+"""ZCA whitening: the published formula, its inverse, and its way through files, data sets and distilled sets."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +17,19 @@ from torch import Tensor
 
 import pdd_fast
 from pdd_fast import data
-from pdd_fast.config import resolve
+from pdd_fast.config import Config, resolve
 from pdd_fast.data import whitening as module
+from pdd_fast.data.normalisation import Normalisation
+from pdd_fast.data.splits import Pixels, prepare
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run
-from pdd_fast.files import save_tensors
+from pdd_fast.experts import make_experts
+from pdd_fast.files import read_tensors, save_tensors
+from pdd_fast.mtt_images import read_mtt, write_mtt
 from pdd_fast.progressive import distill
 from pdd_fast.runs import Run
+from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
 
@@ -39,6 +46,19 @@ def textbook(images: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     flat = images.flatten(1).double().numpy()
     eigenvalues, vectors = np.linalg.eigh(np.cov(flat, rowvar=False))
     return vectors @ np.diag(1 / np.sqrt(np.maximum(eigenvalues, 0) + epsilon)) @ vectors.T, flat.mean(0)
+
+
+def published(train: Tensor, pixels: Tensor, epsilon: float = 0.1) -> Tensor:
+    """Whiten ``pixels`` as kornia's ZCAWhitening(eps=epsilon) does once it was fitted to ``train``, both in [0, 1].
+
+    It was held against kornia 0.9.0 itself: 1e-15 from it in float64, 1.5e-6 in float32.
+    """
+    flat = train.double().flatten(1)
+    mean = flat.mean(0)
+    covariance = (flat - mean).T @ (flat - mean) / (len(flat) - 1)
+    u, eigenvalues, _ = torch.linalg.svd(covariance)
+    matrix = u @ torch.diag((eigenvalues + epsilon).rsqrt()) @ u.T
+    return ((pixels.double().flatten(1) - mean) @ matrix).view(pixels.shape)
 
 
 @pytest.mark.parametrize("epsilon", [EPSILON, 1.0])
@@ -109,17 +129,62 @@ def test_wrong_shapes_and_numbers_are_named() -> None:
 # ---- of data sets -------------------------------------------------------------------------------------------------
 
 
-def test_all_splits_are_whitened_as_the_training_images_are() -> None:
-    plain, white = (data.load("digits", whitening=kind) for kind in ("none", "zca"))
-    assert plain.whitening is None
+def digits_pixels() -> dict[str, Tensor]:
+    """The pixels in [0, 1] of every split of the digits."""
+    plain = data.load("digits")
+    return {
+        name: plain.normalisation.invert(getattr(plain, name).images)
+        for name in ("full_train", "train", "validation", "test")
+    }
+
+
+@pytest.mark.parametrize("epsilon", [EPSILON, 0.01, 2.0])
+def test_digits_are_whitened_as_the_published_code_does(epsilon: float) -> None:
+    white = data.load("digits", whitening="zca", whitening_epsilon=epsilon)
+    pixels = digits_pixels()
+    assert white.normalisation == Normalisation((0.0,), (1.0,))
     assert white.whitening is not None
-    fitted = Whitening.fit(torch.cat([plain.train.images, plain.validation.images]))
-    for name in ("train", "validation", "test"):
-        before, after = getattr(plain, name), getattr(white, name)
-        assert torch.equal(before.labels, after.labels)
-        torch.testing.assert_close(after.images, fitted.apply(before.images), rtol=0, atol=1e-4)
-        torch.testing.assert_close(white.whitening.invert(after.images), before.images, rtol=0, atol=1e-4)
-    assert float(white.train.images.flatten(1).T.cov().diag().max()) <= 1.1
+    assert white.whitening.epsilon == epsilon
+    for name, own in pixels.items():
+        images = getattr(white, name).images
+        expected = published(pixels["full_train"], own, epsilon)
+        torch.testing.assert_close(images.double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(white.whitening.invert(images), own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bytes_are_whitened_as_the_published_code_does(
+    channels: int, layout: torch.memory_format, tmp_path: Path
+) -> None:
+    """2500 images in three pieces, with brightness and contrast that differ from channel to channel."""
+    levels = torch.rand(3000, channels, 6, 5).cumsum(3) * torch.tensor([20.0, 30.0, 50.0])[:channels].view(-1, 1, 1)
+    levels = levels.byte().contiguous(memory_format=layout)
+    labels = torch.arange(3000) % 2
+    pixels = Pixels(("a", "b"), levels[:2500], labels[:2500], levels[2500:], labels[2500:])
+    found = prepare("bytes", pixels, 0.2, lambda train: data._whitened("bytes", tmp_path / "kept", EPSILON, train))
+    floats = levels.double() / 255
+    expected = published(floats[:2500], floats)
+    torch.testing.assert_close(found.test.images.double(), expected[2500:], rtol=0, atol=1e-5)
+    assert found.normalisation == Normalisation((0.0,) * channels, (1.0,) * channels)
+    whitened = expected[:2500].flatten(1)
+    nearest = torch.cdist(found.full_train.images.double().flatten(1), whitened).min(1)
+    assert sorted(nearest.indices.tolist()) == list(range(2500))
+    assert float(nearest.values.max()) <= 1e-4  # of 90 numbers, each 1e-5 away at most
+
+
+def test_a_run_and_load_whiten_alike_where_nothing_is_said() -> None:
+    assert Config.whitening_epsilon == EPSILON == 0.1
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -0.1, float("nan"), float("inf")])
+def test_epsilon_is_checked_at_every_entrance(epsilon: float) -> None:
+    with pytest.raises(UsageError, match=r"whitening_epsilon must be (a finite number|above 0)"):
+        resolve(whitening="zca", whitening_epsilon=epsilon)
+    with pytest.raises(UsageError, match="whitening_epsilon must be a finite number above 0"):
+        data.load("digits", whitening="zca", whitening_epsilon=epsilon)
+    with pytest.raises(ValueError, match="epsilon must be a finite number above 0"):
+        replace(Whitening.fit(photographs(9)), epsilon=epsilon)
 
 
 def test_it_is_fitted_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,8 +207,22 @@ def test_what_is_kept_has_to_fit(tmp_path: Path) -> None:
     save_tensors(file, {"whitening_mean": torch.zeros(1)}, {})
     with pytest.raises(UsageError, match="is not a whitening"):
         data.load("digits", whitening="zca", keep_whitening=file)
+    save_tensors(file, Whitening.fit(torch.rand(9, 1, 8, 8)).tensors(), {"data": "digits", "normalisation": {"std": 1}})
+    with pytest.raises(UsageError, match="is not a whitening: its normalization is damaged"):
+        data.load("digits", whitening="zca", keep_whitening=file)
+    tensors = Whitening.fit(torch.rand(9, 1, 8, 8)).tensors() | {"whitening_epsilon": torch.ones(2)}
+    save_tensors(file, tensors, {"data": "digits"})
+    with pytest.raises(UsageError, match=r"is not a whitening: .*epsilon must be one number, got shape \(2,\)"):
+        data.load("digits", whitening="zca", keep_whitening=file)
     with pytest.raises(UsageError, match="whitening must be none or zca, got 'pca'"):
         data.load("digits", whitening="pca")
+
+
+def test_another_epsilon_than_the_kept_ones_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "whitening.safetensors"
+    data.load("digits", whitening="zca", keep_whitening=file, whitening_epsilon=0.5)
+    with pytest.raises(UsageError, match=r"whitening_epsilon must be 0\.5 as in .*whitening\.safetensors, got 0\.1; "):
+        data.load("digits", whitening="zca", keep_whitening=file)
 
 
 # ---- of runs and distilled sets -----------------------------------------------------------------------------------
@@ -155,31 +234,213 @@ def finished(path: Path, **changes: object) -> Run:
     return run
 
 
-def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(tmp_path: Path) -> None:
-    run = finished(tmp_path / "white")
-    found = pdd_fast.load_distilled(run.path)
-    bench = Workbench.prepare(run.config, run.path)
+@pytest.fixture(scope="module")
+def white(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return finished(tmp_path_factory.mktemp("runs") / "white")
+
+
+def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> None:
+    found = pdd_fast.load_distilled(white.path)
+    bench = Workbench.prepare(white.config, white.path)
+    assert found.normalisation == Normalisation((0.0,), (1.0,))
     assert found.whitening is not None
     assert bench.data.whitening is not None
     for name, tensor in bench.data.whitening.tensors().items():
         assert torch.equal(found.whitening.tensors()[name], tensor), name
     # No iteration: the images are real ones still, and their pixels come out as they were.
-    digits = data.load("digits")
-    pixels = digits.normalisation.invert(digits.train.images).flatten(1)
-    distance = torch.cdist(found.pixels().flatten(1).double(), pixels.double()).min(1).values
-    assert float(distance.max()) <= 1e-3
-    # What users make of other pixels is what the run was judged by.
-    test = digits.normalisation.invert(digits.test.images)
-    torch.testing.assert_close(found.transform(test), bench.data.test.images, rtol=0, atol=1e-3)
-    assert evaluate_run(run)["protocol"]["whitening"] == "zca"
+    pixels = digits_pixels()
+    distance = torch.cdist(found.pixels().flatten(1).double(), pixels["train"].flatten(1).double()).min(1).values
+    assert float(distance.max()) <= 1e-4
+    # What users make of other pixels is what the run was judged by, and what the published code makes of them.
+    torch.testing.assert_close(found.transform(pixels["test"]), bench.data.test.images, rtol=0, atol=1e-5)
+    expected = published(pixels["full_train"], pixels["test"]).float()
+    torch.testing.assert_close(found.transform(pixels["test"]), expected, rtol=0, atol=1e-5)
+    protocol = evaluate_run(white)["protocol"]
+    assert (protocol["whitening"], protocol["whitening_epsilon"]) == ("zca", 0.1)
+    assert protocol["normalisation"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
 
 
-def test_sets_are_compared_where_both_are_whitened_or_neither_is(tmp_path: Path) -> None:
-    white, plain = finished(tmp_path / "white"), finished(tmp_path / "plain", whitening="none")
-    with pytest.raises(UsageError, match=r"with whitening=zca, got .*plain, whose images are not whitened$"):
+def test_images_that_published_scripts_whitened_come_back_as_their_pixels(tmp_path: Path) -> None:
+    """Of MTT and PDD: images_best.pt as ZCAWhitening made them, without a word on how."""
+    pixels = digits_pixels()
+    folder = tmp_path / "released"
+    folder.mkdir()
+    torch.save(published(pixels["full_train"], pixels["train"][:20]).float(), folder / "images_best.pt")
+    torch.save(torch.arange(20) % 10, folder / "labels_best.pt")
+    own = data.load("digits", whitening="zca")
+    found = read_mtt([folder], [0.01], own.normalisation, own.whitening, {"data": "digits"})
+    torch.testing.assert_close(found.pixels(), pixels["train"][:20], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.transform(found.pixels()), found.images, rtol=0, atol=1e-4)
+
+
+def test_an_exported_set_says_how_it_was_whitened(white: Run, tmp_path: Path) -> None:
+    write_mtt(pdd_fast.load_distilled(white.path), tmp_path / "mtt")
+    settings = json.loads((tmp_path / "mtt" / "settings.json").read_text())
+    assert (settings["whitening"], settings["whitening_epsilon"]) == ("zca", 0.1)
+    assert settings["normalisation"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
+
+
+def test_sets_are_compared_where_they_are_whitened_alike(white: Run, tmp_path: Path) -> None:
+    plain = finished(tmp_path / "plain", whitening="none")
+    half = finished(tmp_path / "half", whitening_epsilon=0.5)
+    pixels, constants = r"normalization none \(pixels in \[0, 1\]\)", r"normalization by mean 0\.3059 and std 0\.3765"
+    whitened = pixels + r" and then ZCA whitening with epsilon 0\.1"
+    with pytest.raises(
+        UsageError, match=f"^--against must name a run with {whitened}, got .*plain with {constants} and without"
+    ):
         evaluate_run(white, against=plain.path)
-    with pytest.raises(UsageError, match=r"with whitening=none, got .*white, whose images are whitened$"):
+    with pytest.raises(UsageError, match=f"run with {constants} and without whitening, got .*white with {whitened}$"):
         evaluate_run(plain, against=white.path)
+    with pytest.raises(UsageError, match=r"epsilon 0\.1, got .*half with .* with epsilon 0\.5$"):
+        evaluate_run(white, against=half.path)
+    names = [result["name"] for result in evaluate_run(white, against=white.path, repeats=1)["results"]]
+    assert "against" in names
+    # Of other images, under the same name.
+    found = pdd_fast.load_distilled(white.path)
+    assert found.whitening is not None
+    replace(found, whitening=replace(found.whitening, mean=found.whitening.mean + 0.1)).save(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"with epsilon 0\.1, but fitted to other images$"):
+        evaluate_run(white, against=tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"whitening": "none"}, "whitening must be none .* got zca"),
+        ({"whitening_epsilon": 0.2}, r"whitening_epsilon must be 0\.2 .* got 0\.1"),
+    ],
+)
+def test_experts_serve_runs_that_whiten_alike(
+    changes: dict[str, Any], message: str, white: Run, tmp_path: Path
+) -> None:
+    settings = tiny.SETTINGS | {"whitening": "zca", "experts_from": str(white.path)}
+    make_experts(Run.create(tmp_path / "alike", resolve(**settings)))
+    with pytest.raises(UsageError, match=message):
+        make_experts(Run.create(tmp_path / "other", resolve(**(settings | changes))))
+
+
+# ---- of earlier versions, which whitened what they had normalized -------------------------------------------------
+
+
+def in_old_form(run: Run) -> None:
+    """Take out of a run's files what earlier versions did not write."""
+    stored = json.loads((run.path / "config.json").read_text())
+    for key in ("normalization", "whitening_epsilon"):
+        del stored["config"][key]
+    (run.path / "config.json").write_text(json.dumps(stored))
+    for file in run.path.rglob("*.safetensors"):
+        tensors, metadata = read_tensors(file)
+        tensors.pop("whitening_epsilon", None)
+        if "images" not in tensors:
+            metadata.pop("normalisation", None)
+        metadata.pop("whitening_epsilon", None)
+        save_tensors(file, tensors, metadata)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Run:
+    """A finished run as an earlier version left it."""
+    run = Run.create(tmp_path / "old", resolve(**(tiny.SETTINGS | {"whitening": "zca", "iterations": 0})))
+    Whitening.fit(data.load("digits").full_train.images).save(run.path / "whitening.safetensors", {"data": "digits"})
+    distill(run)
+    in_old_form(run)
+    return Run.open(run.path)
+
+
+def old_images() -> dict[str, Tensor]:
+    """What earlier versions made of the digits."""
+    plain = data.load("digits")
+    fitted = Whitening.fit(plain.full_train.images)
+    return {name: fitted.apply(getattr(plain, name).images) for name in ("train", "validation", "test")}
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(old: Run) -> None:
+    bench = Workbench.prepare(old.config, old.path)
+    for name, expected in old_images().items():
+        torch.testing.assert_close(getattr(bench.data, name).images, expected, rtol=0, atol=1e-5)
+    assert bench.data.normalisation == data.load("digits").normalisation
+    before = evaluate_run(old)["results"]
+    last = pdd_fast.load_distilled(old.path)
+    # The last stage is made again, of the experts and trajectories that are there.
+    old.stage_file(3).unlink()
+    old.distilled_file.unlink()
+    distill(old)
+    again = pdd_fast.load_distilled(old.path)
+    assert torch.equal(again.images, last.images)
+    assert again.normalisation == last.normalisation == bench.data.normalisation
+    assert evaluate_run(old)["results"] == before
+
+
+def test_a_set_of_an_earlier_version_keeps_its_transformation(old: Run) -> None:
+    found, pixels = pdd_fast.load_distilled(old.path), digits_pixels()
+    assert found.whitening is not None
+    assert found.whitening.epsilon == 0.1
+    torch.testing.assert_close(found.transform(pixels["test"]), old_images()["test"], rtol=0, atol=1e-5)
+    distance = torch.cdist(found.pixels().flatten(1).double(), pixels["train"].flatten(1).double()).min(1).values
+    assert float(distance.max()) <= 1e-4
+
+
+def test_a_run_of_an_earlier_version_serves_none_of_this_one(old: Run, white: Run, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--against must name a run with normalization none .*, got .*old with .* by"):
+        evaluate_run(white, against=old.path)
+    with pytest.raises(UsageError, match=r"--against must name a run with normalization by .*white with .* none"):
+        evaluate_run(old, against=white.path)
+    settings = tiny.SETTINGS | {"whitening": "zca", "experts_from": str(old.path)}
+    with pytest.raises(
+        UsageError,
+        match=r"normalization must be none \(pixels in \[0, 1\]\) .*got by constants fitted .*train them again",
+    ):
+        make_experts(Run.create(tmp_path / "new", resolve(**settings)))
+
+
+@pytest.mark.parametrize("form", ["old", "white"])
+def test_a_run_that_lost_its_whitening_takes_it_from_its_sets(form: str, request: pytest.FixtureRequest) -> None:
+    run: Run = request.getfixturevalue(form)
+    before, file = evaluate_run(run)["results"], run.path / "whitening.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    assert evaluate_run(run)["results"] == before
+    last = pdd_fast.load_distilled(run.path)
+    run.stage_file(3).unlink()
+    run.distilled_file.unlink()
+    distill(run)
+    assert torch.equal(pdd_fast.load_distilled(run.path).images, last.images)
+    assert not file.exists()
+    file.write_bytes(content)
+
+
+def test_an_earlier_run_without_its_whitening_is_refused_where_no_set_has_it(old: Run) -> None:
+    for file in (old.path / "whitening.safetensors", old.distilled_file, old.stage_file(1)):
+        file.unlink()
+    with pytest.raises(UsageError, match=r"normalization must be none .* got by constants fitted to the images"):
+        distill(old)
+
+
+def test_a_set_that_was_made_of_pixels_in_another_way_than_the_runs_data_is_refused(old: Run) -> None:
+    (old.path / "whitening.safetensors").unlink()
+    data.load("digits", whitening="zca", keep_whitening=old.path / "whitening.safetensors")
+    message = r"must hold images with normalization none .*, got normalization by .* bring back the run's whitening"
+    with pytest.raises(UsageError, match=message):
+        evaluate_run(old)
+
+
+def test_an_earlier_run_without_whitening_goes_on_and_serves_others(tmp_path: Path) -> None:
+    run = finished(tmp_path / "plain", whitening="none")
+    before = evaluate_run(run)["results"]
+    in_old_form(run)
+    old = Run.open(run.path)
+    distill(old)
+    assert evaluate_run(old)["results"] == before
+    settings = tiny.SETTINGS | {"experts_from": str(old.path)}
+    make_experts(Run.create(tmp_path / "fitted", resolve(**settings)))
+
+
+def test_a_stage_of_other_images_is_refused(white: Run, tmp_path: Path) -> None:
+    bench = Workbench.prepare(white.config, white.path)
+    found = pdd_fast.load_distilled(white.path)
+    replace(found, normalisation=Normalisation((0.5,), (0.25,))).save(tmp_path / "set")
+    with pytest.raises(UsageError, match=r"must hold images with normalization none .* got normalization by mean 0\.5"):
+        Union.load(tmp_path / "set", bench)
 
 
 def test_a_damaged_set_is_named(tmp_path: Path) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from pdd_fast.config import CHOICES
-from pdd_fast.data.normalisation import Normalisation
-from pdd_fast.data.splits import ImageData, Split, prepare, require_images_per_class
-from pdd_fast.data.whitening import Whitening
+from pdd_fast.data.normalisation import Normalisation, unit
+from pdd_fast.data.splits import Fit, ImageData, Pixels, Split, normalised, prepare, require_images_per_class
+from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.errors import UsageError, nearest
 from pdd_fast.files import readable
 
@@ -27,6 +27,8 @@ def load(
     validation_fraction: float = 0.1,
     whitening: str = "none",
     keep_whitening: Path | None = None,
+    normalization: str = "fitted",
+    whitening_epsilon: float = EPSILON,
 ) -> ImageData:
     """A data set by name.
 
@@ -35,12 +37,17 @@ def load(
             (or val/, valid/, validation/).
         data_dir: where torchvision's files lie.
         validation_fraction: share of every class's training images that is held out, in (0, 1).
-        whitening: "none" or "zca".
+        whitening: "none", or "zca": of pixels in [0, 1], which are not normalized before.
         keep_whitening: a file that the whitening is read from where it is there, and written to where it is not:
-            fitting takes 15 seconds for 50,000 images of 3×32×32 on two cores, and many minutes for 3×64×64.
+            fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and many minutes for 3×64×64. A file
+            of an earlier version is for normalized images, which it is then applied to.
+        normalization: of images that are not whitened: by constants "fitted" to all training images, or "published"
+            ones (CIFAR-10, CIFAR-100, and ImageNet's for folders of its classes, such as Tiny ImageNet).
+        whitening_epsilon: is added to every eigenvalue of the covariance, above 0.
 
     Raises:
-        UsageError: an unknown name; files that are missing, unreadable or do not fit together.
+        UsageError: an unknown name; files that are missing, unreadable or do not fit together; no constants were
+            published for the dataset.
     """
     if name == "digits":
         from pdd_fast.data.digits import read
@@ -60,21 +67,51 @@ def load(
     else:
         known = f"{', '.join(NAMES)} or imagefolder:DIR"
         raise UsageError(f"dataset must be one of {known}, got {name!r}{nearest(name, NAMES)}")
-    if whitening not in CHOICES["whitening"]:
-        raise UsageError(f"whitening must be {' or '.join(CHOICES['whitening'])}, got {whitening!r}")
-    whiten = partial(_whitening, name, keep_whitening) if whitening == "zca" else None
-    return prepare(name, pixels, validation_fraction, whiten)
+    for setting, value in (("whitening", whitening), ("normalization", normalization)):
+        if value not in CHOICES[setting]:
+            raise UsageError(f"{setting} must be {' or '.join(CHOICES[setting])}, got {value!r}")
+    if not 0 < whitening_epsilon < math.inf:
+        raise UsageError(f"whitening_epsilon must be a finite number above 0, got {whitening_epsilon}")
+    fit: Fit = normalised
+    if whitening == "zca":
+        fit = partial(_whitened, name, keep_whitening, whitening_epsilon)
+    elif normalization == "published":
+        fit = partial(_published, _constants(name, pixels))
+    return prepare(name, pixels, validation_fraction, fit)
 
 
-def _whitening(name: str, file: Path | None, pixels: Tensor, normalise: Callable[[Tensor], Tensor]) -> Whitening:
-    """Fitted to the images that ``normalise`` makes of ``pixels``, or what was fitted before and kept in ``file``."""
+def _constants(name: str, pixels: Pixels) -> Normalisation:
+    found = Normalisation.published(name, pixels.classes, pixels.train.shape[1])
+    if found is None:
+        raise UsageError(
+            f"normalization must be fitted for {name}, for which no constants were published, got published"
+        )
+    return found
+
+
+def _published(constants: Normalisation, pixels: Tensor) -> tuple[Normalisation, None]:
+    return constants, None
+
+
+def _whitened(name: str, file: Path | None, epsilon: float, pixels: Tensor) -> tuple[Normalisation, Whitening]:
+    """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file``."""
+    shape = tuple(pixels.shape[1:])
     if file is None or not file.exists():
-        fitted = Whitening.fit(pixels, convert=normalise)
+        unchanged, fitted = Normalisation.identity(shape[0]), Whitening.fit(pixels, epsilon, convert=unit)
         if file is not None:
-            fitted.save(file, {"data": name})
-        return fitted
+            fitted.save(file, {"data": name, "normalisation": unchanged.to_dict()})
+        return unchanged, fitted
     kept, metadata = Whitening.load(file)
-    found, wanted = (metadata.get("data"), kept.image_shape), (name, tuple(pixels.shape[1:]))
-    if found != wanted:
-        raise UsageError(f"{file} must be for {wanted[0]} {wanted[1]}, got one for {found[0]} {found[1]}")
-    return kept
+    found = (metadata.get("data"), kept.image_shape)
+    if found != (name, shape):
+        raise UsageError(f"{file} must be for {name} {shape}, got one for {found[0]} {found[1]}")
+    if kept.epsilon != epsilon:
+        raise UsageError(
+            f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose another --run-dir"
+        )
+    if "normalisation" not in metadata:  # of an earlier version, whose runs go on as they began
+        return Normalisation.fit(pixels), kept
+    try:
+        return Normalisation.from_dict(metadata["normalisation"]), kept
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{file} is not a whitening: its normalization is damaged ({error!r})") from error

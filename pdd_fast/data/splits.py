@@ -46,7 +46,7 @@ class ImageData:
     full_train: Split  # all training images: those of ``train``, then those of ``validation``
     held_out: int  # images of ``validation``
     test: Split
-    normalisation: Normalisation  # fitted on all training images
+    normalisation: Normalisation  # the identity where images are whitened, but by runs of earlier versions
     whitening: Whitening | None = None  # fitted on all normalised training images, which it then was applied to
 
     @property
@@ -86,23 +86,19 @@ class Pixels:
     test_labels: Tensor
 
 
-# Makes normalised images [k, C, H, W] of k images' pixels.
-Normalise = Callable[[Tensor], Tensor]
+# Finds from the pixels of all training images how images are made of pixels: normalised and then, or not, whitened.
+Fit = Callable[[Tensor], tuple[Normalisation, Whitening | None]]
 
 
-def prepare(
-    name: str,
-    pixels: Pixels,
-    validation_fraction: float,
-    whiten: Callable[[Tensor, Normalise], Whitening] | None = None,
-) -> ImageData:
+def normalised(pixels: Tensor) -> tuple[Normalisation, None]:
+    """The :data:`Fit` of images that are normalised by constants of their own and not whitened."""
+    return Normalisation.fit(pixels), None
+
+
+def prepare(name: str, pixels: Pixels, validation_fraction: float, fit: Fit = normalised) -> ImageData:
     """Checks, normalises, whitens and splits what a reader gave.
 
     Beside the pixels and what is made of them it takes the memory of 1024 images, and of the whitening's matrices.
-
-    Args:
-        whiten: what gives the whitening for all training images, from their pixels and what normalises some of them;
-            None: images are not whitened.
 
     Raises:
         UsageError: labels or shapes do not fit, a class has too few images to hold one out, or ``validation_fraction``
@@ -126,26 +122,23 @@ def prepare(
         if low < 0 or high >= len(pixels.classes):
             raise UsageError(f"{name}: {part} labels must lie in [0, {len(pixels.classes)}), got {low}..{high}")
     held_out = _held_out(name, pixels.train_labels, pixels.classes, validation_fraction)
-    normalisation = Normalisation.fit(pixels.train)
-
-    def normalise(some: Tensor) -> Tensor:
-        return normalisation.apply(unit(some))
-
-    whitening = None if whiten is None else whiten(pixels.train, normalise)
+    normalisation, whitening = fit(pixels.train)
     # Stable: within either part images stay in the reader's order.
     order = held_out.long().argsort(stable=True)
     return ImageData(
         name,
         pixels.classes,
-        Split(_images(pixels.train, normalise, whitening, order), pixels.train_labels[order]),
+        Split(_images(pixels.train, normalisation, whitening, order), pixels.train_labels[order]),
         int(held_out.sum()),
-        Split(_images(pixels.test, normalise, whitening), pixels.test_labels),
+        Split(_images(pixels.test, normalisation, whitening), pixels.test_labels),
         normalisation,
         whitening,
     )
 
 
-def _images(pixels: Tensor, normalise: Normalise, whitening: Whitening | None, order: Tensor | None = None) -> Tensor:
+def _images(
+    pixels: Tensor, normalisation: Normalisation, whitening: Whitening | None, order: Tensor | None = None
+) -> Tensor:
     """The images [n, C, H, W] of ``pixels``, of row ``order[i]`` in place i; as they come where that is None.
 
     Some rows at a time, each written where it belongs: a set is never there twice in floating point. Rows are taken in
@@ -154,7 +147,7 @@ def _images(pixels: Tensor, normalise: Normalise, whitening: Whitening | None, o
     place = torch.arange(len(pixels)) if order is None else order.argsort()
     images = torch.empty(pixels.shape, dtype=torch.float32)
     for some, places in zip(pixels.split(AT_ONCE), place.split(AT_ONCE), strict=True):
-        part = normalise(some)
+        part = normalisation.apply(unit(some))
         images[places] = part if whitening is None else whitening.apply_(part)
     return images
 

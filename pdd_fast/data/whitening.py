@@ -1,12 +1,14 @@
 """ZCA whitening of whole images, and its inverse for pictures.
 
-x ↦ U (Λ + ε)^−1/2 Uᵀ (x − m), with m the mean and U Λ Uᵀ the covariance of the training images, flattened: pixels
-become nearly uncorrelated while images stay as close to themselves as that allows (Bell and Sejnowski, 1997). The
-published sets of trajectory matching for CIFAR were made with it, at ε = 0.1 on normalised images.
+x ↦ U (Λ + ε)^−1/2 Uᵀ (x − m), with m the mean and U Λ Uᵀ the covariance (n − 1) of the training images, flattened:
+pixels become nearly uncorrelated while images stay as close to themselves as that allows (Bell and Sejnowski, 1997).
+The published sets of trajectory matching for CIFAR were made with it, at ε = 0.1 on pixels in [0, 1]. ε is in the units
+of the covariance: of images divided by their standard deviation, 0.25, eigenvalues are 16 times as large.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,12 +34,13 @@ class Whitening:
     """A fitted transformation of images [n, C, H, W], with D = C·H·W. All float32, on the CPU.
 
     Raises:
-        ValueError: shapes do not fit each other, numbers are not finite, or a scale is not positive.
+        ValueError: shapes do not fit each other, numbers are not finite, or a scale or ε is not positive.
     """
 
     mean: Tensor  # [C, H, W]
     basis: Tensor  # [D, D], eigenvectors of the covariance as columns
     scale: Tensor  # [D], sqrt(eigenvalue + ε)
+    epsilon: float = EPSILON
 
     def __post_init__(self) -> None:
         size = self.mean.numel()
@@ -49,6 +52,8 @@ class Whitening:
                 raise ValueError(f"Whitening: {name} must be finite, got NaN or infinity")
         if not bool((self.scale > 0).all()):
             raise ValueError(f"Whitening: scale must be above 0, got {float(self.scale.min())}")
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"Whitening: epsilon must be a finite number above 0, got {self.epsilon}")
 
     @classmethod
     def fit(
@@ -76,11 +81,19 @@ class Whitening:
         eigenvalues, basis = torch.linalg.eigh(covariance.div_(count - 1), UPLO="U")
         # Rounding makes an eigenvalue of 0 a little negative.
         scale = (eigenvalues.clamp_min(0) + epsilon).sqrt()
-        return cls(mean.float().view(images.shape[1:]), basis.float(), scale.float())
+        return cls(mean.float().view(images.shape[1:]), basis.float(), scale.float(), epsilon)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         return tuple(self.mean.shape)
+
+    def is_close(self, other: Whitening) -> bool:
+        """Return whether both have the same ε and were fitted to the same images, but for rounding."""
+        if self.image_shape != other.image_shape or self.epsilon != other.epsilon:
+            return False
+        pairs = ((self.mean, other.mean), (self.scale, other.scale))
+        # Eigenvectors are left out: only their span is the same where eigenvalues are close to each other.
+        return all(torch.allclose(one, another, rtol=1e-3, atol=1e-3) for one, another in pairs)
 
     def apply(self, images: Tensor) -> Tensor:
         """Whitened images [n, C, H, W], of the type and on the device of ``images``."""
@@ -127,7 +140,8 @@ class Whitening:
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names under which a file of a distilled set has them too."""
-        return {f"whitening_{name}": getattr(self, name) for name in _NAMES}
+        found = {f"whitening_{name}": getattr(self, name) for name in _NAMES}
+        return found | {"whitening_epsilon": torch.tensor(self.epsilon, dtype=torch.float64)}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Whitening | None:
@@ -139,7 +153,12 @@ class Whitening:
         names = [f"whitening_{name}" for name in _NAMES]
         if not any(name in tensors for name in names):
             return None
-        return cls(*(tensors[name] for name in names))
+        # Older files do not hold it: every run took 0.1.
+        epsilon = tensors.get("whitening_epsilon", torch.tensor(EPSILON, dtype=torch.float64))
+        if epsilon.dim() != 0:
+            raise ValueError(f"Whitening: epsilon must be one number, got shape {tuple(epsilon.shape)}")
+        mean, basis, scale = (tensors[name] for name in names)
+        return cls(mean, basis, scale, float(epsilon))
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
         save_tensors(path, self.tensors(), metadata)
