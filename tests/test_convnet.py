@@ -25,9 +25,11 @@ from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast import engines
+from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.parameters import parameter_count, views
-from pdd_fast.ops import _native
-from pdd_fast.ops.convnet import CONVOLUTIONS, ConvNetPasses, Kept, idle_bytes, shared
+from pdd_fast.ops import _native, convnet
+from pdd_fast.ops._buffers import Buffer, BufferPool
+from pdd_fast.ops.convnet import CONVOLUTIONS, ConvNetPasses, idle_bytes
 
 CONVOLUTION = pytest.mark.parametrize("convolution", CONVOLUTIONS)
 Found = dict[str, Tensor]
@@ -47,6 +49,9 @@ class Shape:
 
     def net(self) -> pdd_fast.ConvNet:
         return pdd_fast.ConvNet(self.in_channels, self.classes, self.size, self.width, self.depth)
+
+    def kernel(self) -> convnet.ConvNetShape:
+        return convnet.ConvNetShape(self.in_channels, *self.size, self.width, self.depth, self.classes)
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,12 @@ class Problem:
             net, 0.3 * normal(parameters), normal(shape.batch, shape.in_channels, *shape.size),
             labels if soft else hard, normal(parameters), normal(shape.batch, shape.classes),
         )  # fmt: skip
+
+    @property
+    def kernel(self) -> convnet.ConvNetShape:
+        shape = kernel_shape(self.net)
+        assert shape is not None
+        return shape
 
     @property
     def soft(self) -> bool:
@@ -110,7 +121,7 @@ class Problem:
         return self.theta, self.images, self.labels
 
     def dual(
-        self, passes: ConvNetPasses, kept: Kept | None = None, want_theta: bool = True, rows: Tensor | None = None
+        self, passes: ConvNetPasses, kept: Buffer | None = None, want_theta: bool = True, rows: Tensor | None = None
     ) -> Found:
         """What the dual pass gives, by autograd's names."""
         found = passes.dual(*self.arguments, self.direction, kept, want_theta, rows)
@@ -147,7 +158,7 @@ def assert_same(found: Found, expected: Found) -> None:
 
 
 def passes_of(problem: Problem, convolution: str) -> ConvNetPasses:
-    return ConvNetPasses(problem.net, convolution)
+    return ConvNetPasses(problem.kernel, convolution)
 
 
 # ---- right in float64 ---------------------------------------------------------------------------------------------
@@ -348,7 +359,7 @@ TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f
 @TYPES
 @CONVOLUTION
 def test_same_bits_again_whatever_ran_in_between(convolution: str, dtype: torch.dtype) -> None:
-    problem, passes = Problem.of(REPEATED).to(dtype), ConvNetPasses(REPEATED.net(), convolution)
+    problem, passes = Problem.of(REPEATED).to(dtype), ConvNetPasses(REPEATED.kernel(), convolution)
     first = problem.by(passes)
     assert_same(problem.by(passes), first)
     for batch in (1, 30):  # less of the workspace, and a larger one
@@ -357,7 +368,7 @@ def test_same_bits_again_whatever_ran_in_between(convolution: str, dtype: torch.
     other = torch.float64 if dtype == torch.float32 else torch.float32
     problem.to(other).by(passes)
     assert_same(problem.by(passes), first)
-    assert_same(problem.by(ConvNetPasses(REPEATED.net(), convolution)), first)
+    assert_same(problem.by(ConvNetPasses(REPEATED.kernel(), convolution)), first)
 
 
 @TYPES
@@ -376,7 +387,7 @@ def test_same_bits_for_any_number_of_threads(convolution: str, dtype: torch.dtyp
 @CONVOLUTION
 def test_same_bits_from_two_python_threads_at_once(convolution: str) -> None:
     """A pass that finds the workspace taken works in one of its own."""
-    passes, start = ConvNetPasses(REPEATED.net(), convolution), threading.Barrier(2)
+    passes, start = ConvNetPasses(REPEATED.kernel(), convolution), threading.Barrier(2)
     problems = [Problem.of(replace(REPEATED, batch=batch), seed=batch).to(torch.float32) for batch in (7, 5)]
     expected = [problem.by(passes, kept=True) for problem in problems]
 
@@ -390,23 +401,34 @@ def test_same_bits_from_two_python_threads_at_once(convolution: str) -> None:
                 assert_same(each, wanted)
 
 
+def spoil(*pools: BufferPool) -> None:
+    """Fill what the next passes take with NaN of either type."""
+    for pool in pools:
+        assert pool._idle
+        for memory in pool._idle:
+            memory.fill_(255)
+            assert memory[:8].view(torch.float64).isnan()
+
+
 def test_a_workspace_that_is_taken_is_left_alone() -> None:
-    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.net())
+    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.kernel())
     expected = problem.by(passes)
-    workspace = passes._workspace.random_()
-    before = workspace.clone()
-    with passes._lock:
-        assert_same(problem.by(passes), expected)
-    assert torch.equal(workspace, before)
-    assert passes._workspace is workspace
+    taken = [convnet._WORKSPACES.buffer(1, torch.float64) for _ in convnet._WORKSPACES._idle]
+    for buffer in taken:
+        buffer._memory.random_()
+    before = [buffer._memory.clone() for buffer in taken]
+    assert_same(problem.by(passes), expected)
+    assert all(torch.equal(buffer._memory, memory) for buffer, memory in zip(taken, before, strict=True))
 
 
 def test_the_workspace_is_given_back_after_an_error() -> None:
-    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.net())
+    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.kernel())
+    problem.by(passes)
+    count = len(convnet._WORKSPACES._idle)
     for labels in (problem.labels + 4, problem.labels[:3]):
         with pytest.raises(ValueError, match="labels"):
             passes.gradient(problem.theta, problem.images, labels)
-        assert not passes._lock.locked()
+        assert len(convnet._WORKSPACES._idle) == count
 
 
 @CONVOLUTION
@@ -417,8 +439,7 @@ def test_nothing_is_read_that_was_not_written(name: str, convolution: str) -> No
     """torch fills what it allocates with NaN here: the workspace, what is kept, and the results."""
     problem, passes = truth(name, True)[0], passes_of(truth(name, True)[0], convolution)
     expected = [problem.by(passes, kept) for kept in (False, True)]
-    passes._workspace.fill_(255)  # NaN in either type; what it was before may fit by chance
-    assert passes._workspace.view(torch.float64)[:1].isnan()
+    spoil(convnet._WORKSPACES)  # what it was before may fit by chance
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -434,7 +455,7 @@ def test_nothing_is_read_that_was_not_written(name: str, convolution: str) -> No
 
 @CONVOLUTION
 def test_what_is_kept_is_not_disturbed_by_other_passes(convolution: str) -> None:
-    passes = ConvNetPasses(REPEATED.net(), convolution)
+    passes = ConvNetPasses(REPEATED.kernel(), convolution)
     one, other = (Problem.of(REPEATED, True, seed) for seed in (1, 2))
     kept = passes.gradient(*one.arguments, keep=True)[2]
     assert kept is not None
@@ -447,18 +468,19 @@ def test_what_is_kept_is_not_disturbed_by_other_passes(convolution: str) -> None
     assert torch.equal(kept.numbers, before)  # a dual pass only reads it: two may at once
 
 
-def keep(passes: ConvNetPasses, batch: int, dtype: torch.dtype = torch.float32) -> Kept:
-    kept = passes.gradient(*Problem.of(replace(REPEATED, batch=batch)).to(dtype).arguments, keep=True)[2]
+def keep(passes: ConvNetPasses, batch: int, dtype: torch.dtype = torch.float32) -> Buffer:
+    shape = replace(REPEATED, batch=batch, width=passes.shape.channels)
+    kept = passes.gradient(*Problem.of(shape).to(dtype).arguments, keep=True)[2]
     assert kept is not None
     return kept
 
 
-def places(*kept: Kept) -> set[int]:
+def places(*kept: Buffer) -> set[int]:
     return {each.numbers.data_ptr() for each in kept}
 
 
 def test_memory_of_what_was_kept_is_used_again() -> None:
-    passes = ConvNetPasses(REPEATED.net())
+    passes = ConvNetPasses(REPEATED.kernel())
     first, second = keep(passes, 6), keep(passes, 6)
     both = places(first, second)
     assert len(both) == 2
@@ -471,7 +493,7 @@ def test_memory_of_what_was_kept_is_used_again() -> None:
 
 def test_pieces_of_what_was_kept_grow_in_size_and_not_in_number() -> None:
     pdd_fast.free_buffers()
-    passes, largest = shared(REPEATED.net()), 0
+    passes, largest = ConvNetPasses(REPEATED.kernel()), 0
     for batch in (2, 3, 6, 5, 6):
         kept = keep(passes, batch)
         assert idle_bytes() == 0
@@ -484,23 +506,25 @@ def test_pieces_of_what_was_kept_grow_in_size_and_not_in_number() -> None:
 
 def test_what_is_kept_outlives_its_passes() -> None:
     problem = Problem.of(REPEATED, True)
-    expected = problem.by(ConvNetPasses(REPEATED.net()), kept=True)
-    kept = shared(REPEATED.net()).gradient(*problem.arguments, keep=True)[2]
+    expected = problem.by(ConvNetPasses(REPEATED.kernel()), kept=True)
+    kept = ConvNetPasses(REPEATED.kernel()).gradient(*problem.arguments, keep=True)[2]
+    assert kept is not None
     pdd_fast.free_buffers()
-    found = problem.dual(shared(REPEATED.net()), kept)
-    assert_same(found, {name: expected[name] for name in found})
-    del kept
     assert idle_bytes() == 0
+    found = problem.dual(ConvNetPasses(REPEATED.kernel()), kept)
+    assert_same(found, {name: expected[name] for name in found})
+    size = kept.numbers.nbytes
+    del kept
+    assert idle_bytes() == size
 
 
-def test_networks_of_a_shape_share_their_passes() -> None:
-    one, same, wider = REPEATED.net(), REPEATED.net(), replace(REPEATED, width=REPEATED.width + 1).net()
-    assert shared(one) is shared(same)
-    assert len({id(shared(*which)) for which in ((one,), (wider,), (one, "direct"), (one, "winograd"))}) == 4
-    first = shared(one)
-    for width in range(1, 12):
-        shared(replace(REPEATED, width=width).net())
-    assert shared(one) is not first  # those of 8 shapes are held
+def test_networks_of_all_shapes_share_their_buffers() -> None:
+    pdd_fast.free_buffers()
+    wider = replace(REPEATED, width=2 * REPEATED.width)
+    kept = keep(ConvNetPasses(wider.kernel()), 6)
+    own = places(kept)
+    del kept
+    assert places(keep(ConvNetPasses(REPEATED.kernel()), 6)) == own
 
 
 def test_arguments_are_left_alone_and_no_graph_is_recorded() -> None:
@@ -509,7 +533,7 @@ def test_arguments_are_left_alone_and_no_graph_is_recorded() -> None:
         getattr(problem, name).requires_grad_()
     copies = {name: getattr(problem, name).detach().clone() for name in problem.__dataclass_fields__ if name != "net"}
     for kept in (False, True):
-        for name, tensor in problem.by(ConvNetPasses(problem.net), kept).items():
+        for name, tensor in problem.by(ConvNetPasses(problem.kernel), kept).items():
             assert not tensor.requires_grad, name
     for name, copy in copies.items():
         assert torch.equal(getattr(problem, name), copy), name
@@ -533,7 +557,7 @@ def level() -> str:
 def at_this_level() -> tuple[str, list[Found]]:
     """The instruction set, and the passes of a problem in both types, by both convolutions."""
     return level(), [
-        Problem.of(REPEATED).to(dtype).by(ConvNetPasses(REPEATED.net(), convolution), kept=True)
+        Problem.of(REPEATED).to(dtype).by(ConvNetPasses(REPEATED.kernel(), convolution), kept=True)
         for dtype in (torch.float64, torch.float32)
         for convolution in ("direct", "winograd")
     ]
@@ -638,7 +662,7 @@ WRONG: dict[str, tuple[Change, str, str]] = {
 }  # fmt: skip
 
 
-def run(problem: Problem, name: str, passes: ConvNetPasses, kept: Kept | None = None) -> None:
+def run(problem: Problem, name: str, passes: ConvNetPasses, kept: Buffer | None = None) -> None:
     match name:
         case "logits":
             passes.logits(problem.theta, problem.images)
@@ -674,13 +698,13 @@ def test_a_label_out_of_range_is_refused(name: str, label: int) -> None:
 
 @pytest.mark.parametrize("name", ["dual", "backward"])
 def test_what_another_batch_kept_is_refused(name: str) -> None:
-    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.net())
+    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.kernel())
     kept = passes.gradient(problem.theta, problem.images[:3], problem.labels[:3], keep=True)[2]
     with pytest.raises(ValueError, match=rf"^convnet: kept must have shape {P}, got {P}$"):
         run(problem, name, passes, kept)
 
 
 def test_rows_that_there_are_not_are_refused() -> None:
-    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.net())
+    problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.kernel())
     with pytest.raises(IndexError, match="out of"):
         problem.dual(passes, rows=torch.tensor([7]))

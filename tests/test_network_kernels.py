@@ -9,7 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import pdd_fast
 from pdd_fast.networks import kernels
@@ -60,7 +64,7 @@ def gradients(net: pdd_fast.ConvNet, images: Tensor, again: bool = False) -> lis
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
-    scale = max(float(part.abs().max()) for part in expected)
+    scale = max(float(part.detach().abs().max()) for part in expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12 * scale)
 
@@ -174,18 +178,155 @@ def parametrized(net: pdd_fast.ConvNet) -> None:
     nn.utils.parametrizations.weight_norm(net.blocks[0][0])
 
 
-@pytest.mark.parametrize(
-    "change", [changed_norm, changed_activation, longer_block, other_linear, hooked, parametrized],
-    ids=lambda change: change.__name__,
-)  # fmt: skip
+def pruned(net: pdd_fast.ConvNet) -> None:
+    prune.l1_unstructured(net.blocks[1][0], "weight", 0.5)
+
+
+def spectral(net: pdd_fast.ConvNet) -> None:
+    nn.utils.spectral_norm(net.classifier)
+
+
+def other_eps(net: pdd_fast.ConvNet) -> None:
+    net.blocks[1][1].eps = 1e-2
+
+
+def batch_norm(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][1] = nn.BatchNorm2d(net.width).double()
+
+
+def norm_without_weights(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][1] = nn.GroupNorm(net.width, net.width, affine=False)
+
+
+def other_pooling(net: pdd_fast.ConvNet) -> None:
+    net.blocks[1][3] = nn.MaxPool2d(2)
+
+
+def other_divisor(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][3] = nn.AvgPool2d(2, divisor_override=3)
+
+
+def padded_pooling(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][3] = nn.AvgPool2d(2, ceil_mode=True)
+    net.blocks[1][3] = nn.AvgPool2d(3, stride=2)
+
+
+def reflecting(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][0].padding_mode = "reflect"
+    net.blocks[0][0]._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def without_bias(net: pdd_fast.ConvNet) -> None:
+    net.blocks[1][0] = nn.Conv2d(net.width, net.width, 3, padding=1, bias=False).double()
+
+
+def own_forward_of_a_layer(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][2].forward = torch.tanh  # type: ignore[method-assign]
+
+
+def hooked_gradient(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][0].register_full_backward_hook(lambda *_: None)
+
+
+# Layers that the kernels do not compute, or that somebody watches.
+CHANGES = [
+    changed_norm, changed_activation, longer_block, other_linear, hooked, parametrized, pruned, spectral, other_eps,
+    batch_norm, norm_without_weights, other_pooling, other_divisor, padded_pooling, reflecting, without_bias,
+    own_forward_of_a_layer, hooked_gradient,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_layers_that_are_not_its_own_run_as_they_are(change: Callable[[pdd_fast.ConvNet], None]) -> None:
     net = network()
     change(net)
+    net.eval()  # a spectral norm's estimate stays where it is
     images = batch(net)
     with kernels.plain_torch():
         expected = net(images)
     torch.testing.assert_close(net(images), expected, rtol=0, atol=0)
     assert not CALLED
+
+
+def test_a_network_is_computed_from_its_layers_and_not_from_what_it_was_built_with() -> None:
+    """A larger classifier, and parameters that the kernels can read all the same."""
+    net = network()
+    net.classifier = nn.Linear(net.classifier.in_features, 9).double()
+    net.num_classes, net.width, net.depth = 1, 99, 7
+    net.temperature = nn.Parameter(torch.ones(()))
+    images = batch(net)
+    found = net(images)
+    assert found.shape == (5, 9)
+    assert CALLED == ["forward"]
+    with kernels.plain_torch():
+        torch.testing.assert_close(found, net(images), rtol=1e-9, atol=1e-10)
+    untouched = network()
+    assert untouched(images).shape == (5, 4)
+
+
+def weights_as_slices(net: pdd_fast.ConvNet, flat: Tensor) -> None:
+    """Parameters deleted and set as slices of one vector, the usual trick of trajectory matching."""
+    places = [(m, n, p.shape) for m in net.modules() for n, p in list(m.named_parameters(recurse=False))]
+    start = 0
+    for module, name, shape in places:
+        delattr(module, name)
+        setattr(module, name, flat[start : start + shape.numel()].view(shape))
+        start += shape.numel()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gradient", "gradient of a gradient"])
+def test_weights_may_be_slices_of_one_vector(again: bool) -> None:
+    net, flat = network(), pdd_fast.flatten_parameters(network()).requires_grad_()
+    images = batch(net)
+    expected = torch.cat([part.flatten() for part in gradients(network(), images, again)])
+    weights_as_slices(net, flat)
+    loss = net(images).square().sum()
+    found = torch.autograd.grad(loss, [images, flat], create_graph=again)
+    if again:
+        found = torch.autograd.grad(sum(part.square().sum() for part in found), [images, flat])
+    assert CALLED.count("forward") == 2
+    assert_close([torch.cat([part.flatten() for part in found])], [expected])
+    assert network()(images).shape == (5, 4)  # other networks of this shape are not disturbed
+
+
+def test_shared_weights_get_the_sum_of_their_gradients() -> None:
+    net = network(depth=3)
+    net.blocks[2][0] = net.blocks[1][0]
+    images = batch(net)
+    found = gradients(net, images)
+    with kernels.plain_torch():
+        assert_close(found, gradients(net, images))
+    assert CALLED == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gradient", "gradient of a gradient"])
+def test_parameters_may_be_computed_from_the_images_and_from_one_another(again: bool) -> None:
+    """As in an unroll by hand, where a step's parameters depend on the images of the step before."""
+    net, start = network(depth=3), pdd_fast.flatten_parameters(network(depth=3))
+    images, draw = batch(net), torch.randn(start.numel(), dtype=torch.float64)
+    shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
+
+    def found() -> list[Tensor]:
+        theta = start + draw * images.square().mean()
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        parameters["blocks.2.0.weight"] = parameters["blocks.1.0.weight"]
+        loss = torch.func.functional_call(net, parameters, (images,)).square().sum()
+        (first,) = torch.autograd.grad(loss, images, create_graph=again)
+        return [first, *(torch.autograd.grad(first.square().sum(), images) if again else ())]
+
+    result = found()
+    assert ["forward", "backward"][: 1 + (not again)] + (["backward"] if again else []) == CALLED
+    with kernels.plain_torch():
+        assert_close(result, found())
+
+
+def test_evaluation_keeps_no_activations() -> None:
+    net = network()
+    pdd_fast.free_buffers()
+    with torch.no_grad():
+        net(batch(net))
+    assert convnet.idle_bytes() == 0
 
 
 def forward_mode(net: pdd_fast.ConvNet, images: Tensor) -> Tensor:
@@ -195,6 +336,18 @@ def forward_mode(net: pdd_fast.ConvNet, images: Tensor) -> Tensor:
     return tangent
 
 
+def stacked(net: pdd_fast.ConvNet) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logits of the network with all parameters multiplied by a number."""
+    parameters = dict(net.named_parameters())
+
+    def scaled(factor: Tensor, images: Tensor) -> Tensor:
+        scaled = {name: factor * parameter for name, parameter in parameters.items()}
+        return torch.func.functional_call(net, scaled, (images,))
+
+    return scaled
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize(
     "use",
     [
@@ -202,9 +355,21 @@ def forward_mode(net: pdd_fast.ConvNet, images: Tensor) -> Tensor:
         lambda net, images: torch.func.jvp(net, (images,), (torch.ones_like(images),))[1],
         lambda net, images: torch.func.vmap(lambda x: net(x[None])[0])(images),
         lambda net, images: torch.func.grad(lambda x: net(x).sum())(images),
+        lambda net, images: torch.func.jacrev(net)(images),
+        lambda net, images: torch.func.hessian(lambda x: net(x).square().sum())(images[:1]),
+        lambda net, images: jacobian(net, images, vectorize=True, strategy="forward-mode"),
+        lambda net, images: torch.func.vmap(stacked(net), (0, None))(torch.ones(3, dtype=torch.float64), images),
+        lambda net, images: torch.jit.trace(net, images)(images + 1),
+        lambda net, images: torch.fx.symbolic_trace(net)(images),
+        lambda net, images: torch.jit.script(net)(images),
+        lambda net, images: torch.compile(net, backend="aot_eager", fullgraph=True)(images),
+        lambda net, images: torch.export.export(net, (images,)).module()(images),
     ],
-    ids=["forward mode", "jvp", "vmap", "grad"],
-)
+    ids=[
+        "forward mode", "jvp", "vmap", "grad", "jacrev", "hessian", "jacobian in forward mode", "networks stacked",
+        "traced", "traced symbolically", "scripted", "compiled", "exported",
+    ],
+)  # fmt: skip
 def test_transforms_give_what_the_layers_give(use: Callable[[pdd_fast.ConvNet, Tensor], Tensor]) -> None:
     net = network()
     images = batch(net, requires_grad=False)
@@ -212,6 +377,60 @@ def test_transforms_give_what_the_layers_give(use: Callable[[pdd_fast.ConvNet, T
     with kernels.plain_torch():
         expected = use(net, images)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
+def batched(net: pdd_fast.ConvNet, images: Tensor) -> list[Tensor]:
+    inputs = [images, *net.parameters()]
+    return list(torch.autograd.grad(net(images)[0], inputs, torch.eye(4).double(), is_grads_batched=True))
+
+
+def by_vmap(net: pdd_fast.ConvNet, images: Tensor) -> list[Tensor]:
+    inputs, logits = [images, *net.parameters()], net(images)
+    each = torch.func.vmap(lambda v: torch.autograd.grad(logits[0], inputs, v, retain_graph=True))(
+        torch.eye(4).double()
+    )
+    return list(each)
+
+
+def by_rows(net: pdd_fast.ConvNet, images: Tensor) -> list[Tensor]:
+    inputs, logits = [images, *net.parameters()], net(images)
+    rows = [torch.autograd.grad(logits[0, k], inputs, retain_graph=True) for k in range(4)]
+    return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("use", [batched, by_vmap])
+def test_many_gradients_at_once_are_those_one_by_one(use: Callable[[pdd_fast.ConvNet, Tensor], list[Tensor]]) -> None:
+    net = network()
+    images = batch(net)
+    found = use(net, images)
+    assert CALLED == ["forward"]
+    assert not any(tensor.requires_grad for tensor in found)
+    assert_close(found, by_rows(net, images))
+    vectorized = jacobian(net, images.detach(), vectorize=True)
+    torch.testing.assert_close(vectorized, jacobian(net, images.detach()), rtol=1e-9, atol=1e-10)
+
+
+def test_modes_see_the_operators_of_the_layers() -> None:
+    net = network()
+    images = batch(net, requires_grad=False)
+    with FlopCounterMode(display=False) as counter:
+        net(images)
+    assert counter.get_total_flops() > 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert net(torch.zeros_like(images)).shape == (5, 4)
+    assert not CALLED
+
+
+def test_negative_views_are_read_as_what_they_say() -> None:
+    net = network()
+    images = batch(net, requires_grad=False)
+    assert torch.equal(net(torch._neg_view(-images)), net(images))
+    theta = pdd_fast.flatten_parameters(net)
+    found = [
+        pdd_fast.unroll(net, theta, x, torch.arange(5) % 4, 0.1, [[0, 1, 2]])
+        for x in (images, torch._neg_view(-images))
+    ]
+    assert torch.equal(*found)
 
 
 def test_autocast_and_other_types_go_by_the_layers() -> None:

@@ -56,6 +56,18 @@ ConvNetShape convnet_shape(const std::vector<int64_t>& shape) {
     return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
 }
 
+// Memory of so many elements of the pass's type; address 0: absent.
+struct Piece {
+    Address address;
+    int64_t elements;
+};
+
+void require_elements(const char* name, int64_t needed, int64_t elements) {
+    if (elements < needed)
+        throw std::invalid_argument("convnet: " + std::string(name) + " must hold " + std::to_string(needed) +
+                                    " elements, got " + std::to_string(elements));
+}
+
 // What all passes take, in the order of pdd_fast/ops/convnet.py.
 struct ConvNetArguments {
     std::vector<int64_t> shape;
@@ -63,14 +75,27 @@ struct ConvNetArguments {
     double eps;
     Address theta, images;
     std::vector<int64_t> image_stride;
-    Address workspace;
+    Piece workspace, kept;
+
+    template <class T>
+    T* saved() const {
+        return at<T>(kept.address);
+    }
+
+    // Both pieces are as large as the pass needs them: they come from a pool that many threads share.
+    void check(bool dual, int threads) const {
+        const ConvNetSizes sizes =
+            bind::convnet_sizes(convnet_shape(shape), convolution, dual, kept.address != 0, threads);
+        require_elements("workspace", sizes.workspace, workspace.elements);
+        if (kept.address) require_elements("kept", sizes.kept, kept.elements);
+    }
 
     template <class T>
     ConvNetInput<T> input() const {
         if (image_stride.size() != 4) throw std::invalid_argument("convnet: image_stride must hold 4 numbers");
         const auto& s = image_stride;
-        return {convnet_shape(shape),     convolution,     eps, at<T>(theta), at<T>(images),
-                {s[0], s[1], s[2], s[3]}, at<T>(workspace)};
+        return {convnet_shape(shape),    convolution, eps, at<T>(theta), at<T>(images), {s[0], s[1], s[2], s[3]},
+                at<T>(workspace.address)};
     }
 };
 
@@ -88,49 +113,60 @@ void define_convnet(py::module_& m) {
     m.def("advise_large_pages", &advise_large_pages);
     py::class_<ConvNetArguments>(m, "ConvNetArguments")
         .def(py::init([](std::vector<int64_t> shape, int convolution, double eps, Address theta, Address images,
-                         std::vector<int64_t> image_stride, Address workspace) {
-            return ConvNetArguments{std::move(shape),        convolution, eps, theta, images,
-                                    std::move(image_stride), workspace};
+                         std::vector<int64_t> image_stride, Address workspace, int64_t workspace_elements, Address kept,
+                         int64_t kept_elements) {
+            return ConvNetArguments{std::move(shape),
+                                    convolution,
+                                    eps,
+                                    theta,
+                                    images,
+                                    std::move(image_stride),
+                                    {workspace, workspace_elements},
+                                    {kept, kept_elements}};
         }));
     m.def("convnet_sizes", [](const std::vector<int64_t>& shape, int convolution, bool dual, bool kept, int threads) {
         const ConvNetSizes sizes = bind::convnet_sizes(convnet_shape(shape), convolution, dual, kept, threads);
         return std::pair{sizes.workspace, sizes.kept};
     });
     m.def("convnet_forward",
-          [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address kept, Address logits) {
+          [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address logits) {
+              arguments.check(false, threads);
               return by_full_type(type, [&](auto t) {
                   using T = decltype(t);
-                  return bind::convnet_forward<T>({arguments.input<T>(), at<T>(kept), at<T>(logits)},
+                  return bind::convnet_forward<T>({arguments.input<T>(), arguments.saved<T>(), at<T>(logits)},
                                                   {at<void>(stream), threads});
               });
           });
-    m.def("convnet_backward", [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address kept,
+    m.def("convnet_backward", [](int type, Address stream, int threads, const ConvNetArguments& arguments,
                                  Address grad_logits, Address grad_theta, Address grad_images) {
+        arguments.check(false, threads);
         return by_full_type(type, [&](auto t) {
             using T = decltype(t);
             return bind::convnet_backward<T>(
-                {arguments.input<T>(), at<T>(kept), at<T>(grad_logits), at<T>(grad_theta), at<T>(grad_images)},
+                {arguments.input<T>(), arguments.saved<T>(), at<T>(grad_logits), at<T>(grad_theta), at<T>(grad_images)},
                 {at<void>(stream), threads});
         });
     });
     m.def("convnet_gradient", [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address hard,
-                                 Address soft, Address kept, Address losses, Address grad_theta) {
+                                 Address soft, Address losses, Address grad_theta) {
+        arguments.check(false, threads);
         return by_full_type(type, [&](auto t) {
             using T = decltype(t);
-            return bind::convnet_gradient<T>(
-                {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), at<T>(kept), at<T>(losses), at<T>(grad_theta)},
-                {at<void>(stream), threads});
+            return bind::convnet_gradient<T>({arguments.input<T>(), at<int64_t>(hard), at<T>(soft),
+                                              arguments.saved<T>(), at<T>(losses), at<T>(grad_theta)},
+                                             {at<void>(stream), threads});
         });
     });
     m.def("convnet_dual", [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address hard,
-                             Address soft, Address kept, Address direction, Address wanted, Address losses_tangent,
+                             Address soft, Address direction, Address wanted, Address losses_tangent,
                              Address theta_tangent, Address images_tangent, Address labels_tangent) {
+        arguments.check(true, threads);
         return by_full_type(type, [&](auto t) {
             using T = decltype(t);
-            return bind::convnet_dual<T>(
-                {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), at<T>(kept), at<T>(direction), at<bool>(wanted),
-                 at<T>(losses_tangent), at<T>(theta_tangent), at<T>(images_tangent), at<T>(labels_tangent)},
-                {at<void>(stream), threads});
+            return bind::convnet_dual<T>({arguments.input<T>(), at<int64_t>(hard), at<T>(soft), arguments.saved<T>(),
+                                          at<T>(direction), at<bool>(wanted), at<T>(losses_tangent),
+                                          at<T>(theta_tangent), at<T>(images_tangent), at<T>(labels_tangent)},
+                                         {at<void>(stream), threads});
         });
     });
 }

@@ -7,7 +7,7 @@ from torch import nn
 from pdd_fast.engines.autograd import AutogradEngine
 from pdd_fast.engines.base import DualResult, Engine, PassShape
 from pdd_fast.engines.fused import FusedEngine
-from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.ops.convnet import CONVOLUTIONS
 
 __all__ = ["CONVOLUTIONS", "AutogradEngine", "DualResult", "Engine", "FusedEngine", "PassShape", "choose"]
@@ -16,7 +16,8 @@ NAMES = ("auto", "fused", "autograd")
 
 
 def choose(net: nn.Module, name: str = "auto", precision: str = "float32", convolution: str = "auto") -> Engine:
-    """The engine called ``name`` for ``net``; "auto" is "fused" for a ConvNet and "autograd" for other modules.
+    """The engine called ``name`` for ``net``; "auto" is "fused" for a ConvNet as it was made, and "autograd" for
+    other modules and for a ConvNet that was changed (:func:`pdd_fast.networks.convnet.kernel_shape`).
 
     Args:
         precision: of convolutions, one of pdd_fast.precision.NAMES (docs/precision.md).
@@ -25,16 +26,12 @@ def choose(net: nn.Module, name: str = "auto", precision: str = "float32", convo
             layer. Without effect on a GPU and on the autograd engine, whose libraries choose by themselves.
 
     Raises:
-        ValueError: an unknown name, precision or convolution, or "fused" for a module that is not a ConvNet.
+        ValueError: an unknown name, precision or convolution, or "fused" for a module that the kernels cannot compute.
     """
     if name not in NAMES:
         raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")
     if convolution not in CONVOLUTIONS:
         raise ValueError(f"convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")
-    # A subclass may have another forward, so only the class itself is known to fit the kernels.
-    fits = type(net) is ConvNet
-    if name == "fused" and not fits:
-        raise ValueError(f"engine 'fused' must be given a pdd_fast.ConvNet, got {type(net).__name__}")
-    if isinstance(net, ConvNet) and fits and name != "autograd":
+    if name == "fused" or (name == "auto" and kernel_shape(net) is not None):
         return FusedEngine(net, precision, convolution)
     return AutogradEngine(net, precision)

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from pdd_fast import precision as precisions
 from pdd_fast.engines import estimates
 from pdd_fast.engines.base import DualResult, PassShape, check_side_by_side
-from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.errors import require
+from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.kernels import plain_torch
 from pdd_fast.networks.parameters import parameter_count, views
 
@@ -33,6 +34,24 @@ class _Graph(NamedTuple):
     images: Tensor
     labels: Tensor
     before: _RandomState | None = None  # where the step drew numbers and is kept
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each image [B].
+
+    Raises:
+        ValueError: ``logits`` are not [B, classes], or labels do not fit them. Class indices are looked at on the CPU
+            only, since it would take a wait for the device.
+    """
+    count, shape = len(labels), tuple(logits.shape)
+    require("engine", logits.dim() == 2 and len(logits) == count, "net", f"give logits [{count}, classes]", shape)
+    if labels.is_floating_point():
+        require("engine", labels.shape == logits.shape, "labels", f"have shape {shape}", tuple(labels.shape))
+    try:
+        return F.cross_entropy(logits, labels, reduction="none")
+    except IndexError as error:
+        low, high = int(labels.min()), int(labels.max())
+        raise ValueError(f"engine: labels must lie in [0, {shape[1]}), got {low}..{high}") from error
 
 
 def _random_state(device: torch.device) -> _RandomState:
@@ -85,7 +104,7 @@ class AutogradEngine:
         if labels.is_floating_point():
             labels.requires_grad_(second)
         with torch.enable_grad():
-            losses = F.cross_entropy(self._logits(theta, images), labels, reduction="none")
+            losses = _losses(self._logits(theta, images), labels)
             (gradient,) = torch.autograd.grad(losses.mean(), theta, create_graph=second)
         return losses.detach(), _Graph(gradient, theta, images, labels)
 
@@ -108,8 +127,8 @@ class AutogradEngine:
 
     def kept_bytes(self, shape: PassShape) -> int:
         """Of a module that is not a ConvNet, what a step on zeros keeps: it is made, with nothing else changed."""
-        if type(self.net) is ConvNet:
-            return estimates.kept_bytes(estimates.AUTOGRAD, self.net, self.precision, shape)
+        if (known := kernel_shape(self.net)) is not None:
+            return estimates.kept_bytes(estimates.AUTOGRAD, known, self.precision, shape)
         theta = torch.zeros(parameter_count(self.net), dtype=shape.dtype, device=shape.device)
         images = torch.zeros((shape.batch, *shape.image), dtype=shape.dtype, device=shape.device)
         labels = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
@@ -131,9 +150,9 @@ class AutogradEngine:
         return sum(kept.values())
 
     def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
-        if type(self.net) is not ConvNet:
+        if (known := kernel_shape(self.net)) is None:
             return 0
-        return estimates.working_bytes(estimates.AUTOGRAD, self.net, self.precision, shape, dual, kept)
+        return estimates.working_bytes(estimates.AUTOGRAD, known, self.precision, shape, dual, kept)
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         check_side_by_side(theta, images, labels)

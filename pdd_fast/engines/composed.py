@@ -22,14 +22,14 @@ from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdd_fast import precision as precisions
 from pdd_fast.engines import estimates, side_by_side
 from pdd_fast.engines.base import DualResult, PassShape
 from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
-from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.networks.parameters import views
+from pdd_fast.ops.convnet import ConvNetShape
 from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
 from pdd_fast.ops.norm_relu_pool import (
     norm_relu_pool,
@@ -118,9 +118,9 @@ def _pass(
 class ComposedPasses:
     """The passes of :class:`pdd_fast.engines.base.Engine` for a ConvNet."""
 
-    def __init__(self, net: ConvNet, precision: str) -> None:
+    def __init__(self, net: nn.Module, shape: ConvNetShape, precision: str) -> None:
         self.precision = precision
-        self._net, self._shapes = net, list(net.parameters())
+        self._shape, self._shapes = shape, list(net.parameters())
 
     def _split(self, theta: Tensor) -> _Parameters:
         parts = views(theta, iter(self._shapes))
@@ -152,10 +152,10 @@ class ComposedPasses:
         return logits
 
     def kept_bytes(self, shape: PassShape) -> int:
-        return estimates.kept_bytes(estimates.COMPOSED, self._net, self.precision, shape)
+        return estimates.kept_bytes(estimates.COMPOSED, self._shape, self.precision, shape)
 
     def working_bytes(self, shape: PassShape, dual: bool, kept: bool, networks: int) -> int:
-        return networks * estimates.working_bytes(estimates.COMPOSED, self._net, self.precision, shape, dual, kept)
+        return networks * estimates.working_bytes(estimates.COMPOSED, self._shape, self.precision, shape, dual, kept)
 
     @_pass
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:

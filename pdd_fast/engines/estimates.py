@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from pdd_fast import precision as precisions
 from pdd_fast.engines.base import PassShape
-from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.ops.convnet import ConvNetShape
 
 
 class Multiples(NamedTuple):
@@ -34,17 +34,17 @@ COMPOSED = Multiples(dual=5.5, dual_of_kept=2.75, gradient=2.5, kept=1)
 AUTOGRAD = Multiples(dual=9, dual_of_kept=4, gradient=4, kept=1.75)
 
 
-def _blocks(net: ConvNet, shape: PassShape) -> list[int]:
+def _blocks(net: ConvNetShape, shape: PassShape) -> list[int]:
     """a of every block."""
     _, H, W = shape.image
-    return [shape.batch * net.width * (H >> i) * (W >> i) for i in range(net.depth)]
+    return [shape.batch * net.channels * (H >> i) * (W >> i) for i in range(net.depth)]
 
 
 def _images(shape: PassShape) -> int:
     return shape.batch * math.prod(shape.image)
 
 
-def kept_bytes(multiples: Multiples, net: ConvNet, precision: str, shape: PassShape) -> int:
+def kept_bytes(multiples: Multiples, net: ConvNetShape, precision: str, shape: PassShape) -> int:
     """As :meth:`pdd_fast.engines.base.Engine.kept_bytes`."""
     blocks = _blocks(net, shape)
     inputs = _images(shape) + sum(blocks[1:])
@@ -52,7 +52,9 @@ def kept_bytes(multiples: Multiples, net: ConvNet, precision: str, shape: PassSh
     return int(precisions.storage(precision, shape.dtype).itemsize * numbers)
 
 
-def working_bytes(multiples: Multiples, net: ConvNet, precision: str, shape: PassShape, dual: bool, kept: bool) -> int:
+def working_bytes(
+    multiples: Multiples, net: ConvNetShape, precision: str, shape: PassShape, dual: bool, kept: bool
+) -> int:
     """As :meth:`pdd_fast.engines.base.Engine.working_bytes`, of one network: its activations and 2x, the images as they
     are stored and their gradient."""
     times = (multiples.dual_of_kept if kept else multiples.dual) if dual else multiples.gradient

@@ -6,24 +6,36 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdd_fast import precision as precisions
 from pdd_fast.engines.base import DualResult, PassShape, check_side_by_side
 from pdd_fast.engines.composed import ComposedPasses
-from pdd_fast.networks.convnet import ConvNet
+from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.ops import convnet
 
 
 class FusedEngine:
-    """Engine for :class:`ConvNet`."""
+    """Engine for the networks that the kernels compute.
 
-    def __init__(self, net: ConvNet, precision: str = "float32", convolution: str = "auto") -> None:
+    Raises:
+        ValueError: ``net`` is not one of them (:func:`pdd_fast.networks.convnet.kernel_shape`).
+    """
+
+    def __init__(self, net: nn.Module, precision: str = "float32", convolution: str = "auto") -> None:
+        shape = kernel_shape(net)
+        if shape is None:
+            kind = type(net).__name__
+            raise ValueError(
+                "engine 'fused' must be given a pdd_fast.ConvNet with the layers and parameters that its constructor "
+                f"made, got {'one that was changed' if kind == 'ConvNet' else kind}; use engine='autograd', exact for "
+                "any module"
+            )
         self.net = net
         self.precision = precisions.check(precision)
         self.convolution = convolution
-        self._whole = convnet.shared(net, convolution)
-        self._composed = ComposedPasses(net, precision)
+        self._whole = convnet.ConvNetPasses(shape, convolution)
+        self._composed = ComposedPasses(net, shape, precision)
 
     def _in_one_kernel(self, given: Tensor | PassShape) -> bool:
         return given.device.type == "cpu" and self.precision != "bfloat16" and convnet.available()

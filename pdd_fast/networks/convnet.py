@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pdd_fast.networks import kernels
+from pdd_fast.ops.convnet import ConvNetShape
 
 
 class ConvNet(nn.Module):
@@ -61,9 +62,27 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(width * (height >> depth) * (width_px >> depth), num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, num_classes] of images [B, in_channels, H, W]."""
-        if (found := kernels.logits(self, images)) is not None:
-            return found
+        """Return logits [B, num_classes] of ``images`` [B, in_channels, H, W]."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            found = kernels.logits(self, images)
+            if found is not None:
+                return found
         for block in self.blocks:
             images = block(images)
         return self.classifier(torch.flatten(images, 1))
+
+
+def kernel_shape(net: nn.Module) -> ConvNetShape | None:
+    """Return the shape that the kernels compute ``net`` by from its flat parameters; None where they cannot.
+
+    They can where ``net`` is a ConvNet with the layers and parameters that its constructor makes: no subclass (it may
+    have another ``forward``), no exchanged, pruned, parametrized or watched layer, no parameter added, missing or
+    shared. This check alone decides between the fused and the autograd engine.
+    """
+    if type(net) is not ConvNet or "forward" in vars(net) or kernels.is_watched(net) or kernels.all_watched():
+        return None
+    shape, parameters = kernels.recognized(net)
+    own = list(net.parameters())
+    if shape is None or len(own) != len(parameters) or any(a is not b for a, b in zip(own, parameters, strict=True)):
+        return None
+    return shape

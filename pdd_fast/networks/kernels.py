@@ -1,13 +1,13 @@
 """ConvNet's forward pass and its gradient on the compiled kernel, under ordinary autograd.
 
-Where anything but plain values and plain gradients is going on (transforms, forward mode, compilation, autocast, hooks,
-layers that were exchanged), the network's own layers run instead. So they do for the gradient of a gradient: the kernel
-has given the logits by then, and the layers make them once more.
+The kernel runs on plain values for plain gradients. Anything else runs the network's own layers: transforms, forward
+mode, compilation, tracing, autocast, dispatch modes, hooks, exchanged layers. The gradient of a gradient does too: the
+kernel has given the logits by then, and the layers compute them once more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F
 
 from pdd_fast.networks.parameters import views
 from pdd_fast.ops import convnet as operators
+from pdd_fast.ops.convnet import ConvNetPasses, ConvNetShape
 from pdd_fast.ops.norm_relu_pool import EPS
 
 if TYPE_CHECKING:
@@ -28,8 +30,11 @@ _PLAIN: ContextVar[bool] = ContextVar("plain_torch", default=False)
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Inside, ConvNet runs its layers in plain torch: as an oracle, or where its gradient is going to be differentiated
-    again and again by hand (``create_graph=True``), for which :func:`pdd_fast.unroll` is the faster way."""
+    """Run ConvNet's layers in plain torch inside the block.
+
+    It serves as an oracle, and where the gradient is differentiated again and again by hand (``create_graph=True``);
+    :func:`pdd_fast.unroll` is the faster way to do that.
+    """
     token = _PLAIN.set(True)
     try:
         yield
@@ -38,74 +43,140 @@ def plain_torch() -> Iterator[None]:
 
 
 def logits(net: ConvNet, images: Tensor) -> Tensor | None:
-    """Logits [B, classes] of ``images`` [B, C, H, W], differentiable; None where the kernel does not fit the case."""
-    parameters = _parameters(net)
-    if parameters is None or not _fits(net, images, parameters):
+    """Return logits [B, classes] of ``images`` [B, C, H, W], differentiable; None where the kernel does not fit."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _PLAIN.get():  # type: ignore[attr-defined]
         return None
-    return _Logits.apply(net, images, *parameters)
+    shape, parameters = recognized(net)
+    if shape is None or not _fits(shape, images, parameters):
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, *parameters)):
+        return _Logits.apply(shape, images, *parameters)
+    with torch.no_grad():
+        return ConvNetPasses(shape).logits(_flat(parameters), images)
 
 
-def _parameters(net: ConvNet) -> list[Tensor] | None:
-    """In the order of ``net.parameters()``; None where a layer is not as ConvNet makes it, or is being watched."""
-    found: list[Any] = []
-    for i, block in enumerate(net.blocks):
-        if type(block) is not nn.Sequential or len(block) != 4 or _watched(block):
-            return None
-        conv, norm, relu, pool = block
-        channels = net.in_channels if i == 0 else net.width
-        as_made = (
-            type(conv) is nn.Conv2d and conv.weight.shape == (net.width, channels, 3, 3) and conv.padding == (1, 1)
-            and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros" and conv.bias is not None
-            and type(norm) is nn.GroupNorm and norm.num_groups == norm.num_channels == net.width and norm.eps == EPS
-            and norm.affine and type(relu) is nn.ReLU and type(pool) is nn.AvgPool2d
-            and (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode) == (2, 2, 0, False)
-        )  # fmt: skip
-        if not as_made or any(map(_watched, block)):
-            return None
-        found += [conv.weight, conv.bias, norm.weight, norm.bias]
+def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
+    """Return the shape that the kernels are to compute, and the parameters in their order.
+
+    Both are read off the layers, not off the attributes that the constructor set: layers may have been exchanged since.
+
+    Args:
+        net: a ConvNet whose ``forward`` is the class's own.
+
+    Returns:
+        None and no parameters where a layer is not as ConvNet makes it, or somebody wants to be told when it is called.
+    """
+    blocks: list[Any] = list(net.blocks)
     last = net.classifier
-    if type(last) is not nn.Linear or last.out_features != net.num_classes or last.bias is None or _watched(last):
-        return None
-    return [*found, last.weight, last.bias]
+    nothing: tuple[None, list[Tensor]] = None, []
+    if not blocks or not all(_is_block(block) for block in blocks) or not _is_unwatched(last, nn.Linear):
+        return nothing
+    first = blocks[0][0]
+    shape = ConvNetShape(first.in_channels, *net.image_size, first.out_channels, len(blocks), last.out_features)
+    found: list[Tensor] = []
+    for inputs, block in zip(shape.block_inputs, blocks, strict=True):
+        conv, norm = block[0], block[1]
+        if (conv.in_channels, conv.out_channels, norm.num_channels) != (inputs, shape.channels, shape.channels):
+            return nothing
+        found += [conv.weight, conv.bias, norm.weight, norm.bias]
+    found += [last.weight, last.bias]
+    expected = [size for i in shape.block_inputs for size in _block_sizes(i, shape.channels)]
+    expected += [(shape.num_classes, shape.features), (shape.num_classes,)]
+    if min(shape.height, shape.width) < 2**shape.depth or [_size(tensor) for tensor in found] != expected:
+        return nothing
+    return shape, found
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody wants to be told when ``module`` is called."""
+def _is_block(block: Any) -> bool:
+    """Whether ``block`` computes what ConvNet's blocks do: the same layers with the same constants, none watched."""
+    if not _is_unwatched(block, nn.Sequential) or len(block) != 4:
+        return False
+    conv, norm, relu, pool = block
+    return (
+        _is_unwatched(conv, nn.Conv2d)
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and (conv.groups, conv.padding_mode) == (1, "zeros")
+        and _is_unwatched(norm, nn.GroupNorm)
+        and (norm.num_groups, norm.eps) == (norm.num_channels, EPS)
+        and _is_unwatched(relu, nn.ReLU)
+        and _is_unwatched(pool, nn.AvgPool2d)
+        and (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) == ((2, 2), (2, 2), (0, 0))
+        and not pool.ceil_mode
+        and pool.divisor_override is None
+    )
+
+
+def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is of exactly this class, calls the class's ``forward``, and has no hooks."""
+    return type(module) is kind and "forward" not in vars(module) and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether ``module`` has hooks that see, or change, what goes in and comes out."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _fits(net: ConvNet, images: Tensor, parameters: list[Tensor]) -> bool:
+def all_watched() -> bool:
+    """Whether hooks are registered for all modules of the process."""
+    everywhere = nn.modules.module
+    return bool(
+        everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _block_sizes(inputs: int, channels: int) -> list[tuple[int, ...]]:
+    return [(channels, inputs, 3, 3), (channels,), (channels,), (channels,)]
+
+
+def _size(tensor: Any) -> tuple[int, ...] | None:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None  # a bias may be None
+
+
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
+    return torch.cat([parameter.reshape(-1) for parameter in parameters])
+
+
+def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool:
     tensors = [images, *parameters]
     return (
-        not _PLAIN.get()
+        # First of all: tracers and subclasses of tensors answer none of the questions below with a bool.
+        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        and all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors)
         and images.dtype in (torch.float32, torch.float64)
-        and tuple(images.shape[1:]) == (net.in_channels, *net.image_size)
+        and tuple(images.shape[1:]) == shape.image
         and len(images) > 0
-        and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
         and all(t.dtype == images.dtype for t in parameters)
         and operators.available()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not torch.is_autocast_enabled("cpu")
         # Neither transforms (torch.func) nor forward mode: the kernel sees memory, they see through wrappers.
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+        and not any(_is_wrapped(t) for t in tensors)
         and forward_ad._current_level < 0
-        and not nn.modules.module._global_forward_hooks
-        and not nn.modules.module._global_forward_pre_hooks
+        # Dispatch modes (counters of operations, fake tensors, loggers) see torch's operators and no kernel of ours.
+        and not torch._C._len_torch_dispatch_stack()
+        and not all_watched()
     )
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Whether ``tensor`` belongs to a transform and has no values of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
 
 
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, net: ConvNet, images: Tensor, *parameters: Tensor) -> Tensor:
-        passes = operators.shared(net)  # a network holds none itself: it is copied and stored as it is
-        theta = torch.cat([parameter.reshape(-1) for parameter in parameters])
-        if not any(ctx.needs_input_grad):
-            return passes.logits(theta, images)
-        found, ctx.kept = passes.forward(theta, images, keep=True)
-        ctx.net, ctx.passes, ctx.theta = net, passes, theta
+    def forward(ctx: Any, shape: ConvNetShape, images: Tensor, *parameters: Tensor) -> Tensor:
+        theta = _flat(parameters)
+        found, ctx.kept = ConvNetPasses(shape).forward(theta, images, keep=True)
+        ctx.shape, ctx.theta = shape, theta
         ctx.save_for_backward(images, *parameters)
         return found
 
@@ -113,21 +184,34 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # create_graph=True
-            return None, *_differentiable(ctx.net, images, parameters, grad, wanted)
-        theta, found = ctx.passes.backward(ctx.theta, images, ctx.kept, grad, want_images=wanted[0])
+        if torch.is_grad_enabled() or _is_wrapped(grad):  # create_graph=True, or many gradients at once
+            return None, *_by_layers(ctx.shape, images, parameters, grad, wanted)
+        passes = ConvNetPasses(ctx.shape)
+        theta, found = passes.backward(ctx.theta, images, ctx.kept, grad, want_images=wanted[0])
         each = views(theta, iter(parameters))
         return None, found, *(part if want else None for part, want in zip(each, wanted[1:], strict=True))
 
 
-def _differentiable(
-    net: ConvNet, images: Tensor, parameters: list[Tensor], grad: Tensor, wanted: tuple[bool, ...]
+def _by_layers(
+    shape: ConvNetShape, images: Tensor, parameters: list[Tensor], grad: Tensor, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients with a graph of their own, by the network's layers."""
-    inputs = [images, *parameters]
-    names = [name for name, _ in net.named_parameters()]
-    with plain_torch():
-        result = torch.func.functional_call(net, dict(zip(names, parameters, strict=True)), (images,))
+    """Return the gradients by torch's own layers, with a graph of their own where gradients are being recorded."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Under names of their own: a parameter that was computed from the images, or that serves two layers, would
+        # otherwise be reached twice, and its part be counted in the images' or in the other layer's gradient too.
+        inputs = [tensor.view_as(tensor) for tensor in (images, *parameters)]
+        result = plain_logits(shape, inputs[0], inputs[1:])
     chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(result, chosen, grad, create_graph=True, materialize_grads=True))
+    found = iter(torch.autograd.grad(result, chosen, grad, create_graph=again, materialize_grads=True))
     return [next(found) if want else None for want in wanted]
+
+
+def plain_logits(shape: ConvNetShape, images: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return logits [B, classes] by torch's operators, in the order in which ConvNet's layers call them."""
+    *blocks, weight, bias = parameters
+    for i in range(0, len(blocks), 4):
+        conv, conv_bias, norm, norm_bias = blocks[i : i + 4]
+        images = F.conv2d(images, conv, conv_bias, padding=1)
+        images = F.avg_pool2d(F.relu(F.group_norm(images, shape.channels, norm, norm_bias, EPS)), 2)
+    return F.linear(images.flatten(1), weight, bias)

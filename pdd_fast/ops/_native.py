@@ -60,22 +60,42 @@ def explain_missing(device_type: str) -> None:
     )
 
 
+def address(tensor: torch.Tensor | None, device: torch.device) -> int:
+    """Return the address of the first element of ``tensor``, 0 for None.
+
+    Raises:
+        TypeError: ``tensor`` does not lie in the memory of ``device``, or has no memory of its own (wrappers of torch's
+            transforms, fake tensors), or its memory holds the negative of its values.
+    """
+    if tensor is None:
+        return 0
+    if tensor.device != device or tensor.is_neg() or not torch._C._has_storage(tensor):
+        found = f"one on {tensor.device}" if tensor.device != device else f"a {type(tensor).__name__} without memory"
+        raise TypeError(f"a kernel must be given tensors in the memory of {device}, got {found}")
+    return tensor.data_ptr()
+
+
 def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
     """Runs kernel ``name`` on the device of ``like``, on its current stream, in the precision of ``like``.
 
+    Args:
+        arguments: numbers, and tensors on that device, of which the kernel gets the addresses; None: absent.
+
     Raises:
+        TypeError: a tensor lies elsewhere.
         RuntimeError: the kernel could not be launched; the message names the operator and the CUDA error.
         ValueError: a value that only the kernel sees is out of range.
     """
     library = loaded(like.device.type)
     number = TYPES.index(like.dtype)
+    given = [address(a, like.device) if a is None or isinstance(a, torch.Tensor) else a for a in arguments]
     function = getattr(library, name)
     if like.device.type == "cuda":
         with torch.cuda.device(like.device):
             stream = torch.cuda.current_stream().cuda_stream
-            status = function(number, stream, 0, *arguments)
+            status = function(number, stream, 0, *given)
     else:
-        status = function(number, 0, torch.get_num_threads(), *arguments)
+        status = function(number, 0, torch.get_num_threads(), *given)
     if status < 0:
         raise ValueError(f"{name}: {library.status_string(status)}")
     if status > 0:

@@ -94,8 +94,3 @@ def computed_in_32_bits(function: Callable[..., Any], *arguments: Any) -> Any:
     if isinstance(results, torch.Tensor):
         return results.to(half)
     return tuple(r.to(half) if r.dim() == 4 else r for r in results)
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    """The address of a tensor's first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()

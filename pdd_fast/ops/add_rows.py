@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, operator, require_floating, require_like
+from pdd_fast.ops._registry import operator, require_floating, require_like
 
 
 def _check(target: Tensor, index: Tensor, rows: Tensor) -> None:
@@ -26,7 +26,7 @@ def _kernel(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     out = torch.empty_like(target)
     _native.call(
         "add_rows", target, len(target), len(index), target[0].numel(),
-        address(target), address(index), address(rows), address(out),
+        target, index, rows, out,
     )  # fmt: skip
     return out
 

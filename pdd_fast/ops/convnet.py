@@ -8,22 +8,16 @@ it, and there the composed passes run as one graph.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pdd_fast.errors import require
-from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, require_floating, require_like
+from pdd_fast.ops._buffers import Buffer, BufferPool
+from pdd_fast.ops._registry import require_floating, require_like
 from pdd_fast.ops.norm_relu_pool import EPS
-
-if TYPE_CHECKING:
-    from pdd_fast.networks.convnet import ConvNet
 
 CONVOLUTIONS = ("auto", "direct", "winograd")  # csrc/ops/convnet/params.h numbers them alike
 
@@ -44,81 +38,72 @@ class _Sizes(NamedTuple):
     kept: int
 
 
-class Kept:
-    """What one pass keeps for later ones. When nobody holds it any more, its memory serves the next that is kept."""
+class ConvNetShape(NamedTuple):
+    """The network that the passes compute, in numbers, as csrc/ops/convnet/params.h has them after the batch."""
 
-    def __init__(self, size: int, dtype: torch.dtype, idle: list[Tensor]) -> None:
-        self._idle = idle
-        self._memory = _taken(idle, size * dtype.itemsize)
-        self.numbers = self._memory[: size * dtype.itemsize].view(dtype)
+    in_channels: int
+    height: int  # of an image, pixels
+    width: int  # of an image, pixels
+    channels: int  # of every convolution
+    depth: int  # blocks
+    num_classes: int
 
-    def __del__(self) -> None:
-        memory = getattr(self, "_memory", None)  # None where there was not enough
-        if memory is not None:
-            self._idle.append(memory)
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """[C, H, W] of an image."""
+        return self.in_channels, self.height, self.width
+
+    @property
+    def features(self) -> int:
+        """Inputs of the linear layer."""
+        return self.channels * (self.height >> self.depth) * (self.width >> self.depth)
+
+    @property
+    def parameters(self) -> int:
+        """P, the elements of all parameters."""
+        blocks = sum(9 * inputs * self.channels + 3 * self.channels for inputs in self.block_inputs)
+        return blocks + (self.features + 1) * self.num_classes
+
+    @property
+    def block_inputs(self) -> list[int]:
+        """Channels that each block's convolution takes."""
+        return [self.in_channels, *[self.channels] * (self.depth - 1)]
 
 
-def _taken(idle: list[Tensor], size: int) -> Tensor:
-    """``size`` bytes or more, of ``idle`` where there is enough in one piece: the piece that was used last."""
-    for place in reversed(range(len(idle))):
-        if idle[place].numel() >= size:
-            return idle.pop(place)
-    if idle:
-        idle.pop()  # pieces grow in size, not in number
-    return _buffer(size)
-
-
-def shape_of(net: ConvNet) -> tuple[int, ...]:
-    """in_channels, height, width in pixels, channels, depth, classes."""
-    return (net.in_channels, *net.image_size, net.width, net.depth, net.num_classes)
-
-
-_MOST_SHARED = 8
-_SHARED: dict[tuple[int, ...], ConvNetPasses] = {}
-
-
-def shared(net: ConvNet, convolution: str = "auto") -> ConvNetPasses:
-    """The passes of all networks of a shape, so that one call's buffers serve the next: of 25 MB that a step of 50
-    images keeps at width 128, mapping them anew takes 25 ms, half of what the step takes."""
-    key = (*shape_of(net), CONVOLUTIONS.index(convolution))
-    if key not in _SHARED:
-        while len(_SHARED) >= _MOST_SHARED:
-            _SHARED.pop(next(iter(_SHARED)))
-        _SHARED[key] = ConvNetPasses(net, convolution)
-    return _SHARED[key]
+# One pool for what every pass works in and one for what passes save, whatever the network's shape.
+_WORKSPACES, _KEPT = BufferPool(), BufferPool()
 
 
 def free_buffers() -> None:
-    """Gives the memory back that passes on the CPU hold between calls: for each shape of network a workspace, and as
-    much as was kept at once (most with ``memory="cache"`` of :func:`pdd_fast.unroll`). Later calls take it anew."""
-    _SHARED.clear()
+    """Give back the memory that passes on the CPU hold between calls: workspaces, and as much as was saved at once.
+
+    Most is held with ``memory="cache"`` of :func:`pdd_fast.unroll`. Later calls allocate anew.
+    """
+    _WORKSPACES.free()
+    _KEPT.free()
 
 
 def idle_bytes() -> int:
-    """What was kept and can be had again, of all :func:`shared` passes."""
-    return sum(memory.numel() for passes in _SHARED.values() for memory in passes._idle)
+    """Return the bytes of saved activations that nobody holds any more and the next pass takes."""
+    return _KEPT.idle_bytes()
 
 
 class ConvNetPasses:
     """The passes of networks of one shape. Everything is float32 or float64, all of one type, on the CPU.
 
     Args:
-        net: gives the shape; it is not kept.
+        shape: of the network.
         convolution: of the blocks after the first: "direct", "winograd" (F(4×4, 3×3); rounding errors four times as
             large), or "auto", whichever is faster for a block's shape.
     """
 
-    def __init__(self, net: ConvNet, convolution: str = "auto") -> None:
-        self._net_shape = shape_of(net)
-        self._parameters = parameter_count(net)
+    def __init__(self, shape: ConvNetShape, convolution: str = "auto") -> None:
+        self.shape = shape
         self._convolution = CONVOLUTIONS.index(convolution)
-        self._workspace = torch.empty(0, dtype=torch.uint8)
-        self._idle: list[Tensor] = []  # what was kept, and is not any more
-        self._lock = threading.Lock()
 
     def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
         """What a pass on ``batch`` images works in and keeps, in numbers of its type."""
-        shape = [batch, *self._net_shape]
+        shape = [batch, *self.shape]
         return _Sizes(
             *_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, torch.get_num_threads())
         )
@@ -128,16 +113,15 @@ class ConvNetPasses:
         parts = [self.forward(theta, part)[0] for part in images.split(_LOGITS_AT_ONCE)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def forward(self, theta: Tensor, images: Tensor, keep: bool = False) -> tuple[Tensor, Kept | None]:
+    def forward(self, theta: Tensor, images: Tensor, keep: bool = False) -> tuple[Tensor, Buffer | None]:
         """Logits [B, classes], and what :meth:`backward` goes on from if ``keep``."""
-        logits = theta.new_empty(len(images), self._net_shape[-1])
+        logits = theta.new_empty(len(images), self.shape.num_classes)
         kept = self._new_kept(theta, len(images)) if keep else None
-        with self._arguments(theta, images, kept=keep) as arguments:
-            _native.call("convnet_forward", theta, arguments, _address_of(kept), address(logits))
+        self._run("forward", theta, images, kept, logits)
         return logits, kept
 
     def backward(
-        self, theta: Tensor, images: Tensor, kept: Kept, grad_logits: Tensor, want_images: bool
+        self, theta: Tensor, images: Tensor, kept: Buffer, grad_logits: Tensor, want_images: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients with respect to theta [P] and, if wanted, the images [B, C, H, W].
 
@@ -145,29 +129,20 @@ class ConvNetPasses:
             kept: from :meth:`forward`; of any number of calls, one at a time.
             grad_logits: [B, classes].
         """
-        require_like("convnet", "grad_logits", grad_logits, theta, (len(images), self._net_shape[-1]))
+        require_like("convnet", "grad_logits", grad_logits, theta, (len(images), self.shape.num_classes))
         self._check_kept(theta, len(images), kept)
-        grad_theta, grad_logits = torch.empty_like(theta), grad_logits.contiguous()
-        grad_images = theta.new_empty(images.shape) if want_images else None
-        with self._arguments(theta, images, kept=True) as arguments:
-            _native.call(
-                "convnet_backward", theta, arguments,
-                _address_of(kept), address(grad_logits), address(grad_theta), address(grad_images),
-            )  # fmt: skip
+        grad_theta, grad_images = theta.new_empty(theta.shape), theta.new_empty(images.shape) if want_images else None
+        self._run("backward", theta, images, kept, _plain(grad_logits), grad_theta, grad_images)
         return grad_theta, grad_images
 
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
-    ) -> tuple[Tensor, Tensor, Kept | None]:
+    ) -> tuple[Tensor, Tensor, Buffer | None]:
         """Losses [B], the gradient of their mean [P], and what :meth:`dual` goes on from if ``keep``."""
-        losses, grad_theta = theta.new_empty(len(images)), torch.empty_like(theta)
+        losses, grad_theta = theta.new_empty(len(images)), theta.new_empty(theta.shape)
         kept = self._new_kept(theta, len(images)) if keep else None
         hard, soft = self._labels(theta, len(images), labels)
-        with self._arguments(theta, images, kept=keep) as arguments:
-            _native.call(
-                "convnet_gradient", theta, arguments,
-                address(hard), address(soft), _address_of(kept), address(losses), address(grad_theta),
-            )  # fmt: skip
+        self._run("gradient", theta, images, kept, hard, soft, losses, grad_theta)
         return losses, grad_theta, kept
 
     def dual(
@@ -176,7 +151,7 @@ class ConvNetPasses:
         images: Tensor,
         labels: Tensor,
         direction: Tensor,
-        kept: Kept | None,
+        kept: Buffer | None,
         want_theta: bool,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -186,81 +161,89 @@ class ConvNetPasses:
         Args:
             kept: from :meth:`gradient` at the same point; None: its values are made again.
         """
-        require_like("convnet", "direction", direction, theta, (self._parameters,))
-        batch, direction = len(images), direction.contiguous()
+        require_like("convnet", "direction", direction, theta, (self.shape.parameters,))
+        batch = len(images)
         hard, soft = self._labels(theta, batch, labels)
         if kept is not None:
             self._check_kept(theta, batch, kept)
         losses = theta.new_empty(batch)
-        theta_tangent = torch.empty_like(theta) if want_theta else None
-        labels_tangent = None if soft is None else torch.empty_like(soft)
+        theta_tangent = theta.new_empty(theta.shape) if want_theta else None
+        labels_tangent = None if soft is None else soft.new_empty(soft.shape)
         wanted, images_tangent = None, None
         if rows is None:
-            wanted = torch.ones(batch, dtype=torch.bool)
+            wanted = torch.ones(batch, dtype=torch.bool, device="cpu")
         elif len(rows):
-            wanted = torch.zeros(batch, dtype=torch.bool).index_fill_(0, rows, True)
+            wanted = torch.zeros(batch, dtype=torch.bool, device="cpu").index_fill_(0, rows, True)
         if wanted is not None:
             images_tangent = theta.new_empty(images.shape)
-        with self._arguments(theta, images, dual=True, kept=kept is not None) as arguments:
-            _native.call(
-                "convnet_dual", theta, arguments,
-                address(hard), address(soft), _address_of(kept), address(direction), address(wanted),
-                address(losses), address(theta_tangent), address(images_tangent), address(labels_tangent),
-            )  # fmt: skip
+        self._run(
+            "dual",
+            theta,
+            images,
+            kept,
+            hard,
+            soft,
+            _plain(direction),
+            wanted,
+            losses,
+            theta_tangent,
+            images_tangent,
+            labels_tangent,
+        )
         if rows is not None and images_tangent is not None:
             images_tangent = images_tangent.index_select(0, rows)
         return losses, theta_tangent, images_tangent, labels_tangent
 
-    def _new_kept(self, theta: Tensor, batch: int) -> Kept:
-        return Kept(self.sizes(batch).kept, theta.dtype, self._idle)
+    def _new_kept(self, theta: Tensor, batch: int) -> Buffer:
+        return _KEPT.buffer(self.sizes(batch).kept, theta.dtype)
 
-    def _check_kept(self, theta: Tensor, batch: int, kept: Kept) -> None:
+    def _check_kept(self, theta: Tensor, batch: int, kept: Buffer) -> None:
         require_like("convnet", "kept", kept.numbers, theta, (self.sizes(batch).kept,))
 
     def _labels(self, theta: Tensor, batch: int, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Class indices or weights, whichever they are."""
         hard = labels.dtype == torch.int64
-        shape = (batch,) if hard else (batch, self._net_shape[-1])
+        shape = (batch,) if hard else (batch, self.shape.num_classes)
         require_like("convnet", "labels", labels, theta, shape, labels.dtype if hard else None)
-        labels = labels.contiguous()
+        labels = _plain(labels)
         return (labels, None) if hard else (None, labels)
 
-    @contextmanager
-    def _arguments(self, theta: Tensor, images: Tensor, dual: bool = False, kept: bool = False) -> Iterator[object]:
-        """What every pass takes; the workspace is this pass's until the end."""
-        batch, shape = len(images), self._net_shape
+    def _run(self, name: str, theta: Tensor, images: Tensor, kept: Buffer | None, *arguments: Tensor | None) -> None:
+        """Run pass ``name`` on what every pass takes, and on ``arguments``.
+
+        Args:
+            name: "forward", "backward", "gradient" or "dual".
+            kept: that the pass writes or goes on from.
+        """
+        batch = len(images)
         require_floating("convnet", "theta", theta)
         require("convnet", theta.device.type == "cpu", "theta", "be on cpu", theta.device)
-        require(
-            "convnet",
-            tuple(theta.shape) == (self._parameters,), "theta", f"have shape ({self._parameters},)", tuple(theta.shape),
-        )  # fmt: skip
-        require_like("convnet", "images", images, theta, (batch, *shape[:3]))
+        expected = (self.shape.parameters,)
+        require("convnet", tuple(theta.shape) == expected, "theta", f"have shape {expected}", tuple(theta.shape))
+        require_like("convnet", "images", images, theta, (batch, *self.shape.image))
         require("convnet", batch > 0, "images", "not be empty", tuple(images.shape))
-        size = self.sizes(batch, dual, kept).workspace * theta.element_size()
-        # Another thread may be in a pass: then this one has a workspace of its own.
-        mine = self._lock.acquire(blocking=False)
-        try:
-            workspace = self._workspace if mine else _buffer(size)
-            if workspace.numel() < size:
-                self._workspace = torch.empty(0, dtype=torch.uint8)  # before the larger one: not both at once
-                workspace = self._workspace = _buffer(size)
-            theta = theta.contiguous()
-            yield _native.loaded("cpu").ConvNetArguments(
-                [batch, *shape], self._convolution, EPS, address(theta), address(images), images.stride(),
-                address(workspace),
-            )  # fmt: skip
-        finally:
-            if mine:
-                self._lock.release()
+        workspace = _WORKSPACES.buffer(self.sizes(batch, name == "dual", kept is not None).workspace, theta.dtype)
+        theta, images = _plain(theta), images.resolve_neg()
+        common = _native.loaded("cpu").ConvNetArguments(
+            [batch, *self.shape],
+            self._convolution,
+            EPS,
+            _native.address(theta, theta.device),
+            _native.address(images, theta.device),
+            images.stride(),
+            *_piece(workspace),
+            *_piece(kept),
+        )
+        _native.call(f"convnet_{name}", theta, common, *arguments)
 
 
-def _address_of(kept: Kept | None) -> int:
-    return 0 if kept is None else address(kept.numbers)
+def _piece(buffer: Buffer | None) -> tuple[int, int]:
+    """Return a buffer's address and elements, which the binding holds against what the pass needs."""
+    if buffer is None:
+        return 0, 0
+    return _native.address(buffer.numbers, buffer.numbers.device), buffer.numbers.numel()
 
 
-def _buffer(size: int) -> Tensor:
-    """``size`` uninitialised bytes, in large pages where the system has them."""
-    buffer = torch.empty(size, dtype=torch.uint8)
-    _native.loaded("cpu").advise_large_pages(address(buffer), buffer.nbytes)
-    return buffer
+def _plain(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as a kernel reads it: dense, and not marked as the negative of what its memory holds."""
+    return tensor.contiguous().resolve_neg()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, operator, require_floating, require_like
+from pdd_fast.ops._registry import operator, require_floating, require_like
 
 
 def _check_labels(name: str, logits: Tensor, labels: Tensor) -> None:
@@ -52,7 +52,7 @@ def _kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     losses, grad = _allocate(logits, labels)
     _native.call(
         "cross_entropy", logits, *logits.shape,
-        address(logits), address(hard), address(soft), address(losses), address(grad),
+        logits, hard, soft, losses, grad,
     )  # fmt: skip
     return losses, grad
 
@@ -115,9 +115,9 @@ def _kernel_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tupl
     losses_tangent, grad, grad_tangent, labels_tangent = _allocate_dual(logits, logits_tangent, labels)
     _native.call(
         "cross_entropy_dual", logits, *logits.shape,
-        address(logits), address(logits_tangent), address(hard), address(soft),
-        address(losses_tangent), address(grad), address(grad_tangent),
-        0 if soft is None else address(labels_tangent),
+        logits, logits_tangent, hard, soft,
+        losses_tangent, grad, grad_tangent,
+        None if soft is None else labels_tangent,
     )  # fmt: skip
     return losses_tangent, grad, grad_tangent, labels_tangent
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import HALF, address, compute_dtype, operator, require_floating
+from pdd_fast.ops._registry import HALF, compute_dtype, operator, require_floating
 
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -84,8 +84,8 @@ def _launch(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout
     count = _native.scratch_images(images, number.itemsize)
     scratch = images.new_empty((count, 2, images[0].numel()), dtype=number) if count else None
     _native.call(
-        name, images, images.shape, *cutout, len(operations), address(operations), linear,
-        address(draws), address(images), images.stride(), address(output), output.stride(), address(scratch), count,
+        name, images, images.shape, *cutout, len(operations), operations, linear,
+        draws, images, images.stride(), output, output.stride(), scratch, count,
     )  # fmt: skip
     return output
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pdd_fast.errors import require
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import address, compute_dtype, operator, require_floating, require_like
+from pdd_fast.ops._registry import compute_dtype, operator, require_floating, require_like
 
 EPS = 1e-5  # torch.nn.GroupNorm's default
 
@@ -68,7 +68,7 @@ def _kernel(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
     out, mean, rstd = _allocate(z, weight, bias, eps)
     _native.call(
         "norm_relu_pool", z, *z.shape, eps,
-        address(z), address(weight), address(bias), address(out), address(mean), address(rstd),
+        z, weight, bias, out, mean, rstd,
     )  # fmt: skip
     return out, mean, rstd
 
@@ -142,8 +142,8 @@ def _kernel_backward(
     grad_z, parts = _allocate_backward(grad_out, z, mean, rstd, weight, bias)
     _native.call(
         "norm_relu_pool_backward", z, *z.shape,
-        address(grad_out), address(z), address(mean), address(rstd), address(weight), address(bias),
-        address(grad_z), address(parts[0]), address(parts[1]),
+        grad_out, z, mean, rstd, weight, bias,
+        grad_z, parts[0], parts[1],
     )  # fmt: skip
     return grad_z, parts
 
@@ -233,9 +233,9 @@ def _kernel_dual(
     out, statistics = _allocate_dual(z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only)
     _native.call(
         "norm_relu_pool_dual", z, *z.shape, eps,
-        address(z), address(z_tangent), *map(address, vectors),
-        0 if tangent_only else address(out), address(out if tangent_only else out[len(z) :]),
-        *map(address, statistics),
+        z, z_tangent, *vectors,
+        None if tangent_only else out, out if tangent_only else out[len(z) :],
+        *statistics,
     )  # fmt: skip
     return out, statistics
 
@@ -324,8 +324,8 @@ def _kernel_dual_backward(
     grad_z, parts = _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
     _native.call(
         "norm_relu_pool_dual_backward", z, *z.shape,
-        *map(address, images), *map(address, statistics), *map(address, vectors),
-        0 if tangent_only else address(grad_z[B:]), address(grad_z), address(parts[0]), address(parts[1]),
+        *images, *statistics, *vectors,
+        None if tangent_only else grad_z[B:], grad_z, parts[0], parts[1],
     )  # fmt: skip
     return grad_z, parts
 
