@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdd_fast import engines
 from pdd_fast import memory as memories
 from pdd_fast.errors import require
-from pdd_fast.networks.arguments import check_batch, check_theta
+from pdd_fast.first_order import first_order_only
+from pdd_fast.networks.arguments import as_labels, check_batch, check_theta
 
 _NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")
@@ -56,12 +56,13 @@ def gradient_matching(
     kept for the way back.
 
     Args:
-        net: the network; its own parameters are not read and its buffers are not changed.
+        net: the network; its own parameters are not read and its buffers are not changed. Parameters that do not
+            require gradients are frozen and do not count.
         theta: [P] parameters, float32 or float64, a constant; fixes the precision and the device.
         real_images: [B, C, H, W], of the type and device of ``theta``; constants. For K pairs [K, B, C, H, W], whose
             gradients a GPU takes side by side, or a sequence of K tensors [B_k, C, H, W].
-        real_labels: int64 [B] class indices, or [B, classes] weights; for K pairs [K, B], [K, B, classes] or a
-            sequence.
+        real_labels: class indices [B], or weights [B, classes], converted as for :func:`pdd_fast.unroll`; for K pairs
+            [K, B], [K, B, classes] or a sequence.
         images: synthetic ones, [n, C, H, W], [K, n, C, H, W] or K tensors [n_k, C, H, W].
         labels: theirs, likewise.
         distance: of two gradients g and t. "squared": the sum of (g − t)². "cosine": for every weight the sum over its
@@ -77,7 +78,8 @@ def gradient_matching(
         convolution: how the fused engine convolves on the CPU: "direct", "winograd" or "auto".
 
     Returns:
-        0-d tensor, differentiable once with respect to ``images`` and float ``labels``.
+        0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A second derivative raises
+        RuntimeError.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
@@ -94,7 +96,7 @@ def gradient_matching(
         _, target, _ = chosen.gradient(theta, real[0].images.detach(), real[0].labels.detach())
         targets = target[None]
     else:
-        targets = class_gradients(chosen, theta, real_images, real_labels)
+        targets = class_gradients(chosen, theta, real_images, [each.labels for each in real])
     tensors = [*(each.images for each in synthetic), *(each.labels for each in synthetic)]
     wanted = [torch.is_grad_enabled() and each.images.requires_grad for each in synthetic]
     follow = [
@@ -128,12 +130,13 @@ class GradientDistance:
         start = 0
         for parameter in net.parameters():
             stop = start + parameter.numel()
-            if parameter.dim() >= PARAMETERS[self.parameters]:
+            if parameter.requires_grad and parameter.dim() >= PARAMETERS[self.parameters]:
                 self._parts.append((slice(start, stop), len(parameter) if parameter.dim() else 1))
             start = stop
         least = PARAMETERS[self.parameters]
         require(_NAME, bool(self._parts), "parameters",
-                f"be such that the network has some (of {least} dimensions or more)", repr(parameters))  # fmt: skip
+                f"be such that the network has some (of {least} dimensions or more) that require gradients",
+                repr(parameters))  # fmt: skip
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,13 +263,17 @@ class _GradientMatching(torch.autograd.Function):
                 keep=spec.keep, rows=None if spec.wanted[k] else images.new_empty(0, dtype=torch.int64),
             )  # fmt: skip
             total = total + loss
-        ctx.save_for_backward(*found)
+        # The inputs are saved only so that a second derivative through them is an error.
+        ctx.save_for_backward(
+            *found, *(t if need else None for t, need in zip(tensors, ctx.needs_input_grad[1:], strict=True))
+        )
+        ctx.derivatives = len(found)
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.saved_tensors  # type: ignore[attr-defined]
+    @first_order_only(_NAME)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.saved_tensors[: ctx.derivatives]
         return None, *(None if each is None else grad * each for each in found)
 
 
@@ -280,13 +287,17 @@ def _pairs(net: nn.Module, theta: Tensor, images: Batches, labels: Batches, name
     if isinstance(images, Tensor) and images.dim() != 5:
         if not isinstance(labels, Tensor):
             raise TypeError(f"{_NAME}: {labels_name} must be a tensor, as {images_name} is, got a sequence")
+        labels = as_labels(_NAME, labels, theta.dtype, labels_name)
         check_batch(_NAME, net, theta, images, labels, names)
         return [_Pair(images, labels)]
     count = len(images)
     require(_NAME, count > 0, images_name, "hold a batch at least", "none")
     require(_NAME, (labels.dim() > 0 if isinstance(labels, Tensor) else True) and len(labels) == count, labels_name,
             f"hold {count} batches, as {images_name} does", _size(labels))  # fmt: skip
-    found = [_Pair(x, y) for x, y in zip(images, labels, strict=True)]
+    found = [
+        _Pair(x, as_labels(_NAME, y, theta.dtype, f"{labels_name}[{k}]"))
+        for k, (x, y) in enumerate(zip(images, labels, strict=True))
+    ]
     for k, pair in enumerate(found):
         check_batch(_NAME, net, theta, *pair, (f"{images_name}[{k}]", f"{labels_name}[{k}]"))
     return found

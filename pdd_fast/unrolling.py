@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdd_fast import engines
 from pdd_fast import memory as memories
 from pdd_fast.augmentation import AugmentParameters, PackedDraws
 from pdd_fast.errors import require
-from pdd_fast.networks.arguments import check_batch, check_theta
+from pdd_fast.first_order import first_order_only
+from pdd_fast.networks.arguments import as_indices, as_labels, check_batch, check_theta, moving_parameters
 from pdd_fast.ops.add_rows import add_rows
 
 MEMORY = ("recompute", "cache", "auto")
@@ -29,7 +29,7 @@ def unroll(
     images: Tensor,
     labels: Tensor,
     learning_rate: Tensor | float,
-    batches: Sequence[Tensor],
+    batches: Sequence[Tensor | Sequence[int]],
     augmentations: Sequence[AugmentParameters] | None = None,
     engine: str = "auto",
     memory: str = "recompute",
@@ -45,14 +45,18 @@ def unroll(
     with ``create_graph=True``, while only θ_0..θ_N are kept (docs/mathematics.md, section 1).
 
     Args:
-        net: the network; its own parameters are not read and its buffers are not changed.
+        net: the network; its own parameters are not read and its buffers are not changed. Parameters that do not
+            require gradients are frozen: the steps leave their elements of ``theta`` as they are.
         theta: [P] start parameters, float32 or float64; fixes the precision and the device.
         images: [n, C, H, W], of the type and device of ``theta``.
-        labels: int64 [n] class indices, or [n, classes] weights of the type of ``theta``.
+        labels: class indices [n], or weights [n, classes] of the type of ``theta``. Integers of any type, whole numbers
+            in a floating-point vector [n], and one-hot rows of integers or bools are converted.
         learning_rate: one rate (0-d or a number) or one per step [N].
-        batches: N vectors of int64 indices into ``images``; an image may occur more than once. Keep them on the CPU.
+        batches: N vectors of indices into ``images``, tensors or lists; an image may occur more than once. Keep them on
+            the CPU.
         augmentations: None, or N draws, each for as many images as its batch has.
-        engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
+        engine: "fused" (a ConvNet with the layers and parameters that its constructor made), "autograd" (any module),
+            or "auto": "fused" where it can.
         memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them, and each
             step's go as soon as the backward pass has used them; "auto" keeps those of as many steps as fit in
             ``memory_limit``, the last ones, which the backward pass uses first. The gradient differs by rounding. The
@@ -66,19 +70,22 @@ def unroll(
             a larger rounding error), or "auto", whichever is faster layer by layer.
 
     Returns:
-        θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate.
+        θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate. A second derivative
+        raises RuntimeError.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
     chosen = engines.choose(net, engine, precision, convolution)
-    spec = _check(chosen, theta, images, labels, batches, augmentations, frozen)
+    indices = [as_indices("unroll", batch, f"batches[{i}]") for i, batch in enumerate(batches)]
+    labels = as_labels("unroll", labels, theta.dtype)
+    spec = _check(chosen, theta, images, labels, indices, augmentations, frozen)
     # Also where nothing is going to be kept: a wrong argument is one with or without gradients.
-    shapes = [engines.PassShape.of(images, len(batch)) for batch in batches]
+    shapes = [engines.PassShape.of(images, len(batch)) for batch in indices]
     keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
-    _require(rates.dim() == 0 or tuple(rates.shape) == (len(batches),),
-             "learning_rate", f"be a number or have shape ({len(batches)},)", tuple(rates.shape))  # fmt: skip
+    _require(rates.dim() == 0 or tuple(rates.shape) == (len(indices),),
+             "learning_rate", f"be a number or have shape ({len(indices)},)", tuple(rates.shape))  # fmt: skip
     if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, rates)):
         spec = replace(spec, keep=keep)
     return _Unroll.apply(theta, images, labels, rates, spec)
@@ -130,6 +137,7 @@ class UnrollSpec:
     batches: Sequence[Tensor]  # int64 [b]
     draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
     rows: Sequence[Tensor | None]  # int64, rows of the batch whose image gradient is wanted; None: all
+    moving: Tensor | None = None  # [P], 1 for the elements that steps change and 0 for frozen ones; None: all change
     keep: int = 0  # so many of the last steps keep their activations for the way back
     frozen: int = 0  # so many images in front are in none of ``rows``, and the images' gradient is that of the others
 
@@ -168,6 +176,8 @@ def forward_path(
     for i in range(len(spec.batches)):
         x, y = _step_input(spec, i, images, labels)
         _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=i >= first)
+        if spec.moving is not None:
+            gradient = gradient * spec.moving
         torch.addcmul(path[i], gradient, alphas[i], value=-1, out=path[i + 1])
         kept.append(saved)
     return path, kept
@@ -201,7 +211,8 @@ def adjoint(
         rows = spec.rows[i] if wanted.images else none
         # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
         saved, kept[i] = kept[i], spec.engine.without_activations(kept[i])
-        dual = spec.engine.dual(path[i], x, y, carried, saved, want_theta=i > 0 or wanted.theta, rows=rows)
+        direction = carried if spec.moving is None else carried * spec.moving
+        dual = spec.engine.dual(path[i], x, y, direction, saved, want_theta=i > 0 or wanted.theta, rows=rows)
         del saved  # what it keeps of the step makes room for the next
         slopes[i] = dual.slope
         if images_grad is not None and dual.images is not None:
@@ -250,19 +261,21 @@ class _Unroll(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: UnrollSpec) -> Tensor:
         path, kept = forward_path(spec, theta, images, labels, rates.expand(len(spec.batches)))
         ctx.spec, ctx.kept = spec, kept
-        ctx.save_for_backward(images, labels, rates, path)
+        # θ_0 is saved only so that a second derivative through it is an error: path holds a copy of its values. A
+        # caller may go on to write to a constant one.
+        ctx.save_for_backward(theta if ctx.needs_input_grad[0] else None, images, labels, rates, path)
         return path[-1].clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        images, labels, rates, path = ctx.saved_tensors  # type: ignore[attr-defined]
-        spec: UnrollSpec = ctx.spec  # type: ignore[attr-defined]
-        wanted = Wanted(*ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
+    @first_order_only("unroll")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, images, labels, rates, path = ctx.saved_tensors
+        spec: UnrollSpec = ctx.spec
+        wanted = Wanted(*ctx.needs_input_grad[:3])
         alphas = rates.expand(len(spec.batches))
-        found = adjoint(spec, path, ctx.kept, images, labels, alphas, grad, wanted)  # type: ignore[attr-defined]
+        found = adjoint(spec, path, ctx.kept, images, labels, alphas, grad, wanted)
         rates_grad = None
-        if ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
+        if ctx.needs_input_grad[3]:
             rates_grad = -found.slopes.sum() if rates.dim() == 0 else -found.slopes
         return found.theta, found.images, found.labels, rates_grad, None
 
@@ -282,14 +295,9 @@ def _check(
     check_theta("unroll", engine.net, theta)
     check_batch("unroll", engine.net, theta, images, labels)
     n = len(images)
-    indices = []
     for i, batch in enumerate(batches):
-        if batch.dtype != torch.int64:
-            raise TypeError(f"unroll: batches[{i}] must be int64, got {batch.dtype}")
-        _require(batch.dim() == 1 and batch.numel() > 0, f"batches[{i}]", "be a vector of indices", tuple(batch.shape))
         low, high = int(batch.min()), int(batch.max())
         _require(low >= 0 and high < n, f"batches[{i}]", f"hold indices in [0, {n})", f"{low}..{high}")
-        indices.append(batch.to(theta.device))
 
     draws: list[PackedDraws | None] = [None] * len(batches)
     if augmentations is not None:
@@ -310,4 +318,5 @@ def _check(
         for i, batch in enumerate(batches):
             learned = learned_rows(~mask[batch.cpu()])
             rows[i] = None if learned is None else learned.to(theta.device)
-    return UnrollSpec(engine, indices, draws, rows)
+    indices = [batch.to(theta.device) for batch in batches]
+    return UnrollSpec(engine, indices, draws, rows, moving_parameters("unroll", engine.net, theta))

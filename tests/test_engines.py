@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.utils.prune
 from cases import relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,7 +60,7 @@ def test_auto_is_fused_for_the_convnet_alone() -> None:
     assert isinstance(engines.choose(pdd_fast.ConvNet(1, 2, 4, 3, 1), "autograd"), AutogradEngine)
     assert isinstance(engines.choose(Other(1, 2, 4, 3, 1)), AutogradEngine)
     assert isinstance(engines.choose(nn.Linear(2, 2)), AutogradEngine)
-    with pytest.raises(ValueError, match=r"engine 'fused' must be given a pdd_fast\.ConvNet, got Linear"):
+    with pytest.raises(ValueError, match=r"engine 'fused' must be given a pdd_fast\.ConvNet .*, got Linear"):
         engines.choose(nn.Linear(2, 2), "fused")
     with pytest.raises(ValueError, match="engine must be one of auto, fused, autograd, got 'slow'"):
         engines.choose(nn.Linear(2, 2), "slow")
@@ -409,3 +412,141 @@ def test_networks_that_do_not_fit_their_images_are_refused(name: str) -> None:
             engine.gradients(*arguments)
     with pytest.raises(ValueError, match=r"^engine: theta must have shape \[K, P\]"):
         engine.logits_of(theta[0], images[0])
+
+
+# ---- networks that are no longer what their constructor made ---------------------------------------------------------
+
+
+def an_added_parameter(net: pdd_fast.ConvNet) -> None:
+    net.temperature = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+
+def weights_shared_by_two_blocks(net: pdd_fast.ConvNet) -> None:
+    net.blocks[2][0].weight = net.blocks[1][0].weight
+
+
+def parameters_in_another_order(net: pdd_fast.ConvNet) -> None:
+    weight = net.blocks[0][0].weight
+    del net.blocks[0][0].weight
+    net.blocks[0][0].weight = weight
+
+
+def an_own_forward(net: pdd_fast.ConvNet) -> None:
+    original = net.forward
+    net.forward = lambda images: 2 * original(images)  # type: ignore[method-assign]
+
+
+def a_hook_on_the_network(net: pdd_fast.ConvNet) -> None:
+    net.register_forward_hook(lambda module, inputs, output: 3 * output)
+
+
+def leaky(net: pdd_fast.ConvNet) -> None:
+    net.blocks[2][2] = nn.LeakyReLU(0.1)
+
+
+def dilated(net: pdd_fast.ConvNet) -> None:
+    net.blocks[0][0] = nn.Conv2d(2, net.width, 3, padding=2, dilation=2).double()
+
+
+def grouped(net: pdd_fast.ConvNet) -> None:
+    net.blocks[1][0] = nn.Conv2d(net.width, net.width, 3, padding=1, groups=5).double()
+
+
+def a_larger_kernel(net: pdd_fast.ConvNet) -> None:
+    net.blocks[1][0] = nn.Conv2d(net.width, net.width, 5, padding=2).double()
+
+
+def a_deeper_classifier(net: pdd_fast.ConvNet) -> None:
+    net.classifier = nn.Sequential(nn.Linear(net.classifier.in_features, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+
+
+def weights_of_unit_norm(net: pdd_fast.ConvNet) -> None:
+    nn.utils.parametrizations.weight_norm(net.blocks[0][0])
+
+
+def pruned_classifier(net: pdd_fast.ConvNet) -> None:
+    nn.utils.prune.random_unstructured(net.classifier, "weight", 0.4)
+
+
+OTHER_NETWORKS = [
+    an_added_parameter, weights_shared_by_two_blocks, parameters_in_another_order, an_own_forward,
+    a_hook_on_the_network, leaky, dilated, grouped, a_larger_kernel, a_deeper_classifier, weights_of_unit_norm,
+    pruned_classifier,
+]  # fmt: skip
+
+
+def three_blocks() -> pdd_fast.ConvNet:
+    torch.manual_seed(3)
+    return pdd_fast.ConvNet(2, 4, (9, 10), width=5, depth=3).double()
+
+
+def by_hand(net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, rate: float, steps: int) -> Tensor:
+    """θ_N of plain autograd through all steps, by the network's own call."""
+    for _ in range(steps):
+        parts, start = {}, 0
+        for name, parameter in net.named_parameters():
+            parts[name] = theta[start : start + parameter.numel()].view(parameter.shape)
+            start += parameter.numel()
+        loss = F.cross_entropy(torch.func.functional_call(net, parts, (images,)), labels)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True, materialize_grads=True)
+        theta = theta - rate * gradient
+    return theta
+
+
+@pytest.mark.parametrize("change", OTHER_NETWORKS, ids=lambda change: change.__name__)
+def test_a_changed_network_is_computed_as_it_is(change: Callable[[pdd_fast.ConvNet], None]) -> None:
+    """By unroll and by gradient matching, whatever was exchanged; the fused engine says that it cannot."""
+    net = three_blocks()
+    change(net)
+    theta, images = pdd_fast.flatten_parameters(net), torch.randn(6, 2, 9, 10, dtype=torch.float64)
+    labels, batches = torch.arange(6) % 4, [list(range(6))] * 2
+    results = []
+    for run in (
+        lambda x: pdd_fast.unroll(net, theta, x, labels, 0.1, batches),
+        lambda x: by_hand(net, theta.clone().requires_grad_(), x, labels, 0.1, 2),
+    ):
+        x = images.clone().requires_grad_()
+        end = run(x)
+        results.append((end.detach(), *torch.autograd.grad(end.square().sum(), x)))
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) <= 1e-9
+    for call in (
+        lambda: pdd_fast.unroll(net, theta, images, labels, 0.1, batches, engine="fused"),
+        lambda: pdd_fast.gradient_matching(net, theta, images, labels, images, labels, engine="fused"),
+    ):
+        with pytest.raises(ValueError, match=r"engine 'fused' must be .*, got one that was changed; use"):
+            call()
+    matched = [
+        pdd_fast.gradient_matching(net, theta, images + 1, labels, images, labels, engine=name)
+        for name in ("auto", "autograd")
+    ]
+    assert torch.equal(*matched)
+    assert isinstance(engines.choose(three_blocks()), FusedEngine)  # others of its shape are not disturbed
+
+
+@pytest.mark.parametrize("classes", [2, 9])
+def test_a_classifier_of_another_size_is_fused(classes: int) -> None:
+    net = three_blocks()
+    net.classifier = nn.Linear(net.classifier.in_features, classes).double()
+    theta, images = pdd_fast.flatten_parameters(net), torch.randn(6, 2, 9, 10, dtype=torch.float64)
+    found = [
+        pdd_fast.unroll(net, theta, images, torch.arange(6) % classes, 0.1, [range(6)] * 2, engine=engine)
+        for engine in ("fused", "autograd")
+    ]
+    assert relative_error(*found) <= 1e-9
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, {classes}\), got 0\.\.{classes}"):
+        pdd_fast.unroll(net, theta, images, torch.arange(6) % 2 * classes, 0.1, [range(6)])
+
+
+def test_logits_of_another_module_are_checked_by_name() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    theta, images = pdd_fast.flatten_parameters(net), torch.randn(4, 3, 2, 2)
+    for labels, message in (
+        (torch.tensor([0, 1, 2, 3]), r"labels must lie in \[0, 3\), got 0\.\.3"),
+        (torch.zeros(4, 2), r"labels must have shape \(4, 3\), got \(4, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pdd_fast.unroll(net, theta, images, labels, 0.1, [range(4)])
+    flat = nn.Sequential(nn.Flatten(0), nn.Linear(48, 3))
+    with pytest.raises(ValueError, match=r"net must give logits \[4, classes\], got \(3,\)"):
+        pdd_fast.unroll(flat, pdd_fast.flatten_parameters(flat), images, torch.arange(4) % 3, 0.1, [range(4)])

@@ -157,7 +157,7 @@ class MatchingStep:
         if operations:
             draws = [PackedDraws(fixed["values"][i], fixed["operations"][i], cutout) for i in range(len(batches))]
         specs = [
-            UnrollSpec(engine, batches[first : first + steps], draws[first : first + steps], [None] * steps, keep)
+            UnrollSpec(engine, batches[first : first + steps], draws[first : first + steps], [None] * steps, keep=keep)
             for first in range(0, len(batches), steps)
         ]
         images = frozen_images.new_empty((total, *frozen_images.shape[1:]))

@@ -3,18 +3,98 @@ it is."""
 
 from __future__ import annotations
 
+from operator import index
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pdd_fast.errors import require
+from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.parameters import check_parameters
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_theta(operator: str, net: nn.Module, theta: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``theta`` is a vector of parameters of ``net``, float32 or float64."""
+    """Raise TypeError or ValueError unless ``theta`` is a vector of parameters of ``net``, float32 or float64."""
+    require(operator, any(True for _ in net.parameters()), "net", "have parameters", "a network without any")
     if theta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{operator}: theta must be float32 or float64, got {theta.dtype}")
     check_parameters(operator, net, theta)
+
+
+def moving_parameters(operator: str, net: nn.Module, theta: Tensor) -> Tensor | None:
+    """Return 1 where the parameter of an element of ``theta`` [P] requires gradients and 0 where it is frozen.
+
+    Returns:
+        [P] of the type and on the device of ``theta``; None where no parameter is frozen.
+
+    Raises:
+        ValueError: all parameters are frozen.
+    """
+    parameters = list(net.parameters())
+    moving = [parameter.requires_grad for parameter in parameters]
+    require(operator, any(moving), "net", "have a parameter that requires gradients",
+            "one whose parameters are all frozen; call net.requires_grad_(True)")  # fmt: skip
+    if all(moving):
+        return None
+    parts = [theta.new_full((p.numel(),), float(m)) for p, m in zip(parameters, moving, strict=True)]
+    return torch.cat(parts).detach()
+
+
+def as_labels(operator: str, labels: Tensor, dtype: torch.dtype, name: str = "labels") -> Tensor:
+    """Return ``labels`` as int64 class indices [n] or as weights [n, classes] of type ``dtype``.
+
+    Class indices may have any integer type, or be whole numbers in a floating-point type. One-hot rows may be integers
+    or bools. Everything else is returned as it is.
+
+    Raises:
+        ValueError: a single column, or floating-point class indices that are not whole numbers.
+    """
+    shape = tuple(labels.shape)
+    if labels.dim() == 2 and shape[1] == 1:
+        raise ValueError(
+            f"{operator}: {name} must be class indices [n], or weights [n, classes] of 2 classes or more, got {shape}; "
+            f"pass {name}.squeeze(1).long() where the column holds class indices"
+        )
+    if labels.dim() == 1 and labels.is_floating_point():
+        whole = labels.detach()
+        require(operator, not labels.requires_grad and bool((whole == whole.round()).all()), name,
+                "be class indices or weights [n, classes]",
+                f"shape {shape} of {labels.dtype} that are no whole numbers or require gradients")  # fmt: skip
+        return whole.long()
+    if labels.dim() == 1 and labels.dtype in _INTEGERS:
+        return labels.long()
+    if labels.dim() == 2 and labels.dtype in (*_INTEGERS, torch.bool):
+        rows = labels.long()
+        one_hot = bool(((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all())
+        require(operator, one_hot, name, "be one-hot where they are integers [n, classes]", f"other rows of {shape}")
+        return labels.to(dtype)
+    return labels
+
+
+def as_indices(operator: str, indices: Any, name: str) -> Tensor:
+    """Return ``indices``, an integer tensor or whole numbers in a list, as an int64 vector that is not empty.
+
+    Raises:
+        TypeError: they are not whole numbers.
+        ValueError: they are empty or have another number of dimensions.
+    """
+    if not isinstance(indices, Tensor):
+        try:
+            values = list(indices)
+            if any(isinstance(i, bool) for i in values):
+                raise TypeError("a bool is no index")
+            indices = torch.tensor([index(i) for i in values], dtype=torch.int64, device="cpu")
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{operator}: {name} must be a vector of whole numbers, got {indices!r:.80}") from error
+    if indices.dtype not in _INTEGERS:
+        advice = "; pass mask.nonzero().flatten()" if indices.dtype == torch.bool else ""
+        raise TypeError(f"{operator}: {name} must be int64, got {indices.dtype}{advice}")
+    shape = tuple(indices.shape)
+    require(operator, indices.dim() == 1 and indices.numel() > 0, name, "be a vector of indices", shape)
+    return indices.long()
 
 
 def check_batch(
@@ -25,6 +105,7 @@ def check_batch(
     fit one another, ``net`` and ``theta``.
 
     Args:
+        labels: as :func:`as_labels` gives them.
         names: of both arguments, for the message.
     """
     images_name, labels_name = names
@@ -45,18 +126,17 @@ def check_batch(
 
 
 def _check_network(operator: str, net: nn.Module, images: Tensor, labels: Tensor, names: tuple[str, str]) -> None:
-    """Where the module says what it takes, a mismatch is named before a kernel or a matrix product trips over it."""
-    channels, size = getattr(net, "in_channels", None), getattr(net, "image_size", None)
-    if isinstance(channels, int) and isinstance(size, tuple):
-        expected = (channels, *size)
-        require(operator, tuple(images.shape[1:]) == expected, names[0],
-                f"have shape [n, {', '.join(map(str, expected))}]", tuple(images.shape))  # fmt: skip
-    classes = getattr(net, "num_classes", None)
-    if not isinstance(classes, int):
+    """Name a mismatch before a kernel or a matrix product trips over it, where the layers say what the module takes."""
+    known = kernel_shape(net)
+    if known is None:  # The attributes of a module that was changed are no longer true.
         return
+    expected = known.image
+    require(operator, tuple(images.shape[1:]) == expected, names[0],
+            f"have shape [n, {', '.join(map(str, expected))}]", tuple(images.shape))  # fmt: skip
+    classes = known.num_classes
     if labels.dtype == torch.int64:
         low, high = int(labels.min()), int(labels.max())
         require(operator, low >= 0 and high < classes, names[1], f"lie in [0, {classes})", f"{low}..{high}")
     else:
-        expected = (len(labels), classes)
-        require(operator, tuple(labels.shape) == expected, names[1], f"have shape {expected}", tuple(labels.shape))
+        wanted = (len(labels), classes)
+        require(operator, tuple(labels.shape) == wanted, names[1], f"have shape {wanted}", tuple(labels.shape))

@@ -1,0 +1,55 @@
+"""Backward passes whose own derivative nobody has written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Backward = Callable[..., tuple[Any, ...]]
+
+
+def first_order_only(operator: str) -> Callable[[Backward], Backward]:
+    """Make a second derivative through ``operator`` an error, on every path to what it was computed from.
+
+    For the ``backward`` of a :class:`torch.autograd.Function` that saves every input it differentiates with respect to
+    (``save_for_backward``). torch's own ``once_differentiable`` raises only where the incoming gradient requires
+    gradients. Where that is a constant, as under ``theta_N.sum()``, or where the input is reached by another path too,
+    it leaves a term out without a word.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @wraps(backward)
+        def run(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            return tuple(
+                _Barrier.apply(operator, part, *causes) if isinstance(part, Tensor) else part for part in found
+            )
+
+        return run
+
+    return decorate
+
+
+class _Barrier(torch.autograd.Function):
+    """The identity, whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, value: Tensor, *causes: Tensor) -> Tensor:
+        ctx.operator = operator
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"{ctx.operator}: second derivatives must not be asked for, got a gradient through its gradient; where one "
+            "is needed, differentiate plain torch operators with create_graph=True, within "
+            "pdd_fast.networks.kernels.plain_torch()"
+        )
