@@ -17,6 +17,7 @@ from pdd_fast.benchmarks.plot import draw
 from pdd_fast.benchmarks.processes import Outcome
 from pdd_fast.devices import resolve_device
 from pdd_fast.errors import UsageError
+from pdd_fast.figures import attempt
 from pdd_fast.files import write_json, write_text
 from pdd_fast.reporting import SILENT, Reporter
 
@@ -90,7 +91,7 @@ class Bench:
             self.record["finished"] = True
         finally:
             self._write()
-            draw(self.record, self.folder / "bench.png")
+            attempt(self.folder / "bench.png", partial(draw, self.record))
         return self.record
 
     def _write(self) -> None:

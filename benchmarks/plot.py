@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from pdd_fast.benchmarks.cases import Case, parse
-from pdd_fast.files import atomic_path
+from pdd_fast.figures import default_style, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 OURS, OTHERS = ("#0b6e99", "#3aa6d0", "#084c6b"), ("#d9730d", "#6940a5", "#8a8a8a", "#4d7c3a", "#c2185b")
 
@@ -52,13 +52,14 @@ def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [min(group, key=at_the_end) for group in groups.values()]
 
 
+@default_style()
 def draw(record: Mapping[str, Any], path: Path) -> bool:
     """Writes the picture of a record's largest family of cases; whether there was anything to draw."""
     cases = {name: record["cases"][name] for name in family(list(record["cases"]))}
     contenders = drawn(cases)
     if not contenders:
         return False
-    figure = Figure(figsize=(9.6, 4.4), dpi=150)
+    figure = new_figure(figsize=(9.6, 4.4), dpi=150)
     time, memory = figure.subplots(1, 2)
     colours = {True: cycle(OURS), False: cycle(OTHERS)}
     for contender in contenders:
@@ -82,8 +83,7 @@ def draw(record: Mapping[str, Any], path: Path) -> bool:
         f"{_where(record['machine'])}", fontsize=10, parse_math=False,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.16, 1, 1))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    save_figure(figure, path)
     return True
 
 

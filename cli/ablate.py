@@ -43,7 +43,8 @@ def command(
         output.print_json(content)
         return
     output.print_ablation(content)
-    output.print_files([folder / "ablation.json", folder / "ablation.png"])
+    picture = folder / "ablation.png"
+    output.print_files([folder / "ablation.json"] + [picture] * picture.exists())
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -8,7 +8,11 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -27,7 +31,6 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "export": "Write a run's images as MTT's scripts store theirs.",
     "env": "What was built, what was found, what to do about it.",
 }
-INTERRUPTED, TERMINATED = 130, 143  # what shells expect after SIGINT and SIGTERM
 _SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words, and those of torch's CPU allocator
 
@@ -59,6 +62,13 @@ class LazyGroup(click.Group):
             return None
         return import_module(f"pdd_fast.cli.{name}").command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            # click would write to stderr, which may be a terminal that is gone, and lose the interrupt to an OSError.
+            raise click.Abort from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -70,17 +80,66 @@ def group() -> None:
     """Progressive dataset distillation: a few synthetic images that train a network almost as well as the full data."""
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the same way out as Ctrl-C."""
+class _Signaled(KeyboardInterrupt):
+    """A signal that asks the process to end, on the same way out as Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_status = 128 + number  # as shells have it
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise _Terminated
+def _raise(number: int, frame: Any) -> None:
+    raise _Signaled(number)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP where the terminal goes away, end the block as Ctrl-C does.
+
+    A signal that the caller ignores stays ignored (nohup), and one that is not Python's stays with its handler. Only
+    the main thread may set handlers; in another one the process keeps what it has.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.getsignal(number) for number in numbers}
+    ours = [number for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)]
+    try:
+        for number in ours:
+            signal.signal(number, _raise)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, previous[number])
+
+
+@contextmanager
+def _warnings() -> Iterator[None]:
+    """Show our own warnings as sentences, without a line of source.
+
+    Of threads that overlap, the last to leave would restore what the first had put in place: the main one alone does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    show = warnings.showwarning
+
+    def sentence(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__module__.startswith("pdd_fast"):
+            _say(f"warning: {message}")
+        else:
+            show(message, category, *where, **more)
+
+    warnings.showwarning = sentence
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 the work failed, 2 the call was wrong, 130 or 143 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the call was wrong, 128 + n ended by signal n."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the caller has closed it
@@ -92,7 +151,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """:func:`main` without leaving the process; the exit status."""
+    """Do what :func:`main` does without leaving the process; return the exit status.
+
+    Any thread may call it. Signal handlers are as before once it returns.
+    """
+    try:
+        with _signals(), _warnings():
+            return _run(arguments)
+    except _Signaled as error:  # between the last line of the work and the return
+        return error.exit_status
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         return group.main(arguments, prog_name="pdd-fast", standalone_mode=False) or 0
     except click.exceptions.Exit as error:
@@ -102,10 +172,11 @@ def run(arguments: list[str] | None = None) -> int:
     except PddFastError as error:
         return _say(str(error), error.exit_status)
     except (KeyboardInterrupt, click.Abort) as error:
-        # click raises Abort from what it caught.
         interrupt = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
+        with suppress(OSError, ValueError):
+            click.echo(err=True)  # the terminal shows ^C
         _say("interrupted" + _hint(interrupt))
-        return TERMINATED if isinstance(interrupt, _Terminated) else INTERRUPTED
+        return interrupt.exit_status if isinstance(interrupt, _Signaled) else 128 + signal.SIGINT
     except OSError as error:
         sentence = error.strerror or _line(error)
         return _say((f"{sentence}: {error.filename}" if error.filename else sentence) + _hint(error))
@@ -139,7 +210,8 @@ def _line(error: BaseException) -> str:
 
 
 def _say(sentence: str, status: int = 1) -> int:
-    click.echo(f"pdd-fast: {sentence}", err=True)
+    with suppress(OSError, ValueError):  # the terminal is gone, or the stream is closed: the status still counts
+        click.echo(f"pdd-fast: {sentence}", err=True)
     return status
 
 

@@ -3,29 +3,73 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pdd_fast.reporting import Reporter, Task
 
-_PLAIN_WIDTH = 100  # columns of a table that does not go to a terminal
+_PLAIN_WIDTH = 100  # columns of a table that does not go to a terminal, unless COLUMNS says otherwise
+_LEAST_TABLE_WIDTH = 60  # columns; in fewer a table becomes rows
+_LEAST_VALUES_WIDTH = 12  # columns of a bar's line that are left for values, or none are shown
 _SPEED_SECONDS = 600.0  # a bar's speed is that of so long; an iteration may take minutes
 _PLAIN_SECONDS = 10.0  # between two lines of one task where there is no terminal
+_NOTEBOOK_SECONDS = 1.0  # between two states of a notebook's line; each is a message to the browser
 
 
 def reporter() -> Reporter:
-    """Bars on a terminal, a line now and then elsewhere."""
-    return BarReporter() if sys.stderr.isatty() else LineReporter()
+    """Bars on a terminal, one line that changes in a notebook, a line now and then elsewhere."""
+    if _is_notebook(sys.stderr):
+        return NotebookReporter()
+    return BarReporter() if _is_terminal(sys.stderr) else LineReporter()
+
+
+def _is_notebook(stream: Any) -> bool:
+    """Whether a stream is shown below a notebook's cell, by ipykernel (Jupyter, VS Code, Colab)."""
+    return any(kind.__module__.partition(".")[0] == "ipykernel" for kind in type(stream).__mro__)
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Streams that others put in place may lack isatty, be closed, or be None."""
+    try:
+        return not _is_notebook(stream) and bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+class _Progress:
+    """stderr, whose failure is not the run's: the terminal may be gone, the pipe's reader too."""
+
+    def __init__(self) -> None:
+        self._stream: Any = sys.stderr
+        self.encoding = getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return _is_terminal(self._stream)
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
 
 
 def _values(values: dict[str, Any]) -> str:
@@ -55,19 +99,55 @@ class _SecondsColumn(TextColumn):
         return Text(f"{1 / task.speed:.3g} s/{task.fields['unit']}", style="dim")
 
 
+class _FittingProgress(Progress):
+    """Bars of one line each: in a narrow terminal the less important columns are left out, and values are cut."""
+
+    def __init__(self, console: Console) -> None:
+        self._terminal = console  # rich asks for the columns before it has set its own
+        self._widths = [Column(no_wrap=True, overflow="ellipsis") for _ in range(2)]  # of the name and the values
+        name, values = (
+            TextColumn(text, markup=False, table_column=column)
+            for text, column in zip(("{task.description}", "{task.fields[shown]}"), self._widths, strict=True)
+        )
+        self._all = (
+            name, BarColumn(bar_width=24), MofNCompleteColumn(), _SecondsColumn(), TimeRemainingColumn(compact=True),
+            values,
+        )  # fmt: skip
+        super().__init__(*self._all, console=console, speed_estimate_period=_SPEED_SECONDS)
+
+    def make_tasks_table(self, tasks: Iterable[RichTask]) -> Table:
+        tasks = list(tasks)
+        self.columns = self._fitting(tasks)
+        return super().make_tasks_table(tasks)
+
+    def _fitting(self, tasks: list[RichTask]) -> tuple[ProgressColumn, ...]:
+        """The columns that there is room for."""
+        name, bar, count, speed, left, values = self._all
+        room = self._terminal.width
+        chosen: list[ProgressColumn] = []
+        for each in (count, name, left, speed, bar):  # the most important first
+            width = 24 if each is bar else max((cell_len(str(each(task))) for task in tasks), default=0)
+            if each is name:  # a name may be cut; a number would become another one
+                self._widths[0].max_width = width = max(1, min(width, room - 1))
+            if width < room:
+                chosen.append(each)
+                room -= width + 1
+        if room >= _LEAST_VALUES_WIDTH:
+            self._widths[1].max_width = room
+            chosen.append(values)
+        return tuple(each for each in self._all if each in chosen)
+
+
 class BarReporter(Reporter):
     """Progress bars by rich."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        # Not rich's own way of showing things in a notebook, which needs ipywidgets.
+        self._console = Console(file=cast(TextIO, _Progress()), force_jupyter=False)
 
     @contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _SecondsColumn(),
-            TimeRemainingColumn(compact=True), TextColumn("{task.fields[shown]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=self._console, speed_estimate_period=_SPEED_SECONDS) as progress:
+        with _FittingProgress(self._console) as progress:
             number = progress.add_task(name, total=total, completed=done, unit=unit, shown="")
             shown: dict[str, Any] = {}
 
@@ -85,9 +165,12 @@ class BarReporter(Reporter):
 class LineReporter(Reporter):
     """Plain lines, without control characters, for files and pipes."""
 
+    _seconds = _PLAIN_SECONDS
+
     @contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        began = last = time.monotonic()
+        began, seconds_apart = time.monotonic(), self._seconds
+        last = began
         state: dict[str, Any] = {"done": done}
         shown: dict[str, Any] = {}
 
@@ -99,22 +182,55 @@ class LineReporter(Reporter):
                 each = seconds / (now - done)
                 parts.append(f"{each:.3g} s/{unit}")
                 parts.append(_duration(seconds) + (f", {_duration(each * (total - now))} left" if now < total else ""))
-            self.message("  ".join(parts + ([_values(shown)] if shown else [])))
+            self._line("  ".join(parts + ([_values(shown)] if shown else [])))
 
         class Lines(Task):
             def advance(self, count: int = 1, **values: Any) -> None:
                 nonlocal last
                 state["done"] += count
                 shown.update(values)
-                if time.monotonic() - last > _PLAIN_SECONDS:
+                if time.monotonic() - last > seconds_apart:
                     last = time.monotonic()
                     line()
 
-        yield Lines()
-        line()
+        try:
+            yield Lines()
+            line()
+        finally:
+            self._end()
+
+    def _line(self, text: str) -> None:
+        """How far a task is."""
+        self.message(text)
+
+    def _end(self) -> None:
+        """A task has ended, well or not."""
 
     def message(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=_Progress(), flush=True)
+
+
+class NotebookReporter(LineReporter):
+    """A line for each task that is written over as it goes on: a run of hours leaves a dozen lines below its cell."""
+
+    _seconds = _NOTEBOOK_SECONDS
+
+    def __init__(self) -> None:
+        self._width = 0  # of what the open line shows
+
+    def _line(self, text: str) -> None:
+        # A shorter text leaves the end of a longer one standing.
+        print("\r" + text.ljust(self._width), end="", file=_Progress(), flush=True)
+        self._width = len(text)
+
+    def _end(self) -> None:
+        if self._width:
+            print(file=_Progress(), flush=True)
+        self._width = 0
+
+    def message(self, text: str) -> None:
+        self._end()
+        super().message(text)
 
 
 def print_json(content: Any) -> None:
@@ -122,8 +238,46 @@ def print_json(content: Any) -> None:
     print(json.dumps(content), flush=True)
 
 
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH, no_color=True, highlight=False)
+def _console(plain_width: int = _PLAIN_WIDTH) -> Console:
+    """For results: a terminal, or text that is ``plain_width`` columns wide where COLUMNS does not say otherwise."""
+    if _is_terminal(sys.stdout):
+        return Console(force_jupyter=False)
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdecimal() and int(columns) else plain_width
+    return Console(width=width, no_color=True, highlight=False, force_jupyter=False, force_terminal=False)
+
+
+def _print_line(text: str, indent: str = "") -> None:
+    """A line; on a terminal as many as it takes, broken between words."""
+    width = _console(plain_width=10**6).width
+    for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent + "  "):
+        print(line)
+
+
+def _print_table(columns: list[str], rows: list[list[str]], left: int) -> None:
+    """A table; where it would not fit, or in a narrow terminal, a few lines for each row.
+
+    Args:
+        left: columns that name a row and head its lines; a single one is aligned as text.
+    """
+    table = Table()
+    for k, name in enumerate(columns):
+        table.add_column(name, justify="left" if left == 1 and k == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    sys.stdout.flush()
+    console = _console()
+    needed = console.measure(table, options=console.options.update(max_width=10**6)).maximum
+    if console.width >= max(_LEAST_TABLE_WIDTH, needed):
+        console.print(table)
+        return
+    names = max(map(len, columns[left:]), default=0)
+    for row in rows:
+        head = zip(columns[:left], row[:left], strict=True)
+        _print_line(row[0] if left == 1 else ", ".join(f"{name} {value}" for name, value in head))
+        for name, value in zip(columns[left:], row[left:], strict=True):
+            if value:
+                _print_line(f"{name.ljust(names)}  {value}", "  ")
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
@@ -136,7 +290,8 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
         shown = [(result["network"], result["name"]) for result in results]
         for pair in (pair for pair in evaluation.get("paired", ()) if (pair["network"], pair["to"]) in shown):
             if pair["ci95"] is not None:
-                print(f"{pair['of']} − {pair['to']} in the end: {pair['difference']:+.1f} ± {pair['ci95']:.1f} (95 %)")
+                difference = f"{pair['difference']:+.1f} ± {pair['ci95']:.1f} (95 %)"
+                _print_line(f"{pair['of']} − {pair['to']} in the end: {difference}")
 
 
 def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
@@ -145,11 +300,9 @@ def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], ki
     protocol = evaluation["protocol"]
     repeats = len(results[0]["seeds"])
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
-    print(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}{kind}")
+    _print_line(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}{kind}")
     # Stages run downwards: there may be any number of them, and the table has to fit into 80 columns.
-    table = Table()
-    for name in ("stage", "ipc", "steps", *(result["name"] for result in results)):
-        table.add_column(name, justify="right")
+    table = []
     rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
     for stage, (images, steps) in enumerate(rows):
         last = stage + 1 == len(evaluation["steps"])
@@ -157,26 +310,21 @@ def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], ki
             f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}" if last or result["name"] not in ALONE else ""
             for result in results
         ]
-        table.add_row(str(stage + 1), str(images), str(steps), *cells)
-    sys.stdout.flush()
-    _console().print(table)
+        table.append([str(stage + 1), str(images), str(steps), *cells])
+    _print_table(["stage", "ipc", "steps", *(result["name"] for result in results)], table, left=3)
 
 
 def print_ablation(content: dict[str, Any]) -> None:
     """A row for each variant."""
     seeds = len(content["seeds"])
     of = "1 seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
-    print(f"Test accuracy on {content['data']} after {content['steps']} steps, percent, {of}")
-    table = Table()
-    table.add_column("variant")
-    for name in ("accuracy", *(f"seed {seed}" for seed in content["seeds"])):
-        table.add_column(name, justify="right")
+    _print_line(f"Test accuracy on {content['data']} after {content['steps']} steps, percent, {of}")
+    table = []
     for result in content["results"]:
         interval = "" if result["ci95"] is None else f" ± {result['ci95']:.1f}"
         cells = [f"{accuracy:.1f}" for accuracy in result["accuracy"]]
-        table.add_row(result["name"], f"{result['mean']:.1f}{interval}", *cells)
-    sys.stdout.flush()
-    _console().print(table)
+        table.append([result["name"], f"{result['mean']:.1f}{interval}", *cells])
+    _print_table(["variant", "accuracy", *(f"seed {seed}" for seed in content["seeds"])], table, left=1)
 
 
 def print_files(paths: list[Path]) -> None:

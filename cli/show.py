@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pdd_fast.cli import output
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import RunError, UsageError
 
 
 @click.command(name="show")
@@ -19,31 +21,40 @@ def command(run_dir: Path, as_json: bool) -> None:
     from pdd_fast.runs import Run
 
     run = Run.open(run_dir)
-    files = draw(run)
-    if not files:
+    wanted = _pictures(run)
+    if not wanted:
         raise UsageError(f"{run.path} has no finished stage to show; continue it with pdd-fast distill --resume")
+    files = draw(run)
     evaluation = run.read_evaluation() if run.evaluation_file.exists() else None
     if as_json:
         output.print_json({"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation})
-        return
-    if evaluation is not None:
-        output.print_evaluation(evaluation)
     else:
-        print(f"{run.path} has not been evaluated yet")
-    output.print_files(files)
+        if evaluation is not None:
+            output.print_evaluation(evaluation)
+        else:
+            print(f"{run.path} has not been evaluated yet")
+        output.print_files(files)
+    failed = [path.name for path in wanted if path not in files]
+    if failed:
+        raise RunError(f"{' and '.join(failed)} could not be drawn; the warnings say why")
 
 
 def draw(run: Any) -> list[Path]:
-    """Writes the pictures that there is something to draw for; their paths."""
+    """Write the pictures that there is something to draw for; return the paths of those that did not fail."""
+    from pdd_fast.figures import attempt
+
+    return [path for file, picture in _pictures(run).items() for path in attempt(file, picture)]
+
+
+def _pictures(run: Any) -> dict[Path, Callable[[Path], object]]:
+    """What there is something to draw for, and what draws it."""
     from pdd_fast.distilled import load_distilled
     from pdd_fast.pictures import accuracy_plot, image_grid
 
-    files = []
+    pictures: dict[Path, Callable[[Path], object]] = {}
     finished = [run.stage_file(s) for s in range(1, run.config.stages + 1) if run.stage_file(s).exists()]
     if finished:
-        image_grid(load_distilled(finished[-1]), run.images_file)
-        files.append(run.images_file)
+        pictures[run.images_file] = partial(image_grid, load_distilled(finished[-1]))
     if run.evaluation_file.exists():
-        accuracy_plot(run.read_evaluation(), run.accuracy_file)
-        files.append(run.accuracy_file)
-    return files
+        pictures[run.accuracy_file] = partial(accuracy_plot, run.read_evaluation())
+    return pictures

@@ -10,19 +10,18 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from pdd_fast.config import Config, from_dict
 from pdd_fast.data import load
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run, half_width
-from pdd_fast.files import write_json
+from pdd_fast.figures import attempt, default_style, new_figure, save_figure
+from pdd_fast.files import readable, write_json
 from pdd_fast.matching import METHODS
-from pdd_fast.pictures import save_figure
 from pdd_fast.progressive import distill
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
@@ -117,7 +116,7 @@ def ablate(
         "results": results,
     }  # fmt: skip
     write_json(folder / "ablation.json", content)
-    plot(content, folder / "ablation.png")
+    attempt(folder / "ablation.png", partial(plot, content))
     return content
 
 
@@ -140,9 +139,10 @@ def _run(path: Path, config: Config) -> Run:
     return run
 
 
+@default_style()
 def plot(content: dict[str, Any], path: Path) -> None:
     """Writes a PNG: final accuracy over the number of stages, a line for each combination of the other switches."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=150)
+    figure = new_figure(figsize=(6.4, 4.2), dpi=150)
     axes = figure.subplots()
     results = [result for result in content["results"] if "stages" in result]
     kinds = list(dict.fromkeys((result["conditioning"], result["filter"]) for result in results))
@@ -162,10 +162,10 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axes.set_xticks(sorted({result["stages"] for result in results}))
     axes.set_xlabel("stages")
     axes.set_ylabel("test accuracy in the end, %")
-    what = f"{content['data']}, {content['ipc']} images a class, {content['labels']} labels"
+    what = f"{readable(content['data'])}, {content['ipc']} images a class, {content['labels']} labels"
     axes.set_title(f"{what}, {len(content['seeds'])} seeds", fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    save_figure(figure, path)
+    save_figure(figure, path, bbox_inches="tight")

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.evaluate import ALONE, tables
-from pdd_fast.files import atomic_path
+from pdd_fast.figures import default_style, new_figure, save_figure
+from pdd_fast.files import readable
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
 MOST_COLUMNS = 50  # of a stage
@@ -36,6 +36,7 @@ _LABELS = {
 }
 
 
+@default_style()
 def image_grid(distilled: DistilledSet, path: Path) -> None:
     """Writes a PNG with one panel per stage: a row per class, a column per image."""
     pixels = distilled.pixels().permute(0, 2, 3, 1).numpy()  # [n, H, W, C]
@@ -51,7 +52,7 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
     H, W, C = pixels.shape[1:]
     inches = 0.45  # of one image
     width, height = inches * sum(columns) + 0.15 * len(columns) + 1.4, inches * shown * H / W + 0.9
-    figure = Figure(figsize=(max(width, 4.0), height), dpi=150, layout="compressed")
+    figure = new_figure(figsize=(max(width, 4.0), height), dpi=150, layout="compressed")
     # In dots and not in images, because the lines between images are fewer by one: every panel then has one scale.
     panels = figure.subplots(1, len(columns), squeeze=False, width_ratios=[n * (W + 1) - 1 for n in columns])[0]
     for stage, (panel, count) in enumerate(zip(panels, columns, strict=True), start=1):
@@ -69,24 +70,26 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
             spine.set_visible(False)
     # Folder names become class names: a $ in them is no mathematics.
     middles = [k * (H + 1) + H / 2 for k in range(shown)]
-    panels[0].set_yticks(middles, [str(n) for n in names[:shown]], fontsize=8, parse_math=False)
+    panels[0].set_yticks(middles, [readable(str(n)) for n in names[:shown]], fontsize=8, parse_math=False)
     panels[0].tick_params(length=0)
     more = f", the first {shown} of {len(names)} classes" if shown < len(names) else ""
     more += f", the first {most} of a class and stage" if max(counts) > most else ""
-    title = f"{distilled.metadata.get('data', 'distilled set')}: {len(pixels)} images{more}"
+    data = readable(str(distilled.metadata.get("data", "distilled set")))
+    title = f"{data}: {len(pixels)} images{more}"
     figure.suptitle(title, fontsize=10, parse_math=False)
-    save_figure(figure, path)
+    save_figure(figure, path, bbox_inches="tight")
 
 
+@default_style()
 def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
     """Writes a PNG with a panel per kind of network and of labels and a curve per result: test accuracy over images per
     class, bars of one standard deviation."""
     groups = tables(evaluation)
-    figure = Figure(figsize=(6.4 * len(groups), 4.2), dpi=150)
+    figure = new_figure(figsize=(6.4 * len(groups), 4.2), dpi=150)
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for panel, (words, results) in zip(panels, groups, strict=True):
         _curves(panel, evaluation, results, f"{words}, " if words else "")
-    save_figure(figure, path)
+    save_figure(figure, path, bbox_inches="tight")
 
 
 def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
@@ -100,13 +103,13 @@ def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]]
             x, y, yerr=e, marker="D" if alone else "o", linestyle="none" if alone else "-", markersize=5, capsize=3,
             color=_COLOURS.get(name), label=_LABELS.get(name, name),
         )  # fmt: skip
-    repeats = len(results[0]["seeds"])
+    repeats, data = len(results[0]["seeds"]), readable(protocol["data"])
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
     # Labels of 20 stages would run into each other; of the stages that have one the last is one.
     axes.set_xticks(images[::-1][:: -(-len(images) // MOST_TICKS)])
     axes.set_title(
-        f"{kind}{protocol['data']}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
+        f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
         fontsize=10,
         parse_math=False,
     )
@@ -114,10 +117,3 @@ def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]]
     axes.legend(frameon=False, fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG; equal content gives equal bytes."""
-    with atomic_path(path) as temporary:
-        # No date and no version among the metadata: equal content gives equal bytes.
-        figure.savefig(temporary, format="png", bbox_inches="tight", metadata={"Software": None})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import io
 import itertools
 import json
 import os
+import select
 import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -61,13 +64,9 @@ def call(*arguments: str | Path) -> Outcome:
 
 def call_main(*arguments: str | Path, encoding: str = "utf-8") -> Outcome:
     """The entry point in this process, as if stdout and stderr had ``encoding``."""
-    handler = signal.getsignal(signal.SIGTERM)
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
-    try:
-        with redirect_stdout(streams[0]), redirect_stderr(streams[1]), pytest.raises(SystemExit) as exit_:
-            cli.main([str(a) for a in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with redirect_stdout(streams[0]), redirect_stderr(streams[1]), pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in arguments])
     for stream in streams:
         stream.seek(0)
     assert isinstance(exit_.value.code, int)
@@ -838,17 +837,134 @@ def test_ctrl_c_while_evaluating_says_no_more_than_that(run: Path, monkeypatch: 
     assert contents(run) == before
 
 
-def test_a_terminated_command_exits_with_143_and_can_be_continued(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("entry", [call, call_main])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_terminated_command_exits_with_its_signal_and_can_be_continued(
+    number: signal.Signals, status: int, entry: Callable[..., Outcome], finished: Finished, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     path = tmp_path / "run"
-    interrupt_after(monkeypatch, "pathlib.Path.replace", 2, signal.SIGTERM)  # config.json, an expert
-    outcome = call_main("experts", *tiny.flags(), "--run-dir", path)
-    assert (outcome.status, outcome.out) == (143, "")
+    interrupt_after(monkeypatch, "pathlib.Path.replace", 2, number)  # config.json, an expert
+    outcome = entry("experts", *tiny.flags(), "--run-dir", path)
+    assert (outcome.status, outcome.out) == (status, "")
     assert [p.name for p in (path / "experts").iterdir()] == ["trajectory-000.safetensors"]
     assert call(*continuation(outcome)).status == 0
     for name, found in contents(path / "experts").items():
         assert found == (finished.path / "experts" / name).read_bytes()
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts handlers back that a test has set."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("arguments", [("--version",), ("nope",), ("show", "nowhere")])
+@pytest.mark.parametrize("entry", [call, call_main])
+def test_the_callers_signal_handlers_are_put_back(entry: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
+    def theirs(*_: object) -> None:
+        """A server's."""
+
+    for number in SIGNALS:
+        signal.signal(number, theirs)
+    entry(*arguments)
+    assert [signal.getsignal(number) for number in SIGNALS] == [theirs, theirs]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_signals_that_the_caller_ignores_stay_ignored(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    path = tmp_path / "run"
+    interrupt_after(monkeypatch, "pathlib.Path.replace", 2, signal.SIGHUP)
+    assert call("experts", *tiny.flags(), "--run-dir", path).status == 0
+    assert contents(path / "experts") == contents(finished.path / "experts")
+
+
+def test_commands_run_in_threads_of_a_program_with_an_event_loop(finished: Finished, tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+
+    async def serve() -> list[int]:
+        jobs = [
+            asyncio.to_thread(cli.run, ["distill", *tiny.flags(), "--run-dir", str(tmp_path / f"run {k}")])
+            for k in range(2)
+        ]
+        here = cli.run(["show", str(finished.path), "--json"])  # on the loop's own thread
+        return [here, *await asyncio.gather(*jobs)]
+
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()):
+        assert asyncio.run(serve()) == [0, 0, 0]
+    assert out.getvalue().count("Test accuracy on digits") == 2
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    for k in range(2):
+        found = (tmp_path / f"run {k}" / "distilled.safetensors").read_bytes()
+        assert found == (finished.path / "distilled.safetensors").read_bytes()
+
+
+def test_the_entry_point_ends_a_thread_with_the_status() -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        try:
+            cli.main(["nope"])
+        except SystemExit as error:
+            seen.append(error.code)
+
+    with redirect_stderr(io.StringIO()) as err:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [2]
+    assert "no such command 'nope'" in err.getvalue()
+
+
+@pytest.mark.parametrize("command", ["distill", "evaluate", "show"])
+def test_a_picture_that_fails_does_not_fail_the_work(command: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no font")
+
+    for name in ("images.png", "accuracy.png"):
+        (run / name).unlink()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    arguments = {"distill": ["--resume", "--run-dir", run], "evaluate": [run, "--repeats", "1"], "show": [run]}[command]
+    outcome = call(command, *arguments)
+    assert outcome.status == (1 if command == "show" else 0)  # drawing is what show is for
+    assert "Test accuracy on digits" in outcome.out
+    assert f"pdd-fast: warning: {run / 'images.png'} could not be drawn: no font\n" in outcome.err
+    assert f"pdd-fast: warning: {run / 'accuracy.png'} could not be drawn: no font\n" in outcome.err
+    assert "images.png" not in outcome.out
+    if command == "show":
+        assert outcome.err.splitlines()[-1].startswith("pdd-fast: images.png and accuracy.png could not be drawn")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
+def test_class_folders_that_are_no_utf_8_go_through_a_whole_run(tmp_path: Path, here: Path) -> None:
+    root = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9s"))
+    colors = itertools.count(1)
+    for part, count in (("train", 6), ("test", 3)):
+        for name in (b"caf\xe8", b"caf\xe9"):
+            folder = root / part / os.fsdecode(name)
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("L", (8, 8), next(colors) * 7).save(folder / f"{i}.png")
+    path = here / "run"
+    outcome = call_main("distill", *tiny.flags(dataset=f"imagefolder:{root}"), "--run-dir", path)
+    assert outcome.status == 0, outcome.err
+    assert r"Test accuracy on imagefolder:caf\xe9s" in outcome.out
+    assert load_distilled(path).metadata["classes"] == [r"caf\xe8", r"caf\xe9"]
+    assert (path / "images.png").stat().st_size > 0
+    assert "warning" not in outcome.err
+    assert call_main("evaluate", path, "--repeats", "1").status == 0
+    assert call_main("distill", "--resume", "--run-dir", path).status == 0
+    assert call_main("export", path, "--output", here / "out").status == 0
 
 
 def test_the_entry_point_exits_with_the_status() -> None:
@@ -868,13 +984,9 @@ def test_a_closed_stream_is_no_error(closed: str, run: Path, monkeypatch: pytest
     streams = {"stdout": io.StringIO(), "stderr": io.StringIO()} | {closed: None}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit, match="0"):
-            cli.main(["evaluate", str(run), "--repeats", "1"])
-        getattr(sys, closed).close()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["evaluate", str(run), "--repeats", "1"])
+    getattr(sys, closed).close()
     monkeypatch.undo()
     for name, stream in streams.items():
         if stream is not None:
@@ -882,6 +994,38 @@ def test_a_closed_stream_is_no_error(closed: str, run: Path, monkeypatch: pytest
 
 
 # ---- in a process of its own ----
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["hangup", "nohup"])
+def test_a_terminal_that_is_closed_leaves_a_run_to_continue(ignored: bool, tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    path = tmp_path / "run"
+    flags = tiny.flags(iterations=60 if ignored else 100_000, eval_every=0, ipc=1, stages=1, checkpoint_seconds=1000)
+    program = "from pdd_fast.cli.main import main; main()"
+    arguments = [sys.executable, "-P", "-c", program, "distill", *flags, "--run-dir", str(path)]
+    # A session of its own, whose terminal this is.
+    leader = "import os, pty, signal, sys; ignored = sys.argv.pop(1) == 'True'"
+    leader += "; signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None; os.execv(sys.argv[1], sys.argv[1:])"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, "-c", leader, str(ignored), *arguments])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").read_text().count("loss") >= 5:
+            break
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    if ignored:
+        # Results cannot be written to the terminal, which is a failure; the work is done.
+        assert os.waitstatus_to_exitcode(status) != 129
+        assert (path / "evaluation.json").exists()
+        return
+    assert os.waitstatus_to_exitcode(status) == 129
+    assert (path / "stage-1" / "checkpoint.safetensors").exists()
+    assert not (path / "distilled.safetensors").exists()
 
 
 def test_the_printed_command_continues_an_interrupted_process(tmp_path: Path) -> None:

@@ -170,6 +170,24 @@ def test_a_bar_knows_the_speed_of_iterations_that_take_minutes(
     assert shown().split()[-5:] == ["120", "s/iteration", "1:00:00", "loss", "0.5"]
 
 
+@pytest.mark.parametrize("width", [20, 40, 59, 60, 80, 200])
+def test_a_bar_is_one_line_that_fits_and_keeps_the_count(width: int, clock: Clock) -> None:
+    reporter = output.BarReporter()
+    stream = io.StringIO()
+    reporter._console = Console(file=stream, width=width, force_terminal=True, get_time=clock, color_system=None)
+    with reporter.task("transition to stage 2/5", total=1000, unit="iteration", done=100) as task:
+        for _ in range(10):
+            clock.now += 1.5
+            task.advance(1, loss=0.4567, inner_lr=0.0123, accuracy=56.78)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", stream.getvalue()).replace("\r", "\n").splitlines()
+    lines = [line.rstrip() for line in shown if line.strip()]
+    assert max(map(len, lines)) <= width
+    assert len(re.findall(r"110/1000", lines[-1])) == 1
+    assert lines[-1].startswith("transition to stage 2/5" if width >= 40 else "transiti…")
+    assert ("1.5 s/iteration" in lines[-1]) == (width >= 59)
+    assert ("accuracy 56.78" in lines[-1]) == (width == 200)
+
+
 def test_messages_are_printed_as_they_are(bars: tuple[output.BarReporter, Callable[[], str]]) -> None:
     reporter, shown = bars
     reporter.message("runs/[red]digits[/red] holds 5 experts")
@@ -179,6 +197,106 @@ def test_messages_are_printed_as_they_are(bars: tuple[output.BarReporter, Callab
 def test_a_line_message_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     output.LineReporter().message("runs/[red]digits[/red]")
     assert capsys.readouterr() == ("", "runs/[red]digits[/red]\n")
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed, or a pipe without a reader."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("kind", [output.BarReporter, output.LineReporter, output.NotebookReporter])
+def test_progress_that_cannot_be_shown_is_no_error(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", Gone())
+    reporter = kind()
+    with reporter.task("stage 1/2", total=2, unit="iteration") as task:
+        task.advance(1, loss=0.5)
+        reporter.message("a sentence")
+        task.advance(1)
+
+
+# ---- notebooks ----
+
+
+class OutStream(io.TextIOBase):
+    """As ipykernel's: neither a terminal nor a TextIOWrapper, without a buffer; what it was given, as a browser shows
+    it."""
+
+    __module__ = "ipykernel.iostream"
+    encoding = "UTF-8"
+    terminal = False
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def shown(self) -> list[str]:
+        """A carriage return lets what follows overwrite the line."""
+        lines = []
+        for line in self.text.split("\n"):
+            cells: list[str] = []
+            for part in line.split("\r"):
+                cells[: len(part)] = part
+            lines.append("".join(cells).rstrip())
+        return lines
+
+
+class ColabStream(OutStream):
+    """A subclass elsewhere, which takes itself for a terminal."""
+
+    __module__ = "google.colab._kernel"
+    terminal = True
+
+
+@pytest.mark.parametrize("kind", [OutStream, ColabStream])
+def test_a_notebook_gets_one_line_a_task(kind: type[OutStream], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = kind()
+    monkeypatch.setattr("sys.stderr", stream)
+    reporter = output.reporter()
+    assert isinstance(reporter, output.NotebookReporter)
+    with reporter.task("stage 1/2", total=3000, unit="iteration") as task:
+        for i in range(3000):
+            clock.now += 2.0
+            task.advance(1, loss=1.25 if i < 2999 else 1.0)
+    reporter.message("in between")
+
+    def fail() -> None:
+        with reporter.task("stage 2/2", total=3000, unit="iteration") as task:
+            clock.now += 2.0
+            task.advance(1)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    reporter.message("at last")
+    assert stream.shown() == [
+        "stage 1/2: 3000/3000 iterations  2 s/iteration  1 h 40 min  loss 1",
+        "in between",
+        "stage 2/2: 1/3000 iterations  2 s/iteration  2 s, 1 h 39 min left",
+        "at last",
+        "",
+    ]
+
+
+def test_a_table_in_a_notebook_is_text_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ColabStream()
+    monkeypatch.setattr("sys.stdout", stream)
+    output.print_evaluation(evaluation())
+    assert "│     2 │   2 │   200 │ 60.0 ± 1.5 │ 61.0 ± 1.5 │ 62.0 ± 1.5 │" in stream.shown()
+    assert "\x1b" not in stream.text
 
 
 # ---- results ----
@@ -261,6 +379,63 @@ def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: 
     assert max(map(len, lines)) <= 80
     assert len(lines) == 1 + 4 + 100
     assert cells(lines[-2]) == ["100", "100", "100000", *["99.9 ± 10.5"] * 4]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("width", [30, 40, 59])
+def test_a_table_becomes_rows_in_fewer_than_60_columns(
+    width: int, terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    content = evaluation()
+    content["paired"] = [{"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}]
+    output.print_evaluation(content)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(" ".join(lines[:-1]).split()).startswith(
+        "Test accuracy on digits, percent, mean ± std over 2 fresh "
+    )
+    start = lines.index("stage 1, ipc 1, steps 100")
+    assert lines[start : start + 7] == [
+        "stage 1, ipc 1, steps 100",
+        "  pdd         50.0 ± 0.0",
+        "  random      51.0 ± 0.0",
+        "stage 2, ipc 2, steps 200",
+        "  pdd         60.0 ± 1.5",
+        "  random      61.0 ± 1.5",
+        "  last-union  62.0 ± 1.5",
+    ]
+    assert " ".join(" ".join(lines[start + 7 :]).split()) == "pdd − last-union in the end: +1.0 ± 0.5 (95 %)"
+
+
+@pytest.mark.parametrize("width", [64, 80])
+def test_a_table_that_fits_stays_a_table(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    output.print_evaluation(evaluation())
+    assert any(
+        cells(line)[-1] == "62.0 ± 1.5" for line in re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    )
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_an_ablation_of_many_seeds_becomes_rows_instead_of_broken_cells(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = ["1 stage", "5 stages, no conditioning, forgetting filter", "random"]
+    results = [{"name": name, "accuracy": [50.0 + s for s in range(9)], "mean": 54.0, "ci95": 2.1} for name in names]
+    output.print_ablation({"data": "digits", "steps": 100, "seeds": list(range(9)), "results": results})
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines.count("  accuracy  54.0 ± 2.1") == 3
+    assert lines.count("  seed 8    58.0") == 3
+    assert lines[lines.index("random") + 1] == "  accuracy  54.0 ± 2.1"
 
 
 def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ from PIL import Image
 from pdd_fast import pictures
 from pdd_fast.data.normalisation import Normalisation
 from pdd_fast.distilled import DistilledSet
+from pdd_fast.errors import PddFastWarning
+from pdd_fast.figures import attempt
 from pdd_fast.pictures import MOST_CLASSES, accuracy_plot, image_grid
 
 BLUE, GREY, ORANGE, PURPLE = (11, 110, 153), (138, 138, 138), (217, 115, 13), (105, 64, 165)
@@ -267,7 +275,7 @@ def test_an_error_bar_is_as_long_as_the_deviation(tmp_path: Path) -> None:
 
 def test_the_numbers_of_twenty_stages_do_not_run_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, _: figures.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, _, **options: figures.append(figure))
     for stages, expected in ((3, [10, 20, 30]), (20, list(range(20, 201, 20))), (25, list(range(10, 251, 30)))):
         content = evaluation(pdd=[1.0] * stages)
         content["protocol"]["images_per_class"] = [10 * s for s in range(1, stages + 1)]
@@ -280,3 +288,84 @@ def test_equal_evaluations_give_equal_plots(tmp_path: Path) -> None:
     for name in ("1.png", "2.png"):
         accuracy_plot(evaluation(pdd=[1.0, 2.0, 3.0], unheard_of=[2.0, 2.0, 2.0]), tmp_path / name)
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+
+
+# ---- whatever matplotlib's environment says ----
+
+
+def evaluated() -> dict[str, Any]:
+    return {
+        "protocol": {"data": "digits", "images_per_class": [1, 2]}, "stages": 2, "steps": [10, 20],
+        "results": [{"name": "pdd", "labels": "hard", "network": "ConvNet", "seeds": [0], "mean": [50.0, 60.0],
+                     "std": [0.0, 0.0]}],
+    }  # fmt: skip
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from pdd_fast.pictures import accuracy_plot
+accuracy_plot(json.loads(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "rc"),
+    [
+        ("module://matplotlib_inline.backend_inline", ""),
+        ("no such backend", ""),
+        ("TkAgg", ""),
+        ("", "text.usetex: True\nfont.size: 30\nsavefig.dpi: 10\nbackend: GTK4Agg\n"),
+    ],
+    ids=["notebook", "unknown", "display", "matplotlibrc"],
+)
+def test_a_picture_is_the_same_whatever_the_environment_says(tmp_path: Path, backend: str, rc: str) -> None:
+    (tmp_path / "matplotlibrc").write_text(rc)
+    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
+    environment |= {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")} | ({"MPLBACKEND": backend} if backend else {})
+    subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(evaluated()), str(tmp_path / "a.png")], env=environment, check=True
+    )
+    accuracy_plot(evaluated(), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_the_callers_settings_are_as_before(tmp_path: Path) -> None:
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 31.0}):
+        before = dict(matplotlib.rcParams)
+        accuracy_plot(evaluated(), tmp_path / "a.png")
+        assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "$x^2$", "日本", "\N{SNOWMAN}"])
+def test_class_names_of_all_kinds_are_drawn(tmp_path: Path, name: str) -> None:
+    made = constant_images([[255, 0, 0], [0, 0, 255]], [0, 1], [1, 1], classes=[name, "b"], data=f"imagefolder:{name}")
+    with warnings.catch_warnings(action="error"):
+        picture = grid(made, tmp_path)
+    assert box(picture, [255, 0, 0])[2] <= box(picture, [0, 0, 255])[0]
+
+
+def fail_to_write(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def fail_to_draw(*_: object, **__: object) -> None:
+    raise ValueError("broken font\nand more")
+
+
+@pytest.mark.parametrize("where", ["matplotlib.figure.Figure.savefig", "matplotlib.figure.Figure.subplots"])
+@pytest.mark.parametrize("fail", [fail_to_write, fail_to_draw])
+def test_a_picture_that_fails_is_a_warning(
+    tmp_path: Path, where: str, fail: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, fail)
+    path = tmp_path / "accuracy.png"
+    with pytest.warns(
+        PddFastWarning, match=r"accuracy\.png could not be drawn: (.*No space left on device|broken font)$"
+    ):
+        assert attempt(path, partial(accuracy_plot, evaluated())) == []
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert attempt(path, partial(accuracy_plot, evaluated())) == [path]

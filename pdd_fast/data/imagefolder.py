@@ -435,8 +435,8 @@ class _Decoder:
             return
         rows = sorted(self.contrasts)
         contrasts = np.array([self.contrasts[i] for i in rows])  # [images, backgrounds]
-        empty = (contrasts <= _FLAT).all(1)
-        vanishes = (contrasts <= _FLAT) & ~empty[:, None]
+        empty: NDArray[np.bool_] = np.all(contrasts <= _FLAT, axis=1)
+        vanishes: NDArray[np.bool_] = (contrasts <= _FLAT) & ~empty[:, None]
         if empty.any():
             first = self.files[rows[int(empty.argmax())]]
             _warn(f"{self.name}: some transparent images show one color throughout ({empty.sum()}), e.g. {first}")
