@@ -282,7 +282,7 @@ def _follow(bench: Workbench, course: list[Leg], group: range) -> list[list[floa
 def _module(bench: Workbench, network: str, repeat: int) -> nn.Module:
     """A fresh network of a repeat, the same on every device."""
     data, config = bench.data, bench.config
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would change the GPUs' states too.
         torch.default_generator.manual_seed(bench.seed("evaluation", repeat, "parameters", network))
         net = build(network, data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
@@ -298,7 +298,7 @@ def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int
     net, sgd, test, scores = _module(bench, network, repeat), bench.synthetic_sgd, bench.data.test, list[float]()
     optimiser = torch.optim.SGD(net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
     for number, leg in enumerate(course):
-        rows = torch.arange(len(leg.images)) if leg.rows is None else leg.rows[place]
+        rows = torch.arange(len(leg.images), device="cpu") if leg.rows is None else leg.rows[place]
         draw, size = bench.generator("evaluation", repeat, number), bench.data.image_size
         # The rates end first, so that no more is drawn than they need.
         steps = zip(sgd.rates(leg.rate, leg.steps), _batches(rows, sgd.batch, draw), strict=False)
@@ -316,4 +316,4 @@ def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int
 def _batches(rows: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:
     """``rows`` in whole epochs, each in a new order, ``size`` at a time; without end."""
     while True:
-        yield from rows[torch.randperm(len(rows), generator=draw)].split(size)
+        yield from rows[torch.randperm(len(rows), generator=draw, device="cpu")].split(size)

@@ -93,7 +93,8 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     if not path.is_file():
         raise UsageError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt") as file:
+        # safetensors makes tensors on torch's default device, whatever it is told.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             yield file, _metadata_of(path, file)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is damaged or is not a safetensors file: {error}") from error

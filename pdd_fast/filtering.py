@@ -44,7 +44,7 @@ def gets_right(engine: Engine, theta: Tensor, split: Split) -> Tensor:
 def times_forgotten(engine: Engine, trajectory: Trajectory, split: Split, device: torch.device) -> Tensor:
     """How often the network of ``trajectory`` forgot each example, float32 [n] on the CPU; as often as it had epochs,
     which is more than any, where it never got it right."""
-    count, before = torch.zeros(len(split)), torch.zeros(len(split), dtype=torch.bool)
+    count, before = torch.zeros(len(split), device="cpu"), torch.zeros(len(split), dtype=torch.bool, device="cpu")
     ever = before.clone()
     for epoch in range(trajectory.epochs + 1):
         right = gets_right(engine, trajectory.checkpoint(epoch).to(device), split)
@@ -88,7 +88,7 @@ def _summed(
     Raises:
         UsageError: what is kept is of other examples or networks.
     """
-    split, total, done = bench.train, torch.zeros(len(bench.train), dtype=torch.float64), 0
+    split, total, done = bench.train, torch.zeros(len(bench.train), dtype=torch.float64, device="cpu"), 0
     whose = {"data": bench.data.name, "experts": networks, "select": bench.config.select}
     if file.exists():
         tensors, metadata = read_tensors(file)
@@ -151,12 +151,12 @@ def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
     """For every stage that has a band here, from the first on: rows of ``bench.train`` to start from, class by class,
     out of its band; no image twice."""
     labels, found = bench.train.labels.cpu(), []
-    free = torch.ones(len(labels), dtype=torch.bool)
+    free = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     for stage, (count, inside) in enumerate(zip(bench.config.real_by_stage[: len(bands)], bands, strict=True), start=1):
         draw, own = bench.generator("initial images", stage), list[Tensor]()
         for label in range(bench.data.num_classes):
             rows = (inside & free & (labels == label)).nonzero().flatten()
-            own.append(rows[torch.randperm(len(rows), generator=draw)[:count]])
+            own.append(rows[torch.randperm(len(rows), generator=draw, device="cpu")[:count]])
         found.append(torch.cat(own).to(bench.device))
         free[found[-1].cpu()] = False
     return found
@@ -225,7 +225,7 @@ class UnlearnedExamples(FilteredExamples):
     def inside(self, stage: int) -> Tensor:
         run, bench = self._run, self._bench
         if stage == 1:
-            return torch.ones(len(bench.train), dtype=torch.bool)
+            return torch.ones(len(bench.train), dtype=torch.bool, device="cpu")
         folder, networks = run.stage_trajectories_dir(stage), bench.config.experts
         right = times_learned(
             bench, lambda k: stored_start(bench, folder, k), networks, run.learned_file(stage), self._reporter

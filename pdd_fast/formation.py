@@ -116,17 +116,17 @@ def _matrix(kind: str, before: int, after: int, dtype: torch.dtype, device: torc
 
 
 def _bilinear(before: int, after: int) -> Tensor:
-    place = ((torch.arange(after, dtype=torch.float64) + 0.5) * (before / after) - 0.5).clamp_min(0)
+    place = ((torch.arange(after, dtype=torch.float64, device="cpu") + 0.5) * (before / after) - 0.5).clamp_min(0)
     low = place.floor().long().clamp_max(before - 1)
     high, weight = (low + 1).clamp_max(before - 1), place - low
-    made, row = torch.zeros(after, before, dtype=torch.float64), torch.arange(after)
+    made, row = torch.zeros(after, before, dtype=torch.float64, device="cpu"), torch.arange(after, device="cpu")
     made.index_put_((row, low), 1 - weight, accumulate=True)
     return made.index_put_((row, high), weight, accumulate=True)
 
 
 def _area(before: int, after: int) -> Tensor:
     """The part of each pixel that lies in [i, i + 1)·before / after, of whole numbers up to the last division."""
-    pixel, cell = torch.arange(before) * after, torch.arange(after)[:, None] * before
+    pixel, cell = torch.arange(before, device="cpu") * after, torch.arange(after, device="cpu")[:, None] * before
     shared = torch.minimum(pixel + after, cell + before) - torch.maximum(pixel, cell)
     return shared.clamp_min(0).double() / before
 

@@ -178,7 +178,7 @@ class Upload:
         self._stages: list[_Stage] = []
         if device.type == "cuda":
             for _ in range(self.DEPTH):
-                pinned = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+                pinned = torch.empty(total, dtype=torch.uint8, pin_memory=True, device="cpu")
                 self._stages.append(_Stage(pinned, self._views(pinned), torch.cuda.Event()))
         self._turn = 0
 

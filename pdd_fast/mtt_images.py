@@ -85,10 +85,11 @@ def read_mtt(
         own = _tensor(folder / IMAGES)
         images.append(own.float())
         labels.append(_tensor(folder / LABELS))
-        stages.append(torch.full((len(own),), number))
+        stages.append(torch.full((len(own),), number, device="cpu"))
+    rates = torch.tensor(list(learning_rates), device="cpu").float()
     try:
         return DistilledSet(
-            torch.cat(images), torch.cat(labels), torch.cat(stages), torch.tensor(list(learning_rates)).float(),
+            torch.cat(images), torch.cat(labels), torch.cat(stages), rates,
             normalisation, dict(metadata or {}), whitening, factor,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:  # torch.cat: of different shapes, or of nothing

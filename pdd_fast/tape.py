@@ -59,7 +59,7 @@ class Tape:
             applied = 1 if dsa.mode == "single" else len(dsa.operations)
             shapes["values"] = (capacity, len(DRAWS), columns), torch.float64
             shapes["operations"] = (capacity, applied, columns), torch.int32
-        self._host = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        self._host = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in shapes.items()}
         self._upload = Upload(shapes, device)
         self._cutout = (0, 0)
         self._counted, self._place = counted, 0
@@ -67,7 +67,7 @@ class Tape:
     def write(self, steps: Sequence[Drawn], rates: Sequence[float]) -> None:
         """Winds the tape back and puts these steps on it, at most as many as it has room for."""
         host = self._host
-        host["rates"][: len(rates)] = torch.tensor(rates, dtype=host["rates"].dtype)
+        host["rates"][: len(rates)] = torch.tensor(rates, dtype=host["rates"].dtype, device="cpu")
         for i, step in enumerate(steps):
             host["indices"][i] = step.indices.flatten()
             if self._augments:

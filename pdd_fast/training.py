@@ -131,7 +131,9 @@ class Loop:
         """What every network draws, in the order in which it would alone: an epoch's order, then batch by batch."""
         size = (self._images.shape[2], self._images.shape[3])
         while True:
-            orders = [torch.randperm(self._count, generator=draw).split(self._sgd.batch) for draw in generators]
+            orders = [
+                torch.randperm(self._count, generator=draw, device="cpu").split(self._sgd.batch) for draw in generators
+            ]
             for batches in zip(*orders, strict=True):
                 augmentations = [
                     self._sgd.dsa.sample(len(batch), size, draw)

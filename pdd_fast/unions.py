@@ -90,7 +90,7 @@ class Union:
             torch.cat([self.images, images]),
             torch.cat([self.labels, labels]),
             torch.cat([self.stage, number]),
-            [*self.rates, torch.tensor(rate, dtype=torch.float32).item()],  # as it is stored
+            [*self.rates, torch.tensor(rate, dtype=torch.float32, device="cpu").item()],  # as it is stored
             self.factor,
         )
 
@@ -101,7 +101,7 @@ class Union:
             images=self.images.cpu(),
             labels=self.labels.cpu(),
             stage=self.stage.cpu(),
-            learning_rates=torch.tensor(self.rates),
+            learning_rates=torch.tensor(self.rates, device="cpu"),
             factor=self.factor,
             normalisation=bench.data.normalisation,
             whitening=bench.data.whitening,

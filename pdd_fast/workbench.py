@@ -66,7 +66,9 @@ class Workbench:
             )
         if config.factor > side:
             raise UsageError(f"factor must be at most {side} for images of {side} pixels, got {config.factor}")
-        net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth).to(where)
+        with torch.device("cpu"):  # whatever the caller's default device is
+            net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth)
+        net = net.to(where)
         engine = engines.choose(net, config.engine, precision.resolve(config.precision, where), config.convolution)
         dsa = DSA(config.augment, mode=config.augment_mode)
         together = config.side_by_side or _fitting(config, net, engine, where)
@@ -147,7 +149,7 @@ class Workbench:
         groups: list[list[Tensor]] = [[] for _ in per_class]
         for label in range(self.data.num_classes):
             rows = self.train.rows_of(label).cpu()
-            order = rows[torch.randperm(len(rows), generator=draw)]
+            order = rows[torch.randperm(len(rows), generator=draw, device="cpu")]
             for group, part in zip(groups, order[: sum(per_class)].split(list(per_class)), strict=True):
                 group.append(part)
         return [torch.cat(group).to(self.device) for group in groups]

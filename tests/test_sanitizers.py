@@ -6,6 +6,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -44,7 +46,9 @@ def compiled(target: Path, level: str, sources: Iterable[Path], *more: str) -> P
     flags = [*built_with("CXX_FLAGS"), *built_with("CPU_LEVELS")[level], f"-DPDD_BACKEND=cpu_{level}", *FLAGS, *more]
     try:
         objects = host_cuda.compiled(
-            target.parent / f"{target.name}-objects", sources, [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fopenmp"]
+            target.parent / f"{target.name}-objects",
+            sources,
+            [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fopenmp", "-fPIC"],
         )
         host_cuda.run_compiler(*objects, SANITIZERS, "-fopenmp", "-o", target)
     except CompileError as error:
@@ -114,6 +118,72 @@ def test_the_passes_need_as_much_memory_at_every_level(build: Callable[[str], Pa
     assert re.fullmatch(r"(\d+ \d+\n){100,}", baseline)
     for sizes in others:
         assert sizes == baseline
+
+
+@pytest.fixture(scope="module")
+def sanitized_module(build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python module of the CPU, of the kernels that the driver runs too."""
+    import pybind11
+
+    python = [f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    folder = tmp_path_factory.mktemp("module")
+    flags = [
+        *built_with("CXX_FLAGS"),
+        *FLAGS,
+        f"-I{ROOT / 'csrc'}",
+        "-O0",
+        "-fopenmp",
+        "-DPDD_CPU",
+        "-DPDD_MODULE=_cpu",
+    ]
+    bindings = [ROOT / "csrc" / "bind" / name for name in ("module.cpp", "cpu.cpp")]
+    try:
+        objects = host_cuda.compiled(folder, bindings, [*flags, *python])
+        objects += sorted((build("baseline").parent / "driver-objects").glob("cpu_*.o"))
+        host_cuda.run_compiler(*objects, SANITIZERS, "-fopenmp", "-shared", "-o", folder / "_cpu.so")
+    except CompileError as error:
+        skip_or_fail(error, "baseline")
+    return folder / "_cpu.so"
+
+
+STRESS = """
+import importlib.util, sys
+import torch
+from pdd_fast.ops import _native, convnet
+
+spec = importlib.util.spec_from_file_location("_cpu", sys.argv[1])
+library = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(library)
+_native._load = lambda device_type: (library, None)
+if sys.argv[2] == "mistake":  # a piece that is said to be larger than it is
+    taken = convnet.BufferPool.buffer
+    convnet.BufferPool.buffer = lambda pool, size, dtype: taken(pool, size // 2, dtype)
+    claimed = convnet._piece
+    convnet._piece = lambda buffer: (claimed(buffer)[0], 1 << 40) if buffer is not None else (0, 0)
+import test_buffers
+test_buffers.test_networks_of_several_sizes_in_many_threads_get_what_one_thread_gets()
+test_buffers.test_buffers_can_be_freed_while_other_threads_take_them()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("how", ["right", "mistake"])
+def test_passes_in_many_threads_stay_in_the_pieces_of_their_pool(how: str, sanitized_module: Path) -> None:
+    """The pool's memory is torch's, whose allocations AddressSanitizer guards when it is loaded first."""
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    settings = {
+        "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "tests"),
+    }  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", STRESS, str(sanitized_module), how],
+        env=os.environ | settings, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if how == "right":
+        assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+    else:
+        assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+        assert result.returncode != 0
 
 
 def test_cuda_kernels_stay_in_their_buffers_and_do_nothing_undefined(tmp_path: Path) -> None:

@@ -87,7 +87,13 @@ def read(folder: str) -> Pixels:
     pixels = _Decoder(f"imagefolder:{folder}", files).run()
     classes = tuple(map(readable, train.classes))
     count = len(train.files)
-    return Pixels(classes, pixels[:count], torch.tensor(train.labels), pixels[count:], torch.tensor(test.labels))
+    return Pixels(
+        classes,
+        pixels[:count],
+        torch.tensor(train.labels, device="cpu"),
+        pixels[count:],
+        torch.tensor(test.labels, device="cpu"),
+    )
 
 
 def _warn(sentence: str) -> None:

@@ -65,10 +65,10 @@ class Normalisation:
     def _of_bytes(cls, pixels: Tensor) -> Normalisation:
         """From how often each of the 256 levels occurs: no floating-point copy of the pixels, and the same bits for
         every number of threads."""
-        levels = unit(torch.arange(256, dtype=torch.uint8)).double()  # as float32 rounds them
+        levels = unit(torch.arange(256, dtype=torch.uint8, device="cpu")).double()  # as float32 rounds them
         mean, std = [], []
         for c in range(pixels.shape[1]):
-            counts = torch.zeros(256, dtype=torch.int64)
+            counts = torch.zeros(256, dtype=torch.int64, device="cpu")
             for part in pixels.split(_AT_ONCE):
                 counts += torch.bincount(part[:, c].flatten(), minlength=256)
             total = counts.sum()

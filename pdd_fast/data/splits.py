@@ -144,8 +144,8 @@ def _images(
     Some rows at a time, each written where it belongs: a set is never there twice in floating point. Rows are taken in
     the reader's order, in which products round them alike whatever is held out.
     """
-    place = torch.arange(len(pixels)) if order is None else order.argsort()
-    images = torch.empty(pixels.shape, dtype=torch.float32)
+    place = torch.arange(len(pixels), device="cpu") if order is None else order.argsort()
+    images = torch.empty(pixels.shape, dtype=torch.float32, device="cpu")
     for some, places in zip(pixels.split(AT_ONCE), place.split(AT_ONCE), strict=True):
         part = normalisation.apply(unit(some))
         images[places] = part if whitening is None else whitening.apply_(part)
@@ -156,11 +156,11 @@ def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor
     """Bool [n]: ``fraction`` of every class, at least one image and never all of them. The choice is fixed for given
     labels, so that runs with different seeds are judged by the same images."""
     draw = torch.Generator().manual_seed(0)
-    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(num_classes):
         rows = (labels == label).nonzero().flatten()
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        mask[rows[torch.randperm(len(rows), generator=draw)[:count]]] = True
+        mask[rows[torch.randperm(len(rows), generator=draw, device="cpu")[:count]]] = True
     return mask
 
 

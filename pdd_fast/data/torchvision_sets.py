@@ -48,7 +48,7 @@ def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
 
 def _images(dataset: Any) -> Tensor:
     """[n, C, H, W] uint8 from [n, H, W], [n, H, W, C] or [n, C, H, W]."""
-    images = torch.as_tensor(np.asarray(dataset.data))
+    images = torch.as_tensor(np.asarray(dataset.data), device="cpu")
     if images.dim() == 3:
         return images.unsqueeze(1)
     return images.permute(0, 3, 1, 2).contiguous() if images.shape[-1] in (1, 3) else images
@@ -56,4 +56,4 @@ def _images(dataset: Any) -> Tensor:
 
 def _labels(dataset: Any) -> Tensor:
     labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
-    return torch.as_tensor(np.asarray(labels)).long()
+    return torch.as_tensor(np.asarray(labels), device="cpu").long()

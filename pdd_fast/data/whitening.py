@@ -68,11 +68,11 @@ class Whitening:
         count, size = len(images), images[0].numel()
         if count < 2:
             raise ValueError(f"Whitening: images must be at least 2, got {count}")
-        mean = torch.zeros(size, dtype=torch.float64)
+        mean = torch.zeros(size, dtype=torch.float64, device="cpu")
         for part in images.split(AT_ONCE):
             mean += convert(part).reshape(len(part), size).sum(0, dtype=torch.float64)
         mean /= count
-        covariance = torch.zeros(size, size, dtype=torch.float64)
+        covariance = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         for part in images.split(AT_ONCE):
             centred = convert(part).reshape(len(part), size).double() - mean
             for first in range(0, size, _BLOCK):
@@ -141,7 +141,7 @@ class Whitening:
     def tensors(self) -> dict[str, Tensor]:
         """By the names under which a file of a distilled set has them too."""
         found = {f"whitening_{name}": getattr(self, name) for name in _NAMES}
-        return found | {"whitening_epsilon": torch.tensor(self.epsilon, dtype=torch.float64)}
+        return found | {"whitening_epsilon": torch.tensor(self.epsilon, dtype=torch.float64, device="cpu")}
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Whitening | None:
@@ -154,7 +154,7 @@ class Whitening:
         if not any(name in tensors for name in names):
             return None
         # Older files do not hold it: every run took 0.1.
-        epsilon = tensors.get("whitening_epsilon", torch.tensor(EPSILON, dtype=torch.float64))
+        epsilon = tensors.get("whitening_epsilon", torch.tensor(EPSILON, dtype=torch.float64, device="cpu"))
         if epsilon.dim() != 0:
             raise ValueError(f"Whitening: epsilon must be one number, got shape {tuple(epsilon.shape)}")
         mean, basis, scale = (tensors[name] for name in names)

@@ -76,6 +76,6 @@ class GradientMatching(PixelMethod):
         problem, config = self.problem, self.problem.config
         if not config.network_images:
             return
-        order = torch.randperm(len(problem.real), generator=draw)[: config.network_images]
+        order = torch.randperm(len(problem.real), generator=draw, device="cpu")[: config.network_images]
         for rows in order.split(config.union_batch):
             self._sgd.step(students, problem.real.images, self._real_weights, [rows], config.inner_lr, [draw])

@@ -42,7 +42,7 @@ class PixelMethod(BaseMethod):
         self.batches = ClassBatches(problem)
         pixels = self.batches.pixels(problem.images)
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
-        self.done = Learned(torch.tensor(0), pixels, torch.zeros_like(pixels))
+        self.done = Learned(torch.tensor(0, device="cpu"), pixels, torch.zeros_like(pixels))
 
     @property
     def iteration(self) -> int:
@@ -82,7 +82,7 @@ class PixelMethod(BaseMethod):
                 f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
             )
         # As they come back from a file: in another order of memory products are summed in another order.
-        self.done = Learned(torch.tensor(number), pixels.clamp(0, 1).contiguous(), velocity.contiguous())
+        self.done = Learned(torch.tensor(number, device="cpu"), pixels.clamp(0, 1).contiguous(), velocity.contiguous())
         return {"loss": loss}
 
     def state(self) -> dict[str, Tensor]:
@@ -141,11 +141,11 @@ class ClassBatches:
         found = []
         for images, rows in ((real_images, real), (chosen, synthetic)):
             sizes = [len(each) for each in rows]
-            whose = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(sizes))
+            whose = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), torch.tensor(sizes, device="cpu"))
             found.append(augment(images, shared[whose]).split(sizes))
         learns = [(rows >= len(frozen)).nonzero().flatten().to(frozen.device) for rows in synthetic]
         return list(found[0]), [Synthetic(*both) for both in zip(found[1], learns, strict=True)]
 
 
 def _some(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
-    return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=draw)[:most]]
+    return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=draw, device="cpu")[:most]]

@@ -23,14 +23,14 @@ def cut_mixed(images: Tensor, labels: Tensor, draw: torch.Generator) -> tuple[Te
     classes] mixed by the area that is left. The box is the same for all, its share of the image uniform in [0, 1]
     before it is cut at the border."""
     H, W = images.shape[2:]
-    side = float((1 - torch.rand((), generator=draw)).sqrt())
-    centre = [int(torch.randint(size, (), generator=draw)) for size in (H, W)]
+    side = float((1 - torch.rand((), generator=draw, device="cpu")).sqrt())
+    centre = [int(torch.randint(size, (), generator=draw, device="cpu")) for size in (H, W)]
     halves = [int(size * side) // 2 for size in (H, W)]
     (top, left), (bottom, right) = (
         [min(max(c + sign * half, 0), size) for c, half, size in zip(centre, halves, (H, W), strict=True)]
         for sign in (-1, 1)
     )
-    others = torch.randperm(len(images), generator=draw).to(images.device)
+    others = torch.randperm(len(images), generator=draw, device="cpu").to(images.device)
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[others, :, top:bottom, left:right]
     kept = 1 - (bottom - top) * (right - left) / (H * W)
@@ -59,7 +59,7 @@ class NetworkSgd:
             index = own.to(images.device)
             x = augment(images[index], self._bench.dsa.sample(len(own), self._bench.data.image_size, draw))
             y = weights[index]
-            if float(torch.rand((), generator=draw)) < config.cutmix:
+            if float(torch.rand((), generator=draw, device="cpu")) < config.cutmix:
                 x, y = cut_mixed(x, y, draw)
             batches.append((x, y))
         x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
@@ -101,7 +101,10 @@ class Starts:
             draws = [bench.generator("start network", number, stage) for number in group]
             students.velocity.zero_()  # an optimiser of its own for every union
             for epoch in range(config.transition_epochs):
-                orders = [torch.randperm(len(images), generator=draw).split(config.union_batch) for draw in draws]
+                orders = [
+                    torch.randperm(len(images), generator=draw, device="cpu").split(config.union_batch)
+                    for draw in draws
+                ]
                 passed = (6 * epoch) // config.transition_epochs  # sixths
                 now = rate * 0.2 ** ((passed >= 4) + (passed >= 5))
                 for rows in zip(*orders, strict=True):

@@ -92,7 +92,10 @@ class _Progress(NamedTuple):
         return _Progress(iteration, state, average, self.halvings, older, newer)
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {"iteration": torch.tensor(self.iteration), "halvings": torch.tensor(self.halvings)}
+        found = {
+            "iteration": torch.tensor(self.iteration, device="cpu"),
+            "halvings": torch.tensor(self.halvings, device="cpu"),
+        }
         found |= self.state._asdict()
         # Without averaging that is the state itself, which need not be stored twice.
         own_average = [] if self.average.images is self.state.images else ["average"]
@@ -283,13 +286,13 @@ class TrajectoryMatching(BaseMethod):
         size, steps = self._batch, self.problem.config.inner_steps
         batches: list[Tensor] = []
         while len(batches) < steps:
-            order = torch.randperm(self._total, generator=draw)
+            order = torch.randperm(self._total, generator=draw, device="cpu")
             batches += order[: self._total // size * size].split(size)
         return batches[:steps]
 
     @staticmethod
     def _integer(bound: int, draw: torch.Generator) -> int:
-        return int(torch.randint(bound, (), generator=draw))
+        return int(torch.randint(bound, (), generator=draw, device="cpu"))
 
     def state(self) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in self._done.tensors().items()}
