@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -550,3 +552,28 @@ def test_logits_of_another_module_are_checked_by_name() -> None:
     flat = nn.Sequential(nn.Flatten(0), nn.Linear(48, 3))
     with pytest.raises(ValueError, match=r"net must give logits \[4, classes\], got \(3,\)"):
         pdd_fast.unroll(flat, pdd_fast.flatten_parameters(flat), images, torch.arange(4) % 3, 0.1, [range(4)])
+
+
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+def test_threads_may_share_a_network(engine: str) -> None:
+    """Each with parameters of its own, which torch puts into the module for the time of a call."""
+    net = three_blocks()
+    images, labels = torch.randn(6, 2, 9, 10, dtype=torch.float64), torch.arange(6) % 4
+    starts = [pdd_fast.flatten_parameters(net) + 0.1 * number for number in range(4)]
+
+    def end(start: Tensor) -> tuple[Tensor, Tensor]:
+        x = images.clone().requires_grad_()
+        result = pdd_fast.unroll(net, start, x, labels, 0.1, [range(6)] * 3, engine=engine)
+        return result.detach(), torch.autograd.grad(result.square().sum(), x)[0]
+
+    expected = [end(start) for start in starts]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                for found, truth in zip(pool.map(end, starts), expected, strict=True):
+                    assert all(map(torch.equal, found, truth))
+    finally:
+        sys.setswitchinterval(before)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), three_blocks().parameters(), strict=True))

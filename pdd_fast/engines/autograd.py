@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,19 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"engine: labels must lie in [0, {shape[1]}), got {low}..{high}") from error
 
 
+_CALLS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_CALLS_LOCK = threading.Lock()
+
+
+def _only_caller_of(net: nn.Module) -> threading.RLock:
+    """Return a lock for the time in which torch puts other tensors in the place of the parameters of ``net``.
+
+    Two threads that call one module in this way would see each other's parameters. Only the forward pass takes turns.
+    """
+    with _CALLS_LOCK:
+        return _CALLS.setdefault(net, threading.RLock())
+
+
 def _random_state(device: torch.device) -> _RandomState:
     return _RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
@@ -93,7 +108,7 @@ class AutogradEngine:
             name: buffer.to(theta.dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
             for name, buffer in self.net.named_buffers()
         }
-        with plain_torch():
+        with plain_torch(), _only_caller_of(self.net):
             return torch.func.functional_call(self.net, parameters | buffers, (images,))
 
     def _graph(self, theta: Tensor, images: Tensor, labels: Tensor, second: bool) -> tuple[Tensor, _Graph]:
