@@ -1,10 +1,11 @@
 """Builds the kernels: decides what to compile, writes a ninja file, runs it, and prints and records what it decided.
 
 torch is not needed. What can be set from outside:
-    PDD_FAST_CUDA         auto (default: where nvcc is found) | 0 | 1 (fail without nvcc)
+    PDD_FAST_CUDA         auto (default: where nvcc is found and compiles) | 0 | 1 (fail without nvcc)
     PDD_FAST_CUDA_ARCHS   e.g. "80,90" (default: all of CUDA_ARCHS that this nvcc knows)
     PDD_FAST_WERROR       1: warnings are errors (continuous integration)
     CXX, CUDA_HOME        the compiler and the CUDA toolkit to use
+    NVCC_CCBIN            the C++ compiler of nvcc (its own variable), which refuses those that are too new for it
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +41,17 @@ CXX_FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
     "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
 ]  # fmt: skip
+# What the CUDA kernels include; nvcc refuses a C++ compiler that it does not know within the first of these headers.
+PROBE = """#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+__global__ void probe(float *x) { *x = std::sqrt(*x); }
+"""
+PROBE_SECONDS = 120.0  # it takes nvcc 3 seconds on an idle machine
+PROBE_ADVICE = "install a gcc that this nvcc supports and set NVCC_CCBIN to it"
 
 
 @dataclass
@@ -50,20 +65,23 @@ class Plan:
     nvcc_version: str | None = None
     cuda_archs: list[str] = field(default_factory=list)
     cuda_reason: str = ""
+    nvcc_error: str | None = None  # why an nvcc that was found is not used
 
     def describe(self) -> list[str]:
         cuda = f"CUDA {self.nvcc_version}, sm_{', sm_'.join(self.cuda_archs)} (+PTX)" if self.nvcc else "no"
+        advice = f"pdd-fast: to build them {PROBE_ADVICE}; PDD_FAST_CUDA=0 says that none are wanted"
         return [
             f"pdd-fast: CPU kernels: {', '.join(self.levels)} with {self.cxx}"
             f"{', OpenMP' if self.openmp else ', one thread (no OpenMP)'}",
             f"pdd-fast: CUDA kernels: {cuda} ({self.cuda_reason})",
+            *([advice] if self.nvcc_error else []),
         ]
 
     def record(self) -> dict[str, object]:
         """What `pdd-fast env` shows; holds no path of the machine that built."""
         cuda = {"nvcc": self.nvcc_version, "archs": self.cuda_archs} if self.nvcc else None
         cpu = {"compiler": compiler_version(self.cxx), "levels": self.levels, "openmp": self.openmp}
-        return {"cpu": cpu, "cuda": cuda, "cuda_reason": self.cuda_reason}
+        return {"cpu": cpu, "cuda": cuda, "cuda_reason": self.cuda_reason, "nvcc_error": self.nvcc_error}
 
 
 def output_of(*command: str) -> str:
@@ -80,6 +98,61 @@ def supports(cxx: str, *flags: str) -> bool:
         return subprocess.run(command, input="int main() {}", capture_output=True, text=True).returncode == 0
     except OSError:
         return False
+
+
+class ToolError(Exception):
+    """A tool's own sentence about why it fails, without folders of this machine."""
+
+
+def answer_of(*command: str) -> str:
+    """Return what a command prints.
+
+    Raises:
+        ToolError: it does not run, fails, or gives no answer in time; what it started is ended with it.
+    """
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise ToolError(f"it does not run ({error.strerror})") from error
+    try:
+        out, err = process.communicate(timeout=PROBE_SECONDS)
+    except BaseException as error:  # an interrupt does not reach another session
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise ToolError(f"it gives no answer within {PROBE_SECONDS:g} seconds") from error
+        raise
+    if process.returncode < 0:
+        raise ToolError(f"it was ended by signal {-process.returncode}")
+    if process.returncode:
+        raise ToolError(first_error(err + "\n" + out) or f"it ends with status {process.returncode}")
+    return out
+
+
+def first_error(text: str) -> str:
+    """The first line that says what is wrong, else the first line, without folders and of 200 characters at most."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    wrong = re.compile(r"\b(error|fatal|unsupported|cannot|undefined|not found|No such)\b", re.IGNORECASE)
+    line = next((line for line in lines if wrong.search(line)), lines[0] if lines else "")
+    line = re.sub(r"[^\s'\"(]*/", "", line)
+    return line if len(line) <= 200 else line[:197] + "..."
+
+
+def nvcc_problem(nvcc: str, arch: str) -> str | None:
+    """Why this nvcc cannot build: what it says when it compiles and links one small file. None: it can."""
+    with tempfile.TemporaryDirectory(prefix="pdd-fast-") as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text(PROBE)
+        flags = ["-std=c++17", f"-arch=sm_{arch}", "-Xcompiler=-fPIC", "-shared", "-cudart", "static"]
+        try:
+            answer_of(nvcc, *flags, str(source), "-o", str(source.with_suffix(".so")))
+        except ToolError as error:
+            return str(error)
+    return None
 
 
 def find_nvcc() -> str | None:
@@ -113,10 +186,13 @@ def decide() -> Plan:
         plan.cuda_reason = "no nvcc on PATH or in CUDA_HOME"
     else:
         try:
-            listed, version = output_of(nvcc, "--list-gpu-arch"), output_of(nvcc, "--version")
-        except (OSError, subprocess.CalledProcessError):  # broken, or too old to know the question
+            listed, version = answer_of(nvcc, "--list-gpu-arch"), answer_of(nvcc, "--version")
+        except ToolError as error:  # broken, or too old to know the question
             if wanted == "1":
-                sys.exit(f"pdd-fast: PDD_FAST_CUDA=1 but {nvcc} does not name its architectures")
+                sys.exit(
+                    f"pdd-fast: PDD_FAST_CUDA=1 but {nvcc} does not name its architectures: {error}; install a newer "
+                    "CUDA toolkit, or set PDD_FAST_CUDA=0 to build without CUDA"
+                )
             plan.cuda_reason = "nvcc does not name its architectures"
             return plan
         known = [line.removeprefix("compute_") for line in listed.split()]
@@ -128,8 +204,18 @@ def decide() -> Plan:
                 f"pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows ({', '.join(known)}), got "
                 f"{', '.join(unknown)}"
             )
+        plan.nvcc_error = nvcc_problem(nvcc, archs[0])
+        if plan.nvcc_error is not None:
+            if wanted == "1":
+                sys.exit(
+                    f"pdd-fast: PDD_FAST_CUDA=1 but nvcc does not compile: {plan.nvcc_error}; {PROBE_ADVICE}, or set "
+                    "PDD_FAST_CUDA=0 to build without CUDA"
+                )
+            plan.cuda_reason = f"nvcc does not compile: {plan.nvcc_error}"
+            return plan
         plan.nvcc, plan.cuda_archs = nvcc, archs
-        plan.nvcc_version = version.split("release ")[1].split(",")[0]
+        release = re.search(r"release ([^,\s]+)", version)
+        plan.nvcc_version = release[1] if release else "of unknown release"
         plan.cuda_reason = "PDD_FAST_CUDA=1" if wanted == "1" else "nvcc found"
     return plan
 
@@ -227,7 +313,8 @@ class NinjaFile:
         if ninja is None:
             sys.exit("pdd-fast: ninja is needed to build; install it with `pip install ninja`")
         if subprocess.run([ninja, "-C", str(self.folder)]).returncode:
-            sys.exit("pdd-fast: the kernels do not compile; the compiler's messages are above")
+            without = "; PDD_FAST_CUDA=0 builds without CUDA" if self.plan.nvcc else ""
+            sys.exit(f"pdd-fast: the kernels do not compile; the compiler's messages are above{without}")
 
 
 class BuildKernels(build_ext):

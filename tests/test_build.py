@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -218,7 +219,105 @@ def test_an_nvcc_that_does_not_run_is_passed_over_unless_asked_for(
     assert plan.nvcc is None
     assert plan.cuda_reason == "nvcc does not name its architectures"
     monkeypatch.setenv("PDD_FAST_CUDA", "1")
-    assert refusal(build) == f"pdd-fast: PDD_FAST_CUDA=1 but {path} does not name its architectures"
+    assert refusal(build).startswith(
+        f"pdd-fast: PDD_FAST_CUDA=1 but {path} does not name its architectures: it ends with "
+    )
+
+
+GCC_REFUSED = """In file included from /usr/local/cuda/bin/../include/cuda_runtime.h:82,
+                 from <command-line>:
+/usr/local/cuda/bin/../include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later \
+than 13 are not supported! The nvcc flag '-allow-unsupported-compiler' can be used to override this version check; \
+however, using an unsupported host compiler may cause compilation failure or incorrect run time execution."""
+LINKER_FAILS = """/usr/bin/ld: cannot find -lstdc++: No such file or directory
+collect2: error: ld returned 1 exit status"""
+NO_HEADERS = "cc1plus: fatal error: cuda_runtime.h: No such file or directory\ncompilation terminated."
+
+
+def failing_nvcc(tool: Tools, script: str, **options: Any) -> Path:
+    """An nvcc that answers questions and fails to compile."""
+    path = tool("nvcc", answers=NVCC, **options)
+    path.write_text(path.read_text() + script + "\n")
+    return path
+
+
+def says(text: str) -> str:
+    return f"echo {shlex.quote(text)} >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            says(GCC_REFUSED),
+            "host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than 13",
+        ),
+        (says(LINKER_FAILS), "ld: cannot find -lstdc++: No such file or directory"),
+        (says(NO_HEADERS), "cc1plus: fatal error: cuda_runtime.h: No such file or directory"),
+        (
+            "echo 'nvcc error   : '\\''cicc'\\'' died due to signal 11'; exit 255",
+            "nvcc error   : 'cicc' died due to signal 11",
+        ),
+        ("exit 3", "it ends with status 3"),
+        ("kill -SEGV $$", "it was ended by signal 11"),
+        ("/bin/sleep 60 & /bin/sleep 60", "it gives no answer within 0.5 seconds"),
+    ],
+    ids=["gcc too new", "linker", "no headers", "words on stdout", "silent", "crash", "hangs"],
+)
+def test_an_nvcc_that_does_not_compile_is_passed_over_with_its_words(
+    script: str, words: str, build: ModuleType, tool: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tool)
+    failing_nvcc(tool, script)
+    if "sleep" in script:
+        monkeypatch.setattr(build, "PROBE_SECONDS", 0.5)
+    began = time.monotonic()
+    plan = build.decide()
+    assert time.monotonic() - began < 30  # what it started does not keep the build waiting
+    assert (plan.nvcc, plan.cuda_archs) == (None, [])
+    assert plan.nvcc_error.startswith(words)
+    assert plan.cuda_reason == f"nvcc does not compile: {plan.nvcc_error}"
+    assert len(plan.nvcc_error) <= 200
+    assert plan.record()["nvcc_error"] == plan.nvcc_error
+    assert "/usr" not in json.dumps(plan.record())
+    assert str(tmp_path) not in json.dumps(plan.record())
+    assert plan.describe()[1] == f"pdd-fast: CUDA kernels: no ({plan.cuda_reason})"
+    assert "NVCC_CCBIN" in plan.describe()[2]
+    assert "PDD_FAST_CUDA=0" in plan.describe()[2]
+
+    monkeypatch.setenv("PDD_FAST_CUDA", "1")
+    sentence = refusal(build)
+    assert sentence.startswith(f"pdd-fast: PDD_FAST_CUDA=1 but nvcc does not compile: {words}")
+    assert "NVCC_CCBIN" in sentence
+    assert sentence.endswith("set PDD_FAST_CUDA=0 to build without CUDA")
+
+    monkeypatch.setenv("PDD_FAST_CUDA", "0")
+    monkeypatch.setattr(build, "PROBE_SECONDS", -1.0)  # nvcc is not even asked
+    assert build.decide().cuda_reason == "PDD_FAST_CUDA=0"
+
+
+def test_nvcc_is_tried_on_a_small_file_with_its_own_compiler(
+    build: ModuleType, tool: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tool)
+    seen = tmp_path / "seen"
+    failing_nvcc(tool, f'echo "$NVCC_CCBIN $@" > {shlex.quote(str(seen))}; for a in "$@"; do case "$a" in *.cu) '
+                       f'/bin/cat "$a" >> {shlex.quote(str(seen))};; esac; done')  # fmt: skip
+    monkeypatch.setenv("NVCC_CCBIN", "/opt/gcc-13/bin/g++")
+    monkeypatch.setenv("PDD_FAST_CUDA_ARCHS", "90,80")
+    plan = build.decide()
+    assert plan.nvcc is not None
+    assert plan.nvcc_error is None
+    call, *source = seen.read_text().splitlines()
+    assert call.startswith("/opt/gcc-13/bin/g++ ")
+    assert "-arch=sm_90" in call
+    assert "#include <cuda_runtime.h>" in source
+
+
+def test_an_nvcc_of_another_wording_is_still_used(build: ModuleType, tool: Tools) -> None:
+    compiler(tool)
+    tool("nvcc", answers=NVCC | {"--version": "a wrapper"})
+    assert build.decide().nvcc_version == "of unknown release"
 
 
 @pytest.mark.parametrize(

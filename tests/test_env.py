@@ -148,6 +148,23 @@ def test_a_build_for_the_cpu_says_why_it_has_no_cuda(
     }
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_nvcc_that_does_not_compile_is_shown_with_what_to_do(
+    gpu: bool, record: Callable[[object], None], facts: Callable[[], Facts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "host_config.h:143:2: error: #error -- unsupported GNU version!"
+    record(RECORD | {"cuda": None, "cuda_reason": f"nvcc does not compile: {words}", "nvcc_error": words})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = facts()
+    assert found["built"]["why no CUDA"] == f"nvcc does not compile: {words}"
+    about = [sentence for sentence in found["advice"] if "nvcc" in sentence]
+    assert len(about) == 1  # not also that nvcc should be put on PATH
+    assert words in about[0]
+    for part in ("install a gcc", "NVCC_CCBIN", "pip install", "PDD_FAST_CUDA=0"):
+        assert part in about[0]
+
+
 def test_a_build_with_cuda_names_its_architectures(
     record: Callable[[object], None], facts: Callable[[], Facts]
 ) -> None:

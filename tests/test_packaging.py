@@ -118,7 +118,12 @@ def test_types_recipes_record_and_library_are_installed() -> None:
     recipes = {entry.name for entry in (package / "recipes").iterdir() if entry.name.endswith(".toml")}
     assert recipes == {path.name for path in (ROOT / "pdd_fast" / "recipes").glob("*.toml")}
     assert "digits.toml" in recipes
-    assert set(json.loads((package / "_build.json").read_text(encoding="utf-8"))) == {"cpu", "cuda", "cuda_reason"}
+    assert set(json.loads((package / "_build.json").read_text(encoding="utf-8"))) == {
+        "cpu",
+        "cuda",
+        "cuda_reason",
+        "nvcc_error",
+    }
     spec = importlib.util.find_spec("pdd_fast._cpu")
     assert spec is not None
     assert isinstance(spec.loader, importlib.machinery.ExtensionFileLoader)
