@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pdd_fast.cli import output
-from pdd_fast.cli.options import ablation_options, given_settings
+from pdd_fast.cli.options import PATH, ablation_options, given_settings
 from pdd_fast.config import CHOICES, listed, resolve
 from pdd_fast.errors import UsageError
 
@@ -19,9 +19,7 @@ from pdd_fast.errors import UsageError
 @click.option("--conditioning", default="on,off", help="on, off, or both. [default: on,off]")
 @click.option("--filter", "filters", default="none", help="none, forgetting, learned, or several. [default: none]")
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Seeds 0, 1, ... [default: 3]")
-@click.option(
-    "--output", "folder", type=click.Path(path_type=Path), default=None, help="[default: ablation/DATA-ipc...]"
-)
+@click.option("--output", "folder", type=PATH, default=None, help="[default: ablation/DATA-ipc...]")
 def command(
     stages: str, conditioning: str, filters: str, seeds: int, folder: Path | None, as_json: bool, **options: Any
 ) -> None:

@@ -10,6 +10,7 @@ import click
 
 from pdd_fast.benchmarks.cases import SUITES, select
 from pdd_fast.cli import output
+from pdd_fast.cli.options import PathOption
 from pdd_fast.errors import RunError
 
 
@@ -25,7 +26,7 @@ from pdd_fast.errors import RunError
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--limit", type=click.FloatRange(0, min_open=True), default=None,
               help="Seconds of one measurement. [default: the suite's]")  # fmt: skip
-@click.option("--output", "folder", type=click.Path(path_type=Path, file_okay=False), default=None, metavar="DIR",
+@click.option("--output", "folder", type=PathOption(file_okay=False), default=None, metavar="DIR",
               help="Where bench.json, bench.md and bench.png go. [default: bench/TIME]")  # fmt: skip
 @click.option("--list", "listing", is_flag=True, help="Name the cases and end.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")

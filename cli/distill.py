@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from pdd_fast.cli import output
-from pdd_fast.cli.options import FREE, configuration, continued, given_settings, run_options
+from pdd_fast.cli.options import configuration, continued, given_settings, is_free, run_options
 from pdd_fast.errors import UsageError
 
 
@@ -55,16 +55,18 @@ def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
             again = ["pdd-fast", command, "--resume", "--run-dir", str(run.path)]
             if resume:  # a new run has these in its configuration
                 for key, value in given_settings(options).items():
-                    again += ["--set", f"{key}={value}"] if key in FREE else []
+                    again += ["--set", f"{key}={value}"] if is_free(key, value) else []
             error.continue_with = shlex.join(again)  # type: ignore[attr-defined]
         raise
 
 
 def _removed(run: Any) -> bool:
     """Removes a run that nothing was made in, unless another process took it up; whether it is gone."""
+    from pdd_fast.locks import LOCK, OWNER
+
     with suppress(UsageError, OSError), run.lock():
         files = [entry for entry in run.path.rglob("*") if not entry.is_dir()]
-        if {entry.name for entry in files} <= {"config.json", ".lock"}:
+        if all(entry.name in ("config.json", LOCK) or entry.name.startswith(OWNER) for entry in files):
             shutil.rmtree(run.path, ignore_errors=True)  # leaves "." and a link to a folder, emptied or not
     return not (run.path / "config.json").exists()
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import click
 
 from pdd_fast.cli import output
-from pdd_fast.cli.options import continued
+from pdd_fast.cli.options import PATH, continued
 
 
 @click.command(name="evaluate")
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=PATH)
 @click.option("--repeats", type=int, default=None, help="Fresh networks. [default: the run's]")
 @click.option(
-    "--against", type=click.Path(path_type=Path), default=None,
+    "--against", type=PATH, default=None,
     help="Another run on the same data, e.g. of one stage and the same --ipc.",
 )  # fmt: skip
 @click.option(
@@ -23,6 +23,9 @@ from pdd_fast.cli.options import continued
 )  # fmt: skip
 @click.option("--subsets", is_flag=True, help="Also what each stage's images teach alone.")
 @click.option("--device", default=None, help="auto, cpu, cuda or cuda:N. [default: the run's]")
+@click.option(
+    "--dataset", default=None, help="imagefolder:DIR, where the run's folder lies now. [default: as in the run]"
+)
 @click.option("--data-dir", default=None, help="Where torchvision's data sets lie. [default: as in the run]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from pdd_fast.cli import output
+from pdd_fast.cli.options import PATH
 
 
 @click.command(name="export")
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--output", "folder", type=click.Path(path_type=Path), required=True, help="Where the files go.")
+@click.argument("run_dir", metavar="RUN", type=PATH)
+@click.option("--output", "folder", type=PATH, required=True, help="Where the files go.")
 @click.option("--raw", is_flag=True, help="Images that hold several as they are stored, not what they hold.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(run_dir: Path, folder: Path, raw: bool, as_json: bool) -> None:

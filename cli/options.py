@@ -8,8 +8,23 @@ from typing import Any
 
 import click
 
-from pdd_fast.config import CHOICES, Config, from_dict, recipe_names, recipe_title, resolve
+from pdd_fast.config import CHOICES, Config, absolute, from_dict, recipe_names, recipe_title, resolve
 from pdd_fast.errors import UsageError
+from pdd_fast.paths import FOLDER, expanded
+
+
+class PathOption(click.Path):
+    """A path in which a leading ~ stands for the home directory: shells expand it in a word of its own alone, not in
+    --run-dir=~/runs."""
+
+    def __init__(self, file_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(expanded(value), param, ctx)
+
+
+PATH = PathOption()
 
 
 def _choice(setting: str) -> click.Choice[str]:
@@ -31,14 +46,18 @@ _FLAGS = (  # flag, setting, type, what --help says
 )
 # What a continued run may be given anew, because its results do not depend on it, or (device, side_by_side, memory) in
 # rounding alone: a run that stopped for want of memory must be able to go on.
-FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side", "memory", "memory_limit")
+_FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side", "memory", "memory_limit")
+
+
+def is_free(key: str, value: Any) -> bool:
+    """Whether a continued run may be given this: also another folder of its data, which are compared when they are
+    read."""
+    return key in _FREE or (key == "dataset" and str(value).startswith(FOLDER))
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe a run."""
-    run_dir = click.option(
-        "--run-dir", type=click.Path(path_type=Path), default=None, help="[default: runs/DATA-ipc...]"
-    )
+    run_dir = click.option("--run-dir", type=PATH, default=None, help="[default: runs/DATA-ipc...]")
     return _described(run_dir(command), [setting for _, setting, _, _ in _FLAGS])
 
 
@@ -111,9 +130,10 @@ def continued(stored: Config, options: dict[str, Any]) -> Config:
     if options.get("recipe") is not None:
         raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")
     given = given_settings(options)
-    config = from_dict(stored.to_dict() | {key: value for key, value in given.items() if key in FREE})
+    own = absolute(stored).to_dict()
+    config = absolute(from_dict(own | {key: value for key, value in given.items() if is_free(key, value)}))
     for key, value in given.items():
-        wanted, kept = getattr(from_dict(config.to_dict() | {key: value}), key), getattr(config, key)
+        wanted, kept = getattr(absolute(from_dict(config.to_dict() | {key: value})), key), getattr(config, key)
         if wanted != kept:
             raise UsageError(f"{key} must be {kept} as in the run that is continued, got {wanted}")
     return config

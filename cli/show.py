@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from pdd_fast.cli import output
+from pdd_fast.cli.options import PATH
 from pdd_fast.errors import RunError, UsageError
 
 
 @click.command(name="show")
-@click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run_dir", metavar="RUN", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(run_dir: Path, as_json: bool) -> None:
     """Draw the images and the accuracy of RUN, and print its table. RUN may be unfinished."""

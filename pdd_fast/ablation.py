@@ -15,13 +15,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from pdd_fast.config import Config, from_dict
+from pdd_fast.config import Config, absolute, from_dict
 from pdd_fast.data import load
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run, half_width
 from pdd_fast.figures import attempt, default_style, new_figure, save_figure
-from pdd_fast.files import readable, write_json
+from pdd_fast.files import write_json
 from pdd_fast.matching import METHODS
+from pdd_fast.paths import readable
 from pdd_fast.progressive import distill
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
@@ -134,7 +135,7 @@ def _run(path: Path, config: Config) -> Run:
     if not (path / "config.json").exists():
         return Run.create(path, config)
     run = Run.open(path)
-    if run.config != config:
+    if absolute(run.config) != absolute(config):
         raise UsageError(f"{path} holds a run with other settings; choose another --output")
     return run
 

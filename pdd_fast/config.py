@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import PurePath
 from typing import Any, TypeVar, get_type_hints
 
+from pdd_fast import paths
 from pdd_fast.errors import UsageError, nearest
 
 N = TypeVar("N", int, float)
@@ -249,6 +250,16 @@ def from_dict(stored: dict[str, Any]) -> Config:
     config = replace(Config(), **{key: _convert(key, value) for key, value in stored.items()})
     _check(config, any_base=True)
     return config
+
+
+def absolute(config: Config) -> Config:
+    """``config`` with paths that hold from any working directory, so that a run can be continued from another one."""
+    changes: dict[str, Any] = {"dataset": paths.absolute_dataset(config.dataset)}
+    if config.experts_from:
+        changes["experts_from"] = paths.absolute(config.experts_from)
+    if config.dataset != Config.dataset and not config.dataset.startswith(paths.FOLDER):  # torchvision's
+        changes["data_dir"] = paths.absolute(config.data_dir)
+    return replace(config, **changes)
 
 
 def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:

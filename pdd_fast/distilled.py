@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pdd_fast.data.whitening import Whitening
 from pdd_fast.errors import UsageError
 from pdd_fast.files import read_tensors, save_tensors
 from pdd_fast.formation import decode, decode_labels
+from pdd_fast.networks.arguments import as_labels
+from pdd_fast.paths import expanded
 
 
 class DistilledUnion(TensorDataset):
@@ -26,9 +29,14 @@ class DistilledUnion(TensorDataset):
         self.images, self.labels, self.learning_rate = images, labels, learning_rate
 
 
+# The brightest that normalized pixels come to is about 3, and whitened ones about 20.
+_LARGEST = 32.0
+_SLACK = 1e-3  # by which rounding may take probabilities out of [0, 1]
+
+
 @dataclass(frozen=True, eq=False)  # field by field, == would ask for the truth of a tensor
 class DistilledSet:
-    """All stages of a distilled set.
+    """All stages of a distilled set. Labels of other types that mean class indices are converted to int64 [n].
 
     Raises:
         ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates not positive.
@@ -39,7 +47,8 @@ class DistilledSet:
     stage: Tensor  # int64 [n], 1-based
     learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
     normalisation: Normalisation
-    metadata: dict[str, Any] = field(default_factory=dict)  # data, classes, augmentation, network, labels, base, seed
+    # data, fingerprint, classes, augmentation, network, labels, base, seed
+    metadata: dict[str, Any] = field(default_factory=dict)
     whitening: Whitening | None = None  # None: images are not whitened
     factor: int = 1  # every stored image holds factor² smaller ones, which networks are trained on once enlarged
 
@@ -47,10 +56,16 @@ class DistilledSet:
         if self.images.dim() != 4:
             raise ValueError(f"DistilledSet: images must have shape [n, C, H, W], got {tuple(self.images.shape)}")
         n, channels = self.images.shape[:2]
-        hard = self.labels.dtype == torch.int64 and self.labels.dim() == 1
-        if not hard and not (self.labels.is_floating_point() and self.labels.dim() == 2):
-            found = f"{self.labels.dtype} of shape {tuple(self.labels.shape)}"
+        _check_normalized(self.images)
+        labels = as_labels("DistilledSet", self.labels, torch.float32)
+        hard = labels.dtype == torch.int64 and labels.dim() == 1
+        if not hard and not (labels.is_floating_point() and labels.dim() == 2):
+            found = f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ValueError(f"DistilledSet: labels must be int64 [n] or floating-point [n, classes], got {found}")
+        if not hard:  # one-hot rows of integers say no more than the class, and are reported among hard labels
+            labels = labels.float() if self.labels.is_floating_point() else labels.argmax(1)
+        object.__setattr__(self, "images", self.images.float())
+        object.__setattr__(self, "labels", labels)
         for name in ("stage", "learning_rates"):
             if getattr(self, name).dim() != 1:
                 found = f"shape {tuple(getattr(self, name).shape)}"
@@ -76,6 +91,9 @@ class DistilledSet:
                 raise ValueError(f"DistilledSet: {name} must be finite, got NaN or infinity")
         if not bool((self.learning_rates > 0).all()):
             raise ValueError(f"DistilledSet: learning_rates must be above 0, got {self.learning_rates.tolist()}")
+        classes = self.metadata.get("classes")
+        if reason := labels_outside(self.labels, len(classes) if isinstance(classes, list) else None):
+            raise ValueError(f"DistilledSet: {reason}")
 
     def __repr__(self) -> str:
         shape = "×".join(map(str, self.images.shape[1:]))
@@ -139,7 +157,40 @@ class DistilledSet:
             **({} if self.whitening is None else self.whitening.tensors()),
         }
         own = {"normalisation": self.normalisation.to_dict(), "factor": self.factor}
-        save_tensors(Path(path), tensors, self.metadata | own)
+        save_tensors(expanded(path), tensors, self.metadata | own)
+
+
+def _check_normalized(images: Tensor) -> None:
+    """Raises ValueError where ``images`` are pixels from 0 to 255, as integers or as whole floating-point numbers."""
+    kind = "" if images.is_floating_point() else str(images.dtype)
+    if not kind and images.numel() > 0 and float(images.amin()) >= 0 and _LARGEST < float(images.amax()) < math.inf:
+        kind = "whole numbers from 0 on" if bool((images == images.round()).all()) else ""
+    if kind:
+        raise ValueError(
+            f"DistilledSet: images must be floating-point and normalized as training data are, got {kind}; divide "
+            "pixels by 255, then apply the normalisation (Normalisation.apply) and, where there is one, the whitening"
+        )
+
+
+def labels_outside(labels: Tensor, classes: int | None) -> str:
+    """Say what is wrong with labels as :func:`~pdd_fast.networks.arguments.as_labels` gives them; "" where nothing is.
+
+    Class indices must be in range, probabilities in [0, 1] and as many as there are ``classes`` (None: unknown).
+    """
+    if len(labels) == 0:
+        return ""
+    low, high = labels.amin().item(), labels.amax().item()
+    if labels.dim() == 1:
+        bound = "from 0 on" if classes is None else f"in [0, {classes})"
+        return "" if low >= 0 and (classes is None or high < classes) else f"labels must lie {bound}, got {low}..{high}"
+    if classes is not None and labels.shape[1] != classes:
+        return f"labels must have {classes} columns, one for each class, got {labels.shape[1]}"
+    if low < -_SLACK or high > 1 + _SLACK:
+        return (
+            f"labels must be probabilities in [0, 1], got {low:.4g}..{high:.4g}; if they are logits, give their "
+            'softmax (labels="logits" of read_mtt)'
+        )
+    return ""
 
 
 def preprocessing(images: DistilledSet | ImageData) -> str:
@@ -156,7 +207,7 @@ def load_distilled(path: str | Path) -> DistilledSet:
     Raises:
         UsageError: there is none, or the file is damaged.
     """
-    file = Path(path)
+    file = expanded(path)
     if file.is_dir():
         file = file / "distilled.safetensors"
     tensors, metadata = read_tensors(file)

@@ -24,7 +24,7 @@ from pdd_fast.runs import Run
 from pdd_fast.soft_labels import soft_labels
 from pdd_fast.training import accuracies
 from pdd_fast.trajectories import Trajectory
-from pdd_fast.unions import Union
+from pdd_fast.unions import Union, misfit
 from pdd_fast.workbench import Workbench
 
 # What is trained on alone, from the first step. Set beside the others it is comparable at the end only, when all have
@@ -86,7 +86,7 @@ def evaluate_run(
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     check_names(list(networks))
     config = replace(run.config, repeats=repeats or run.config.repeats)
-    bench = Workbench.prepare(config, run.path)
+    bench = Workbench.of_run(run, config, to_judge=True)
     union = Union.load(run.distilled_file, bench)
     other, labels_of_other = _load_other(against, bench) if against is not None else (None, "")
 
@@ -194,10 +194,9 @@ def _paired(scores: list[list[float]], others: list[list[float]]) -> dict[str, f
 def _load_other(path: Path, bench: Workbench) -> tuple[Union, str]:
     """The union in ``path``, and of which kind its labels are."""
     other: DistilledSet = load_distilled(path)
-    shape, expected = tuple(other.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
-    if other.metadata.get("data") != bench.data.name or shape != expected:
-        found = f"{other.metadata.get('data')} {shape}"
-        raise UsageError(f"--against must name a run on {bench.data.name} {expected}, got {path} on {found}")
+    if reason := misfit(other, bench):
+        expected = tuple(bench.data.test.images.shape[1:])
+        raise UsageError(f"--against must name a run on {bench.data.name} {expected}, got {path} on {reason}")
     if not other.is_seen_as(bench.data):
         wanted, found = preprocessing(bench.data), preprocessing(other)
         found = found if found != wanted else f"{found}, but fitted to other images"

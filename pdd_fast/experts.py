@@ -9,16 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
+from pdd_fast.config import Config
 from pdd_fast.data import Normalisation
+from pdd_fast.data.fingerprint import difference, identity
 from pdd_fast.data.whitening import EPSILON
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import RunError, UsageError
 from pdd_fast.networks.parameters import parameter_count
-from pdd_fast.replay_buffers import buffer_files, read_buffer
+from pdd_fast.paths import expanded
+from pdd_fast.replay_buffers import BufferTrajectory, buffer_files, read_buffer
 from pdd_fast.reporting import SILENT, Reporter
 from pdd_fast.runs import Run
 from pdd_fast.training import Loop, Students, accuracies
 from pdd_fast.trajectories import (
     Trajectory,
+    is_finite,
     list_trajectories,
     partial_path,
     read_partial,
@@ -38,7 +42,7 @@ def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
         UsageError: the data cannot be loaded, or stored experts do not fit.
     """
     with run.lock():
-        ensure_experts(run, Workbench.prepare(run.config, run.path), reporter)
+        ensure_experts(run, Workbench.of_run(run), reporter)
 
 
 def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
@@ -46,6 +50,7 @@ def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
     if bench.config.experts_from:
         for trajectory in stored_experts(run):
             _check_serves(trajectory, bench)
+            _check_finite(trajectory, bench.config)
         return
     record_trajectories(
         bench,
@@ -67,7 +72,7 @@ def stored_experts(run: Run) -> list[Trajectory]:
     config = run.config
     if not config.experts_from:
         return list_trajectories(run.experts_dir)
-    folder = Path(config.experts_from).expanduser()
+    folder = expanded(config.experts_from)
     if (folder / "experts").is_dir():
         folder = folder / "experts"
     buffers = buffer_files(folder)
@@ -97,13 +102,16 @@ def record_trajectories(
     group are finished and others are not, all are trained, and the missing ones written.
 
     Raises:
-        UsageError: a trajectory that is there already is of another network, length or data set.
+        UsageError: a trajectory that is there already is of another network, length or data set, or not finite.
+        RunError: a network diverges.
     """
     config, train = bench.config, bench.train
     groups, there = bench.groups(config.experts), set[int]()
     for k in range(config.experts):
         if trajectory_path(folder, k).exists():
-            _check_fits(Trajectory(trajectory_path(folder, k)), bench, epochs)
+            trajectory = Trajectory(trajectory_path(folder, k))
+            _check_fits(trajectory, bench, epochs)
+            _check_finite(trajectory, config)
             there.add(k)
     for group in groups:
         if there.issuperset(group):
@@ -117,6 +125,7 @@ def record_trajectories(
             if not missing:
                 continue
             checkpoints, students = _unfinished(bench, folder, group) or _begin(start(group))
+            _require_converging(checkpoints[-1], group, len(checkpoints) - 1, title, config)
             task.advance((len(checkpoints) - 1) * len(missing))
             # Not a copy of these rows: easy examples are most of a set.
             own_rows = None if rows is None else rows.expand(len(group), -1)
@@ -125,6 +134,7 @@ def record_trajectories(
             for epoch in range(len(checkpoints) - 1, epochs):
                 loop.epoch(config.expert_lr, [bench.generator(purpose, k, epoch) for k in group])
                 checkpoints.append(students.theta.to("cpu", copy=True))
+                _require_converging(checkpoints[-1], group, epoch + 1, title, config)
                 task.advance(len(missing), network=_in_words(missing))
                 if time.monotonic() - saved > config.checkpoint_seconds and epoch + 1 < epochs:
                     write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
@@ -156,6 +166,7 @@ def keep_starts(
     with reporter.task(title, total=config.experts, unit="network", done=there) as task:
         for group in missing:
             checkpoints, students = _begin(start(group))
+            _require_converging(checkpoints[-1], group, 0, title, config)
             write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
             task.advance(len(group))
 
@@ -175,7 +186,7 @@ def stored_start(bench: Workbench, folder: Path, k: int) -> Tensor:
 def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[str, Any]:
     return {
         "network": bench.network,
-        "data": bench.data.name,
+        **identity(bench.data),
         "normalisation": bench.data.normalisation.to_dict(),
         "whitening": bench.config.whitening,
         **({} if bench.data.whitening is None else {"whitening_epsilon": bench.data.whitening.epsilon}),
@@ -197,12 +208,32 @@ def _forget(folder: Path, group: range) -> None:
         partial_path(folder, k).unlink(missing_ok=True)
 
 
+def _require_converging(theta: Tensor, group: range, epoch: int, title: str, config: Config) -> None:
+    """Raises RunError where a network of ``group``, at ``theta`` [K, P] after ``epoch`` epochs, is no longer finite:
+    all that follows would be NaN, and be blamed on the images."""
+    for k, own in zip(group, theta, strict=True):
+        if not is_finite(own):
+            when = f"in epoch {epoch}" if epoch else "on the images of the stages before"
+            advice = f"lower expert_lr (now {config.expert_lr:g})" if epoch else "lower inner_lr or lr_lr"
+            raise RunError(f"{title}: network {k + 1} diverged {when}, its weights are NaN or infinite; {advice}")
+
+
+def _check_finite(trajectory: Trajectory, config: Config) -> None:
+    """Raises UsageError at the first checkpoint that is not finite, of those that the run can come to read: else an
+    iteration might draw it after hours."""
+    last = trajectory.epochs if config.filter == "forgetting" else config.max_start_epoch + config.expert_epochs
+    epochs = [*range(last + 1), trajectory.epochs]  # the last one gives soft labels
+    for epoch in epochs if config.labels != "hard" else epochs[:-1]:
+        trajectory.checkpoint(epoch)
+
+
 def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
     """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
     metadata, reach = trajectory.metadata, bench.config.max_start_epoch + bench.config.expert_epochs
+    if reason := difference(metadata, identity(bench.data)):
+        raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
     _require_same(
         trajectory,
-        data=(metadata.get("data", bench.data.name), bench.data.name),
         **_made_of_pixels(metadata, bench),
         network=(metadata.get("network", bench.network), bench.network),
         parameters=(trajectory.parameters, parameter_count(bench.engine.net)),
@@ -212,6 +243,8 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
             f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs ({reach}), got "
             f"{trajectory.epochs}"
         )
+    if isinstance(trajectory, BufferTrajectory):
+        trajectory.require_fits(bench.engine.net)
 
 
 def _made_of_pixels(metadata: dict[str, Any], bench: Workbench) -> dict[str, tuple[Any, Any]]:
@@ -234,9 +267,10 @@ def _made_of_pixels(metadata: dict[str, Any], bench: Workbench) -> dict[str, tup
 
 def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
     metadata = trajectory.metadata
+    if reason := difference(metadata, identity(bench.data), in_order=True):
+        raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
     _require_same(
         trajectory,
-        data=(metadata.get("data"), bench.data.name),
         **_made_of_pixels(metadata, bench),
         network=(metadata.get("network"), bench.network),
         epochs=(trajectory.epochs, epochs),

@@ -6,9 +6,10 @@ import errno
 import json
 import os
 import pickle
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +23,37 @@ from pdd_fast.errors import UsageError, first_line
 _METADATA = "pdd_fast"
 
 
+_ZIP = b"PK\x03\x04"  # how torch's files begin since version 1.6
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the system applies the umask
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with temporary.open("r+b") as file:  # Windows flushes only what may be written
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read; give the mode that open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+            _flush(file.fileno())
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes its files private
+            with suppress(OSError):  # some file systems have no modes to change
+                temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def readable(name: str) -> str:
-    """A file's name as text that can be drawn and encoded: bytes that are not UTF-8 as \\xNN, so that names that differ
-    still do."""
-    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+def _flush(handle: int) -> None:
+    """Write a file through to the disk, where its file system can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,7 +105,7 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         with torch.device("cpu"), safe_open(path, framework="pt") as file:
             yield file, _metadata_of(path, file)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or is not a safetensors file: {error}") from error
+        raise UsageError(f"{path} is damaged or is not a safetensors file: {stand_in(path) or error}") from error
 
 
 def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
@@ -113,23 +121,45 @@ def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
     return content
 
 
+def stand_in(path: Path) -> str:
+    """Say what lies in the place of a file that was never copied or downloaded whole, and what to do; "" where the file
+    is none of these: an empty file, a pointer of Git LFS, a web page."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError:
+        return ""
+    if not head:
+        return "it is empty; copy or download it again"
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "it is a pointer of Git LFS, not the file that it stands for; fetch that with `git lfs pull`"
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, not the file that was asked for; download it again"
+    return ""
+
+
 def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
     """What ``torch.save`` wrote, of tensors, lists and dictionaries alone: no code in a file is run.
 
     Args:
-        mapped: leave the numbers in the file until they are used.
+        mapped: leave the numbers in the file until they are used. Files of the format before torch 1.6, which cannot
+            be mapped, are read whole.
 
     Raises:
         UsageError: the file is missing or damaged, or holds something else.
     """
     try:
+        with path.open("rb") as file:
+            mapped = mapped and file.read(len(_ZIP)) == _ZIP
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
-        raise UsageError(f"{path} is refused: it holds more than tensors, which could be code") from error
-    except (RuntimeError, ValueError, EOFError, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
+        reason = stand_in(path)
+        said = f"cannot be read: {reason}" if reason else "is refused: it holds more than tensors, which could be code"
+        raise UsageError(f"{path} {said}") from error
+    except Exception as error:  # damaged files make the reader raise whatever it stumbles over
+        raise UsageError(f"{path} cannot be read: {stand_in(path) or first_line(error)}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pdd_fast.data import Split
+from pdd_fast.data.fingerprint import difference, identity
 from pdd_fast.engines import Engine
 from pdd_fast.errors import UsageError
 from pdd_fast.experts import stored_experts, stored_start
@@ -89,19 +90,21 @@ def _summed(
         UsageError: what is kept is of other examples or networks.
     """
     split, total, done = bench.train, torch.zeros(len(bench.train), dtype=torch.float64, device="cpu"), 0
-    whose = {"data": bench.data.name, "experts": networks, "select": bench.config.select}
+    whose, data = {"experts": networks, "select": bench.config.select}, identity(bench.data)
     if file.exists():
         tensors, metadata = read_tensors(file)
         total, done = tensors.get("total", total[:0]), int(metadata.get("done", 0))
         found = {key: metadata.get(key) for key in whose}
         if found != whose or total.shape != (len(split),):
             raise UsageError(f"{file} must be for {len(split)} examples and {whose}, got {len(total)} and {found}")
+        if reason := difference(metadata, data, in_order=True):
+            raise UsageError(f"{file} must be for the run's data, got one for {reason}")
     if done == networks:
         return total
     with reporter.task(title, total=networks, unit="network", done=done) as task:
         for number in range(done, networks):
             total = total + each(number)
-            save_tensors(file, {"total": total}, whose | {"done": number + 1})
+            save_tensors(file, {"total": total}, data | whose | {"done": number + 1})
             task.advance(1)
     return total
 

@@ -19,6 +19,7 @@ from pdd_fast.data.whitening import Whitening
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.errors import UsageError
 from pdd_fast.files import atomic_path, read_pickled_tensors, write_json
+from pdd_fast.paths import expanded
 
 IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
 
@@ -35,7 +36,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
     Raises:
         UsageError: there is something in it already.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not an empty folder; choose another")
     written = []
@@ -53,7 +54,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
         "whitening_epsilon": None if distilled.whitening is None else distilled.whitening.epsilon,
         "factor": distilled.factor if raw else 1,
     }
-    known = ("data", "classes", "labels", "augmentation", "network")
+    known = ("data", "fingerprint", "classes", "labels", "augmentation", "network")
     settings |= {key: distilled.metadata[key] for key in known if key in distilled.metadata}
     write_json(folder / SETTINGS, settings)
     return [*written, folder / SETTINGS]
@@ -66,6 +67,7 @@ def read_mtt(
     whitening: Whitening | None = None,
     metadata: dict[str, Any] | None = None,
     factor: int = 1,
+    labels: str = "auto",
 ) -> DistilledSet:
     """A distilled set of what MTT's scripts stored, one folder with images_best.pt and labels_best.pt for each stage.
 
@@ -76,24 +78,39 @@ def read_mtt(
             ``normalization="published"``.
         metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared by.
         factor: of settings.json, for images that were written as they are stored.
+        labels: what labels_best.pt holds: "auto" for class indices or probabilities, "logits" for logits, whose softmax
+            is taken.
 
     Raises:
         UsageError: a file is missing or damaged, or holds something else (code is never run); or the parts do not fit.
     """
-    images, labels, stages = [], [], []
-    for number, folder in enumerate(map(Path, folders), start=1):
+    if labels not in ("auto", "logits"):
+        raise UsageError(f"labels must be auto or logits, got {labels!r}")
+    images, targets, stages = [], [], []
+    for number, folder in enumerate(map(expanded, folders), start=1):
         own = _tensor(folder / IMAGES)
-        images.append(own.float())
-        labels.append(_tensor(folder / LABELS))
+        images.append(own.float() if own.is_floating_point() else own)
+        targets.append(_targets(folder / LABELS, labels))
         stages.append(torch.full((len(own),), number, device="cpu"))
     rates = torch.tensor(list(learning_rates), device="cpu").float()
     try:
         return DistilledSet(
-            torch.cat(images), torch.cat(labels), torch.cat(stages), rates,
+            torch.cat(images), torch.cat(targets), torch.cat(stages), rates,
             normalisation, dict(metadata or {}), whitening, factor,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:  # torch.cat: of different shapes, or of nothing
         raise UsageError(f"{', '.join(map(str, folders)) or 'no folders'} hold no distilled set: {error}") from error
+
+
+def _targets(path: Path, kind: str) -> Tensor:
+    """The labels in a file; of logits [n, classes] the softmax."""
+    found = _tensor(path)
+    if kind != "logits":
+        return found
+    if found.dim() != 2 or not found.is_floating_point() or found.shape[1] < 2:
+        shape = tuple(found.shape)
+        raise UsageError(f"{path} must hold logits, floating-point [n, classes], got {found.dtype} of shape {shape}")
+    return found.float().softmax(1)
 
 
 def _tensor(path: Path) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from pdd_fast.distilled import DistilledSet
 from pdd_fast.evaluate import ALONE, tables
 from pdd_fast.figures import default_style, new_figure, save_figure
-from pdd_fast.files import readable
+from pdd_fast.paths import readable
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
 MOST_COLUMNS = 50  # of a stage

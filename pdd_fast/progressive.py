@@ -41,7 +41,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         config = run.config
         if config.base not in METHODS:
             raise UsageError(f"base must be {' or '.join(METHODS)}, got {config.base!r}; register it first")
-        bench, recorded = Workbench.prepare(config, run.path), METHODS[config.base].needs_trajectories
+        bench, recorded = Workbench.of_run(run), METHODS[config.base].needs_trajectories
         if config.filter == "learned" and not recorded:
             raise UsageError(f"filter must be none or forgetting where base is {config.base}, got learned")
         require_images_per_class(bench.train, config.ipc, bench.data.classes, each=config.factor**2)

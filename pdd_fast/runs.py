@@ -19,11 +19,8 @@ from pdd_fast._version import __version__
 from pdd_fast.config import Config
 from pdd_fast.errors import UsageError
 from pdd_fast.files import read_json, read_tensors, save_tensors, write_json, write_text
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: runs are not locked there
-    fcntl = None  # type: ignore[assignment]
+from pdd_fast.locks import locked
+from pdd_fast.paths import expanded, short_dataset
 
 
 def default_run_dir(config: Config) -> Path:
@@ -78,19 +75,20 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> Run:
-        """A new run directory with its config.json.
+        """A new run directory with its config.json, in which paths are absolute: it is opened from anywhere.
 
         Raises:
             UsageError: something is there already.
         """
-        path = Path(path)
+        path = expanded(path)
         if (path / "config.json").exists():
             raise UsageError(f"{path} exists; continue it with --resume or choose another --run-dir")
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path} exists and is not a run directory; choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
+        absolute = configuration.absolute(config)
         versions = {"pdd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        write_json(path / "config.json", {"config": config.to_dict(), "versions": versions})
+        write_json(path / "config.json", {"config": absolute.to_dict(), "versions": versions})
         return cls(path, config)
 
     @classmethod
@@ -100,7 +98,7 @@ class Run:
         Raises:
             UsageError: it is none, or its configuration cannot be read.
         """
-        path = Path(path)
+        path = expanded(path)
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a run directory: it holds no config.json")
         stored = read_json(path / "config.json")
@@ -111,21 +109,28 @@ class Run:
         except UsageError as error:
             raise UsageError(f"{path / 'config.json'}: {error}") from error
 
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data that the run was begun with (:func:`pdd_fast.data.fingerprint.identity`); of runs that did not note
+        them, the name."""
+        stored = read_json(self.path / "config.json")
+        noted = stored.get("data")
+        return noted if isinstance(noted, dict) else {"data": short_dataset(stored["config"].get("dataset", ""))}
+
+    def note_data(self, identity: dict[str, Any]) -> None:
+        """Writes into config.json what data the run is begun with, unless it is there."""
+        stored = read_json(self.path / "config.json")
+        if "data" not in stored:
+            write_json(self.path / "config.json", stored | {"data": identity})
+
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes out while the block runs; the system lets go when the process ends, however it ends.
+        """Keeps other processes out while the block runs (:mod:`pdd_fast.locks`).
 
         Raises:
             UsageError: another process works in this directory.
         """
-        with (self.path / ".lock").open("w") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UsageError(f"{self.path} is in use by another process") from error
-                except OSError as error:  # some network file systems know no locks
-                    raise UsageError(f"{self.path} cannot be locked: {error}; choose another --run-dir") from error
+        with locked(self.path):
             yield
 
     # ---- places ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,26 @@ class Trajectory:
             self.epochs: int = shape[0] - 1
             self.parameters: int = shape[1]
 
+    @property
+    def title(self) -> str:
+        """The trajectory in words: its file, and its number there where a file holds several."""
+        return str(self.path)
+
     def checkpoint(self, epoch: int) -> Tensor:
-        """Weights [P] after ``epoch`` epochs; reads these and no others."""
+        """Weights [P] after ``epoch`` epochs; reads these and no others.
+
+        Raises:
+            UsageError: the trajectory is shorter, or these weights are not finite.
+        """
         if not 0 <= epoch <= self.epochs:
-            raise UsageError(f"{self.path}: epoch must lie in [0, {self.epochs}], got {epoch}")
-        return self._read(epoch)
+            raise UsageError(f"{self.title}: epoch must lie in [0, {self.epochs}], got {epoch}")
+        theta = self._read(epoch)
+        if not is_finite(theta):
+            raise UsageError(
+                f"{self.title}: checkpoint {epoch} must be finite, got NaN or infinity: this network diverged in "
+                "training; train it again at a lower learning rate, or take it out"
+            )
+        return theta
 
     def _read(self, epoch: int) -> Tensor:
         with open_tensors(self.path) as (file, _):
@@ -55,6 +71,11 @@ class Trajectory:
     def pair(self, epoch: int, ahead: int) -> tuple[Tensor, Tensor]:
         """Checkpoints ``epoch`` and ``epoch + ahead``."""
         return self.checkpoint(epoch), self.checkpoint(epoch + ahead)
+
+
+def is_finite(theta: Tensor) -> bool:
+    """Whether all numbers are finite: their sum in float64 is then, and only then. One pass and no mask."""
+    return math.isfinite(float(theta.sum(dtype=torch.float64)))
 
 
 def list_trajectories(folder: Path) -> list[Trajectory]:

@@ -9,10 +9,22 @@ import torch
 from torch import Tensor
 
 from pdd_fast._version import __version__
-from pdd_fast.distilled import DistilledSet, load_distilled, preprocessing
+from pdd_fast.data.fingerprint import difference, identity
+from pdd_fast.distilled import DistilledSet, labels_outside, load_distilled, preprocessing
 from pdd_fast.errors import UsageError
 from pdd_fast.formation import decode, decode_labels
 from pdd_fast.workbench import Workbench
+
+
+def misfit(stored: DistilledSet, bench: Workbench) -> str:
+    """Say what of ``stored`` does not fit the data of ``bench``, e.g. the shape of an image; "" where all does."""
+    shape, expected = tuple(stored.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
+    name = stored.metadata.get("data", "unknown data")
+    reason = difference(stored.metadata | {"data": name}, identity(bench.data))
+    if reason or shape != expected:
+        return reason or f"{name} with images of shape {shape}, not {expected}"
+    outside = labels_outside(stored.labels, bench.data.num_classes)
+    return f"{name} with other labels: {outside}" if outside else ""
 
 
 @dataclass
@@ -38,9 +50,12 @@ class Union:
         """Return the union in a file of the run that ``bench`` is of.
 
         Raises:
-            UsageError: its images were made of pixels in another way than the run's data are now.
+            UsageError: it is missing or damaged, or its images were made of other data than the run's, or in another
+                way than the run's data are now.
         """
         stored = load_distilled(path)
+        if reason := misfit(stored, bench):
+            raise UsageError(f"{path} must be for the run's data, got one for {reason}")
         if not stored.is_seen_as(bench.data):
             raise UsageError(
                 f"{path} must hold images with {preprocessing(bench.data)}, as the run's data are now, got "
@@ -106,8 +121,7 @@ class Union:
             normalisation=bench.data.normalisation,
             whitening=bench.data.whitening,
             metadata={
-                "data": bench.data.name,
-                "classes": list(bench.data.classes),
+                **identity(bench.data),
                 "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
                 "network": bench.network,
                 "labels": config.labels,

@@ -15,10 +15,13 @@ from pdd_fast import engines, memory, precision, seeds
 from pdd_fast.augmentation import DSA
 from pdd_fast.config import Config
 from pdd_fast.data import ImageData, Split, load
+from pdd_fast.data.fingerprint import difference, identity
 from pdd_fast.devices import resolve_device
 from pdd_fast.errors import UsageError
 from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.networks.parameters import initial_parameters
+from pdd_fast.paths import FOLDER
+from pdd_fast.runs import Run
 from pdd_fast.training import Sgd, Students
 
 # Of networks trained side by side on a GPU. A step of 16 of width 128 on 256 images of 32×32 is 1.2 TFLOP, milliseconds
@@ -73,6 +76,27 @@ class Workbench:
         dsa = DSA(config.augment, mode=config.augment_mode)
         together = config.side_by_side or _fitting(config, net, engine, where)
         return cls(config, where, images.to(where), engine, dsa, together)
+
+    @classmethod
+    def of_run(cls, run: Run, config: Config | None = None, to_judge: bool = False) -> Workbench:
+        """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they lie now.
+
+        Args:
+            config: in place of the run's own.
+            to_judge: the run is finished: nothing in it is written, and its images may lie in another order.
+
+        Raises:
+            UsageError: as :meth:`prepare`; or the data are others.
+        """
+        bench = cls.prepare(config or run.config, run.path)
+        if reason := difference(run.data, identity(bench.data), in_order=not to_judge):
+            raise UsageError(
+                f"dataset must be what {run.path} was begun with, got another in its place: {reason}; say with "
+                f"--dataset {FOLDER}DIR or --data-dir DIR where it lies now"
+            )
+        if not to_judge:
+            run.note_data(identity(bench.data))
+        return bench
 
     @property
     def train(self) -> Split:

@@ -844,7 +844,7 @@ def test_a_terminated_command_exits_with_its_signal_and_can_be_continued(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     path = tmp_path / "run"
-    interrupt_after(monkeypatch, "pathlib.Path.replace", 2, number)  # config.json, an expert
+    interrupt_after(monkeypatch, "pathlib.Path.replace", 3, number)  # config.json, its data, an expert
     outcome = entry("experts", *tiny.flags(), "--run-dir", path)
     assert (outcome.status, outcome.out) == (status, "")
     assert [p.name for p in (path / "experts").iterdir()] == ["trajectory-000.safetensors"]

@@ -199,9 +199,43 @@ def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
         ({"images": torch.zeros(8, 4, 5)}, r"images must have shape \[n, C, H, W\], got \(8, 4, 5\)"),
         ({"images": torch.tensor(1.0)}, r"images must have shape \[n, C, H, W\], got \(\)"),
         ({"labels": torch.zeros(7, dtype=torch.int64)}, "labels must have 8 rows, got 7"),
-        ({"labels": torch.zeros(8)}, r"labels must be int64 \[n\] or .*, got torch\.float32 of shape \(8,\)"),
-        ({"labels": torch.zeros(8, 2, dtype=torch.int64)}, r"labels must be .*, got torch\.int64 of shape \(8, 2\)"),
-        ({"labels": torch.zeros(8, dtype=torch.int32)}, r"labels must be .*, got torch\.int32"),
+        ({"labels": torch.full((8,), 0.5)}, "labels must be class indices or .* that are no whole numbers"),
+        ({"labels": torch.full((8,), float("nan"))}, "labels must be class indices .* that are no whole numbers"),
+        (
+            {"labels": torch.zeros(8, 2, dtype=torch.int64)},
+            r"labels must be one-hot where they are integers .*, got other rows of \(8, 2\)",
+        ),
+        (
+            {"labels": torch.ones(8, 2, dtype=torch.bool)},
+            r"labels must be one-hot where they are integers .*, got other rows of \(8, 2\)",
+        ),
+        (
+            {"labels": torch.rand(8, 1)},
+            r"labels must be class indices \[n\], or .* 2 classes or more, got \(8, 1\); pass",
+        ),
+        (
+            {"labels": torch.zeros(8, 1, dtype=torch.int64)},
+            r"labels must be class indices .*, got \(8, 1\); pass labels",
+        ),
+        ({"labels": torch.zeros(8, 2, 1)}, r"labels must be .*, got torch\.float32 of shape \(8, 2, 1\)"),
+        ({"labels": torch.arange(8) - 1}, r"labels must lie in \[0, 2\), got -1\.\.6"),
+        ({"labels": torch.arange(8) - 1, "metadata": {}}, r"labels must lie from 0 on, got -1\.\.6"),
+        ({"labels": torch.full((8, 2), -3.0)}, r"labels must be probabilities in \[0, 1\], got -3\.\.-3; if .* logits"),
+        ({"labels": torch.full((8, 2), 7.0)}, r"labels must be probabilities in \[0, 1\], got 7\.\.7; if .* logits"),
+        (
+            {"labels": torch.arange(8) % 4, "metadata": {"classes": list("abc")}},
+            r"labels must lie in \[0, 3\), got 0\.\.3",
+        ),
+        ({"labels": torch.rand(8, 2), "metadata": {"classes": list("abc")}}, "labels must have 3 columns, .*, got 2"),
+        (
+            {"images": torch.ones(8, 3, 4, 5, dtype=torch.uint8)},
+            r"images must be .*, got torch\.uint8; divide pixels by 255",
+        ),
+        ({"images": torch.ones(8, 3, 4, 5, dtype=torch.int64)}, r"images must be .* normalized .*, got torch\.int64"),
+        (
+            {"images": torch.randint(0, 256, (8, 3, 4, 5)).float()},
+            "images must be .*, got whole numbers from 0 on; divide",
+        ),
         ({"stage": torch.ones(9, dtype=torch.int64)}, "stage must have 8 rows, got 9"),
         ({"stage": torch.ones(8, 1, dtype=torch.int64)}, r"stage must be a vector, got shape \(8, 1\)"),
         ({"stage": torch.tensor([1, 1, 1, 1, 3, 3, 3, 3])}, r"stage must number 1\.\.3 without gaps, got \[1, 3\]"),
@@ -219,6 +253,32 @@ def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^DistilledSet: {message}"):
         replace(a_set(), **change)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int8, torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_class_indices_of_any_type_are_class_indices(kind: torch.dtype) -> None:
+    expected = torch.arange(8) % 3
+    found = replace(a_set(), labels=expected.to(kind), metadata={}).labels
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_one_hot_rows_of_integers_are_class_indices(kind: torch.dtype) -> None:
+    expected = torch.tensor([2, 0, 1, 2, 2, 0, 1, 1])
+    found = replace(a_set(), labels=torch.nn.functional.one_hot(expected, 3).to(kind), metadata={}).labels
+    assert found.dtype == torch.int64
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_and_probabilities_are_float32(kind: torch.dtype, tmp_path: Path) -> None:
+    original, labels = a_set(), torch.full((8, 2), 0.5, dtype=kind)
+    found = replace(original, images=original.images.to(kind), labels=labels)
+    assert (found.images.dtype, found.labels.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(found.images, original.images.to(kind).float())
+    found.save(tmp_path / "set")
+    assert torch.equal(load_distilled(tmp_path / "set").labels, torch.full((8, 2), 0.5))
 
 
 # ---- images that hold several ----

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdd_fast import experts
 from pdd_fast.config import Config, resolve
-from pdd_fast.errors import UsageError
+from pdd_fast.errors import RunError, UsageError
 from pdd_fast.experts import keep_starts, make_experts, record_trajectories, stored_start
 from pdd_fast.networks.parameters import flatten_parameters
 from pdd_fast.reporting import SILENT, Reporter, Task
@@ -110,6 +110,7 @@ def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
         (reached,) = accuracies(bench.engine, last[None], validation.images, validation.labels)
         expected = {"network": bench.network, "data": "digits", "seed": 0, "index": number, "purpose": "expert"}
         expected |= {"whitening": "none", "normalisation": bench.data.normalisation.to_dict()}
+        expected |= {"fingerprint": bench.data.fingerprint, "classes": list("0123456789")}
         assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
         assert trajectory.metadata["network"]["width"] == 4
 
@@ -334,6 +335,39 @@ def test_a_damaged_partial_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UsageError, match=path.name):
         make_experts(run)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_an_expert_that_diverges_is_named_at_once_and_not_stored(together: int, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(expert_lr=1e30, side_by_side=together))
+    recorder = Recorder()
+    with pytest.raises(RunError, match=r"^experts: network 1 diverged in epoch 1, .*; lower expert_lr \(now 1e\+30\)$"):
+        make_experts(run, recorder)
+    assert recorder.epochs == 0
+    assert not list(run.experts_dir.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("function", ["record", "keep"])
+def test_a_start_that_diverged_is_named_before_its_trajectory(
+    value: float, function: str, bench: Workbench, tmp_path: Path
+) -> None:
+    def start(group: range) -> Tensor:
+        theta = bench.initial_students("expert", group).theta
+        theta[:, 3] = value if group[0] == 1 else 0.0
+        return theta
+
+    def make() -> None:
+        if function == "record":
+            record_trajectories(bench, tmp_path, start, 2, "stage-2", SILENT, "stage 2")
+        else:
+            keep_starts(bench, tmp_path, start, SILENT, "stage 2")
+
+    said = r"^stage 2: network 2 diverged on the images of the stages before, .*; lower inner_lr or lr_lr$"
+    with pytest.raises(RunError, match=said):
+        make()
+    assert not trajectory_path(tmp_path, 1).exists()
+    assert not partial_path(tmp_path, 1).exists()
 
 
 def test_two_processes_do_not_train_in_one_run(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pdd_fast.errors import UsageError
-from pdd_fast.files import atomic_path, open_tensors, read_json, read_tensors, save_tensors, write_json, write_text
+from pdd_fast.files import (
+    atomic_path,
+    open_tensors,
+    read_json,
+    read_pickled_tensors,
+    read_tensors,
+    save_tensors,
+    write_json,
+    write_text,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -92,6 +103,45 @@ def test_files_get_the_permissions_that_open_would_give(tmp_path: Path, umask: i
         os.umask(before)
     assert after == umask
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_files_are_written_where_modes_cannot_be_changed(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("chmod", "fchmod", "lchmod"):
+        monkeypatch.setattr(os, name, refuse, raising=False)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_text(tmp_path / "text", "a")
+    save_tensors(tmp_path / "tensors", {"x": torch.ones(1)}, {})
+    write_json(tmp_path / "json", 3)
+    assert sorted(content(tmp_path)) == ["json", "tensors", "text"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_be_flushed_is_written_all_the_same(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(tmp_path / "text", "a")
+    assert content(tmp_path) == {"text": b"a"}
+
+
+def test_a_disk_that_fails_is_no_file_system_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_text(tmp_path / "text", "old")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_text(tmp_path / "text", "new")
+    assert content(tmp_path) == {"text": b"old"}
 
 
 # ---- equal content, equal bytes ----
@@ -236,3 +286,34 @@ def test_a_handle_reads_parts(tmp_path: Path) -> None:
     with open_tensors(tmp_path / "a") as (file, metadata):
         assert metadata == {"of": "rows"}
         assert file.get_slice("x")[2:3].tolist() == [[6, 7, 8]]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (b"", "it is empty; copy or download it again"),
+        (POINTER, "it is a pointer of Git LFS, not the file that it stands for; fetch that with `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html>Quota", "it is a web page, not the file that was asked for; download it again"),
+        (b"<HTML><head>", "it is a web page, not the file that was asked for; download it again"),
+    ],
+    ids=["empty", "LFS", "page", "old page"],
+)
+@pytest.mark.parametrize("read", [read_tensors, read_pickled_tensors, partial(read_pickled_tensors, mapped=True)])
+def test_what_stands_in_for_a_file_is_named(
+    found: bytes, said: str, read: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(found)
+    with pytest.raises(UsageError) as caught:
+        read(path)
+    assert str(caught.value).endswith(f": {said}")
+    assert str(caught.value).startswith(f"{path} ")
+
+
+def test_the_format_before_torch_1_6_is_read_whole(tmp_path: Path) -> None:
+    torch.save([torch.arange(3)], tmp_path / "old", _use_new_zipfile_serialization=False)
+    (found,) = read_pickled_tensors(tmp_path / "old", mapped=True)
+    assert torch.equal(found, torch.arange(3))

@@ -133,3 +133,85 @@ def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> N
     arguments = ["export", str(tmp_path / "set.safetensors"), "--output", str(tmp_path / "called"), "--raw"]
     assert run(arguments) == 0
     assert torch.equal(torch.load(tmp_path / "called/stage-1/images_best.pt"), stored.images)
+
+
+# ---- labels and images of other kinds ----
+
+
+def rewritten(folder: Path, **content: torch.Tensor) -> Path:
+    """A folder of one stage with other images or labels."""
+    write_mtt(distilled(), folder)
+    for kind, tensor in content.items():
+        torch.save(tensor, folder / "stage-1" / f"{kind}_best.pt")
+    return folder / "stage-1"
+
+
+def test_logits_are_refused_unless_they_are_said_to_be(tmp_path: Path) -> None:
+    logits = torch.tensor([[4.0, -1.5], [-2.0, 0.5]])
+    stage = rewritten(tmp_path, labels=logits)
+    with pytest.raises(UsageError) as caught:
+        read_mtt([stage], [0.1], NORMALISATION)
+    assert (
+        'labels must be probabilities in [0, 1], got -2..4; if they are logits, give their softmax (labels="logits"'
+        in (str(caught.value))
+    )
+    found = read_mtt([stage], [0.1], NORMALISATION, labels="logits")
+    torch.testing.assert_close(found.labels, logits.exp() / logits.exp().sum(1, keepdim=True))
+    for labels in (logits.double(), logits.half()):
+        torch.save(labels, stage / "labels_best.pt")
+        torch.testing.assert_close(read_mtt([stage], [0.1], NORMALISATION, labels="logits").labels, found.labels)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.zeros(2), torch.zeros(2, 1)])
+def test_what_cannot_be_logits_is_not_read_as_them(labels: torch.Tensor, tmp_path: Path) -> None:
+    stage = rewritten(tmp_path, labels=labels)
+    with pytest.raises(
+        UsageError, match=r"labels_best\.pt must hold logits, floating-point \[n, classes\], got torch\."
+    ):
+        read_mtt([stage], [0.1], NORMALISATION, labels="logits")
+    with pytest.raises(UsageError, match=r"^labels must be auto or logits, got 'soft'$"):
+        read_mtt([stage], [0.1], NORMALISATION, labels="soft")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"labels": torch.tensor([0, 2])}, r"labels must lie in \[0, 2\), got 0\.\.2"),
+        ({"labels": torch.tensor([-1, 1], dtype=torch.int32)}, r"labels must lie in \[0, 2\), got -1\.\.1"),
+        ({"labels": torch.rand(2, 3)}, "labels must have 2 columns, one for each class, got 3"),
+        ({"labels": torch.rand(2, 1)}, "labels must be class indices .* of 2 classes or more"),
+        (
+            {"images": torch.zeros(2, 3, 4, 6, dtype=torch.uint8)},
+            r"images must be .*, got torch\.uint8; divide pixels by",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused(content: dict[str, torch.Tensor], said: str, tmp_path: Path) -> None:
+    stage = rewritten(tmp_path, **content)
+    with pytest.raises(UsageError, match=f"stage-1 hold no distilled set: DistilledSet: {said}"):
+        read_mtt([stage], [0.1], NORMALISATION, metadata={"classes": ["a", "b"]})
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1.0, 0.0]),
+        torch.tensor([[0, 1], [1, 0]]), torch.tensor([[False, True], [True, False]]),
+    ],
+    ids=["int32", "float", "one-hot", "mask"],
+)  # fmt: skip
+def test_class_indices_in_other_forms_are_read(labels: torch.Tensor, tmp_path: Path) -> None:
+    found = read_mtt([rewritten(tmp_path, labels=labels)], [0.1], NORMALISATION)
+    assert found.labels.dtype == torch.int64
+    assert found.labels.tolist() == [1, 0]
+
+
+def test_pointers_and_empty_files_are_named(tmp_path: Path) -> None:
+    stage = rewritten(tmp_path)
+    for content, said in (
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+    ):
+        (stage / "images_best.pt").write_bytes(content)
+        with pytest.raises(UsageError, match=rf"images_best\.pt cannot be read: {said}"):
+            read_mtt([stage], [0.1], NORMALISATION)

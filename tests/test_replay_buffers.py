@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections import OrderedDict
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from pdd_fast.networks.parameters import parameter_count, views
 from pdd_fast.progressive import distill
 from pdd_fast.replay_buffers import buffer_files, read_buffer
 from pdd_fast.runs import Run
-from pdd_fast.trajectories import list_trajectories
+from pdd_fast.trajectories import Trajectory, list_trajectories, write_trajectory
 from pdd_fast.workbench import Workbench
 
 
@@ -103,14 +106,68 @@ def test_checkpoints_that_share_their_memory_are_refused(tmp_path: Path) -> None
     assert "one and the same" in refused(tmp_path / "b.pt", [[tensors, tensors]])
 
 
-def test_damaged_files_and_those_of_old_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "replay_buffer_0.pt"
-    assert "cannot be read: " in refused(path, checkpoints(), _use_new_zipfile_serialization=False)
     torch.save(checkpoints(), path)
-    for content in (path.read_bytes()[:200], b"", b"text"):
+    for content in (path.read_bytes()[:200], b"text"):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=r"^.*replay_buffer_0\.pt (cannot be read: |is refused)"):
             read_buffer(path)
+
+
+def test_a_buffer_of_the_format_before_torch_1_6_is_read(tmp_path: Path) -> None:
+    content, path = checkpoints(), tmp_path / "replay_buffer_0.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    for trajectory, expected in zip(read_buffer(path), content, strict=True):
+        assert torch.equal(trajectory.checkpoint(3), torch.cat([t.flatten() for t in expected[3]]))
+
+
+def named(content: list[list[list[Tensor]]]) -> list[list[OrderedDict[str, Tensor]]]:
+    """The same with state dicts for lists."""
+    return [[OrderedDict((f"features.{i}.weight", t) for i, t in enumerate(c)) for c in each] for each in content]
+
+
+@pytest.mark.parametrize("kind", ["state dicts", "plain dicts", "parameters", "one trajectory", "half precision"])
+def test_what_means_the_same_is_converted(kind: str, tmp_path: Path) -> None:
+    content, path = checkpoints(), tmp_path / "replay_buffer_0.pt"
+    stored: Any = named(content)
+    if kind == "plain dicts":
+        stored = [[dict(checkpoint) for checkpoint in each] for each in stored]
+    elif kind == "parameters":
+        stored = [[list(map(torch.nn.Parameter, checkpoint)) for checkpoint in each] for each in content]
+    elif kind == "one trajectory":
+        stored, content = stored[0], content[:1]
+    elif kind == "half precision":
+        content = [[[t.half() for t in checkpoint] for checkpoint in each] for each in content]
+        stored = content
+    torch.save(stored, path)
+    found = read_buffer(path)
+    assert len(found) == len(content)
+    for trajectory, expected in zip(found, content, strict=True):
+        theta = trajectory.checkpoint(2)
+        assert (theta.dtype, theta.requires_grad) == (torch.float32, False)
+        assert torch.equal(theta, torch.cat([t.flatten() for t in expected[2]]).float())
+
+
+def test_state_dicts_have_to_name_the_same(tmp_path: Path) -> None:
+    content = named(checkpoints())
+    content[1][2] = OrderedDict((f"other.{name}", tensor) for name, tensor in content[1][2].items())
+    assert "all checkpoints must be of one network" in refused(tmp_path / "b.pt", content)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_checkpoint_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
+    content, path = checkpoints(), tmp_path / "replay_buffer_0.pt"
+    content[1][2][1][0, 1] = value
+    torch.save(content, path)
+    first, second = read_buffer(path)
+    assert torch.isfinite(first.checkpoint(2)).all()
+    assert torch.isfinite(second.checkpoint(1)).all()
+    with pytest.raises(UsageError) as caught:
+        second.checkpoint(2)
+    assert str(caught.value).startswith(
+        f"{path}: trajectory 1: checkpoint 2 must be finite, got NaN or infinity: this network diverged in training; "
+    )
 
 
 # ---- as experts of a run ------------------------------------------------------------------------------------------
@@ -196,3 +253,97 @@ def test_a_vector_is_in_the_order_of_parameters(trained: Run, buffers: Path) -> 
     stored = torch.load(buffers / "replay_buffer_1.pt", weights_only=True)[0][2]
     for parameter, expected in zip(net.parameters(), stored, strict=True):
         assert torch.equal(parameter, expected)
+
+
+def stored(folder: Path) -> list[list[list[Tensor]]]:
+    return torch.load(folder / "replay_buffer_0.pt", weights_only=True)
+
+
+def refusal(content: Any, folder: Path, **changes: Any) -> str:
+    """What is said of experts in ``folder`` whose first buffer is ``content``."""
+    torch.save(content, folder / "replay_buffer_0.pt")
+    with pytest.raises(UsageError) as caught:
+        make_experts(Run.create(Path(mkdtemp(dir=folder)), configured(experts_from=str(folder), **changes)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("order", [[4, 5, 0, 1, 2, 3], [0, 1, 2, 3, 5, 4], [1, 0, 2, 3, 4, 5]])
+def test_tensors_in_another_order_are_another_network(order: list[int], buffers: Path) -> None:
+    content = [[[checkpoint[place] for place in order] for checkpoint in each] for each in stored(buffers)]
+    place = next(i for i, (a, b) in enumerate(zip(order, range(6), strict=True)) if a != b)
+    message = refusal(content, buffers)
+    assert f"replay_buffer_0.pt: tensor {place} of a checkpoint must be " in message
+    assert "as in the run's ConvNet, got (" in message
+
+
+def test_tensors_of_other_shapes_with_as_many_numbers_are_another_network(buffers: Path) -> None:
+    content = [[[t.flatten() for t in checkpoint] for checkpoint in each] for each in stored(buffers)]
+    assert "tensor 0 of a checkpoint must be blocks.0.0.weight (4, 1, 3, 3) as" in refusal(content, buffers)
+    content = [[[torch.cat([t.flatten() for t in checkpoint])] for checkpoint in each] for each in stored(buffers)]
+    assert "tensor 0 of a checkpoint must be blocks.0.0.weight (4, 1, 3, 3) as" in refusal(content, buffers)
+
+
+def test_more_tensors_with_as_many_numbers_are_another_network(buffers: Path) -> None:
+    content = [[[*c[:-1], c[-1][:5], c[-1][5:]] for c in each] for each in stored(buffers)]
+    assert "tensor 5 of a checkpoint must be classifier.bias (10,) as in the run's ConvNet, got (5,)" in refusal(
+        content, buffers
+    )
+
+
+NAMES = ["features.0.weight", "features.0.bias", "features.1.weight", "features.1.bias", "classifier.weight",
+         "classifier.bias"]  # fmt: skip
+
+
+def test_names_tell_tensors_of_one_shape_apart(buffers: Path, trained: Run, tmp_path: Path) -> None:
+    def with_names(order: list[int], **more: Tensor) -> Any:
+        return [[{NAMES[i]: c[i] for i in order} | more for c in each] for each in original]
+
+    original = stored(buffers)
+    message = refusal(with_names([0, 1, 3, 2, 4, 5]), buffers)  # bias and weight of the norm, both of 4 numbers
+    assert "tensor 2 of a checkpoint must be blocks.0.1.weight (4,) as" in message
+    assert "got features.1.bias (4,)" in message
+    message = refusal(with_names(list(range(6)), **{"features.1.running_mean": torch.zeros(4)}), buffers)
+    assert "which has instance norm, got one with batch norm (features.1.running_mean)" in message
+    torch.save(with_names(list(range(6))), buffers / "replay_buffer_0.pt")
+    run = Run.create(tmp_path / "right", configured(experts_from=str(buffers)))
+    distill(run)
+    assert run.distilled_file.read_bytes() == trained.distilled_file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "changes", "seen"),
+    [
+        (0, {}, True), (3, {}, True), (4, {}, False),  # matching reaches max_start_epoch + expert_epochs = 3
+        (4, {"filter": "forgetting"}, True), (4, {"labels": "soft"}, True),
+    ],
+)  # fmt: skip
+def test_experts_that_diverged_are_named_before_any_work(
+    epoch: int, changes: dict[str, Any], seen: bool, buffers: Path, trained: Run, tmp_path: Path
+) -> None:
+    content = stored(buffers)
+    content[0][epoch][4][0, 0] = float("nan")
+    if seen:
+        named = f"replay_buffer_0.pt: trajectory 0: checkpoint {epoch} must be finite, got NaN or infinity"
+        assert named in refusal(content, buffers, **changes)
+    else:
+        torch.save(content, buffers / "replay_buffer_0.pt")
+        make_experts(Run.create(tmp_path / "new", configured(experts_from=str(buffers), **changes)))
+
+
+def test_our_own_experts_that_diverged_are_named_too(trained: Run, tmp_path: Path) -> None:
+    for kind in ("own", "taken"):
+        folder = tmp_path / kind / "experts"
+        shutil.copytree(trained.experts_dir, folder)
+        second = Trajectory(folder / "trajectory-001.safetensors")
+        vectors = [second.checkpoint(epoch) for epoch in range(second.epochs + 1)]
+        vectors[1][7] = float("inf")
+        write_trajectory(second.path, vectors, second.metadata)
+        if kind == "own":
+            shutil.copy(trained.path / "config.json", folder.parent)
+            run = Run.open(folder.parent)
+        else:
+            run = Run.create(tmp_path / "new", configured(experts_from=str(folder)))
+        with pytest.raises(
+            UsageError, match=r"trajectory-001\.safetensors: checkpoint 1 must be finite, got NaN or inf"
+        ):
+            distill(run)

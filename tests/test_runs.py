@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdd_fast import __version__, runs
+from pdd_fast import __version__, locks
 from pdd_fast.config import Config, resolve
 from pdd_fast.errors import UsageError
 from pdd_fast.runs import Metrics, Run, default_run_dir
@@ -128,7 +128,7 @@ with Run.open(sys.argv[1]).lock():
 """
 
 
-@pytest.mark.skipif(runs.fcntl is None, reason="runs are locked on POSIX systems only")
+@pytest.mark.skipif(locks.fcntl is None, reason="runs are locked on POSIX systems only")
 def test_a_run_is_kept_from_two_processes_until_the_first_is_gone_however_it_went(run: Run) -> None:
     other = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -145,7 +145,7 @@ def test_a_run_is_kept_from_two_processes_until_the_first_is_gone_however_it_wen
         assert run.path.exists()
 
 
-@pytest.mark.skipif(runs.fcntl is None, reason="runs are locked on POSIX systems only")
+@pytest.mark.skipif(locks.fcntl is None, reason="runs are locked on POSIX systems only")
 def test_a_lock_ends_with_its_block(run: Run) -> None:
     with pytest.raises(KeyError), run.lock():
         raise KeyError
@@ -156,18 +156,8 @@ def test_a_lock_ends_with_its_block(run: Run) -> None:
     assert Run.open(run.path).config == CONFIG  # the lock's file is no obstacle
 
 
-@pytest.mark.skipif(runs.fcntl is None, reason="runs are locked on POSIX systems only")
-def test_a_file_system_without_locks_is_told_from_another_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: object, operation: int) -> None:
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr(runs.fcntl, "flock", refuse)
-    with pytest.raises(UsageError, match=r"/run cannot be locked: .*No locks available; choose another"), run.lock():
-        pass
-
-
 def test_runs_work_unlocked_where_the_system_has_no_locks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     with run.lock(), run.lock():
         run.metrics.append(stage=1)
     assert run.metrics.read() == [{"stage": 1}]

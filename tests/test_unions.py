@@ -117,6 +117,7 @@ def test_a_distilled_set_says_what_someone_else_needs(tmp_path: Path, bench: Wor
     assert found.normalisation == bench.data.normalisation
     assert found.metadata == {
         "data": "digits",
+        "fingerprint": bench.data.fingerprint,
         "classes": list("0123456789"),
         "augmentation": {"strategy": "color_crop", "mode": "single"},
         "network": {

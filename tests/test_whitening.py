@@ -162,7 +162,8 @@ def test_bytes_are_whitened_as_the_published_code_does(
     levels = levels.byte().contiguous(memory_format=layout)
     labels = torch.arange(3000) % 2
     pixels = Pixels(("a", "b"), levels[:2500], labels[:2500], levels[2500:], labels[2500:])
-    found = prepare("bytes", pixels, 0.2, lambda train: data._whitened("bytes", tmp_path / "kept", EPSILON, train))
+    whose = {"data": "bytes"}
+    found = prepare("bytes", pixels, 0.2, lambda train: data._whitened(whose, tmp_path / "kept", EPSILON, train))
     floats = levels.double() / 255
     expected = published(floats[:2500], floats)
     torch.testing.assert_close(found.test.images.double(), expected[2500:], rtol=0, atol=1e-5)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from pdd_fast.config import CHOICES
+from pdd_fast.data.fingerprint import difference, fingerprint
 from pdd_fast.data.normalisation import Normalisation, unit
 from pdd_fast.data.splits import Fit, ImageData, Pixels, Split, normalised, prepare, require_images_per_class
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.errors import UsageError, nearest
-from pdd_fast.files import readable
+from pdd_fast.paths import FOLDER, expanded, short_dataset
 
 __all__ = ["NAMES", "ImageData", "Normalisation", "Split", "Whitening", "load", "require_images_per_class"]
 
 NAMES = ("digits", "cifar10", "cifar100", "mnist", "fashionmnist", "svhn")
-_FOLDER = "imagefolder:"
 
 
 def load(
@@ -56,14 +58,13 @@ def load(
     elif name in NAMES:
         from pdd_fast.data.torchvision_sets import read as read_torchvision
 
-        pixels = read_torchvision(name, data_dir)
-    elif name.startswith(_FOLDER):
+        pixels = read_torchvision(name, str(expanded(data_dir)))
+    elif name.startswith(FOLDER):
         from pdd_fast.data.imagefolder import read as read_folder
 
-        folder = name.removeprefix(_FOLDER)
-        pixels = read_folder(folder)
+        pixels = read_folder(name.removeprefix(FOLDER))
         # The name goes into distilled sets that are given away: the folder's own, not where it lies on this disk.
-        name = _FOLDER + readable(Path(folder).expanduser().resolve().name)
+        name = short_dataset(name)
     else:
         known = f"{', '.join(NAMES)} or imagefolder:DIR"
         raise UsageError(f"dataset must be one of {known}, got {name!r}{nearest(name, NAMES)}")
@@ -72,12 +73,14 @@ def load(
             raise UsageError(f"{setting} must be {' or '.join(CHOICES[setting])}, got {value!r}")
     if not 0 < whitening_epsilon < math.inf:
         raise UsageError(f"whitening_epsilon must be a finite number above 0, got {whitening_epsilon}")
+    mark = fingerprint(pixels)
     fit: Fit = normalised
+    whose = {"data": name, "fingerprint": mark, "classes": list(pixels.classes)}
     if whitening == "zca":
-        fit = partial(_whitened, name, keep_whitening, whitening_epsilon)
+        fit = partial(_whitened, whose, keep_whitening, whitening_epsilon)
     elif normalization == "published":
         fit = partial(_published, _constants(name, pixels))
-    return prepare(name, pixels, validation_fraction, fit)
+    return replace(prepare(name, pixels, validation_fraction, fit), fingerprint=mark)
 
 
 def _constants(name: str, pixels: Pixels) -> Normalisation:
@@ -93,18 +96,23 @@ def _published(constants: Normalisation, pixels: Tensor) -> tuple[Normalisation,
     return constants, None
 
 
-def _whitened(name: str, file: Path | None, epsilon: float, pixels: Tensor) -> tuple[Normalisation, Whitening]:
-    """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file``."""
+def _whitened(
+    whose: dict[str, Any], file: Path | None, epsilon: float, pixels: Tensor
+) -> tuple[Normalisation, Whitening]:
+    """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file`` for the data ``whose``
+    (:func:`pdd_fast.data.fingerprint.identity`)."""
     shape = tuple(pixels.shape[1:])
     if file is None or not file.exists():
         unchanged, fitted = Normalisation.identity(shape[0]), Whitening.fit(pixels, epsilon, convert=unit)
         if file is not None:
-            fitted.save(file, {"data": name, "normalisation": unchanged.to_dict()})
+            fitted.save(file, whose | {"normalisation": unchanged.to_dict()})
         return unchanged, fitted
     kept, metadata = Whitening.load(file)
-    found = (metadata.get("data"), kept.image_shape)
-    if found != (name, shape):
-        raise UsageError(f"{file} must be for {name} {shape}, got one for {found[0]} {found[1]}")
+    if kept.image_shape != shape:
+        found = f"{metadata.get('data')} {kept.image_shape}"
+        raise UsageError(f"{file} must be for {whose['data']} {shape}, got one for {found}")
+    if reason := difference(metadata, whose):
+        raise UsageError(f"{file} must be for the run's data, got one for {reason}")
     if kept.epsilon != epsilon:
         raise UsageError(
             f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose another --run-dir"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pdd_fast.data.splits import Pixels
 from pdd_fast.errors import PddFastWarning, UsageError, first_line
-from pdd_fast.files import readable
+from pdd_fast.paths import expanded, readable
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _ANNOTATIONS = "val_annotations.txt"
@@ -64,7 +64,7 @@ def read(folder: str) -> Pixels:
             is no image that can be decoded, has floating-point or 32-bit levels, or images are not of one size; the
             message names the first offender.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not (root / "train").is_dir():
         raise UsageError(f"imagefolder:{folder} must hold a folder train/, got {_found(root)}")
     present = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]

@@ -48,6 +48,7 @@ class ImageData:
     test: Split
     normalisation: Normalisation  # the identity where images are whitened, but by runs of earlier versions
     whitening: Whitening | None = None  # fitted on all normalised training images, which it then was applied to
+    fingerprint: str = ""  # of the raw pixels, labels and classes (pdd_fast.data.fingerprint)
 
     @property
     def image_size(self) -> tuple[int, int]:
