@@ -146,19 +146,14 @@ def _flat(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool:
-    tensors = [images, *parameters]
+    dtype = images.dtype
     return (
-        # First of all: tracers and subclasses of tensors answer none of the questions below with a bool.
-        all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        and all(t.device.type == "cpu" and t.layout is torch.strided for t in tensors)
-        and images.dtype in (torch.float32, torch.float64)
+        all(_is_plain(tensor) and tensor.dtype == dtype for tensor in (images, *parameters))
+        and dtype in (torch.float32, torch.float64)
         and tuple(images.shape[1:]) == shape.image
         and len(images) > 0
-        and all(t.dtype == images.dtype for t in parameters)
         and operators.available()
         and not torch.is_autocast_enabled("cpu")
-        # Neither transforms (torch.func) nor forward mode: the kernel sees memory, they see through wrappers.
-        and not any(_is_wrapped(t) for t in tensors)
         and forward_ad._current_level < 0
         # Dispatch modes (counters of operations, fake tensors, loggers) see torch's operators and no kernel of ours.
         and not torch._C._len_torch_dispatch_stack()
@@ -166,8 +161,18 @@ def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool
     )
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a tensor in the CPU's memory and nothing else; tracers and subclasses are more."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not _is_wrapped(tensor)
+    )
+
+
 def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether ``tensor`` belongs to a transform and has no values of its own."""
+    """Whether ``tensor`` belongs to a transform: the kernel sees memory, a transform sees through its wrappers."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
 
 
