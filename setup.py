@@ -38,7 +38,7 @@ CPU_LEVELS = {  # namespace suffix -> compiler flags; the binding chooses one at
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 CXX_FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread",
     "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
 ]  # fmt: skip
 # What the CUDA kernels include; nvcc refuses a C++ compiler that it does not know within the first of these headers.
@@ -60,7 +60,6 @@ class Plan:
 
     cxx: str  # a command line: CXX may be "ccache g++"
     levels: list[str]
-    openmp: bool
     nvcc: str | None = None
     nvcc_version: str | None = None
     cuda_archs: list[str] = field(default_factory=list)
@@ -71,8 +70,7 @@ class Plan:
         cuda = f"CUDA {self.nvcc_version}, sm_{', sm_'.join(self.cuda_archs)} (+PTX)" if self.nvcc else "no"
         advice = f"pdd-fast: to build them {PROBE_ADVICE}; PDD_FAST_CUDA=0 says that none are wanted"
         return [
-            f"pdd-fast: CPU kernels: {', '.join(self.levels)} with {self.cxx}"
-            f"{', OpenMP' if self.openmp else ', one thread (no OpenMP)'}",
+            f"pdd-fast: CPU kernels: {', '.join(self.levels)} with {self.cxx}",
             f"pdd-fast: CUDA kernels: {cuda} ({self.cuda_reason})",
             *([advice] if self.nvcc_error else []),
         ]
@@ -80,7 +78,7 @@ class Plan:
     def record(self) -> dict[str, object]:
         """What `pdd-fast env` shows; holds no path of the machine that built."""
         cuda = {"nvcc": self.nvcc_version, "archs": self.cuda_archs} if self.nvcc else None
-        cpu = {"compiler": compiler_version(self.cxx), "levels": self.levels, "openmp": self.openmp}
+        cpu = {"compiler": compiler_version(self.cxx), "levels": self.levels}
         return {"cpu": cpu, "cuda": cuda, "cuda_reason": self.cuda_reason, "nvcc_error": self.nvcc_error}
 
 
@@ -172,7 +170,7 @@ def decide() -> Plan:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     # All levels or the baseline alone, as the binding has it: gcc knows x86-64-v3 from release 11 on, clang from 12.
     levels = list(CPU_LEVELS) if x86 and all(supports(cxx, *flags) for flags in CPU_LEVELS.values()) else ["baseline"]
-    plan = Plan(cxx=cxx, levels=levels, openmp=supports(cxx, "-fopenmp"))
+    plan = Plan(cxx=cxx, levels=levels)
 
     wanted = os.environ.get("PDD_FAST_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
@@ -240,8 +238,8 @@ class NinjaFile:
         include = [f"-I{argument(ROOT / 'csrc')}"]
         python = [f"-isystem {argument(path)}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
         werror = ["-Werror"] if os.environ.get("PDD_FAST_WERROR") == "1" else []
-        openmp = ["-fopenmp"] if plan.openmp else []
-        link = ["-shared", *openmp, *(["-undefined dynamic_lookup"] if sys.platform == "darwin" else ["-s"])]
+        system = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else ["-s", "-ldl"]
+        link = ["-shared", "-pthread", *system]
         x86 = ["-DPDD_X86"] if "avx2" in plan.levels else []
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in plan.cuda_archs]
         if gencode:
@@ -261,7 +259,7 @@ class NinjaFile:
         ]
         self.lines = [
             "ninja_required_version = 1.8",
-            f"cxxflags = {' '.join([*CXX_FLAGS, *openmp, *x86, *include, *werror])}",
+            f"cxxflags = {' '.join([*CXX_FLAGS, *x86, *include, *werror])}",
             f"python = {' '.join(python)}",
             f"nvccflags = {' '.join([*nvcc, *include, *gencode])}",
             "rule cxx",
@@ -290,6 +288,7 @@ class NinjaFile:
         objects = [
             self.object("cxx", "bind/module.cpp", "cpu_module", "$python -DPDD_MODULE=_cpu -DPDD_CPU"),
             self.object("cxx", "bind/cpu.cpp", "cpu_bind", "-DPDD_CPU"),
+            self.object("cxx", "core/threads.cpp", "threads"),
         ]
         for level in self.plan.levels:
             flags = " ".join([*CPU_LEVELS[level], f"-DPDD_BACKEND=cpu_{level}"])

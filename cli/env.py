@@ -46,7 +46,7 @@ def _built(advice: list[str]) -> dict[str, str]:
         cpu, cuda = record["cpu"], record["cuda"]
         built = {
             "compiler": cpu["compiler"],
-            "CPU kernels": ", ".join(cpu["levels"]) + ("" if cpu["openmp"] else ", one thread (no OpenMP)"),
+            "CPU kernels": ", ".join(cpu["levels"]),
             "CUDA kernels": f"nvcc {cuda['nvcc']}, sm_" + ", sm_".join(cuda["archs"]) + " and PTX" if cuda else "none",
         }
         if not cuda:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from pdd_fast.ops import convnet
+from pdd_fast.ops import _native, convnet
 
 # Processes that the tests start import the installed package, not the source tree in the working directory, which has
 # no compiled kernels and no pdd_fast.cli.
@@ -68,6 +68,18 @@ def host_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     from host_cuda import module_objects
 
     return module_objects(tmp_path_factory.mktemp("host-objects"))
+
+
+@pytest.fixture
+def every_region_shared() -> Iterator[None]:
+    """Kernels on the CPU use as many threads as torch has, however little there is to do and few the processors."""
+    library = _native.load("cpu")
+    if library is None:
+        yield
+        return
+    before = library.set_worth_a_thread(0.0)
+    yield
+    library.set_worth_a_thread(before)
 
 
 @pytest.fixture(autouse=True)

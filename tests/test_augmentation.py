@@ -246,6 +246,7 @@ def test_an_expanded_gradient_is_read_right(strategy: str, device: torch.device)
         )
 
 
+@pytest.mark.usefixtures("every_region_shared")
 @pytest.mark.parametrize("strategy", [*OPERATIONS, EVERYTHING])
 def test_bits_do_not_depend_on_the_number_of_threads(strategy: str) -> None:
     p = DSA(strategy, mode="multiple").sample(150, 20, generator(11))

@@ -84,22 +84,12 @@ def refusal(build: ModuleType) -> str:
 # ---- the compiler and what it can do ----
 
 
-def test_all_levels_and_openmp_where_the_compiler_knows_them(build: ModuleType, tool: Tools) -> None:
+def test_all_levels_where_the_compiler_knows_them(build: ModuleType, tool: Tools) -> None:
     path = compiler(tool)
     plan = build.decide()
     assert shlex.split(plan.cxx) == [str(path)]
     assert plan.levels == ["baseline", "avx2", "avx512"]
-    assert plan.openmp
-    assert plan.describe()[0] == f"pdd-fast: CPU kernels: baseline, avx2, avx512 with {plan.cxx}, OpenMP"
-
-
-def test_a_compiler_without_openmp_builds_for_one_thread(build: ModuleType, tool: Tools) -> None:
-    compiler(tool, refuses=("-fopenmp",))
-    plan = build.decide()
-    assert not plan.openmp
-    assert plan.describe()[0].endswith(", one thread (no OpenMP)")
-    assert plan.record()["cpu"]["openmp"] is False
-    assert not any("-fopenmp" in line for line in build.NinjaFile(plan, Path("x")).lines)
+    assert plan.describe()[0] == f"pdd-fast: CPU kernels: baseline, avx2, avx512 with {plan.cxx}"
 
 
 @pytest.mark.parametrize("level", ["-march=x86-64-v3", "-march=x86-64-v4"])
@@ -370,7 +360,7 @@ def commands(ninja: Any, folder: Path) -> list[list[str]]:
 
 def everything(build: ModuleType, folder: Path, archs: list[str] | None = None) -> list[list[str]]:
     """The commands that build both libraries with made-up compilers."""
-    plan = build.Plan("my++", ["baseline", "avx2", "avx512"], True, "my nvcc", "13.0", archs or ["80", "90"])
+    plan = build.Plan("my++", ["baseline", "avx2", "avx512"], "my nvcc", "13.0", archs or ["80", "90"])
     ninja = build.NinjaFile(plan, folder)
     ninja.cpu(folder / "_cpu.so")
     ninja.cuda(folder / "_cuda.so")
@@ -394,8 +384,8 @@ def test_every_source_is_compiled(build: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quiet")
 def test_only_the_operators_are_compiled_for_newer_processors(build: ModuleType, tmp_path: Path) -> None:
     found = [command for command in everything(build, tmp_path) if command[0] == "my++" and "-c" in command]
-    # Two modules, a binding, three levels of every operator.
-    assert len(found) == 3 + 3 * (len(build.OPERATORS) + len(build.CPU_OPERATORS))
+    # Two modules, a binding, the threads, three levels of every operator.
+    assert len(found) == 4 + 3 * (len(build.OPERATORS) + len(build.CPU_OPERATORS))
     for command in found:
         backend = [flag.partition("=")[2] for flag in command if flag.startswith("-DPDD_BACKEND=")]
         march = [flag for flag in command if flag.startswith("-march=")]
@@ -403,7 +393,7 @@ def test_only_the_operators_are_compiled_for_newer_processors(build: ModuleType,
         assert march == (newer.get(backend[0], []) if backend else [])
         assert ("/where pybind11 lies" in command) == (not backend and "module.cpp" in command[command.index("-c") + 1])
         assert "-DPDD_X86" in command
-        assert "-fopenmp" in command
+        assert "-pthread" in command
 
 
 @pytest.mark.usefixtures("quiet")
@@ -446,7 +436,7 @@ def test_places_with_spaces_colons_and_dollars_reach_the_compiler(
 def test_a_compiler_that_fails_ends_the_build_with_a_sentence(
     build: ModuleType, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ninja = build.NinjaFile(build.Plan("false", ["baseline"], False), tmp_path / "build")
+    ninja = build.NinjaFile(build.Plan("false", ["baseline"]), tmp_path / "build")
     ninja.cpu(tmp_path / "_cpu.so")
     with pytest.raises(SystemExit, match="pdd-fast: the kernels do not compile"):
         ninja.run()
@@ -459,7 +449,7 @@ def test_without_ninja_the_build_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    ninja = build.NinjaFile(build.Plan("true", ["baseline"], False), tmp_path / "build")
+    ninja = build.NinjaFile(build.Plan("true", ["baseline"]), tmp_path / "build")
     with pytest.raises(SystemExit, match="pdd-fast: ninja is needed to build; install it with `pip install ninja`"):
         ninja.run()
 
@@ -494,7 +484,6 @@ def test_the_build_prints_and_records_what_it_decided(
     assert record["cpu"] == {
         "compiler": "g++ (made up) 1.2.3",
         "levels": ["baseline", "avx2", "avx512"],
-        "openmp": True,
     }
     assert record["cuda"] is None
     assert [extension.name for extension in command.extensions] == ["pdd_fast._cpu"]

@@ -371,12 +371,13 @@ def test_same_bits_again_whatever_ran_in_between(convolution: str, dtype: torch.
     assert_same(problem.by(ConvNetPasses(REPEATED.kernel(), convolution)), first)
 
 
+@pytest.mark.usefixtures("every_region_shared")
 @TYPES
 @CONVOLUTION
 def test_same_bits_for_any_number_of_threads(convolution: str, dtype: torch.dtype) -> None:
     problems = [Problem.of(shape, True).to(dtype) for shape in FOR_THREADS]
     found = []
-    for threads in (1, 2):
+    for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         found.append([p.by(passes_of(p, convolution), kept) for p in problems for kept in (False, True)])
     for several in found[1:]:
@@ -384,6 +385,7 @@ def test_same_bits_for_any_number_of_threads(convolution: str, dtype: torch.dtyp
             assert_same(one, other)
 
 
+@pytest.mark.usefixtures("every_region_shared")
 @CONVOLUTION
 def test_same_bits_from_two_python_threads_at_once(convolution: str) -> None:
     """A pass that finds the workspace taken works in one of its own."""

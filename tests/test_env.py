@@ -22,7 +22,7 @@ from pdd_fast.ops import _native
 
 Facts = dict[str, Any]
 RECORD = {
-    "cpu": {"compiler": "g++ 12.2.0", "levels": ["baseline", "avx2", "avx512"], "openmp": True},
+    "cpu": {"compiler": "g++ 12.2.0", "levels": ["baseline", "avx2", "avx512"]},
     "cuda": {"nvcc": "13.0", "archs": ["80", "86", "90"]},
     "cuda_reason": "nvcc found",
 }
@@ -172,11 +172,6 @@ def test_a_build_with_cuda_names_its_architectures(
     built = facts()["built"]
     assert built["CUDA kernels"] == "nvcc 13.0, sm_80, sm_86, sm_90 and PTX"
     assert "why no CUDA" not in built
-
-
-def test_a_build_without_openmp_says_so(record: Callable[[object], None], facts: Callable[[], Facts]) -> None:
-    record(RECORD | {"cpu": {"compiler": "clang", "levels": ["baseline"], "openmp": False}})
-    assert facts()["built"]["CPU kernels"] == "baseline, one thread (no OpenMP)"
 
 
 # ---- what was found ----

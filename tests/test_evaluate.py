@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast import evaluate
+from pdd_fast.augmentation import DSA
 from pdd_fast.config import resolve
+from pdd_fast.engines import AutogradEngine
 from pdd_fast.errors import UsageError
 from pdd_fast.evaluate import evaluate_run
 from pdd_fast.experts import stored_experts
@@ -24,6 +28,7 @@ from pdd_fast.networks.parameters import initial_parameters
 from pdd_fast.progressive import distill
 from pdd_fast.runs import Run
 from pdd_fast.soft_labels import soft_labels
+from pdd_fast.training import Sgd, Students
 from pdd_fast.unions import Union
 from pdd_fast.workbench import Workbench
 
@@ -135,6 +140,31 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(run: Run, evaluati
         found = evaluate._follow_modules("convnet", bench, course, range(2))
     for row, expected in zip(found, of(evaluation, "pdd")["accuracy"], strict=True):
         assert row == pytest.approx(expected, abs=0.6)
+
+
+def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same parameters; the running statistics, which the flat vector's engine leaves alone, are those of training."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(4 * 64, 3),
+    ).double()  # fmt: skip
+    images, labels = torch.randn(12, 1, 8, 8).double(), torch.arange(12) % 3
+    flat = copy.deepcopy(net)
+    sgd = Sgd(AutogradEngine(flat), DSA("color_flip"), batch=5, momentum=0.9, weight_decay=5e-4)
+    students = Students.start(pdd_fast.flatten_parameters(net)[None])
+    sgd.run(students, images, labels, 0.05, 8, [torch.Generator().manual_seed(3)])
+    bench: Any = SimpleNamespace(
+        synthetic_sgd=sgd, device=torch.device("cpu"), generator=lambda *_: torch.Generator().manual_seed(3),
+        data=SimpleNamespace(image_size=(8, 8), test=SimpleNamespace(images=images, labels=labels)),
+    )  # fmt: skip
+    monkeypatch.setattr(evaluate, "_module", lambda *_: net)
+    scores = evaluate._follow_module("any", bench, [evaluate.Leg(images, labels, 0.05, 8, [8])], 0, 0)
+    assert len(scores) == 1
+    assert torch.allclose(pdd_fast.flatten_parameters(net), students.theta[0], rtol=1e-9, atol=1e-12)
+    of_training, untouched = (dict(module.named_buffers()) for module in (net, flat))
+    assert of_training["1.num_batches_tracked"] == 8
+    assert untouched["1.num_batches_tracked"] == 0
+    assert not untouched["1.running_mean"].any()
 
 
 def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def test_the_gradient_is_that_of_torchs_interpolation(device: torch.device) -> N
     assert relative_error(found, expected) <= 1e-12
 
 
+@pytest.mark.usefixtures("every_region_shared")
 def test_same_bits_again_and_for_any_number_of_threads(device: torch.device) -> None:
     images = torch.randn(20, 3, 32, 32).to(device).requires_grad_()
     grad = torch.randn(80, 3, 32, 32).to(device)

@@ -182,6 +182,33 @@ def test_views_share_memory_and_have_the_shapes_asked_for() -> None:
     assert theta[6] == -1
 
 
+def test_the_gradient_of_all_views_is_one_concatenation() -> None:
+    """Slices would fill a vector of all parameters each, and add them up."""
+    theta = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    parts = views(theta, iter([torch.empty(2, 2), torch.empty(1), torch.empty(2)]))
+    nodes = {part.grad_fn.next_functions[0][0] for part in parts if part.grad_fn is not None}
+    assert [node.name() for node in nodes if node is not None] == ["SplitWithSizesBackward0"]
+    first, second, _ = parts  # the last one is not used
+    (grad,) = torch.autograd.grad(first.square().sum() * second.sum(), theta, create_graph=True)
+    square = theta[:4].square().sum()
+    assert torch.allclose(grad, torch.cat([2 * theta[:4] * theta[4], square[None], torch.zeros(2).double()]))
+    (again,) = torch.autograd.grad(grad[:4].sum(), theta)
+    assert torch.allclose(again, torch.cat([2 * theta[4].expand(4), 2 * theta[:4].sum()[None], torch.zeros(2)]).double())
+
+
+def test_gradients_that_are_views_add_up_and_are_set_to_zero_in_place() -> None:
+    net, images = ConvNet(1, 3, 8, 4, 2), torch.randn(2, 1, 8, 8)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(images).square().sum().backward()
+    once = [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+    net(images).square().sum().backward()
+    twice = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    assert len(once) == len(twice) == len(list(net.parameters()))
+    assert all(torch.equal(b, 2 * a) for a, b in zip(once, twice, strict=True))
+    optimizer.zero_grad(set_to_none=False)
+    assert all(not grad.any() for grad in twice)
+
+
 @pytest.mark.parametrize("shape", [(0,), (697,), (699,), (698, 1), (1, 698)], ids=str)
 def test_a_vector_of_another_length_is_refused_and_nothing_is_loaded(shape: tuple[int, ...]) -> None:
     net = ConvNet(1, 10, 8, 4, 1)

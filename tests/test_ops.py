@@ -77,6 +77,7 @@ def test_tensors_may_begin_anywhere(operator: Operator, device: torch.device) ->
             assert relative_error(part, expected) <= TOLERANCE[torch.float32]
 
 
+@pytest.mark.usefixtures("every_region_shared")
 @EVERY_OPERATOR
 def test_same_bits_again_and_for_any_number_of_threads(operator: Operator, device: torch.device) -> None:
     threads = torch.get_num_threads()

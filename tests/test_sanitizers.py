@@ -17,6 +17,7 @@ import host_cuda
 import pytest
 from host_cuda import ROOT, CompileError, built_with
 
+THREADS = ROOT / "csrc" / "core" / "threads.cpp"
 DRIVER = ROOT / "tests" / "native" / "sanitize.cpp"
 # The last two are not part of "undefined": what a draw of NaN or 1e300 does when it is cast to an integer.
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero"
@@ -48,9 +49,9 @@ def compiled(target: Path, level: str, sources: Iterable[Path], *more: str) -> P
         objects = host_cuda.compiled(
             target.parent / f"{target.name}-objects",
             sources,
-            [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fopenmp", "-fPIC"],
+            [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fPIC"],
         )
-        host_cuda.run_compiler(*objects, SANITIZERS, "-fopenmp", "-o", target)
+        host_cuda.run_compiler(*objects, SANITIZERS, "-pthread", "-ldl", "-o", target)
     except CompileError as error:
         skip_or_fail(error, level)
     return target
@@ -69,8 +70,7 @@ def host_objects_for_the_driver(folder: Path) -> list[Path]:
 
 
 def run(program: Path, *arguments: str, leaks: bool = True) -> subprocess.CompletedProcess[str]:
-    """Waiting threads sleep: spinning, they would take the other threads' cores in every small loop."""
-    settings = {"ASAN_OPTIONS": f"detect_leaks={leaks:d}", "OMP_WAIT_POLICY": "passive"}
+    settings = {"ASAN_OPTIONS": f"detect_leaks={leaks:d}"}
     result = subprocess.run(
         [str(program), *arguments], env=os.environ | settings, capture_output=True, text=True, check=False
     )
@@ -102,7 +102,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             pytest.skip(f"this CPU does not run {level}")
         operators = [*built_with("CPU_OPERATORS"), *built_with("OPERATORS")]
         kernels = [ROOT / "csrc" / "ops" / operator / "cpu.cpp" for operator in operators]
-        return compiled(tmp_path_factory.mktemp(name) / "driver", level, [kernels[0], DRIVER, *kernels[1:]], *more)
+        return compiled(tmp_path_factory.mktemp(name) / "driver", level, [kernels[0], DRIVER, *kernels[1:], THREADS], *more)
 
     return compile_once
 
@@ -132,15 +132,15 @@ def sanitized_module(build: Callable[[str], Path], tmp_path_factory: pytest.Temp
         *FLAGS,
         f"-I{ROOT / 'csrc'}",
         "-O0",
-        "-fopenmp",
         "-DPDD_CPU",
         "-DPDD_MODULE=_cpu",
     ]
     bindings = [ROOT / "csrc" / "bind" / name for name in ("module.cpp", "cpu.cpp")]
     try:
         objects = host_cuda.compiled(folder, bindings, [*flags, *python])
-        objects += sorted((build("baseline").parent / "driver-objects").glob("cpu_*.o"))
-        host_cuda.run_compiler(*objects, SANITIZERS, "-fopenmp", "-shared", "-o", folder / "_cpu.so")
+        kernels = build("baseline").parent / "driver-objects"
+        objects += [*sorted(kernels.glob("cpu_*.o")), kernels / "threads_core.o"]
+        host_cuda.run_compiler(*objects, SANITIZERS, "-pthread", "-ldl", "-shared", "-o", folder / "_cpu.so")
     except CompileError as error:
         skip_or_fail(error, "baseline")
     return folder / "_cpu.so"

@@ -94,13 +94,7 @@ std::string status_string(Status status) {
 }
 
 std::map<std::string, std::string> capabilities() {
-    return {{"instruction set", name(level())},
-#ifdef _OPENMP
-            {"threads", "OpenMP"}
-#else
-            {"threads", "none"}
-#endif
-    };
+    return {{"instruction set", name(level())}};
 }
 
 }  // namespace pdd::bind

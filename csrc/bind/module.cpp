@@ -13,6 +13,9 @@
 #include <vector>
 
 #include "bind/backend.h"
+#ifdef PDD_CPU
+#include "core/threads.h"
+#endif
 
 namespace py = pybind11;
 using namespace pdd;
@@ -111,6 +114,7 @@ void advise_large_pages([[maybe_unused]] Address address, [[maybe_unused]] size_
 
 void define_convnet(py::module_& m) {
     m.def("advise_large_pages", &advise_large_pages);
+    m.def("set_worth_a_thread", [](double nanoseconds) { return worth_a_thread.exchange(nanoseconds); });
     py::class_<ConvNetArguments>(m, "ConvNetArguments")
         .def(py::init([](std::vector<int64_t> shape, int convolution, double eps, Address theta, Address images,
                          std::vector<int64_t> image_stride, Address workspace, int64_t workspace_elements, Address kept,

@@ -12,3 +12,10 @@
 #else
 #define PDD_HD inline __attribute__((always_inline))
 #endif
+
+// A function that is compiled once, as it stands: neither inlined nor copied for arguments that are known.
+#if defined(__clang__) || defined(__CUDACC__)
+#define PDD_ONE_COPY __attribute__((noinline))
+#else
+#define PDD_ONE_COPY __attribute__((noinline, noclone))
+#endif

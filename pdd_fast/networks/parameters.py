@@ -34,12 +34,14 @@ def load_parameters(net: nn.Module, theta: Tensor) -> None:
 
 
 def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
-    """Slices of ``theta`` with the shapes of ``like``, sharing memory."""
-    result, start = [], 0
-    for tensor in like:
-        result.append(theta[start : start + tensor.numel()].view(tensor.shape))
-        start += tensor.numel()
-    return result
+    """Slices of ``theta`` [P] with the shapes of ``like``, P numbers in all, sharing memory.
+
+    Of one split, whose backward pass is one concatenation. A slice's own fills a vector of P numbers: of ResNet-18's 62
+    parameters, a step took four times as long as plain autograd.
+    """
+    shapes = [tensor.shape for tensor in like]
+    parts = theta.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def parameter_count(net: nn.Module) -> int:

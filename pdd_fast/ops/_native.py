@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# Imported after torch on purpose: the CPU library then shares the OpenMP threads that torch has started.
+from pdd_fast.ops._threads import threads
 
 # csrc/bind/module.cpp numbers them alike. The last two are stored in 16 bits and computed with in 32.
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -95,7 +95,7 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
             stream = torch.cuda.current_stream().cuda_stream
             status = function(number, stream, 0, *given)
     else:
-        status = function(number, 0, torch.get_num_threads(), *given)
+        status = function(number, 0, threads(), *given)
     if status < 0:
         raise ValueError(f"{name}: {library.status_string(status)}")
     if status > 0:

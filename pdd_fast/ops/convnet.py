@@ -17,6 +17,7 @@ from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._buffers import Buffer, BufferPool
 from pdd_fast.ops._registry import require_floating, require_like
+from pdd_fast.ops._threads import threads
 from pdd_fast.ops.norm_relu_pool import EPS
 
 CONVOLUTIONS = ("auto", "direct", "winograd")  # csrc/ops/convnet/params.h numbers them alike
@@ -104,9 +105,7 @@ class ConvNetPasses:
     def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
         """What a pass on ``batch`` images works in and keeps, in numbers of its type."""
         shape = [batch, *self.shape]
-        return _Sizes(
-            *_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, torch.get_num_threads())
-        )
+        return _Sizes(*_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, threads()))
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""

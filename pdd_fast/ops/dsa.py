@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import HALF, compute_dtype, operator, require_floating
+from pdd_fast.ops._threads import threads
 
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
@@ -238,7 +239,7 @@ def _straight(
         return None
     output = torch.empty_like(images) if images.is_contiguous() else _empty(images)
     status = getattr(library, name)(
-        number, 0, torch.get_num_threads(), shape, *cutout, count[0], operations.data_ptr(), linear, draws.data_ptr(),
+        number, 0, threads(), shape, *cutout, count[0], operations.data_ptr(), linear, draws.data_ptr(),
         images.data_ptr(), images.stride(), output.data_ptr(), output.stride(), 0, 0,
     )  # fmt: skip
     return output if status == 0 else None

@@ -19,6 +19,8 @@
 
 #if defined(PDD_CUDA_ON_HOST)
 #include <cuda_runtime.h>
+#else
+#include "core/threads.h"
 #endif
 
 namespace {
@@ -651,6 +653,7 @@ void all() {
 int main(int count, char**) {
 #if !defined(PDD_CUDA_ON_HOST)
     if (count > 1) return print_sizes(), 0;
+    worth_a_thread = 0;
     convnet_all<float>();
     convnet_all<double>();
 #endif

@@ -19,7 +19,7 @@ struct Classifier {
 
     // logits [B, K] (+)= x [B, F] by weight [K, F] transposed, + bias [K] where there is one.
     void forward(const T* x, const T* weight, const T* bias, T* logits, bool add) const {
-        parallel_for(batch, threads, [&](int64_t b) {
+        parallel_for(batch, threads, multiply_time<T>(classes * features), [&](int64_t b) {
             for (int64_t k = 0; k < classes; ++k) {
                 T* to = logits + b * classes + k;
                 *to = (add ? *to : T(0)) + (bias ? bias[k] : T(0)) + dot(x + b * features, weight + k * features);
@@ -63,7 +63,7 @@ struct Classifier {
     template <class Factor>
     void combine(int64_t rows, int64_t terms, bool add, T* to, const T* from, const Factor& factor) const {
         constexpr int64_t run = 4 * lanes;
-        parallel_for(rows, threads, [&](int64_t r) {
+        parallel_for(rows, threads, multiply_time<T>(terms * features), [&](int64_t r) {
             int64_t f = 0;
             for (; f + run <= features; f += run) {
                 V sums[4] = {};

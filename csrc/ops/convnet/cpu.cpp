@@ -152,7 +152,8 @@ class Pass {
     // Images to logits.
     void forward() const {
         const LayerShape first = layer_shape(s_, 0);
-        parallel_with_scratch(s_.batch * first.out_blocks, threads_, [&](int64_t i, int thread) {
+        const double each = numbers_ * images_.plane_time() + norm_time(first);
+        parallel_with_scratch(s_.batch * first.out_blocks, threads_, each, [&](int64_t i, int thread) {
             const int64_t image = i / first.out_blocks, block = i % first.out_blocks;
             const Planes z = planes_in(scratch(thread), first);
             for (int k = 0; k < numbers_; ++k) images_.convolve(k, image, block, z[k]);
@@ -192,7 +193,8 @@ class Pass {
             with_layer(l, true, own, [&](const auto& layer) { backward_layer(l, layer, grad_theta); });
         }
         const LayerShape first = layer_shape(s_, 0);
-        parallel_with_scratch(s_.batch, threads_, [&](int64_t image, int thread) {
+        const double each = first.out_blocks * (3 * numbers_ * images_.plane_time() + norm_time(first));
+        parallel_with_scratch(s_.batch, threads_, each, [&](int64_t image, int thread) {
             const bool moves = grad_images && (!wanted || wanted[image]);
             if (!moves && !grad_theta) return;
             const Planes z = planes_in(scratch(thread), first);
@@ -252,6 +254,9 @@ class Pass {
     T* result(int64_t l, int k, int64_t image, int64_t block) const {
         return (l + 1 < s_.depth ? layers_[l + 1].input[k] : layers_[l].grad_out[k]).plane(image, block);
     }
+
+    // Nanoseconds of norm or norm_backward of a plane.
+    double norm_time(const LayerShape& s) const { return numbers_ * move_time<T>(4 * s.pixels() * kBlock); }
 
     template <class Params, class Run>
     static void each_vector(const Params& p, const Run& run) {
@@ -359,9 +364,10 @@ class Pass {
     // Calls body(task, whether of tangents) for the numbers that are made. A tangent is two products and a value one:
     // in turn, so that threads, which get contiguous ranges, get as much of either.
     template <class Body>
-    void each_made(int64_t tasks, const Body& body) const {
+    void each_made(int64_t tasks, double of_values, const Body& body) const {
         const int64_t made = numbers_ - first_;
-        parallel_for(tasks * made, threads_, [&](int64_t i) { body(i / made, first_ + i % made == 1); });
+        const double each = of_values * (dual() ? 3 - first_ : 1) / made;
+        parallel_for(tasks * made, threads_, each, [&](int64_t i) { body(i / made, first_ + i % made == 1); });
     }
 
     template <class Conv>
@@ -370,15 +376,16 @@ class Pass {
         const int64_t blocks = blocks_of(s_.channels);
         for (int k = 0; k < numbers_; ++k)
             conv.set_weights(k, parameters_[k] + block_offsets(s_, l).convolution, false, threads_);
+        const double moved = numbers_ * conv.plane_time(), normed = norm_time(layer_shape(s_, l));
         each_chunk(conv, [&](int64_t first, int64_t count) {
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
+            parallel_with_scratch(count * blocks, threads_, moved, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
                 for (int k = 0; k < numbers_; ++k)
                     conv.set_input(k, image, block, a.input[k].plane(first + image, block), scratch(thread));
             });
-            each_made(conv.forward_tasks(count),
+            each_made(conv.forward_tasks(count), conv.forward_time(count),
                       [&](int64_t task, bool tangent) { conv.forward(task, count, tangent); });
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
+            parallel_with_scratch(count * blocks, threads_, moved + normed, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
                 const Planes z = planes_of(a.z, first + image, block);
                 for (int k = first_; k < numbers_; ++k) conv.get_output(k, image, block, z[k], scratch(thread));
@@ -394,8 +401,9 @@ class Pass {
         const int64_t blocks = blocks_of(s_.channels), at = block_offsets(s_, l).convolution;
         for (int k = 0; k < numbers_; ++k) conv.set_weights(k, parameters_[k] + at, true, threads_);
         if (grad_theta) conv.clear_weight_grad(threads_);
+        const double moved = numbers_ * conv.plane_time(), normed = norm_time(shape);
         each_chunk(conv, [&](int64_t first, int64_t count) {
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
+            parallel_with_scratch(count * blocks, threads_, 2 * moved + normed, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
                 const Planes grad_z = planes_in(scratch(thread), shape);
                 T* own = scratch(thread) + numbers_ * shape.pixels() * kBlock;
@@ -405,12 +413,12 @@ class Pass {
                     if (grad_theta) conv.set_input(k, image, block, a.input[k].plane(first + image, block), own);
                 }
             });
-            each_made(conv.input_grad_tasks(count),
+            each_made(conv.input_grad_tasks(count), conv.input_grad_time(count),
                       [&](int64_t task, bool tangent) { conv.input_grad(task, count, tangent); });
             if (grad_theta)
-                parallel_for(conv.weight_grad_tasks(count), threads_,
+                parallel_for(conv.weight_grad_tasks(count), threads_, numbers_ * conv.weight_grad_time(count),
                              [&](int64_t task) { conv.add_weight_grad(task, count, dual()); });
-            parallel_with_scratch(count * blocks, threads_, [&](int64_t i, int thread) {
+            parallel_with_scratch(count * blocks, threads_, moved, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
                 for (int k = first_; k < numbers_; ++k)
                     conv.get_input_grad(k, image, block, below.grad_out[k].plane(first + image, block),

@@ -42,7 +42,7 @@ class DirectLayer {
     void set_weights(int k, const T* w, bool transposed, int threads) const {
         const int64_t to_blocks = transposed ? s_.in_blocks : s_.out_blocks;
         const int64_t from_blocks = transposed ? s_.out_blocks : s_.in_blocks;
-        parallel_for(to_blocks * from_blocks, threads, [&](int64_t i) {
+        parallel_for(to_blocks * from_blocks, threads, 3 * move_time<T>(kFilters), [&](int64_t i) {
             T* to = weights_[k] + i * kFilters;
             for (int tap = 0; tap < 9; ++tap) {
                 for (int64_t f = 0; f < kBlock; ++f) {
@@ -58,12 +58,12 @@ class DirectLayer {
     }
 
     void clear_weight_grad(int threads) const {
-        parallel_for(s_.in_blocks * s_.out_blocks, threads,
+        parallel_for(s_.in_blocks * s_.out_blocks, threads, move_time<T>(kFilters) / 4,
                      [&](int64_t i) { std::fill_n(weight_grad_ + i * kFilters, kFilters, T(0)); });
     }
 
     void weight_grad(T* dw, int threads) const {
-        parallel_for(s_.out_blocks * s_.in_blocks, threads, [&](int64_t i) {
+        parallel_for(s_.out_blocks * s_.in_blocks, threads, 3 * move_time<T>(kFilters), [&](int64_t i) {
             const T* from = weight_grad_ + i * kFilters;
             for (int tap = 0; tap < 9; ++tap) {
                 for (int64_t f = 0; f < kBlock; ++f) {
@@ -110,6 +110,12 @@ class DirectLayer {
         correlate(inputs_[0], grads_[1], task, count);
         correlate(inputs_[1], grads_[0], task, count);
     }
+
+    // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
+    double forward_time(int64_t) const { return multiply_time<T>(9 * s_.pixels() * s_.in_blocks * kBlock * kBlock); }
+    double input_grad_time(int64_t) const { return multiply_time<T>(9 * s_.pixels() * s_.out_blocks * kBlock * kBlock); }
+    double weight_grad_time(int64_t count) const { return multiply_time<T>(count * s_.pixels() * kFilters); }
+    double plane_time() const { return move_time<T>(padded_) / 2; }
 
     // ---- what comes out ----
 

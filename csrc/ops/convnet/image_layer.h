@@ -31,13 +31,16 @@ class ImageLayer {
         if (needs.backward) parts_ = arena.take(s_.batch * s_.out_blocks * taps_ * kBlock);
     }
 
+    // Nanoseconds of a plane: of convolve and of set_weight_grad each, and of add_by_tap.
+    double plane_time() const { return multiply_time<T>(s_.pixels() * taps_ * kBlock); }
+
     // Numbers that a thread works in to give an image's gradient.
     static int64_t scratch(const LayerShape& s) {
         return s.pixels() * blocks_of(9 * s.in_channels) * kBlock + (s.height + 2) * (s.width + 2) * s.in_channels;
     }
 
     void set_images(const T* images, const int64_t stride[4], int threads) const {
-        parallel_for(s_.batch, threads, [&](int64_t b) {
+        parallel_for(s_.batch, threads, move_time<T>(padded_), [&](int64_t b) {
             T* to = images_ + b * padded_;
             std::fill_n(to, padded_, T(0));
             for (int64_t c = 0; c < s_.in_channels; ++c) {
@@ -85,7 +88,7 @@ class ImageLayer {
 
     // Writes the sum of the terms to dw [C, C_in, 3, 3].
     void weight_grad(T* dw, int threads) const {
-        parallel_for(s_.out_blocks, threads, [&](int64_t block) {
+        parallel_for(s_.out_blocks, threads, move_time<T>((s_.batch + 8) * taps_ * kBlock / 2), [&](int64_t block) {
             T* total = part_of(0, block);
             for (int64_t b = 1; b < s_.batch; ++b) {
                 const T* part = part_of(b, block);

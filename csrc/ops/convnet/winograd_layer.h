@@ -50,7 +50,8 @@ class WinogradLayer {
         const Points& to = transposed ? transposed_[k] : weights_[k];
         const int64_t columns = transposed ? s_.in_channels : s_.out_channels;
         const int64_t rows = transposed ? s_.out_channels : s_.in_channels;
-        parallel_for(to.blocks * (to.rows / kBlock), threads, [&](int64_t i) {
+        const double each = move_time<T>((9 + winograd::kPoints) * kBlock * kBlock);
+        parallel_for(to.blocks * (to.rows / kBlock), threads, each, [&](int64_t i) {
             const int64_t block = i / (to.rows / kBlock), first = i % (to.rows / kBlock) * kBlock;
             for (int64_t row = first; row < first + kBlock; ++row) {
                 T filters[9][kBlock] = {};
@@ -65,7 +66,8 @@ class WinogradLayer {
     }
 
     void clear_weight_grad(int threads) const {
-        parallel_for(winograd::kPoints, threads, [&](int64_t point) {
+        const double each = move_time<T>(weight_grad_.blocks * weight_grad_.rows * kBlock) / 4;
+        parallel_for(winograd::kPoints, threads, each, [&](int64_t point) {
             std::fill_n(weight_grad_.at(point, 0, 0), weight_grad_.blocks * weight_grad_.rows * kBlock, T(0));
         });
     }
@@ -73,7 +75,7 @@ class WinogradLayer {
     // Writes the sum of all weight gradients since clear_weight_grad to dw [C, C_in, 3, 3].
     void weight_grad(T* dw, int threads) const {
         const Points& from = weight_grad_;
-        parallel_for(s_.out_blocks * s_.in_channels, threads, [&](int64_t i) {
+        parallel_for(s_.out_blocks * s_.in_channels, threads, move_time<T>((9 + winograd::kPoints) * kBlock), [&](int64_t i) {
             const int64_t block = i / s_.in_channels, row = i % s_.in_channels;
             T filters[9][kBlock];
             for (int j = 0; j < kV; ++j)
@@ -141,6 +143,14 @@ class WinogradLayer {
         outer_product(inputs_[0], grads_[1], point, block, count);
         outer_product(inputs_[1], grads_[0], point, block, count);
     }
+
+    // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
+    double forward_time(int64_t count) const { return multiply_time<T>(count * each_ * s_.in_blocks * kBlock * kBlock); }
+    double input_grad_time(int64_t count) const {
+        return multiply_time<T>(count * each_ * s_.out_blocks * kBlock * kBlock);
+    }
+    double weight_grad_time(int64_t count) const { return forward_time(count); }
+    double plane_time() const { return move_time<T>(2 * winograd::kPoints * each_ * kBlock); }
 
     // ---- what comes out ----
 

@@ -120,15 +120,14 @@ Status each_image(const Dsa<T>& p, bool adjoint, Context context) {
         if (p.operations[k] < kNothing || p.operations[k] > kRotate) return kUnknownOperation;
         moves += cost(p.operations[k]);
     }
-    // A thread for every 10 microseconds, which are 40 moves of 3x32x32 numbers: starting one takes 3.
-    constexpr int64_t kWorthAThread = 40 * 3 * 32 * 32;
-    const int64_t worth = moves * shape.elements() / kWorthAThread;
-    const int threads = static_cast<int>(std::clamp<int64_t>(worth, 1, context.threads));
+    // 40 moves of 3x32x32 numbers take 10 microseconds.
+    const double each = static_cast<double>(moves * shape.elements()) / static_cast<double>(p.batch) / 12;
+    const int threads = threads_worth(p.batch, context.threads, each);
     const int64_t bytes = Scratch<T>::bytes(shape);
     const std::unique_ptr<char, void (*)(void*)> memory(
         static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes * threads))), std::free);
     if (!memory) return kOutOfMemory;
-    parallel_with_scratch(p.batch, threads, [&](int64_t b, int thread) {
+    parallel_with_scratch(p.batch, threads, each, [&](int64_t b, int thread) {
         const Task<T> task{shape, {p.draws + b, p.batch}, p.cutout_height, p.cutout_width, p.linear, adjoint};
         const int64_t *in = p.input_stride, *out = p.output_stride;
         const auto operation = [&](int64_t k) {

@@ -8,12 +8,15 @@
 namespace pdd::PDD_BACKEND {
 namespace {
 
+constexpr int64_t kPasses = 3;  // over a plane; the backward and dual operators make a few more
+
 // Runs task(Plane<T, Pack>) over all images and channels, Pack a vector or, for the last channels, T itself.
 template <class T, class Task>
 void for_each_plane(const PlaneShape& shape, int threads, const Task& task) {
     constexpr int lanes = kLanes<T, Vector<T>>;
     const int64_t vectors = (shape.channels + lanes - 1) / lanes;
-    parallel_for(shape.batch * vectors, threads, [&](int64_t i) {
+    const double each = move_time<T>(kPasses * shape.height * shape.width * lanes);
+    parallel_for(shape.batch * vectors, threads, each, [&](int64_t i) {
         const int64_t b = i / vectors, first = i % vectors * lanes;
         if (first + lanes <= shape.channels) {
             task(Plane<T, Vector<T>>{shape, b, first});
