@@ -137,7 +137,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker[0], args.worker[1], float(args.worker[2]))
+        worker(args.worker[0], args.worker[1], float(args.worker[2]))
+        return
     rows: list[dict[str, Any]] = []
     for name in args.cases:
         for contender in args.contenders:

@@ -481,10 +481,7 @@ def test_the_build_prints_and_records_what_it_decided(
     assert printed[0].startswith("pdd-fast: CPU kernels: baseline, avx2, avx512 with ")
     assert printed[1] == "pdd-fast: CUDA kernels: no (no nvcc on PATH or in CUDA_HOME)"
     record = json.loads((tmp_path / "pdd_fast" / "_build.json").read_text())
-    assert record["cpu"] == {
-        "compiler": "g++ (made up) 1.2.3",
-        "levels": ["baseline", "avx2", "avx512"],
-    }
+    assert record["cpu"] == {"compiler": "g++ (made up) 1.2.3", "levels": ["baseline", "avx2", "avx512"]}
     assert record["cuda"] is None
     assert [extension.name for extension in command.extensions] == ["pdd_fast._cpu"]
 

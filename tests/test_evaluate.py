@@ -143,7 +143,7 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(run: Run, evaluati
 
 
 def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same parameters; the running statistics, which the flat vector's engine leaves alone, are those of training."""
+    """The same parameters; running statistics, which the flat vector's engine leaves alone, are those of training."""
     net = torch.nn.Sequential(
         torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
         torch.nn.Linear(4 * 64, 3),

@@ -193,7 +193,9 @@ def test_the_gradient_of_all_views_is_one_concatenation() -> None:
     square = theta[:4].square().sum()
     assert torch.allclose(grad, torch.cat([2 * theta[:4] * theta[4], square[None], torch.zeros(2).double()]))
     (again,) = torch.autograd.grad(grad[:4].sum(), theta)
-    assert torch.allclose(again, torch.cat([2 * theta[4].expand(4), 2 * theta[:4].sum()[None], torch.zeros(2)]).double())
+    assert torch.allclose(
+        again, torch.cat([2 * theta[4].expand(4), 2 * theta[:4].sum()[None], torch.zeros(2)]).double()
+    )
 
 
 def test_gradients_that_are_views_add_up_and_are_set_to_zero_in_place() -> None:

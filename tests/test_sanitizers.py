@@ -47,9 +47,7 @@ def compiled(target: Path, level: str, sources: Iterable[Path], *more: str) -> P
     flags = [*built_with("CXX_FLAGS"), *built_with("CPU_LEVELS")[level], f"-DPDD_BACKEND=cpu_{level}", *FLAGS, *more]
     try:
         objects = host_cuda.compiled(
-            target.parent / f"{target.name}-objects",
-            sources,
-            [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fPIC"],
+            target.parent / f"{target.name}-objects", sources, [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fPIC"]
         )
         host_cuda.run_compiler(*objects, SANITIZERS, "-pthread", "-ldl", "-o", target)
     except CompileError as error:
@@ -102,7 +100,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             pytest.skip(f"this CPU does not run {level}")
         operators = [*built_with("CPU_OPERATORS"), *built_with("OPERATORS")]
         kernels = [ROOT / "csrc" / "ops" / operator / "cpu.cpp" for operator in operators]
-        return compiled(tmp_path_factory.mktemp(name) / "driver", level, [kernels[0], DRIVER, *kernels[1:], THREADS], *more)
+        return compiled(
+            tmp_path_factory.mktemp(name) / "driver", level, [kernels[0], DRIVER, *kernels[1:], THREADS], *more
+        )
 
     return compile_once
 
@@ -127,14 +127,7 @@ def sanitized_module(build: Callable[[str], Path], tmp_path_factory: pytest.Temp
 
     python = [f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
     folder = tmp_path_factory.mktemp("module")
-    flags = [
-        *built_with("CXX_FLAGS"),
-        *FLAGS,
-        f"-I{ROOT / 'csrc'}",
-        "-O0",
-        "-DPDD_CPU",
-        "-DPDD_MODULE=_cpu",
-    ]
+    flags = [*built_with("CXX_FLAGS"), *FLAGS, f"-I{ROOT / 'csrc'}", "-O0", "-DPDD_CPU", "-DPDD_MODULE=_cpu"]
     bindings = [ROOT / "csrc" / "bind" / name for name in ("module.cpp", "cpu.cpp")]
     try:
         objects = host_cuda.compiled(folder, bindings, [*flags, *python])

@@ -113,7 +113,10 @@ struct alignas(64) Range {
 
 struct Region {
     Region(int64_t count, int threads, Task task, const void* body, const Processors& processors)
-        : task(task), body(body), threads(threads), chunk((count / threads + kChunks - 1) / kChunks),
+        : task(task),
+          body(body),
+          threads(threads),
+          chunk((count / threads + kChunks - 1) / kChunks),
           processors(processors) {
         if (chunk < 1) chunk = 1;
         for (int64_t t = 0; t < threads; ++t) {
@@ -153,7 +156,9 @@ class alignas(64) Helper {
         uintptr_t nothing = 0;
         if (!mail_.compare_exchange_strong(nothing, address(region))) return false;
         if (sleeps_.load()) {
-            { const std::lock_guard<std::mutex> lock(mutex_); }
+            {
+                const std::lock_guard<std::mutex> lock(mutex_);
+            }
             wake_.notify_one();
         }
         return true;
@@ -196,7 +201,9 @@ class alignas(64) Helper {
             region.work(id_ + 1);
             mail_.store(0);
             if (callers_.load() > 0) {
-                { const std::lock_guard<std::mutex> lock(mutex_); }
+                {
+                    const std::lock_guard<std::mutex> lock(mutex_);
+                }
                 left_.notify_all();
             }
         }

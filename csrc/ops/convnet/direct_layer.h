@@ -113,7 +113,9 @@ class DirectLayer {
 
     // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
     double forward_time(int64_t) const { return multiply_time<T>(9 * s_.pixels() * s_.in_blocks * kBlock * kBlock); }
-    double input_grad_time(int64_t) const { return multiply_time<T>(9 * s_.pixels() * s_.out_blocks * kBlock * kBlock); }
+    double input_grad_time(int64_t) const {
+        return multiply_time<T>(9 * s_.pixels() * s_.out_blocks * kBlock * kBlock);
+    }
     double weight_grad_time(int64_t count) const { return multiply_time<T>(count * s_.pixels() * kFilters); }
     double plane_time() const { return move_time<T>(padded_) / 2; }
 

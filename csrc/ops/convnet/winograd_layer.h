@@ -75,15 +75,16 @@ class WinogradLayer {
     // Writes the sum of all weight gradients since clear_weight_grad to dw [C, C_in, 3, 3].
     void weight_grad(T* dw, int threads) const {
         const Points& from = weight_grad_;
-        parallel_for(s_.out_blocks * s_.in_channels, threads, move_time<T>((9 + winograd::kPoints) * kBlock), [&](int64_t i) {
-            const int64_t block = i / s_.in_channels, row = i % s_.in_channels;
-            T filters[9][kBlock];
-            for (int j = 0; j < kV; ++j)
-                transform_filter_grad(from.at(0, block, row) + j * kLane, from.point, filters, j);
-            for (int64_t c = 0; c < kBlock && block * kBlock + c < s_.out_channels; ++c)
-                for (int tap = 0; tap < 9; ++tap)
-                    dw[9 * ((block * kBlock + c) * s_.in_channels + row) + tap] = filters[tap][c];
-        });
+        parallel_for(s_.out_blocks * s_.in_channels, threads, move_time<T>((9 + winograd::kPoints) * kBlock),
+                     [&](int64_t i) {
+                         const int64_t block = i / s_.in_channels, row = i % s_.in_channels;
+                         T filters[9][kBlock];
+                         for (int j = 0; j < kV; ++j)
+                             transform_filter_grad(from.at(0, block, row) + j * kLane, from.point, filters, j);
+                         for (int64_t c = 0; c < kBlock && block * kBlock + c < s_.out_channels; ++c)
+                             for (int tap = 0; tap < 9; ++tap)
+                                 dw[9 * ((block * kBlock + c) * s_.in_channels + row) + tap] = filters[tap][c];
+                     });
     }
 
     // ---- a chunk of images: what goes in ----
@@ -145,7 +146,9 @@ class WinogradLayer {
     }
 
     // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
-    double forward_time(int64_t count) const { return multiply_time<T>(count * each_ * s_.in_blocks * kBlock * kBlock); }
+    double forward_time(int64_t count) const {
+        return multiply_time<T>(count * each_ * s_.in_blocks * kBlock * kBlock);
+    }
     double input_grad_time(int64_t count) const {
         return multiply_time<T>(count * each_ * s_.out_blocks * kBlock * kBlock);
     }
