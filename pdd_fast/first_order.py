@@ -1,4 +1,4 @@
-"""Backward passes whose own derivative nobody has written."""
+"""Make second derivatives an error where only the first is implemented."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ def first_order_only(operator: str) -> Callable[[Backward], Backward]:
     """Make a second derivative through ``operator`` an error, on every path to what it was computed from.
 
     For the ``backward`` of a :class:`torch.autograd.Function` that saves every input it differentiates with respect to
-    (``save_for_backward``). torch's own ``once_differentiable`` raises only where the incoming gradient requires
-    gradients. Where that is a constant, as under ``theta_N.sum()``, or where the input is reached by another path too,
-    it leaves a term out without a word.
+    (``save_for_backward``); it is called with ``ctx``, the saved tensors and the incoming gradients. torch's own
+    ``once_differentiable`` raises only where the incoming gradient requires gradients. Where that is a constant, as
+    under ``theta_N.sum()``, or where the input is reached by another path too, it leaves a term out without a word.
     """
 
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            saved = ctx.saved_tensors  # Read once: within a checkpoint a second time is an error.
             with torch.no_grad():
-                found = backward(ctx, *grads)
+                found = backward(ctx, saved, *grads)
             if not torch.is_grad_enabled():
                 return found
-            causes = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+            causes = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
             return tuple(
                 _Barrier.apply(operator, part, *causes) if isinstance(part, Tensor) else part for part in found
             )

@@ -18,7 +18,7 @@ from pdd_fast import engines
 from pdd_fast import memory as memories
 from pdd_fast.errors import require
 from pdd_fast.first_order import first_order_only
-from pdd_fast.networks.arguments import as_labels, check_batch, check_theta
+from pdd_fast.networks.arguments import as_labels, check_batch, check_theta, require_plain_call
 
 _NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")
@@ -84,6 +84,9 @@ def gradient_matching(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
+    given = (real_images, real_labels, images, labels)
+    each = (tensor for part in given for tensor in (part if isinstance(part, list | tuple) else [part]))
+    require_plain_call(_NAME, [theta, *each])
     chosen = engines.choose(net, engine, precision, convolution)
     measured = GradientDistance(net, distance, parameters)
     check_theta(_NAME, net, theta)
@@ -272,8 +275,8 @@ class _GradientMatching(torch.autograd.Function):
 
     @staticmethod
     @first_order_only(_NAME)
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.saved_tensors[: ctx.derivatives]
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = saved[: ctx.derivatives]
         return None, *(None if each is None else grad * each for each in found)
 
 

@@ -48,8 +48,15 @@ def storage(name: str, dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def computing_in(name: str, device: torch.device) -> Iterator[None]:
-    """Inside, cuDNN's convolutions of float32 tensors use TF32 exactly where ``name`` is "tf32", matrix products never
-    do, and both give the same bits every time. On the CPU there is nothing to set."""
+    """Compute in precision ``name`` inside the block, whatever the caller has set.
+
+    cuDNN's convolutions of float32 tensors use TF32 exactly where ``name`` is "tf32", matrix products never do, and
+    both give the same bits every time. The caller's autocast is off.
+    """
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), computing_in(name, device):
+            yield
+        return
     if device.type != "cuda":
         yield
         return

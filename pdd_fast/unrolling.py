@@ -16,7 +16,14 @@ from pdd_fast import memory as memories
 from pdd_fast.augmentation import AugmentParameters, PackedDraws
 from pdd_fast.errors import require
 from pdd_fast.first_order import first_order_only
-from pdd_fast.networks.arguments import as_indices, as_labels, check_batch, check_theta, moving_parameters
+from pdd_fast.networks.arguments import (
+    as_indices,
+    as_labels,
+    check_batch,
+    check_theta,
+    moving_parameters,
+    require_plain_call,
+)
 from pdd_fast.ops.add_rows import add_rows
 
 MEMORY = ("recompute", "cache", "auto")
@@ -28,7 +35,7 @@ def unroll(
     theta: Tensor,
     images: Tensor,
     labels: Tensor,
-    learning_rate: Tensor | float,
+    learning_rate: Tensor | float | Sequence[Tensor | float],
     batches: Sequence[Tensor | Sequence[int]],
     augmentations: Sequence[AugmentParameters] | None = None,
     engine: str = "auto",
@@ -46,7 +53,8 @@ def unroll(
 
     Args:
         net: the network; its own parameters are not read and its buffers are not changed. Parameters that do not
-            require gradients are frozen: the steps leave their elements of ``theta`` as they are.
+            require gradients are frozen: the steps leave their elements of ``theta`` as they are. Layers and hooks
+            must stay as they are until the backward pass, which computes the steps again.
         theta: [P] start parameters, float32 or float64; fixes the precision and the device.
         images: [n, C, H, W], of the type and device of ``theta``.
         labels: class indices [n], or weights [n, classes] of the type of ``theta``. Integers of any type, whole numbers
@@ -76,6 +84,7 @@ def unroll(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
     """
+    require_plain_call("unroll", (theta, images, labels, learning_rate))
     chosen = engines.choose(net, engine, precision, convolution)
     indices = [as_indices("unroll", batch, f"batches[{i}]") for i, batch in enumerate(batches)]
     labels = as_labels("unroll", labels, theta.dtype)
@@ -83,6 +92,9 @@ def unroll(
     # Also where nothing is going to be kept: a wrong argument is one with or without gradients.
     shapes = [engines.PassShape.of(images, len(batch)) for batch in indices]
     keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
+    if isinstance(learning_rate, list | tuple):  # of tensors, perhaps, whose gradients as_tensor would lose
+        each = [torch.as_tensor(rate, dtype=theta.dtype, device=theta.device) for rate in learning_rate]
+        learning_rate = torch.stack(each) if each else theta.new_empty(0)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
     _require(rates.dim() == 0 or tuple(rates.shape) == (len(indices),),
              "learning_rate", f"be a number or have shape ({len(indices)},)", tuple(rates.shape))  # fmt: skip
@@ -137,7 +149,7 @@ class UnrollSpec:
     batches: Sequence[Tensor]  # int64 [b]
     draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
     rows: Sequence[Tensor | None]  # int64, rows of the batch whose image gradient is wanted; None: all
-    moving: Tensor | None = None  # [P], 1 for the elements that steps change and 0 for frozen ones; None: all change
+    moving: Tensor | None = None  # bool [P], the elements that steps change; None: all change
     keep: int = 0  # so many of the last steps keep their activations for the way back
     frozen: int = 0  # so many images in front are in none of ``rows``, and the images' gradient is that of the others
 
@@ -177,7 +189,7 @@ def forward_path(
         x, y = _step_input(spec, i, images, labels)
         _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=i >= first)
         if spec.moving is not None:
-            gradient = gradient * spec.moving
+            gradient = gradient.masked_fill(~spec.moving, 0)
         torch.addcmul(path[i], gradient, alphas[i], value=-1, out=path[i + 1])
         kept.append(saved)
     return path, kept
@@ -211,7 +223,7 @@ def adjoint(
         rows = spec.rows[i] if wanted.images else none
         # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
         saved, kept[i] = kept[i], spec.engine.without_activations(kept[i])
-        direction = carried if spec.moving is None else carried * spec.moving
+        direction = carried if spec.moving is None else carried.masked_fill(~spec.moving, 0)
         dual = spec.engine.dual(path[i], x, y, direction, saved, want_theta=i > 0 or wanted.theta, rows=rows)
         del saved  # what it keeps of the step makes room for the next
         slopes[i] = dual.slope
@@ -268,8 +280,8 @@ class _Unroll(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("unroll")
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, images, labels, rates, path = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, images, labels, rates, path = saved
         spec: UnrollSpec = ctx.spec
         wanted = Wanted(*ctx.needs_input_grad[:3])
         alphas = rates.expand(len(spec.batches))
@@ -307,7 +319,9 @@ def _check(
             _require(len(draw) == len(batch), f"augmentations[{i}]", f"be drawn for {len(batch)} images", len(draw))
             drawn = draw.image_size
             _require(drawn == (H, W), f"augmentations[{i}]", f"be drawn for images of {H}x{W} pixels", drawn)
-            draws[i] = draw.packed(theta.device) if draw.operations else None
+            if draw.operations:
+                packed = draw.packed(theta.device)
+                draws[i] = packed._replace(values=packed.values.clone())  # The caller may go on to write to its own.
 
     rows: list[Tensor | None] = [None] * len(batches)
     if frozen is not None:

@@ -72,6 +72,7 @@ def test_pairs_of_batches_convert_each() -> None:
         (torch.rand(6, 1), r"labels must be class indices \[n\], or weights .*, got \(6, 1\); pass .*labels\.squeeze"),
         (INDICES[:, None], r"labels must be class indices \[n\], or weights .*, got \(6, 1\); pass .*labels\.squeeze"),
         (torch.rand(6), r"labels must be class indices or weights .*no whole numbers"),
+        (torch.full((6,), torch.inf), "labels must be class indices or weights .*no whole numbers"),
         (torch.full((6,), torch.nan), "labels must be class indices or weights .*no whole numbers"),
         (INDICES.float().requires_grad_(), "labels must be class indices or weights .*require gradients"),
         (torch.ones(6, 4, dtype=torch.int64), r"labels must be one-hot where they are integers"),
@@ -165,3 +166,47 @@ def test_a_network_without_parameters_is_named(net: nn.Module) -> None:
         pdd_fast.gradient_matching(net, torch.zeros(0), images, labels, images, labels)
     with pytest.raises(ValueError, match="flatten_parameters: net must have parameters, got none"):
         pdd_fast.flatten_parameters(net)
+
+
+def test_what_the_caller_writes_to_later_changes_nothing() -> None:
+    net, theta, images = problem()
+    x, dsa = images.clone().requires_grad_(), pdd_fast.DSA(mode="multiple")
+    index, labels, drawn = torch.tensor([0, 1, 2]), INDICES.clone(), dsa.sample(3, 8, torch.Generator().manual_seed(0))
+
+    def gradient(write: bool) -> Tensor:
+        end = pdd_fast.unroll(net, theta, x, labels.int(), 0.5, [index], [drawn])
+        if write:
+            index.copy_(torch.tensor([3, 4, 5]))
+            drawn.values.zero_()
+        return torch.autograd.grad(end.square().sum(), x)[0]
+
+    expected = gradient(False)
+    assert torch.equal(gradient(True), expected)
+
+
+def test_rates_may_be_a_list_of_tensors_that_get_gradients() -> None:
+    net, theta, images = problem()
+    first, second = (torch.tensor(rate, requires_grad=True) for rate in (0.1, 0.2))
+    end = pdd_fast.unroll(net, theta, images, INDICES, [first, second], [range(6)] * 2)
+    rates = torch.tensor([0.1, 0.2], requires_grad=True)
+    same = pdd_fast.unroll(net, theta, images, INDICES, rates, [range(6)] * 2)
+    assert torch.equal(end, same)
+    found = torch.stack(torch.autograd.grad(end.square().sum(), (first, second)))
+    assert torch.equal(found, torch.autograd.grad(same.square().sum(), rates)[0])
+    with pytest.raises(ValueError, match=r"learning_rate must be a number or have shape \(2,\), got \(1,\)"):
+        pdd_fast.unroll(net, theta, images, INDICES, [first], [range(6)] * 2)
+
+
+@pytest.mark.parametrize("labels", [INDICES.tolist(), INDICES.numpy(), tuple(INDICES.tolist())], ids=str)
+def test_labels_may_be_anything_that_becomes_a_tensor(labels: Any) -> None:
+    assert torch.equal(unrolled(labels), unrolled(INDICES))
+    with pytest.raises(TypeError, match="labels must be a tensor of class indices or weights, got str"):
+        unrolled("012310")
+
+
+def test_no_label_is_left_out_of_the_loss() -> None:
+    """torch's cross-entropy takes -100 for "no label"."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    _, _, images = problem()
+    with pytest.raises(ValueError, match="labels must lie from 0 on, got -100"):
+        pdd_fast.unroll(net, pdd_fast.flatten_parameters(net), images, torch.full((6,), -100), 0.1, [range(6)])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pdd_fast
 from pdd_fast.ops import _native, convnet
@@ -114,7 +117,6 @@ def test_buffers_can_be_freed_while_other_threads_take_them() -> None:
         for _ in range(100):
             if number == 0:
                 pdd_fast.free_buffers()
-                assert convnet.idle_bytes() >= 0
             else:
                 loss = net(images)
                 assert torch.equal(loss.detach(), expected)
@@ -167,21 +169,73 @@ def test_the_kernel_refuses_a_piece_that_is_too_small(workspace: int, kept: int,
         _native.call("convnet_forward", theta, arguments, torch.zeros(5, 4))
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        lambda: torch.zeros(3, device="meta"),
-        lambda: torch._neg_view(torch.zeros(3)),
-        lambda: torch.zeros(3).to_sparse(),
-        lambda: torch.func.vmap(lambda x: wrapped(x))(torch.zeros(2, 3)),
-    ],
-    ids=["meta", "negative view", "sparse", "transformed"],
-)
-def test_no_address_is_taken_of_what_is_not_in_the_memory_of_the_device(tensor: object) -> None:
-    with pytest.raises((TypeError, RuntimeError), match=r"a kernel must be given tensors in the memory of cpu|strided"):
-        _native.address(tensor(), torch.device("cpu"))  # type: ignore[operator]
-
-
-def wrapped(tensor: torch.Tensor) -> torch.Tensor:
-    _native.address(tensor, torch.device("cpu"))
+def freed() -> torch.Tensor:
+    tensor = torch.zeros(3)
+    tensor.untyped_storage().resize_(0)
     return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (lambda: torch.zeros(3, device="meta"), "one on meta"),
+        (lambda: torch._neg_view(torch.zeros(3)), "a Tensor without memory"),
+        (lambda: torch.zeros(3).to_sparse(), "a Tensor without memory"),
+        (lambda: torch._efficientzerotensor((3,)), "a Tensor without memory"),
+        (lambda: TwoTensor(torch.zeros(3), torch.zeros(3)), "a TwoTensor without memory"),
+        (freed, "a Tensor without memory"),
+        (lambda: torch.func.vmap(address_of)(torch.zeros(2, 3)), "a Tensor without memory"),
+    ],
+    ids=["meta", "negative view", "sparse", "zeros", "a wrapper", "freed", "transformed"],
+)
+def test_no_address_is_taken_of_what_is_not_in_the_memory_of_the_device(
+    tensor: Callable[[], torch.Tensor], found: str
+) -> None:
+    with pytest.raises(TypeError, match=f"a kernel must be given tensors in the memory of cpu, got {found}"):
+        address_of(tensor())
+    assert address_of(torch.zeros(0)) == 0
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    return _native.address(tensor, torch.device("cpu"))
+
+
+def test_threads_that_differentiate_one_graph_get_their_own_gradients() -> None:
+    torch.manual_seed(0)
+    net = pdd_fast.ConvNet(3, 10, 16, width=8, depth=2)
+    images = torch.randn(8, 3, 16, 16, requires_grad=True)
+    logits, grads = net(images), torch.randn(4, 8, 10)
+    expected = [torch.autograd.grad(logits, images, grad, retain_graph=True)[0] for grad in grads]
+
+    def work(number: int) -> None:
+        for _ in range(30):
+            (found,) = torch.autograd.grad(logits, images, grads[number], retain_graph=True)
+            assert torch.equal(found, expected[number])
+
+    in_threads(4, work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_process_does_not_wait_for_a_thread_that_it_does_not_have() -> None:
+    net, images = pdd_fast.ConvNet(3, 4, 8, width=4, depth=2), torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        expected = net(images)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with convnet._WORKSPACES._lock, convnet._KEPT._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a child that waits forever is ended
+        with torch.no_grad():
+            os._exit(0 if torch.equal(net(images), expected) else 1)
+    done.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

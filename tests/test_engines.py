@@ -374,9 +374,9 @@ def test_networks_side_by_side_take_one_convolution_a_layer(monkeypatch: pytest.
         seen.append((x.shape[1], w.shape[0], options["groups"]))
         return original(x, w, **options)
 
-    monkeypatch.setattr(F, "conv2d", remember)
     several = Several(3, torch.float32, torch.device("cpu"))
     engine = engines.choose(several.net)
+    monkeypatch.setattr(F, "conv2d", remember)
     engine.gradients(several.theta, several.images, several.labels)
     assert seen == [(6, 15, 3), (15, 15, 3)]
     seen.clear()
@@ -577,3 +577,47 @@ def test_threads_may_share_a_network(engine: str) -> None:
     finally:
         sys.setswitchinterval(before)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), three_blocks().parameters(), strict=True))
+
+
+def with_statistics() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Softplus(), nn.Flatten(), nn.Linear(4 * 56, 4)
+    return nn.Sequential(*layers).double().eval()
+
+
+@pytest.mark.parametrize("memory", ["recompute", "cache"])
+def test_buffers_are_those_of_the_call_until_the_backward_pass(memory: str) -> None:
+    images, labels = torch.randn(6, 2, 9, 10, dtype=torch.float64), torch.arange(6) % 4
+    found = []
+    for changed in (False, True):
+        net, x = with_statistics(), images.clone().requires_grad_()
+        end = pdd_fast.unroll(net, pdd_fast.flatten_parameters(net), x, labels, 0.1, [range(6)] * 2, memory=memory)
+        if changed:
+            net[1].running_var.mul_(4)
+        found.append(torch.autograd.grad(end.square().sum(), x)[0])
+    assert torch.equal(*found)
+
+
+def test_a_change_of_mode_before_the_backward_pass_is_an_error() -> None:
+    net, x = with_statistics(), torch.randn(6, 2, 9, 10, dtype=torch.float64, requires_grad=True)
+    end = pdd_fast.unroll(net, pdd_fast.flatten_parameters(net), x, torch.arange(6) % 4, 0.1, [range(6)] * 2)
+    net.train()
+    with pytest.raises(RuntimeError, match="net must stay in training or in evaluation mode until its steps are diff"):
+        end.sum().backward()
+
+
+@pytest.mark.parametrize("engine", ["fused", "autograd"])
+def test_autocast_of_the_caller_does_not_reach_the_steps(engine: str) -> None:
+    net, images = three_blocks().float(), torch.randn(6, 2, 9, 10)
+    theta, labels = pdd_fast.flatten_parameters(net), torch.arange(6) % 4
+
+    def found() -> list[Tensor]:
+        x = images.clone().requires_grad_()
+        end = pdd_fast.unroll(net, theta, x, labels, 0.1, [range(6)] * 2, engine=engine)
+        loss = pdd_fast.gradient_matching(net, theta, images + 1, labels, x, labels, engine=engine)
+        return [end.detach(), *torch.autograd.grad(end.square().sum(), x), *torch.autograd.grad(loss, x)]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        again = found()
+    assert all(map(torch.equal, again, expected))

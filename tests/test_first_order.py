@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import pdd_fast
 
@@ -69,9 +71,52 @@ def test_a_constant_gradient_does_not_need_one(engine: str) -> None:
     expected = torch.autograd.grad(leaves.end(engine).square().sum(), leaves.images)[0]
     (found,) = torch.autograd.grad(leaves.end(engine).square().sum(), leaves.images, create_graph=True)
     assert torch.equal(found.detach(), expected)
-    (found * 2).detach()
-    other = torch.zeros((), requires_grad=True)
-    assert torch.autograd.grad(found.detach().sum() * other, other)[0].isfinite()
+
+
+@ENGINE
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_gives_the_same_with_and_without_create_graph(engine: str, reentrant: bool) -> None:
+    leaves = Leaves()
+    expected = torch.autograd.grad(leaves.end(engine).square().sum(), leaves.images)[0]
+    for create_graph in (False, True) if not reentrant else (False,):
+        end = checkpoint(leaves.end, engine, use_reentrant=reentrant, preserve_rng_state=False)
+        if reentrant:  # which needs an argument that requires gradients
+            end = checkpoint(lambda _: leaves.end(engine), leaves.images, use_reentrant=True)
+            end.square().sum().backward()
+            found = leaves.images.grad
+        else:
+            (found,) = torch.autograd.grad(end.square().sum(), leaves.images, create_graph=create_graph)
+        assert found is not None
+        assert torch.equal(found.detach(), expected)
+
+
+@ENGINE
+def test_transforms_and_forward_mode_are_refused_by_name(engine: str) -> None:
+    leaves = Leaves()
+    net, theta, images = network(), leaves.theta.detach(), leaves.images.detach()
+
+    def unrolled(x: Tensor) -> Tensor:
+        return pdd_fast.unroll(net, theta, x, LABELS, 0.1, BATCHES, engine=engine).sum()
+
+    def matched(x: Tensor) -> Tensor:
+        return pdd_fast.gradient_matching(net, theta, x, LABELS, images, LABELS, engine=engine)
+
+    for function in (unrolled, matched):
+        for use in (
+            lambda f: torch.func.grad(f)(images),
+            lambda f: torch.func.vmap(f)(images[None]),
+            lambda f: torch.func.vmap(lambda s: s * f(images))(torch.ones(2)),
+            lambda f: torch.func.jvp(f, (images,), (images,)),
+            in_forward_mode,
+        ):
+            with pytest.raises(RuntimeError, match=r"must be called outside of torch\.func's transforms"):
+                use(function)
+
+
+def in_forward_mode(function: Callable[[Tensor], Tensor]) -> Tensor:
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(images, torch.ones_like(images)))
 
 
 @ENGINE

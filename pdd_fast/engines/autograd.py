@@ -86,7 +86,8 @@ def _random_state_of(state: _RandomState | None, device: torch.device) -> Iterat
 
 
 class AutogradEngine:
-    """Engine for any module that maps images to logits. Buffers (running statistics) are read and never changed.
+    """Engine for any module that maps images to logits. Buffers (running statistics) are read once, when the engine is
+    made, and never changed.
 
     Precision "bfloat16" is torch's autocast: it decides operation by operation, and rounds the operands of linear
     layers too, which the fused engine keeps in float32.
@@ -96,6 +97,9 @@ class AutogradEngine:
         self.net = net
         self.precision = precisions.check(precision)
         self._parameters = dict(net.named_parameters())
+        # A step may be computed again long after it was first: from the same buffers, and in the same mode.
+        self._buffers = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
+        self._modes = [module.training for module in net.modules()]
 
     def _logits(self, theta: Tensor, images: Tensor) -> Tensor:
         rounded = precisions.storage(self.precision, theta.dtype) != theta.dtype
@@ -104,9 +108,14 @@ class AutogradEngine:
 
     def _called(self, theta: Tensor, images: Tensor) -> Tensor:
         parameters = dict(zip(self._parameters, views(theta, iter(self._parameters.values())), strict=True))
+        if self._modes != [module.training for module in self.net.modules()]:
+            raise RuntimeError(
+                "engine: net must stay in training or in evaluation mode until its steps are differentiated, got a "
+                "change between them; call train() or eval() before, or after the backward pass"
+            )
         buffers = {
             name: buffer.to(theta.dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
-            for name, buffer in self.net.named_buffers()
+            for name, buffer in self._buffers.items()
         }
         with plain_torch(), _only_caller_of(self.net):
             return torch.func.functional_call(self.net, parameters | buffers, (images,))

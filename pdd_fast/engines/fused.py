@@ -28,8 +28,8 @@ class FusedEngine:
             kind = type(net).__name__
             raise ValueError(
                 "engine 'fused' must be given a pdd_fast.ConvNet with the layers and parameters that its constructor "
-                f"made, got {'one that was changed' if kind == 'ConvNet' else kind}; use engine='autograd', exact for "
-                "any module"
+                f"made and no hooks, got {'one that was changed' if kind == 'ConvNet' else kind}; use "
+                "engine='autograd', exact for any module"
             )
         self.net = net
         self.precision = precisions.check(precision)

@@ -3,17 +3,31 @@ it is."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pdd_fast.errors import require
 from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.parameters import check_parameters
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def require_plain_call(operator: str, tensors: Iterable[Any]) -> None:
+    """Raise RuntimeError inside a transform of torch.func, and where one of ``tensors`` carries a tangent."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or (
+        forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors if isinstance(t, Tensor))
+    ):
+        raise RuntimeError(
+            f"{operator}: must be called outside of torch.func's transforms and of forward mode, got a call inside; "
+            "differentiate with torch.autograd.grad or backward()"
+        )
 
 
 def check_theta(operator: str, net: nn.Module, theta: Tensor) -> None:
@@ -25,10 +39,10 @@ def check_theta(operator: str, net: nn.Module, theta: Tensor) -> None:
 
 
 def moving_parameters(operator: str, net: nn.Module, theta: Tensor) -> Tensor | None:
-    """Return 1 where the parameter of an element of ``theta`` [P] requires gradients and 0 where it is frozen.
+    """Return which elements of ``theta`` [P] belong to parameters that require gradients.
 
     Returns:
-        [P] of the type and on the device of ``theta``; None where no parameter is frozen.
+        bool [P] on the device of ``theta``; None where no parameter is frozen.
 
     Raises:
         ValueError: all parameters are frozen.
@@ -39,19 +53,25 @@ def moving_parameters(operator: str, net: nn.Module, theta: Tensor) -> Tensor | 
             "one whose parameters are all frozen; call net.requires_grad_(True)")  # fmt: skip
     if all(moving):
         return None
-    parts = [theta.new_full((p.numel(),), float(m)) for p, m in zip(parameters, moving, strict=True)]
-    return torch.cat(parts).detach()
+    parts = [torch.full((p.numel(),), m, device=theta.device) for p, m in zip(parameters, moving, strict=True)]
+    return torch.cat(parts)
 
 
-def as_labels(operator: str, labels: Tensor, dtype: torch.dtype, name: str = "labels") -> Tensor:
+def as_labels(operator: str, labels: Any, dtype: torch.dtype, name: str = "labels") -> Tensor:
     """Return ``labels`` as int64 class indices [n] or as weights [n, classes] of type ``dtype``.
 
     Class indices may have any integer type, or be whole numbers in a floating-point type. One-hot rows may be integers
-    or bools. Everything else is returned as it is.
+    or bools. Lists and arrays become tensors. Everything else is returned as it is.
 
     Raises:
         ValueError: a single column, or floating-point class indices that are not whole numbers.
     """
+    if not isinstance(labels, Tensor):
+        try:
+            labels = torch.as_tensor(labels, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = type(labels).__name__
+            raise TypeError(f"{operator}: {name} must be a tensor of class indices or weights, got {kind}") from error
     shape = tuple(labels.shape)
     if labels.dim() == 2 and shape[1] == 1:
         raise ValueError(
@@ -60,7 +80,8 @@ def as_labels(operator: str, labels: Tensor, dtype: torch.dtype, name: str = "la
         )
     if labels.dim() == 1 and labels.is_floating_point():
         whole = labels.detach()
-        require(operator, not labels.requires_grad and bool((whole == whole.round()).all()), name,
+        numbers = bool((whole == whole.round()).all() and whole.isfinite().all())
+        require(operator, numbers and not labels.requires_grad, name,
                 "be class indices or weights [n, classes]",
                 f"shape {shape} of {labels.dtype} that are no whole numbers or require gradients")  # fmt: skip
         return whole.long()
@@ -75,7 +96,7 @@ def as_labels(operator: str, labels: Tensor, dtype: torch.dtype, name: str = "la
 
 
 def as_indices(operator: str, indices: Any, name: str) -> Tensor:
-    """Return ``indices``, an integer tensor or whole numbers in a list, as an int64 vector that is not empty.
+    """Return ``indices``, an integer tensor or whole numbers in a list, as a new int64 vector that is not empty.
 
     Raises:
         TypeError: they are not whole numbers.
@@ -94,7 +115,7 @@ def as_indices(operator: str, indices: Any, name: str) -> Tensor:
         raise TypeError(f"{operator}: {name} must be int64, got {indices.dtype}{advice}")
     shape = tuple(indices.shape)
     require(operator, indices.dim() == 1 and indices.numel() > 0, name, "be a vector of indices", shape)
-    return indices.long()
+    return indices.to(torch.int64, copy=True)  # The caller may go on to write to its own.
 
 
 def check_batch(
@@ -129,6 +150,9 @@ def _check_network(operator: str, net: nn.Module, images: Tensor, labels: Tensor
     """Name a mismatch before a kernel or a matrix product trips over it, where the layers say what the module takes."""
     known = kernel_shape(net)
     if known is None:  # The attributes of a module that was changed are no longer true.
+        # torch would take -100 for "no label", and leave the image out of the loss.
+        low = int(labels.min()) if labels.dtype == torch.int64 else 0
+        require(operator, low >= 0, names[1], "lie from 0 on", f"{low}")
         return
     expected = known.image
     require(operator, tuple(images.shape[1:]) == expected, names[0],

@@ -72,6 +72,9 @@ class ConvNet(nn.Module):
         return self.classifier(torch.flatten(images, 1))
 
 
+_FORWARD = ConvNet.forward
+
+
 def kernel_shape(net: nn.Module) -> ConvNetShape | None:
     """Return the shape that the kernels compute ``net`` by from its flat parameters; None where they cannot.
 
@@ -79,7 +82,9 @@ def kernel_shape(net: nn.Module) -> ConvNetShape | None:
     have another ``forward``), no exchanged, pruned, parametrized or watched layer, no parameter added, missing or
     shared. This check alone decides between the fused and the autograd engine.
     """
-    if type(net) is not ConvNet or "forward" in vars(net) or kernels.is_watched(net) or kernels.all_watched():
+    if type(net) is not ConvNet or kernels.is_patched(net) or kernels.is_watched(net):
+        return None
+    if ConvNet.forward is not _FORWARD or kernels.all_watched() or kernels.is_overridden():
         return None
     shape, parameters = kernels.recognized(net)
     own = list(net.parameters())

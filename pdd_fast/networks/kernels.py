@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from pdd_fast.networks.parameters import views
 from pdd_fast.ops import convnet as operators
@@ -71,8 +73,10 @@ def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
     nothing: tuple[None, list[Tensor]] = None, []
     if not blocks or not all(_is_block(block) for block in blocks) or not _is_unwatched(last, nn.Linear):
         return nothing
+    if torch_is_patched():
+        return nothing
     first = blocks[0][0]
-    shape = ConvNetShape(first.in_channels, *net.image_size, first.out_channels, len(blocks), last.out_features)
+    shape = ConvNetShape(first.in_channels, *_pair(net.image_size), first.out_channels, len(blocks), last.out_features)
     found: list[Tensor] = []
     for inputs, block in zip(shape.block_inputs, blocks, strict=True):
         conv, norm = block[0], block[1]
@@ -107,8 +111,32 @@ def _is_block(block: Any) -> bool:
 
 
 def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of exactly this class, calls the class's ``forward``, and has no hooks."""
-    return type(module) is kind and "forward" not in vars(module) and not is_watched(module)
+    """Whether ``module`` is of exactly this class, is called as the class says, and has no hooks."""
+    return type(module) is kind and not is_patched(module) and not is_watched(module)
+
+
+_CALLED = ("forward", "_conv_forward", "_call_impl")
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this one module was given a method of its own in the place of its class's."""
+    own = vars(module)
+    return any(name in own for name in _CALLED)
+
+
+def _methods() -> tuple[Any, ...]:
+    """Return what the layers call, as it is now."""
+    kinds = (nn.Sequential, nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.Linear)
+    functions = (F.conv2d, F.group_norm, F.relu, F.avg_pool2d, F.linear)
+    return *(kind.forward for kind in kinds), nn.Conv2d._conv_forward, *functions
+
+
+_OWN_METHODS = _methods()
+
+
+def torch_is_patched() -> bool:
+    """Whether a class of layers, or a function that they call, was replaced since this module was imported."""
+    return any(now is not then for now, then in zip(_methods(), _OWN_METHODS, strict=True))
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -155,9 +183,21 @@ def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool
         and operators.available()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
-        # Dispatch modes (counters of operations, fake tensors, loggers) see torch's operators and no kernel of ours.
-        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None  # a transform, perhaps of something else
+        and not _is_observed()
         and not all_watched()
+    )
+
+
+def _is_observed() -> bool:
+    """Whether a mode is on that sees torch's operators (counters, fake tensors, loggers) and no kernel of ours."""
+    return torch._C._len_torch_dispatch_stack() > 0 or is_overridden()
+
+
+def is_overridden() -> bool:
+    """Whether a mode is on that may give torch's functions another meaning; a default device is none."""
+    return torch._C._len_torch_function_stack() > 0 and not all(
+        type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
     )
 
 
@@ -167,13 +207,10 @@ def _is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cpu
         and tensor.layout is torch.strided
-        and not _is_wrapped(tensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and torch._C._has_storage(tensor)
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # zeros that take no memory; memory that was freed
     )
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    """Whether ``tensor`` belongs to a transform: the kernel sees memory, a transform sees through its wrappers."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not torch._C._has_storage(tensor)
 
 
 class _Logits(torch.autograd.Function):
@@ -189,7 +226,8 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or _is_wrapped(grad):  # create_graph=True, or many gradients at once
+        # create_graph=True, many gradients at once, or a gradient that is more than values
+        if torch.is_grad_enabled() or not _is_plain(grad) or _is_observed():
             return None, *_by_layers(ctx.shape, images, parameters, grad, wanted)
         passes = ConvNetPasses(ctx.shape)
         theta, found = passes.backward(ctx.theta, images, ctx.kept, grad, want_images=wanted[0])
@@ -202,13 +240,14 @@ def _by_layers(
 ) -> list[Tensor | None]:
     """Return the gradients by torch's own layers, with a graph of their own where gradients are being recorded."""
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Under names of their own: a parameter that was computed from the images, or that serves two layers, would
-        # otherwise be reached twice, and its part be counted in the images' or in the other layer's gradient too.
+    # The forward pass was computed without autocast, whatever surrounds the backward pass.
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        # Each input gets an alias of its own. A parameter that was computed from the images, or that serves two layers,
+        # would otherwise be reached twice, and its part be counted in the images' or in the other layer's gradient too.
         inputs = [tensor.view_as(tensor) for tensor in (images, *parameters)]
         result = plain_logits(shape, inputs[0], inputs[1:])
-    chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(result, chosen, grad, create_graph=again, materialize_grads=True))
+        chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(result, chosen, grad, create_graph=again, materialize_grads=True))
     return [next(found) if want else None for want in wanted]
 
 

@@ -17,6 +17,7 @@ class Buffer:
         self._pool = pool
         self._memory = pool._taken(size * dtype.itemsize)
         self.numbers = self._memory[: size * dtype.itemsize].view(dtype)  # [size], uninitialized
+        self.lock = threading.Lock()  # of passes that write into it
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)  # missing where the allocation failed
@@ -45,6 +46,10 @@ class BufferPool:
         with self._lock:
             return sum(memory.numel() for memory in self._idle)
 
+    def unlock(self) -> None:
+        """Make the lock anew in a child process, where the thread that may have held it does not exist."""
+        self._lock = threading.RLock()
+
     def free(self) -> None:
         """Give the idle pieces back to the system."""
         with self._lock:
@@ -55,7 +60,7 @@ class BufferPool:
         with self._lock:  # Search and removal are one step: otherwise two threads take the same piece.
             fitting = [place for place, memory in enumerate(self._idle) if memory.numel() >= size]
             if fitting:
-                # Of pieces of one size the last one is still in the processor's cache.
+                # The last one of a size was used last, and is still in the processor's cache.
                 return self._idle.pop(min(reversed(fitting), key=lambda place: self._idle[place].numel()))
             if self._idle:  # Pieces grow in size, not in number.
                 self._idle.pop(min(range(len(self._idle)), key=lambda place: self._idle[place].numel()))

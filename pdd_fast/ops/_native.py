@@ -69,10 +69,12 @@ def address(tensor: torch.Tensor | None, device: torch.device) -> int:
     """
     if tensor is None:
         return 0
-    if tensor.device != device or tensor.is_neg() or not torch._C._has_storage(tensor):
-        found = f"one on {tensor.device}" if tensor.device != device else f"a {type(tensor).__name__} without memory"
-        raise TypeError(f"a kernel must be given tensors in the memory of {device}, got {found}")
-    return tensor.data_ptr()
+    elsewhere = tensor.device != device
+    found = 0 if elsewhere or tensor.is_neg() or not torch._C._has_storage(tensor) else tensor.data_ptr()
+    if found == 0 and (elsewhere or tensor.numel() > 0):  # memory that was freed, or zeros that take none
+        kind = f"one on {tensor.device}" if elsewhere else f"a {type(tensor).__name__} without memory of its own"
+        raise TypeError(f"a kernel must be given tensors in the memory of {device}, got {kind}")
+    return found
 
 
 def call(name: str, like: torch.Tensor, *arguments: Any) -> None:

@@ -8,6 +8,7 @@ it, and there the composed passes run as one graph.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,9 @@ class ConvNetShape(NamedTuple):
 
 # One pool for what every pass works in and one for what passes save, whatever the network's shape.
 _WORKSPACES, _KEPT = BufferPool(), BufferPool()
+if hasattr(os, "register_at_fork"):
+    for _pool in (_WORKSPACES, _KEPT):
+        os.register_at_fork(after_in_child=_pool.unlock)
 
 
 def free_buffers() -> None:
@@ -131,7 +135,8 @@ class ConvNetPasses:
         require_like("convnet", "grad_logits", grad_logits, theta, (len(images), self.shape.num_classes))
         self._check_kept(theta, len(images), kept)
         grad_theta, grad_images = theta.new_empty(theta.shape), theta.new_empty(images.shape) if want_images else None
-        self._run("backward", theta, images, kept, _plain(grad_logits), grad_theta, grad_images)
+        with kept.lock:  # The gradients of activations are written beside them.
+            self._run("backward", theta, images, kept, _plain(grad_logits), grad_theta, grad_images)
         return grad_theta, grad_images
 
     def gradient(
@@ -212,7 +217,7 @@ class ConvNetPasses:
 
         Args:
             name: "forward", "backward", "gradient" or "dual".
-            kept: that the pass writes or goes on from.
+            kept: memory that the pass writes to, or goes on from.
         """
         batch = len(images)
         require_floating("convnet", "theta", theta)
