@@ -1,4 +1,4 @@
-"""What a meta-gradient takes alone, and beside a second process that computes the same, with torch's threads in both.
+"""Measure a meta-gradient alone, and beside a second process that computes the same, with torch's threads in both.
 
     python -P -m pdd_fast.benchmarks.busy --output busy.json
 
@@ -79,7 +79,7 @@ def worker(case: str, contender: str, seconds: float) -> None:
 
 
 def together(case: str, contender: str, seconds: float, processes: int) -> list[dict[str, float]]:
-    """What each of ``processes`` that begin at the same moment measures."""
+    """Return the measurement of each of ``processes`` that begin at the same moment."""
     command = [sys.executable, "-P", "-m", "pdd_fast.benchmarks.busy", "--worker", case, contender, str(seconds)]
     workers = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)

@@ -48,7 +48,7 @@ def draw(run: Any) -> list[Path]:
 
 
 def _pictures(run: Any) -> dict[Path, Callable[[Path], object]]:
-    """What there is something to draw for, and what draws it."""
+    """Return the pictures that the run has data for, each with the function that draws it."""
     from pdd_fast.distilled import load_distilled
     from pdd_fast.pictures import accuracy_plot, image_grid
 

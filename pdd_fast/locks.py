@@ -149,7 +149,7 @@ def _host() -> str:
 
 
 def _boot() -> str:
-    """What tells this run of the machine from others; "" where the system does not say."""
+    """Return an identifier of the machine's current boot; "" where the system does not say."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
     return ""

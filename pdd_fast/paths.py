@@ -1,4 +1,4 @@
-"""Where things lie: paths as people write them, and as they hold from any working directory. Imports no torch."""
+"""Convert paths as people write them to paths that hold from any working directory. Imports no torch."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def _digests(images: Tensor, labels: Tensor) -> list[bytes]:
 
 
 def identity(data: ImageData) -> dict[str, Any]:
-    """What files hold of the data that they were made of."""
+    """Return the facts about the data that files made of them hold."""
     return {"data": data.name, "fingerprint": data.fingerprint, "classes": list(data.classes)}
 
 

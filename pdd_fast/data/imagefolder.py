@@ -117,7 +117,7 @@ def _is_litter(name: str) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What a person put into a folder, in alphabetical order."""
+    """Return the entries that a person put into a folder, in alphabetical order."""
     return sorted(entry for entry in folder.iterdir() if not _is_litter(entry.name))
 
 
@@ -142,7 +142,7 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """What Pillow reads here, its own and those of plug-ins that were imported (pillow_heif, say)."""
+    """Return the suffixes that Pillow reads here: its own and those of imported plug-ins, such as pillow_heif."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _EXCLUDED_FORMATS)
 
