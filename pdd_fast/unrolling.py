@@ -24,6 +24,7 @@ from pdd_fast.networks.arguments import (
     moving_parameters,
     require_plain_call,
 )
+from pdd_fast.ops._threads import in_pieces, select_rows
 from pdd_fast.ops.add_rows import add_rows
 
 MEMORY = ("recompute", "cache", "auto")
@@ -183,14 +184,16 @@ def forward_path(
         alphas: [N], one rate a step.
     """
     path = _parameter_rows(theta, len(spec.batches) + 1)
-    path[0] = theta
+    for start, piece in in_pieces(path[0], theta):
+        start.copy_(piece)
     kept, first = [], len(spec.batches) - spec.keep
     for i in range(len(spec.batches)):
         x, y = _step_input(spec, i, images, labels)
         _, gradient, saved = spec.engine.gradient(path[i], x, y, keep=i >= first)
         if spec.moving is not None:
             gradient = gradient.masked_fill(~spec.moving, 0)
-        torch.addcmul(path[i], gradient, alphas[i], value=-1, out=path[i + 1])
+        for old, moved, new in in_pieces(path[i], gradient, path[i + 1]):
+            torch.addcmul(old, moved, alphas[i], value=-1, out=new)
         kept.append(saved)
     return path, kept
 
@@ -215,8 +218,10 @@ def adjoint(
     steps = len(spec.batches)
     none = torch.empty(0, dtype=torch.int64, device=path.device)
     carried = grad.clone()  # λ_{i+1}
-    images_grad = torch.zeros_like(images[spec.frozen :]) if wanted.images else None
+    images_grad = torch.empty_like(images[spec.frozen :]) if wanted.images else None
     labels_grad = torch.zeros_like(labels) if wanted.labels else None
+    for (piece,) in in_pieces(images_grad) if images_grad is not None else ():
+        piece.zero_()
     slopes = alphas.new_empty(steps)
     for i in reversed(range(steps)):
         x, y = _step_input(spec, i, images, labels)
@@ -233,11 +238,14 @@ def adjoint(
                 batch, draws = batch.index_select(0, rows), None if draws is None else _part(draws, rows)
             if draws is not None:
                 part = draws.adjoint(part)
-            images_grad = add_rows(images_grad, batch - spec.frozen, part.mul_(-alphas[i]))
+            for (piece,) in in_pieces(part):
+                piece.mul_(-alphas[i])
+            images_grad = add_rows(images_grad, batch - spec.frozen, part)
         if labels_grad is not None and dual.labels is not None:
             labels_grad = add_rows(labels_grad, spec.batches[i], dual.labels.mul_(-alphas[i]))
         if dual.theta is not None:
-            carried.addcmul_(dual.theta, alphas[i], value=-1)
+            for piece, change in in_pieces(carried, dual.theta):
+                piece.addcmul_(change, alphas[i], value=-1)
     return Gradients(carried if wanted.theta else None, images_grad, labels_grad, slopes)
 
 
@@ -259,7 +267,7 @@ def learned_rows(learned: Tensor) -> Tensor | None:
 def _step_input(spec: UnrollSpec, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Augmented images and labels of step i."""
     batch, draws = spec.batches[i], spec.draws[i]
-    x = images.index_select(0, batch)
+    x = select_rows(images, batch)
     return (x if draws is None else draws.apply(x)), labels.index_select(0, batch)
 
 

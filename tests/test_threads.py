@@ -58,7 +58,7 @@ def printed(code: str, **environment: str) -> list[str]:
 
 @needs_two
 def test_tiny_regions_start_no_thread_and_large_ones_do() -> None:
-    code = "run(4, 8, 16); print(len(helpers())); run(40, 32, 64); print(len(helpers()))"
+    code = "run(1, 4, 8); print(len(helpers())); run(40, 32, 64); print(len(helpers()))"
     assert printed(code, OMP_NUM_THREADS="2") == ["0", "1"]
 
 
@@ -184,3 +184,35 @@ def test_no_more_threads_than_the_quota_rounded_up(
         assert _threads.threads() == expected
     finally:
         _threads._limit.cache_clear()
+
+
+# ---- operations of torch that leave OpenMP's threads asleep ----
+
+
+@pytest.mark.parametrize("numbers", [1, 32768, 32769, 96000, 100001])
+def test_pieces_are_all_of_the_tensors_and_too_small_to_be_shared(numbers: int) -> None:
+    first, second, out = torch.randn(numbers), torch.randn(numbers), torch.empty(numbers)
+    for a, b, c in _threads.in_pieces(first, second, out):
+        assert a.numel() <= 32768
+        torch.addcmul(a, b, torch.tensor(0.3), value=-1, out=c)
+    torch.set_num_threads(1)
+    assert torch.equal(out, torch.addcmul(first, second, torch.tensor(0.3), value=-1))
+
+
+def test_pieces_of_images_and_of_what_is_not_contiguous() -> None:
+    images = torch.randn(20, 3, 32, 32)
+    expected = images * 2
+    for (piece,) in _threads.in_pieces(images):
+        piece.mul_(2)
+    assert torch.equal(images, expected)
+    apart = torch.randn(2 * 40000)[::2]
+    assert next(_threads.in_pieces(apart)) == (apart,)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 7), (20, 3, 32, 32), (3, 1, 200, 200), (4, 0, 3)], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 33])
+def test_rows_are_selected_as_torch_does(shape: tuple[int, ...], count: int) -> None:
+    tensor, index = torch.randn(shape), torch.randint(shape[0], (count,))
+    assert torch.equal(_threads.select_rows(tensor, index), tensor.index_select(0, index))
+    turned = torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+    assert torch.equal(_threads.select_rows(turned, index), turned.index_select(0, index))

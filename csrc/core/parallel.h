@@ -39,7 +39,7 @@ inline int threads_worth(int64_t count, int threads, double each) {
 template <class Body>
 inline void parallel_with_scratch(int64_t count, int threads, double each, const Body& body) {
     const int used = threads_worth(count, threads, each);
-    if (used > 1) return run_on_threads(count, used, run_indices<Body>, &body);
+    if (used > 1) return run_on_threads(count, used, each, run_indices<Body>, &body);
     run_indices<Body>(&body, 0, count, 0);
 }
 

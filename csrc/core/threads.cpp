@@ -31,9 +31,10 @@ namespace {
 
 // How long an idle thread spins before it sleeps: the regions of a pass are a few microseconds apart, its calls from
 // Python tens. And how long the calling thread spins for the last chunks.
-constexpr std::chrono::microseconds kIdleSpin{50}, kEndSpin{20};
-constexpr int kChunks = 8;         // of a thread's range
-constexpr int kMostThreads = 256;  // of a region
+constexpr std::chrono::microseconds kIdleSpin{200}, kEndSpin{50};
+constexpr int kChunks = 16;           // of a thread's range, at most;
+constexpr double kLeastChunk = 5000;  // nanoseconds of a chunk, where a range has as many
+constexpr int kMostThreads = 256;     // of a region
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -85,8 +86,14 @@ struct Processors {
     static Processors of_caller() {
         static const Processors bound = of_places();
         if (bound.known) return bound;
-        Processors found{};
-        found.known = sched_getaffinity(0, sizeof(found.set), &found.set) == 0;  // not beyond 1024 processors
+        // Asked every 10 ms, not in every region: in a virtual machine it takes half a microsecond.
+        static thread_local Processors found{};
+        static thread_local std::chrono::steady_clock::time_point until{};
+        const auto now = std::chrono::steady_clock::now();
+        if (now >= until) {
+            found.known = sched_getaffinity(0, sizeof(found.set), &found.set) == 0;  // not beyond 1024 processors
+            until = now + std::chrono::milliseconds(10);
+        }
         return found;
     }
 
@@ -112,13 +119,13 @@ struct alignas(64) Range {
 };
 
 struct Region {
-    Region(int64_t count, int threads, Task task, const void* body, const Processors& processors)
+    Region(int64_t count, int threads, double each, Task task, const void* body, const Processors& processors)
         : task(task),
           body(body),
           threads(threads),
-          chunk((count / threads + kChunks - 1) / kChunks),
+          chunk(std::max({int64_t{1}, (count / threads + kChunks - 1) / kChunks,
+                          std::min(static_cast<int64_t>(kLeastChunk / each), count / threads)})),
           processors(processors) {
-        if (chunk < 1) chunk = 1;
         for (int64_t t = 0; t < threads; ++t) {
             ranges[t].next.store(count * t / threads, std::memory_order_relaxed);
             ranges[t].end = count * (t + 1) / threads;
@@ -138,7 +145,7 @@ struct Region {
     const Task task;
     const void* const body;
     const int threads;
-    int64_t chunk;
+    const int64_t chunk;
     const Processors processors;
     Range ranges[kMostThreads];
 };
@@ -287,14 +294,14 @@ Pool& Pool::get() {
 
 }  // namespace
 
-std::atomic<double> worth_a_thread{10000};
+std::atomic<double> worth_a_thread{2000};
 
-void run_on_threads(int64_t count, int threads, Task task, const void* body) {
+void run_on_threads(int64_t count, int threads, double each, Task task, const void* body) {
     const Processors processors = Processors::of_caller();
     const bool limited = worth_a_thread.load(std::memory_order_relaxed) > 0;
     threads = std::min({threads, kMostThreads, limited ? processors.count(threads) : threads});
     if (threads < 2) return task(body, 0, count, 0);
-    Region region(count, threads, task, body, processors);
+    Region region(count, threads, each, task, body, processors);
     Pool::get().run(region);
 }
 

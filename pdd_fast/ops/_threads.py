@@ -7,10 +7,12 @@ it is about to use more than one.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -67,6 +69,34 @@ def _ratio(words: list[str]) -> float | None:
     if len(words) != 2 or not all(word.isdecimal() and int(word) > 0 for word in words):
         return None
     return int(words[0]) / int(words[1])
+
+
+# torch shares an operation on more numbers than this among OpenMP's threads. Those then spin for 5 ms, waiting for the
+# next one, on the cores that the kernels' own threads want meanwhile: a step of width 128 took 1.1 times as long.
+_SHARED_BY_TORCH = 32768
+_PIECE = 32000  # whole vectors, so that the bits are those of one thread
+
+
+def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of contiguous tensors of one size, too small for torch to share among threads; on a GPU, or where
+    one is not contiguous, the tensors themselves. For operations element by element that write to one of them."""
+    whole = tensors[0].numel() <= _SHARED_BY_TORCH or tensors[0].device.type != "cpu"
+    if whole or not all(tensor.is_contiguous() for tensor in tensors):
+        yield tensors
+        return
+    yield from zip(*(tensor.view(-1).split(_PIECE) for tensor in tensors), strict=True)
+
+
+def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """``tensor.index_select(0, index)``, without OpenMP's threads on a CPU."""
+    numbers = tensor[:1].numel()
+    if tensor.device.type != "cpu" or len(index) * numbers <= _SHARED_BY_TORCH or not 0 < numbers <= _SHARED_BY_TORCH:
+        return tensor.index_select(0, index)
+    result = tensor.new_empty(len(index), *tensor.shape[1:])
+    rows = _SHARED_BY_TORCH // numbers
+    for part, out in zip(index.split(rows), result.split(rows), strict=True):
+        torch.index_select(tensor, 0, part, out=out)
+    return result
 
 
 def _read(path: Path) -> str:
