@@ -19,6 +19,7 @@ from pdd_fast import memory as memories
 from pdd_fast.errors import require
 from pdd_fast.first_order import first_order_only
 from pdd_fast.networks.arguments import as_labels, check_batch, check_theta, require_plain_call
+from pdd_fast.ops.convnet import ConvNetShape
 
 _NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")
@@ -91,8 +92,8 @@ def gradient_matching(
     measured = GradientDistance(net, distance, parameters)
     check_theta(_NAME, net, theta)
     require(_NAME, not theta.requires_grad, "theta", "be a constant", "one that requires a gradient; detach it")
-    real = _pairs(net, theta, real_images, real_labels, ("real_images", "real_labels"))
-    synthetic = _pairs(net, theta, images, labels, ("images", "labels"))
+    real = _pairs(chosen.shape, theta, real_images, real_labels, ("real_images", "real_labels"))
+    synthetic = _pairs(chosen.shape, theta, images, labels, ("images", "labels"))
     require(_NAME, len(real) == len(synthetic), "images", f"hold {len(real)} batches, as real_images does",
             len(synthetic))  # fmt: skip
     if len(real) == 1:
@@ -280,7 +281,9 @@ class _GradientMatching(torch.autograd.Function):
         return None, *(None if each is None else grad * each for each in found)
 
 
-def _pairs(net: nn.Module, theta: Tensor, images: Batches, labels: Batches, names: tuple[str, str]) -> list[_Pair]:
+def _pairs(
+    known: ConvNetShape | None, theta: Tensor, images: Batches, labels: Batches, names: tuple[str, str]
+) -> list[_Pair]:
     """The batches of one side, each checked. Tensors of one dimension more than a batch hold K of them."""
     images_name, labels_name = names
     for name, given in zip(names, (images, labels), strict=True):
@@ -291,7 +294,7 @@ def _pairs(net: nn.Module, theta: Tensor, images: Batches, labels: Batches, name
         if not isinstance(labels, Tensor):
             raise TypeError(f"{_NAME}: {labels_name} must be a tensor, as {images_name} is, got a sequence")
         labels = as_labels(_NAME, labels, theta.dtype, labels_name)
-        check_batch(_NAME, net, theta, images, labels, names)
+        check_batch(_NAME, known, theta, images, labels, names)
         return [_Pair(images, labels)]
     count = len(images)
     require(_NAME, count > 0, images_name, "hold a batch at least", "none")
@@ -302,7 +305,7 @@ def _pairs(net: nn.Module, theta: Tensor, images: Batches, labels: Batches, name
         for k, (x, y) in enumerate(zip(images, labels, strict=True))
     ]
     for k, pair in enumerate(found):
-        check_batch(_NAME, net, theta, *pair, (f"{images_name}[{k}]", f"{labels_name}[{k}]"))
+        check_batch(_NAME, known, theta, *pair, (f"{images_name}[{k}]", f"{labels_name}[{k}]"))
     return found
 
 

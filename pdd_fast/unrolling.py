@@ -313,7 +313,7 @@ def _check(
     frozen: Tensor | None,
 ) -> UnrollSpec:
     check_theta("unroll", engine.net, theta)
-    check_batch("unroll", engine.net, theta, images, labels)
+    check_batch("unroll", engine.shape, theta, images, labels)
     n = len(images)
     for i, batch in enumerate(batches):
         low, high = int(batch.min()), int(batch.max())

@@ -32,6 +32,7 @@ def choose(net: nn.Module, name: str = "auto", precision: str = "float32", convo
         raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")
     if convolution not in CONVOLUTIONS:
         raise ValueError(f"convolution must be one of {', '.join(CONVOLUTIONS)}, got {convolution!r}")
-    if name == "fused" or (name == "auto" and kernel_shape(net) is not None):
-        return FusedEngine(net, precision, convolution)
-    return AutogradEngine(net, precision)
+    shape = kernel_shape(net)
+    if name == "fused" or (name == "auto" and shape is not None):
+        return FusedEngine(net, precision, convolution, shape)
+    return AutogradEngine(net, precision, shape)

@@ -19,6 +19,7 @@ from pdd_fast.errors import require
 from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.kernels import plain_torch
 from pdd_fast.networks.parameters import parameter_count, views
+from pdd_fast.ops.convnet import ConvNetShape
 
 
 class _RandomState(NamedTuple):
@@ -93,8 +94,8 @@ class AutogradEngine:
     layers too, which the fused engine keeps in float32.
     """
 
-    def __init__(self, net: nn.Module, precision: str = "float32") -> None:
-        self.net = net
+    def __init__(self, net: nn.Module, precision: str = "float32", shape: ConvNetShape | None = None) -> None:
+        self.net, self.shape = net, shape or kernel_shape(net)
         self.precision = precisions.check(precision)
         self._parameters = dict(net.named_parameters())
         # A step may be computed again long after it was first: from the same buffers, and in the same mode.
@@ -151,8 +152,8 @@ class AutogradEngine:
 
     def kept_bytes(self, shape: PassShape) -> int:
         """Of a module that is not a ConvNet, what a step on zeros keeps: it is made, with nothing else changed."""
-        if (known := kernel_shape(self.net)) is not None:
-            return estimates.kept_bytes(estimates.AUTOGRAD, known, self.precision, shape)
+        if self.shape is not None:
+            return estimates.kept_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape)
         theta = torch.zeros(parameter_count(self.net), dtype=shape.dtype, device=shape.device)
         images = torch.zeros((shape.batch, *shape.image), dtype=shape.dtype, device=shape.device)
         labels = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
@@ -174,9 +175,9 @@ class AutogradEngine:
         return sum(kept.values())
 
     def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
-        if (known := kernel_shape(self.net)) is None:
+        if self.shape is None:
             return 0
-        return estimates.working_bytes(estimates.AUTOGRAD, known, self.precision, shape, dual, kept)
+        return estimates.working_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape, dual, kept)
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         check_side_by_side(theta, images, labels)

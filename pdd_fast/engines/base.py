@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from pdd_fast.ops.convnet import ConvNetShape
+
 
 class DualResult(NamedTuple):
     """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction (docs/mathematics.md, sections 1 and 2)."""
@@ -40,6 +42,11 @@ class Engine(Protocol):
 
     @property
     def net(self) -> nn.Module: ...
+
+    @property
+    def shape(self) -> ConvNetShape | None:
+        """Of ``net``, where its layers are a ConvNet's; None for other modules."""
+        ...
 
     @property
     def precision(self) -> str:

@@ -13,17 +13,23 @@ from pdd_fast.engines.base import DualResult, PassShape, check_side_by_side
 from pdd_fast.engines.composed import ComposedPasses
 from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.ops import convnet
+from pdd_fast.ops.convnet import ConvNetShape
 
 
 class FusedEngine:
     """Engine for the networks that the kernels compute.
 
+    Args:
+        shape: what :func:`pdd_fast.networks.convnet.kernel_shape` says of ``net``, where the caller has asked it.
+
     Raises:
-        ValueError: ``net`` is not one of them (:func:`pdd_fast.networks.convnet.kernel_shape`).
+        ValueError: ``net`` is not one of them.
     """
 
-    def __init__(self, net: nn.Module, precision: str = "float32", convolution: str = "auto") -> None:
-        shape = kernel_shape(net)
+    def __init__(
+        self, net: nn.Module, precision: str = "float32", convolution: str = "auto", shape: ConvNetShape | None = None
+    ) -> None:
+        shape = shape or kernel_shape(net)
         if shape is None:
             kind = type(net).__name__
             raise ValueError(
@@ -31,7 +37,7 @@ class FusedEngine:
                 f"made and no hooks, got {'one that was changed' if kind == 'ConvNet' else kind}; use "
                 "engine='autograd', exact for any module"
             )
-        self.net = net
+        self.net, self.shape = net, shape
         self.precision = precisions.check(precision)
         self.convolution = convolution
         self._whole = convnet.ConvNetPasses(shape, convolution)

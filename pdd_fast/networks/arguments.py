@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from pdd_fast.errors import require
-from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.parameters import check_parameters
+from pdd_fast.ops.convnet import ConvNetShape
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -119,13 +119,14 @@ def as_indices(operator: str, indices: Any, name: str) -> Tensor:
 
 
 def check_batch(
-    operator: str, net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor,
+    operator: str, known: ConvNetShape | None, theta: Tensor, images: Tensor, labels: Tensor,
     names: tuple[str, str] = ("images", "labels"),
 ) -> None:  # fmt: skip
     """Raises TypeError or ValueError unless ``images`` [n, C, H, W] and ``labels``, int64 [n] or weights [n, classes],
-    fit one another, ``net`` and ``theta``.
+    fit one another, the network and ``theta``.
 
     Args:
+        known: the network's shape, where its layers are a ConvNet's.
         labels: as :func:`as_labels` gives them.
         names: of both arguments, for the message.
     """
@@ -143,12 +144,13 @@ def check_batch(
         require(operator, shape == (n,), labels_name, f"have shape ({n},)", shape)
     else:
         require(operator, len(shape) == 2 and shape[0] == n, labels_name, f"have shape ({n}, classes)", shape)
-    _check_network(operator, net, images, labels, names)
+    _check_network(operator, known, images, labels, names)
 
 
-def _check_network(operator: str, net: nn.Module, images: Tensor, labels: Tensor, names: tuple[str, str]) -> None:
+def _check_network(
+    operator: str, known: ConvNetShape | None, images: Tensor, labels: Tensor, names: tuple[str, str]
+) -> None:
     """Name a mismatch before a kernel or a matrix product trips over it, where the layers say what the module takes."""
-    known = kernel_shape(net)
     if known is None:  # The attributes of a module that was changed are no longer true.
         # torch would take -100 for "no label", and leave the image out of the loss.
         low = int(labels.min()) if labels.dtype == torch.int64 else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,10 +15,19 @@ class Buffer:
     """Memory for ``size`` elements of one type. It goes back to its pool when nobody holds the buffer any more."""
 
     def __init__(self, pool: BufferPool, size: int, dtype: torch.dtype) -> None:
-        self._pool = pool
+        self._pool, self._dtype, self.elements = pool, dtype, size
         self._memory = pool._taken(size * dtype.itemsize)
-        self.numbers = self._memory[: size * dtype.itemsize].view(dtype)  # [size], uninitialized
         self.lock = threading.Lock()  # of passes that write into it
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        """The elements, [size]; uninitialized at first."""
+        return self._memory[: self.elements * self._dtype.itemsize].view(self._dtype)
+
+    @property
+    def address(self) -> int:
+        """Of the first element; cheaper than by way of :attr:`numbers`."""
+        return _native.address(self._memory, self._memory.device)
 
     def __del__(self) -> None:
         memory = getattr(self, "_memory", None)  # missing where the allocation failed
@@ -58,10 +68,13 @@ class BufferPool:
     def _taken(self, size: int) -> Tensor:
         """Return uint8 memory of ``size`` bytes or more: the smallest idle piece that is large enough, or a new one."""
         with self._lock:  # Search and removal are one step: otherwise two threads take the same piece.
-            fitting = [place for place, memory in enumerate(self._idle) if memory.numel() >= size]
-            if fitting:
-                # The last one of a size was used last, and is still in the processor's cache.
-                return self._idle.pop(min(reversed(fitting), key=lambda place: self._idle[place].numel()))
+            best, least = -1, 0
+            for place in reversed(range(len(self._idle))):  # The last one of a size is still in the processor's cache.
+                found = self._idle[place].numel()
+                if found >= size and (best < 0 or found < least):
+                    best, least = place, found
+            if best >= 0:
+                return self._idle.pop(best)
             if self._idle:  # Pieces grow in size, not in number.
                 self._idle.pop(min(range(len(self._idle)), key=lambda place: self._idle[place].numel()))
         return _allocated(size)

@@ -243,9 +243,7 @@ class ConvNetPasses:
 
 def _piece(buffer: Buffer | None) -> tuple[int, int]:
     """Return a buffer's address and elements, which the binding holds against what the pass needs."""
-    if buffer is None:
-        return 0, 0
-    return _native.address(buffer.numbers, buffer.numbers.device), buffer.numbers.numel()
+    return (0, 0) if buffer is None else (buffer.address, buffer.elements)
 
 
 def _plain(tensor: Tensor) -> Tensor:
