@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +160,7 @@ def _run_stage(
     best = _resume(run, stage, method)
     run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)
     selection = _Selection(bench, union)
+    row: dict[str, Any] = {}  # of metrics.jsonl, the last iteration's
     try:
         with reporter.task(
             f"stage {stage}/{config.stages}", total=config.iterations, unit="iteration", done=method.iteration
@@ -174,15 +176,18 @@ def _run_stage(
                 began = time.perf_counter()
                 values = method.step()
                 seconds = time.perf_counter() - began
-                run.metrics.append(
-                    stage=stage, iteration=method.iteration, **values, seconds=seconds, memory=peak_memory(bench.device)
-                )
+                row = {"stage": stage, "iteration": method.iteration, **values, "seconds": seconds}
+                row["memory"] = peak_memory(bench.device)
+                run.metrics.append(**row)
                 task.advance(1, **values)
                 if time.monotonic() - saved > config.checkpoint_seconds:
                     _checkpoint(run, stage, method, best)
                     saved = time.monotonic()
     except BaseException:
         _checkpoint(run, stage, method, best)
+        # An interrupt may come between an iteration, which the checkpoint holds, and its line, or just after the line.
+        if row and row not in run.metrics.read():
+            run.metrics.append(**row)
         raise
     assert best is not None
     return union.extended(best.images, best.labels, best.rate)

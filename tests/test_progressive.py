@@ -24,7 +24,7 @@ from pdd_fast.networks.parameters import load_parameters
 from pdd_fast.ops import convnet
 from pdd_fast.progressive import distill
 from pdd_fast.reporting import SILENT, Reporter, Task
-from pdd_fast.runs import Run
+from pdd_fast.runs import Metrics, Run
 from pdd_fast.training import Students, accuracies
 from pdd_fast.trajectories import Trajectory, list_trajectories
 from pdd_fast.unions import Union
@@ -514,3 +514,26 @@ def test_configuration_is_stored_whole(finished: tuple[Run, int]) -> None:
     stored = json.loads((run.path / "config.json").read_text())
     assert stored["config"] == run.config.to_dict()
     assert stored["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before the line", "after the line"])
+def test_an_interrupt_beside_a_line_of_metrics_neither_loses_nor_repeats_it(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", configuration(stages=1, ipc=1, iterations=4))
+    append = Metrics.append
+
+    def interrupted(metrics: Metrics, **values: Any) -> None:
+        if "loss" not in values or values["iteration"] != 2:
+            append(metrics, **values)
+            return
+        monkeypatch.undo()
+        if written:
+            append(metrics, **values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Metrics, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(run)
+    distill(Run.open(run.path))
+    assert [row["iteration"] for row in run.metrics.read() if "loss" in row] == [1, 2, 3, 4]
