@@ -15,11 +15,11 @@ from pdd_fast.benchmarks.cases import KINDS, SUITES, Case
 from pdd_fast.benchmarks.contenders import FLOOR, TRUTH, Contender
 from pdd_fast.benchmarks.plot import draw
 from pdd_fast.benchmarks.processes import Outcome
-from pdd_fast.devices import resolve_device
-from pdd_fast.errors import UsageError
-from pdd_fast.figures import attempt
-from pdd_fast.files import write_json, write_text
-from pdd_fast.reporting import SILENT, Reporter
+from pdd_fast.evaluation.figures import attempt
+from pdd_fast.runtime.devices import resolve_device
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.files import write_json, write_text
+from pdd_fast.runtime.progress import SILENT, Reporter
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdd_fast.benchmarks import present
 from pdd_fast.benchmarks.machine import ask
-from pdd_fast.files import write_json
+from pdd_fast.runtime.files import write_json
 
 if TYPE_CHECKING:
     from pdd_fast.benchmarks.baselines import Problem

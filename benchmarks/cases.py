@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from itertools import product
 from typing import Any
 
-from pdd_fast.errors import UsageError, nearest
+from pdd_fast.runtime.errors import UsageError, nearest
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch
 STRATEGIES = (*OPERATIONS, "single", "multiple")

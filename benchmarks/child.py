@@ -19,8 +19,8 @@ from pdd_fast.benchmarks import cases, contenders, measure
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.contenders import FLOOR, TRUTH
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.graphs import CaptureWarning
 from pdd_fast.ops._native import MissingKernelsWarning
+from pdd_fast.training.cuda_graphs import CaptureWarning
 
 SLOWER = (MissingKernelsWarning, CaptureWarning)  # the package does something slower: not what was to be measured
 MODULES = {

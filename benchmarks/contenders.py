@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.errors import UsageError
+from pdd_fast.runtime.errors import UsageError
 
 FLOOR, TRUTH = "floor", "float64"  # measured like contenders: the machine's rates, and the gradient in float64
 
@@ -174,7 +174,7 @@ def _dsa(on_gpu: bool) -> list[Contender]:
 def _evaluate(on_gpu: bool) -> list[Contender]:
     if not on_gpu:
         return [_AUTO, _DIRECT, _EAGER, _EAGER_LAST]
-    return _precise([(_own("ours", "pdd_fast.evaluate"), _ALL), (_EAGER, _BOTH), (_EAGER_LAST, _BOTH)])
+    return _precise([(_own("ours", "pdd_fast.evaluation.evaluate"), _ALL), (_EAGER, _BOTH), (_EAGER_LAST, _BOTH)])
 
 
 def _stage(on_gpu: bool) -> list[Contender]:
@@ -183,7 +183,7 @@ def _stage(on_gpu: bool) -> list[Contender]:
     loop_last = Contender("MTT's loop, channels-last", "the same in channels-last", options={"channels_last": True})
     if not on_gpu:
         return [_AUTO, _DIRECT, module, loop, loop_last]
-    own = _own("ours", "pdd_fast.progressive")
+    own = _own("ours", "pdd_fast.progressive.stages")
     return _precise([(own, _ALL), (module, ("float32",)), (loop, _BOTH), (loop_last, _BOTH)])
 
 

@@ -19,9 +19,9 @@ from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
 from pdd_fast.benchmarks.small_run import begin, ready, real_union
-from pdd_fast.evaluate import evaluate_run
-from pdd_fast.unions import Union
-from pdd_fast.workbench import Workbench
+from pdd_fast.evaluation.evaluate import evaluate_run
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.union import Union
 
 Leg = tuple[Tensor, Tensor, float, int]  # images, labels, rate, steps
 

@@ -97,7 +97,7 @@ def gpu(torch: Any) -> dict[str, Any]:
 def machine(with_gpu: bool) -> dict[str, Any]:
     """Processor, versions and commit, and with ``with_gpu`` the first GPU that torch finds."""
     torch, pdd_fast, native = module("torch"), module("pdd_fast"), module("pdd_fast.ops._native")
-    host, library = module("pdd_fast.host"), native.load("cpu") if native else None
+    host, library = module("pdd_fast.runtime.host_memory"), native.load("cpu") if native else None
     facts: dict[str, Any] = {
         "cpu": cpu(),
         "cores": os.cpu_count(),

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pdd_fast import host
 from pdd_fast.benchmarks.present import size
-from pdd_fast.devices import peak_memory
-from pdd_fast.memory import is_out_of_memory
+from pdd_fast.runtime import host_memory as host
+from pdd_fast.runtime.device_memory import is_out_of_memory
+from pdd_fast.runtime.devices import peak_memory
 
 try:
     import resource

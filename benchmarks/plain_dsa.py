@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdd_fast.augmentation import DSA, AugmentParameters
+from pdd_fast.augmentation.dsa import DSA, AugmentParameters
 
 
 class PlainAugment:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdd_fast.benchmarks.cases import Case, parse
-from pdd_fast.figures import default_style, new_figure, save_figure
+from pdd_fast.evaluation.figures import default_style, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

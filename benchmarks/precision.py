@@ -27,12 +27,12 @@ from torch import Tensor
 import pdd_fast
 from pdd_fast.benchmarks import present
 from pdd_fast.benchmarks.machine import ask
-from pdd_fast.devices import resolve_device
 from pdd_fast.engines import convolution
-from pdd_fast.errors import UsageError
-from pdd_fast.files import write_json
 from pdd_fast.networks.parameters import initial_parameters
 from pdd_fast.ops import convnet
+from pdd_fast.runtime.devices import resolve_device
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.files import write_json
 
 RATE, AWAY = 0.01, 0.01  # the inner rate, and the size of the target's distance from the start
 EMULATED = "tf32, emulated"

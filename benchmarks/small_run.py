@@ -15,10 +15,10 @@ from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.contenders import Contender
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.config import resolve
-from pdd_fast.runs import Run
-from pdd_fast.unions import Union
-from pdd_fast.workbench import Workbench
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.union import Union
+from pdd_fast.settings import resolve
+from pdd_fast.storage.run import Run
 
 CLASSES, TRAIN, TEST = 10, 60, 20  # images of noise in each class
 DIGITS = 8  # pixels of their sides

@@ -23,12 +23,12 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.small_run import begin, ready, real_union
-from pdd_fast.experts import make_experts
-from pdd_fast.progressive import distill
-from pdd_fast.runs import Run
-from pdd_fast.trajectories import list_trajectories
-from pdd_fast.unions import Union
-from pdd_fast.workbench import Workbench
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.experts import make_experts
+from pdd_fast.progressive.stages import distill
+from pdd_fast.progressive.union import Union
+from pdd_fast.storage.run import Run
+from pdd_fast.storage.trajectories import list_trajectories
 
 
 class PlainStage:

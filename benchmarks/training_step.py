@@ -18,7 +18,7 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import Draws, PlainTraining
-from pdd_fast.training import Loop, Sgd, Students
+from pdd_fast.training.sgd import Loop, Sgd, Students
 
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 STEPS = 6  # at a time: the six operations of DSA take different times

@@ -9,13 +9,13 @@ import torch
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation import PackedDraws
+from pdd_fast.augmentation.dsa import PackedDraws
 from pdd_fast.benchmarks import baselines, measure
 from pdd_fast.benchmarks.baselines import Gradients, Iteration, Problem
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.contenders import Contender
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.matching.step import MatchingInputs, MatchingState, MatchingStep
+from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
 
 _TRUTH = "truth.pt"  # in the case's folder
 

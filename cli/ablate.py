@@ -9,8 +9,8 @@ import click
 
 from pdd_fast.cli import output
 from pdd_fast.cli.options import PATH, ablation_options, given_settings
-from pdd_fast.config import CHOICES, listed, resolve
-from pdd_fast.errors import UsageError
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.settings import CHOICES, listed, resolve
 
 
 @click.command(name="ablate")
@@ -32,8 +32,8 @@ def command(
     config = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
     combined = _numbers(stages), _names("conditioning", conditioning), _names("filter", filters)
 
-    from pdd_fast.ablation import ablate, variants
-    from pdd_fast.runs import default_name
+    from pdd_fast.evaluation.ablation import ablate, variants
+    from pdd_fast.storage.run import default_name
 
     folder = folder or Path("ablation") / default_name(config, stages=False)
     content = ablate(config, variants(*combined), range(seeds), folder, output.reporter())

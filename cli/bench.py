@@ -11,7 +11,7 @@ import click
 from pdd_fast.benchmarks.cases import SUITES, select
 from pdd_fast.cli import output
 from pdd_fast.cli.options import PathOption
-from pdd_fast.errors import RunError
+from pdd_fast.runtime.errors import RunError
 
 
 @click.command(name="bench")

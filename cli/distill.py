@@ -13,7 +13,7 @@ import click
 
 from pdd_fast.cli import output
 from pdd_fast.cli.options import configuration, continued, given_settings, is_free, run_options
-from pdd_fast.errors import UsageError
+from pdd_fast.runtime.errors import UsageError
 
 
 @click.command(name="distill")
@@ -26,8 +26,8 @@ def command(resume: bool, **options: Any) -> None:
     """
     with begun("distill", resume, **options) as run:
         from pdd_fast.cli.show import draw
-        from pdd_fast.evaluate import evaluate_run
-        from pdd_fast.progressive import distill
+        from pdd_fast.evaluation.evaluate import evaluate_run
+        from pdd_fast.progressive.stages import distill
 
         reporter = output.reporter()
         distill(run, reporter)
@@ -62,7 +62,7 @@ def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
 
 def _removed(run: Any) -> bool:
     """Removes a run that nothing was made in, unless another process took it up; whether it is gone."""
-    from pdd_fast.locks import LOCK, OWNER
+    from pdd_fast.runtime.locks import LOCK, OWNER
 
     with suppress(UsageError, OSError), run.lock():
         files = [entry for entry in run.path.rglob("*") if not entry.is_dir()]
@@ -72,7 +72,7 @@ def _removed(run: Any) -> bool:
 
 
 def _start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
-    from pdd_fast.runs import Run, default_run_dir
+    from pdd_fast.storage.run import Run, default_run_dir
 
     if not resume:
         config = configuration(options)

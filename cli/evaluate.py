@@ -37,8 +37,8 @@ def command(
     Beside it, with the same number of SGD steps: random real images and the last union alone.
     """
     from pdd_fast.cli.show import draw
-    from pdd_fast.evaluate import evaluate_run
-    from pdd_fast.runs import Run
+    from pdd_fast.evaluation.evaluate import evaluate_run
+    from pdd_fast.storage.run import Run
 
     run = Run.open(run_dir)
     run = Run(run.path, continued(run.config, where))

@@ -20,7 +20,7 @@ def command(resume: bool, **options: Any) -> None:
     `pdd-fast distill --resume --run-dir DIR` goes on from there.
     """
     with begun("experts", resume, **options) as run:
-        from pdd_fast.experts import make_experts, stored_experts
+        from pdd_fast.progressive.experts import make_experts, stored_experts
 
         make_experts(run, output.reporter())
         found = stored_experts(run)

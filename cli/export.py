@@ -21,8 +21,8 @@ def command(run_dir: Path, folder: Path, raw: bool, as_json: bool) -> None:
     For every stage a folder with images_best.pt and labels_best.pt; rates, normalisation and augmentation in
     settings.json.
     """
-    from pdd_fast.distilled import load_distilled
-    from pdd_fast.mtt_images import write_mtt
+    from pdd_fast.storage.distilled import load_distilled
+    from pdd_fast.storage.mtt_images import write_mtt
 
     files = write_mtt(load_distilled(run_dir), folder, raw)
     if as_json:

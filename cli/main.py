@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from pdd_fast._version import __version__
-from pdd_fast.errors import PddFastError
+from pdd_fast.runtime.errors import PddFastError
 
 COMMANDS = {  # name -> what --help says; a command's module is imported when the command is run
     "distill": "Distil a data set in stages, judge it, draw it.",

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from pdd_fast.config import CHOICES, Config, absolute, from_dict, recipe_names, recipe_title, resolve
-from pdd_fast.errors import UsageError
-from pdd_fast.paths import FOLDER, expanded
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.paths import FOLDER, expanded
+from pdd_fast.settings import CHOICES, Config, absolute, from_dict, recipe_names, recipe_title, resolve
 
 
 class PathOption(click.Path):

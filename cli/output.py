@@ -19,7 +19,7 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
-from pdd_fast.reporting import Reporter, Task
+from pdd_fast.runtime.progress import Reporter, Task
 
 _PLAIN_WIDTH = 100  # columns of a table that does not go to a terminal, unless COLUMNS says otherwise
 _LEAST_TABLE_WIDTH = 60  # columns; in fewer a table becomes rows
@@ -282,7 +282,7 @@ def _print_table(columns: list[str], rows: list[list[str]], left: int) -> None:
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
     """The tables of an evaluation, one for each kind of network and of labels: a row per stage, a column per result."""
-    from pdd_fast.evaluate import tables
+    from pdd_fast.evaluation.evaluate import tables
 
     for words, results in tables(evaluation):
         _print_results(evaluation, results, f" ({words})" if words else "")
@@ -295,7 +295,7 @@ def print_evaluation(evaluation: dict[str, Any]) -> None:
 
 
 def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
-    from pdd_fast.evaluate import ALONE
+    from pdd_fast.evaluation.evaluate import ALONE
 
     protocol = evaluation["protocol"]
     repeats = len(results[0]["seeds"])

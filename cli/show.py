@@ -11,7 +11,7 @@ import click
 
 from pdd_fast.cli import output
 from pdd_fast.cli.options import PATH
-from pdd_fast.errors import RunError, UsageError
+from pdd_fast.runtime.errors import RunError, UsageError
 
 
 @click.command(name="show")
@@ -19,7 +19,7 @@ from pdd_fast.errors import RunError, UsageError
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(run_dir: Path, as_json: bool) -> None:
     """Draw the images and the accuracy of RUN, and print its table. RUN may be unfinished."""
-    from pdd_fast.runs import Run
+    from pdd_fast.storage.run import Run
 
     run = Run.open(run_dir)
     wanted = _pictures(run)
@@ -42,15 +42,15 @@ def command(run_dir: Path, as_json: bool) -> None:
 
 def draw(run: Any) -> list[Path]:
     """Write the pictures that there is something to draw for; return the paths of those that did not fail."""
-    from pdd_fast.figures import attempt
+    from pdd_fast.evaluation.figures import attempt
 
     return [path for file, picture in _pictures(run).items() for path in attempt(file, picture)]
 
 
 def _pictures(run: Any) -> dict[Path, Callable[[Path], object]]:
     """Return the pictures that the run has data for, each with the function that draws it."""
-    from pdd_fast.distilled import load_distilled
-    from pdd_fast.pictures import accuracy_plot, image_grid
+    from pdd_fast.evaluation.plots import accuracy_plot, image_grid
+    from pdd_fast.storage.distilled import load_distilled
 
     pictures: dict[Path, Callable[[Path], object]] = {}
     finished = [run.stage_file(s) for s in range(1, run.config.stages + 1) if run.stage_file(s).exists()]

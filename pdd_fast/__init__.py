@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any
 from pdd_fast._version import __version__
 
 if TYPE_CHECKING:
-    from pdd_fast.augmentation import DSA, AugmentParameters, augment
-    from pdd_fast.distilled import DistilledSet, load_distilled
-    from pdd_fast.gradient_distance import gradient_matching
-    from pdd_fast.matching.trajectory import trajectory_matching_loss
+    from pdd_fast.augmentation.dsa import DSA, AugmentParameters, augment
+    from pdd_fast.functional.gradient_matching import gradient_matching
+    from pdd_fast.functional.trajectory_loss import trajectory_matching_loss
+    from pdd_fast.functional.unroll import unroll
     from pdd_fast.networks.convnet import ConvNet
     from pdd_fast.networks.parameters import flatten_parameters, load_parameters
     from pdd_fast.ops.convnet import free_buffers
-    from pdd_fast.unrolling import unroll
+    from pdd_fast.storage.distilled import DistilledSet, load_distilled
 
 _HOMES = {
-    "DSA": "augmentation",
-    "AugmentParameters": "augmentation",
-    "augment": "augmentation",
-    "DistilledSet": "distilled",
-    "load_distilled": "distilled",
-    "gradient_matching": "gradient_distance",
-    "trajectory_matching_loss": "matching.trajectory",
+    "DSA": "augmentation.dsa",
+    "AugmentParameters": "augmentation.dsa",
+    "augment": "augmentation.dsa",
+    "DistilledSet": "storage.distilled",
+    "load_distilled": "storage.distilled",
+    "gradient_matching": "functional.gradient_matching",
+    "trajectory_matching_loss": "functional.trajectory_loss",
     "ConvNet": "networks.convnet",
     "free_buffers": "ops.convnet",
     "flatten_parameters": "networks.parameters",
     "load_parameters": "networks.parameters",
-    "unroll": "unrolling",
+    "unroll": "functional.unroll",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Runs every operator of tests/cases.py once on every sample input: a short program for compute-sanitizer.
+"""Runs every operator of tests/support/cases.py once on every sample input: a short program for compute-sanitizer.
 
 Inputs are made on the CPU and copied to the GPU as they lie in memory, so that no other kernel than ours runs on them:
 compute-sanitizer is told to look at ours alone, and would not see who else had written. Prints how many calls it made.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 # The tests hold results to the reference; this only notices that a kernel did not do its work at all. bfloat16: 2^-8.
 TOLERANCE = 1e-2

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from pdd_fast.config import CHOICES
 from pdd_fast.data.fingerprint import difference, fingerprint
-from pdd_fast.data.normalisation import Normalisation, unit
+from pdd_fast.data.normalization import Normalisation, unit
 from pdd_fast.data.splits import Fit, ImageData, Pixels, Split, normalised, prepare, require_images_per_class
 from pdd_fast.data.whitening import EPSILON, Whitening
-from pdd_fast.errors import UsageError, nearest
-from pdd_fast.paths import FOLDER, expanded, short_dataset
+from pdd_fast.runtime.errors import UsageError, nearest
+from pdd_fast.runtime.paths import FOLDER, expanded, short_dataset
+from pdd_fast.settings import CHOICES
 
 __all__ = ["NAMES", "ImageData", "Normalisation", "Split", "Whitening", "load", "require_images_per_class"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pdd_fast.paths import FOLDER
+from pdd_fast.runtime.paths import FOLDER
 
 if TYPE_CHECKING:
     from pdd_fast.data.splits import ImageData, Pixels

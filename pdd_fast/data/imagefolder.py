@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from pdd_fast.data.splits import Pixels
-from pdd_fast.errors import PddFastWarning, UsageError, first_line
-from pdd_fast.paths import expanded, readable
+from pdd_fast.runtime.errors import PddFastWarning, UsageError, first_line
+from pdd_fast.runtime.paths import expanded, readable
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _ANNOTATIONS = "val_annotations.txt"
@@ -56,8 +56,8 @@ def read(folder: str) -> Pixels:
 
     Images are turned upright (EXIF), the first frame of several is taken, 16-bit levels are reduced to 8 bits, and
     transparent images are composed on white, or on the first of black and gray on which none of them vanishes; a
-    :class:`~pdd_fast.errors.PddFastWarning` says each of the last four. Class names that are not UTF-8 have their odd
-    bytes written as \\xNN.
+    :class:`~pdd_fast.runtime.errors.PddFastWarning` says each of the last four. Class names that are not UTF-8 have
+    their odd bytes written as \\xNN.
 
     Raises:
         UsageError: a folder is missing or empty, there is one class only, classes differ between the splits, a file

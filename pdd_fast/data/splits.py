@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pdd_fast.data.normalisation import Normalisation, unit
+from pdd_fast.data.normalization import Normalisation, unit
 from pdd_fast.data.whitening import AT_ONCE, Whitening
-from pdd_fast.errors import UsageError
+from pdd_fast.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)

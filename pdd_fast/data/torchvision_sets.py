@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pdd_fast.data.splits import Pixels
-from pdd_fast.errors import UsageError, first_line
-from pdd_fast.torchvision_parts import load
+from pdd_fast.runtime.errors import UsageError, first_line
+from pdd_fast.runtime.torchvision_import import load
 
 _CLASSES = {
     "cifar10": "CIFAR10",

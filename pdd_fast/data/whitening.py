@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_fast.errors import UsageError
-from pdd_fast.files import read_tensors, save_tensors
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.files import read_tensors, save_tensors
 
 EPSILON = 0.1
 _NAMES = ("mean", "basis", "scale")

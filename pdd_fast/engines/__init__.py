@@ -20,7 +20,7 @@ def choose(net: nn.Module, name: str = "auto", precision: str = "float32", convo
     other modules and for a ConvNet that was changed (:func:`pdd_fast.networks.convnet.kernel_shape`).
 
     Args:
-        precision: of convolutions, one of pdd_fast.precision.NAMES (docs/precision.md).
+        precision: of convolutions, one of pdd_fast.runtime.precision.NAMES (docs/precision.md).
         convolution: how the fused engine convolves on the CPU, one of CONVOLUTIONS: "direct", "winograd" (F(4×4, 3×3),
             fewer multiplications, rounding errors about four times as large), or "auto", whichever is faster layer by
             layer. Without effect on a GPU and on the autograd engine, whose libraries choose by themselves.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pdd_fast import precision as precisions
 from pdd_fast.engines import estimates
 from pdd_fast.engines.base import DualResult, PassShape, check_side_by_side
-from pdd_fast.errors import require
 from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.networks.kernels import plain_torch
 from pdd_fast.networks.parameters import parameter_count, views
 from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime import precision as precisions
+from pdd_fast.runtime.errors import require
 
 
 class _RandomState(NamedTuple):

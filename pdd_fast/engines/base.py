@@ -50,7 +50,7 @@ class Engine(Protocol):
 
     @property
     def precision(self) -> str:
-        """One of pdd_fast.precision.NAMES."""
+        """One of pdd_fast.runtime.precision.NAMES."""
         ...
 
     def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Any]:

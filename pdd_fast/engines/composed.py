@@ -24,7 +24,6 @@ from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pdd_fast import precision as precisions
 from pdd_fast.engines import estimates, side_by_side
 from pdd_fast.engines.base import DualResult, PassShape
 from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
@@ -37,6 +36,7 @@ from pdd_fast.ops.norm_relu_pool import (
     norm_relu_pool_dual,
     norm_relu_pool_dual_backward,
 )
+from pdd_fast.runtime import precision as precisions
 
 
 class _Block(NamedTuple):

@@ -1,7 +1,8 @@
 """What passes over a ConvNet take that torch's allocator gives piece by piece, from shapes alone.
 
 Counted in activations: b images behind the first convolution are a = b · width · H · W numbers, and every block after
-it has a quarter of those before. x = b · channels · H · W is the images themselves. tests/test_memory.py holds the
+it has a quarter of those before. x = b · channels · H · W is the images themselves. tests/training/test_memory.py
+holds the
 estimates to what a process takes, within a quarter. Images of one channel take up to 2a more: torch has the first
 convolution answer in planar memory then, and it is converted. What cuDNN works in is in no estimate.
 """
@@ -11,9 +12,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from pdd_fast import precision as precisions
 from pdd_fast.engines.base import PassShape
 from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime import precision as precisions
 
 
 class Multiples(NamedTuple):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdd_fast import precision as precisions
 from pdd_fast.engines.base import DualResult, PassShape, check_side_by_side
 from pdd_fast.engines.composed import ComposedPasses
 from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.ops import convnet
 from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime import precision as precisions
 
 
 class FusedEngine:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pdd_fast.errors import require
 from pdd_fast.networks.parameters import check_parameters
 from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime.errors import require
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pdd_fast.errors import UsageError, nearest
 from pdd_fast.networks.convnet import ConvNet
-from pdd_fast.torchvision_parts import load
+from pdd_fast.runtime.errors import UsageError, nearest
+from pdd_fast.runtime.torchvision_import import load
 
 _MLP_WIDTH = 128
 # Of the last normalised plane, which has to have more than one pixel: an instance norm makes zeros of one.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import operator, require_floating, require_like
+from pdd_fast.runtime.errors import require
 
 
 def _check(target: Tensor, index: Tensor, rows: Tensor) -> None:

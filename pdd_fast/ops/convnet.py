@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._buffers import Buffer, BufferPool
 from pdd_fast.ops._registry import require_floating, require_like
 from pdd_fast.ops._threads import threads
 from pdd_fast.ops.norm_relu_pool import EPS
+from pdd_fast.runtime.errors import require
 
 CONVOLUTIONS = ("auto", "direct", "winograd")  # csrc/ops/convnet/params.h numbers them alike
 

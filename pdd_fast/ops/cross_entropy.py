@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import operator, require_floating, require_like
+from pdd_fast.runtime.errors import require
 
 
 def _check_labels(name: str, logits: Tensor, labels: Tensor) -> None:

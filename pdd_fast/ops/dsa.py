@@ -1,6 +1,6 @@
 """Differentiable Siamese augmentation as two operators: an image's affine map (or its linear part), and its transpose.
 
-Operations and draws travel as numbers; :mod:`pdd_fast.augmentation` gives them names. Formulas:
+Operations and draws travel as numbers; :mod:`pdd_fast.augmentation.dsa` gives them names. Formulas:
 ``csrc/ops/dsa/math.h``.
 """
 
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import HALF, compute_dtype, operator, require_floating
 from pdd_fast.ops._threads import threads
+from pdd_fast.runtime.errors import require
 
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")

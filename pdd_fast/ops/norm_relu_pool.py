@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdd_fast.errors import require
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import compute_dtype, operator, require_floating, require_like
+from pdd_fast.runtime.errors import require
 
 EPS = 1e-5  # torch.nn.GroupNorm's default
 

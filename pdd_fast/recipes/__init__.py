@@ -1,1 +1,1 @@
-"""Settings as TOML files, one a recipe; read by pdd_fast.config."""
+"""Settings as TOML files, one a recipe; read by pdd_fast.settings."""

@@ -1,0 +1,313 @@
+"""Gradient matching: the distance between the parameter gradients of synthetic and of real images, and its gradient
+with respect to the synthetic ones (docs/mathematics.md, section 8).
+
+With g = ∇_θ ℓ on the synthetic images and v = ∂D/∂g, the gradient of D with respect to the images is the tangent of
+∇_x ℓ along v: one dual pass without its Hessian-vector product, in the place of a double backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pdd_fast import engines
+from pdd_fast.functional.first_order import first_order_only
+from pdd_fast.networks.arguments import as_labels, check_batch, check_theta, require_plain_call
+from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime import device_memory
+from pdd_fast.runtime.errors import require
+
+_NAME = "gradient_matching"
+DISTANCES = ("squared", "cosine")
+# By the least number of dimensions of a parameter that counts. IDC's published code
+# (snu-mllab/Efficient-Dataset-Condensation, `matchloss` of condense.py) leaves out those of one unless it is told
+# `--bias true`, and those of two unless `--fc true`; both are false if not given. DC's and DSA's
+# (VICO-UoE/DatasetCondensation, `distance_wb` of utils.py) takes two or more.
+PARAMETERS = {"convolutions": 3, "weights": 2, "all": 0}
+_AUTO = {"squared": "convolutions", "cosine": "weights"}
+COSINE_EPS = 1e-6  # added to the product of two norms, as in both codes
+
+Batches = Tensor | Sequence[Tensor]
+
+
+def gradient_matching(
+    net: nn.Module,
+    theta: Tensor,
+    real_images: Batches,
+    real_labels: Batches,
+    images: Batches,
+    labels: Batches,
+    distance: str = "squared",
+    *,
+    parameters: str = "auto",
+    keep: bool = True,
+    engine: str = "auto",
+    precision: str = "float32",
+    convolution: str = "auto",
+) -> Tensor:
+    """D(∇_θ ℓ(θ, X, y), ∇_θ ℓ(θ, X_real, y_real)), or the sum of such distances over K pairs of batches, one a class.
+
+    ℓ is the mean cross-entropy over a batch. Zhao et al., "Dataset condensation with gradient matching" (DC, ICLR
+    2021), and Kim et al., "Dataset condensation via efficient synthetic-data parameterization" (IDC, ICML 2022). The
+    gradient is exact, that of autograd with ``create_graph=True``. It is computed with the value, and nothing else is
+    kept for the way back.
+
+    Args:
+        net: the network; its own parameters are not read and its buffers are not changed. Parameters that do not
+            require gradients are frozen and do not count.
+        theta: [P] parameters, float32 or float64, a constant; fixes the precision and the device.
+        real_images: [B, C, H, W], of the type and device of ``theta``; constants. For K pairs [K, B, C, H, W], whose
+            gradients a GPU takes side by side, or a sequence of K tensors [B_k, C, H, W].
+        real_labels: class indices [B], or weights [B, classes], converted as for :func:`pdd_fast.unroll`; for K pairs
+            [K, B], [K, B, classes] or a sequence.
+        images: synthetic ones, [n, C, H, W], [K, n, C, H, W] or K tensors [n_k, C, H, W].
+        labels: theirs, likewise.
+        distance: of two gradients g and t. "squared": the sum of (g − t)². "cosine": for every weight the sum over its
+            output rows, each flattened, of 1 − g·t / (‖g‖‖t‖ + 1e-6), so that a row of zeros counts 1 and the distance
+            of a gradient from itself is 0 but for the 1e-6.
+        parameters: which of the network's count: "convolutions" (of three dimensions or more), "weights" (of two or
+            more: linear layers too), "all" (biases and norms too; of "squared" alone), or "auto": "convolutions" for
+            "squared", as IDC has it, and "weights" for "cosine", as DC and DSA have it.
+        keep: keep the activations of the pass that gives g for the dual pass that follows it, which then does not make
+            them again. Only one batch's are alive at a time. The gradient differs by rounding.
+        engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
+        precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
+        convolution: how the fused engine convolves on the CPU: "direct", "winograd" or "auto".
+
+    Returns:
+        0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A second derivative raises
+        RuntimeError.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
+    """
+    given = (real_images, real_labels, images, labels)
+    each = (tensor for part in given for tensor in (part if isinstance(part, list | tuple) else [part]))
+    require_plain_call(_NAME, [theta, *each])
+    chosen = engines.choose(net, engine, precision, convolution)
+    measured = GradientDistance(net, distance, parameters)
+    check_theta(_NAME, net, theta)
+    require(_NAME, not theta.requires_grad, "theta", "be a constant", "one that requires a gradient; detach it")
+    real = _pairs(chosen.shape, theta, real_images, real_labels, ("real_images", "real_labels"))
+    synthetic = _pairs(chosen.shape, theta, images, labels, ("images", "labels"))
+    require(_NAME, len(real) == len(synthetic), "images", f"hold {len(real)} batches, as real_images does",
+            len(synthetic))  # fmt: skip
+    if len(real) == 1:
+        _, target, _ = chosen.gradient(theta, real[0].images.detach(), real[0].labels.detach())
+        targets = target[None]
+    else:
+        targets = class_gradients(chosen, theta, real_images, [each.labels for each in real])
+    tensors = [*(each.images for each in synthetic), *(each.labels for each in synthetic)]
+    wanted = [torch.is_grad_enabled() and each.images.requires_grad for each in synthetic]
+    follow = [
+        torch.is_grad_enabled() and (each.images.requires_grad or each.labels.requires_grad) for each in synthetic
+    ]
+    spec = _Spec(chosen, measured, theta, targets, keep, wanted, follow)
+    return _GradientMatching.apply(spec, *tensors)
+
+
+# ---- without autograd: what a base method calls ---------------------------------------------------------------------
+
+
+class GradientDistance:
+    """D of two gradients of ``net``, with ∂D/∂g beside it.
+
+    Args:
+        distance: one of :data:`DISTANCES`.
+        parameters: one of :data:`PARAMETERS` or "auto", as for :func:`gradient_matching`.
+
+    Raises:
+        ValueError: an unknown name, "all" for "cosine", or ``net`` has no such parameters.
+    """
+
+    def __init__(self, net: nn.Module, distance: str = "squared", parameters: str = "auto") -> None:
+        require(_NAME, distance in DISTANCES, "distance", f"be {' or '.join(DISTANCES)}", repr(distance))
+        allowed = ["auto", *(name for name in PARAMETERS if distance == "squared" or name != "all")]
+        require(_NAME, parameters in allowed, "parameters",
+                f"be one of {', '.join(allowed)} where distance is {distance!r}", repr(parameters))  # fmt: skip
+        self.distance, self.parameters = distance, _AUTO[distance] if parameters == "auto" else parameters
+        self._parts: list[tuple[slice, int]] = []  # of the vector, and how many rows lie in each
+        start = 0
+        for parameter in net.parameters():
+            stop = start + parameter.numel()
+            if parameter.requires_grad and parameter.dim() >= PARAMETERS[self.parameters]:
+                self._parts.append((slice(start, stop), len(parameter) if parameter.dim() else 1))
+            start = stop
+        least = PARAMETERS[self.parameters]
+        require(_NAME, bool(self._parts), "parameters",
+                f"be such that the network has some (of {least} dimensions or more) that require gradients",
+                repr(parameters))  # fmt: skip
+
+    @torch.no_grad()
+    def __call__(self, gradient: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """D [] and ∂D/∂gradient [P] (zero where a parameter does not count) of two gradients [P]."""
+        direction = torch.zeros_like(gradient)
+        if self.distance == "squared":
+            for part, _ in self._parts:
+                torch.sub(gradient[part], target[part], out=direction[part])
+            return direction.square().sum(), direction.mul_(2)
+        values = [_cosine(gradient[part], target[part], rows, direction[part]) for part, rows in self._parts]
+        return torch.stack(values).sum(), direction
+
+
+def _cosine(gradient: Tensor, target: Tensor, rows: int, direction: Tensor) -> Tensor:
+    """Σ over rows of 1 − g·t / (‖g‖‖t‖ + ε); its derivative is written into ``direction``. All three [rows · columns].
+
+    Where g = 0 the derivative of ‖g‖ is taken to be 0, as torch does.
+    """
+    g, t = gradient.view(rows, -1), target.view(rows, -1)
+    g_norm, t_norm = g.norm(dim=1, keepdim=True), t.norm(dim=1, keepdim=True)
+    scale = g_norm * t_norm + COSINE_EPS
+    cosine = (g * t).sum(1, keepdim=True) / scale
+    along = torch.where(g_norm > 0, cosine * (t_norm / (scale * g_norm)), 0)
+    torch.sub(along * g, t / scale, out=direction.view(rows, -1))
+    return (1 - cosine).sum()
+
+
+class Matched(NamedTuple):
+    """A distance and its derivatives."""
+
+    loss: Tensor  # []
+    images: Tensor | None  # [rows, C, H, W]; None where none are wanted
+    labels: Tensor | None  # [n, classes]; None for class indices
+
+
+def matched_gradients(
+    engine: engines.Engine,
+    theta: Tensor,
+    target: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    distance: GradientDistance,
+    *,
+    keep: bool = True,
+    rows: Tensor | None = None,
+) -> Matched:
+    """D(∇_θ ℓ(θ, X, y), target) with its derivatives: a gradient pass and a dual pass.
+
+    Records no graph, checks nothing, and nothing in it waits for the device.
+
+    Args:
+        theta, target: [P]; ``target`` is the gradient of the real images (:func:`class_gradients`).
+        images: [n, C, H, W].
+        labels: int64 [n] or weights [n, classes].
+        keep: as for :func:`gradient_matching`.
+        rows: int64, of the images whose derivative is wanted, which :class:`Matched` has alone; None: all; empty: none.
+    """
+    with torch.no_grad():
+        _, gradient, saved = engine.gradient(theta, images, labels, keep=keep)
+        loss, direction = distance(gradient, target)
+        dual = engine.dual(theta, images, labels, direction, saved, want_theta=False, rows=rows)
+    return Matched(loss, dual.images, dual.labels)
+
+
+def class_gradients(engine: engines.Engine, theta: Tensor, images: Batches, labels: Batches) -> Tensor:
+    """∇_θ ℓ [K, P] of K batches, at the same parameters.
+
+    Batches of one size are taken side by side on a GPU, as many as fit in half of its memory, and otherwise one by one.
+    Equal to one at a time but for rounding. Records no graph.
+
+    Args:
+        theta: [P].
+        images: [K, B, C, H, W] or K tensors [B_k, C, H, W].
+        labels: int64 or weights: [K, B], [K, B, classes], or K tensors [B_k] or [B_k, classes].
+    """
+    with torch.no_grad():
+        count, first = len(images), images[0]
+        together = device_memory.largest_group(
+            engine.working_bytes(engines.PassShape.of(first, len(first))), theta.device, count
+        )
+        same = len({(x.shape, y.shape, y.dtype) for x, y in zip(images, labels, strict=True)}) == 1
+        if together == 1 or not same:
+            each = [engine.gradient(theta, x, y)[1] for x, y in zip(images, labels, strict=True)]
+            return torch.stack(each)
+        x, y = (b if isinstance(b, Tensor) else torch.stack(list(b)) for b in (images, labels))
+        groups = zip(x.split(together), y.split(together), strict=True)
+        return torch.cat([engine.gradients(theta.repeat(len(a), 1), a, b)[1] for a, b in groups])
+
+
+# ---- with autograd --------------------------------------------------------------------------------------------------
+
+
+class _Pair(NamedTuple):
+    images: Tensor  # [n, C, H, W]
+    labels: Tensor  # [n] or [n, classes]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """What is fixed for one call."""
+
+    engine: engines.Engine
+    distance: GradientDistance
+    theta: Tensor  # [P]
+    targets: Tensor  # [K, P]
+    keep: bool
+    wanted: list[bool]  # by pair: whether its images' derivative is
+    follow: list[bool]  # by pair: whether any is
+
+
+class _GradientMatching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: _Spec, *tensors: Tensor) -> Tensor:
+        pairs = len(spec.targets)
+        total, found = spec.theta.new_zeros(()), list[Tensor | None]([None] * len(tensors))
+        for k, (images, labels) in enumerate(zip(tensors[:pairs], tensors[pairs:], strict=True)):
+            if not spec.follow[k]:
+                _, gradient, _ = spec.engine.gradient(spec.theta, images, labels)
+                total = total + spec.distance(gradient, spec.targets[k])[0]
+                continue
+            # The loss itself is the scalar that is differentiated, so its gradient is known but for a factor.
+            loss, found[k], found[pairs + k] = matched_gradients(
+                spec.engine, spec.theta, spec.targets[k], images, labels, spec.distance,
+                keep=spec.keep, rows=None if spec.wanted[k] else images.new_empty(0, dtype=torch.int64),
+            )  # fmt: skip
+            total = total + loss
+        # The inputs are saved only so that a second derivative through them is an error.
+        ctx.save_for_backward(
+            *found, *(t if need else None for t, need in zip(tensors, ctx.needs_input_grad[1:], strict=True))
+        )
+        ctx.derivatives = len(found)
+        return total
+
+    @staticmethod
+    @first_order_only(_NAME)
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = saved[: ctx.derivatives]
+        return None, *(None if each is None else grad * each for each in found)
+
+
+def _pairs(
+    known: ConvNetShape | None, theta: Tensor, images: Batches, labels: Batches, names: tuple[str, str]
+) -> list[_Pair]:
+    """The batches of one side, each checked. Tensors of one dimension more than a batch hold K of them."""
+    images_name, labels_name = names
+    for name, given in zip(names, (images, labels), strict=True):
+        tensors = [given] if isinstance(given, Tensor) else given
+        if not isinstance(tensors, Sequence) or not all(isinstance(each, Tensor) for each in tensors):
+            raise TypeError(f"{_NAME}: {name} must be a tensor or a sequence of tensors, got {type(given).__name__}")
+    if isinstance(images, Tensor) and images.dim() != 5:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"{_NAME}: {labels_name} must be a tensor, as {images_name} is, got a sequence")
+        labels = as_labels(_NAME, labels, theta.dtype, labels_name)
+        check_batch(_NAME, known, theta, images, labels, names)
+        return [_Pair(images, labels)]
+    count = len(images)
+    require(_NAME, count > 0, images_name, "hold a batch at least", "none")
+    require(_NAME, (labels.dim() > 0 if isinstance(labels, Tensor) else True) and len(labels) == count, labels_name,
+            f"hold {count} batches, as {images_name} does", _size(labels))  # fmt: skip
+    found = [
+        _Pair(x, as_labels(_NAME, y, theta.dtype, f"{labels_name}[{k}]"))
+        for k, (x, y) in enumerate(zip(images, labels, strict=True))
+    ]
+    for k, pair in enumerate(found):
+        check_batch(_NAME, known, theta, *pair, (f"{images_name}[{k}]", f"{labels_name}[{k}]"))
+    return found
+
+
+def _size(batches: Batches) -> str:
+    return f"shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else str(len(batches))

@@ -1,0 +1,151 @@
+"""Methods that learn pixels in [0, 1] by comparing synthetic with real images of a class, without trajectories."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdd_fast.augmentation.dsa import augment
+from pdd_fast.augmentation.multi_formation import decode, decode_labels
+from pdd_fast.methods.base import BaseMethod, StageProblem
+from pdd_fast.progressive.start_networks import Starts
+from pdd_fast.runtime import device_memory
+from pdd_fast.runtime.errors import RunError
+
+
+class Learned(NamedTuple):
+    """All that such a method is. Never written to: an iteration gives a new one."""
+
+    iteration: Tensor  # []
+    pixels: Tensor  # [n, C, H, W] as they are stored
+    velocity: Tensor  # [n, C, H, W]
+
+
+class Synthetic(NamedTuple):
+    """A class's synthetic images, as networks see them."""
+
+    images: Tensor  # [b, C, H, W]
+    learned: Tensor  # int64, which of them are this stage's
+
+
+class PixelMethod(BaseMethod):
+    """What they have in common: start networks, batches of every class, and what is kept. Each has its own
+    :meth:`iterate`."""
+
+    def __init__(self, problem: StageProblem) -> None:
+        super().__init__(problem)
+        self.starts = Starts(problem.bench, problem.union)
+        self.batches = ClassBatches(problem)
+        pixels = self.batches.pixels(problem.images)
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
+        self.done = Learned(torch.tensor(0, device="cpu"), pixels, torch.zeros_like(pixels))
+
+    @property
+    def iteration(self) -> int:
+        return int(self.done.iteration)
+
+    @property
+    def images(self) -> Tensor:
+        return self.batches.images(self.done.pixels)
+
+    @property
+    def lr_img(self) -> float:
+        return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
+
+    @abstractmethod
+    def iterate(self) -> dict[str, float]:
+        """An iteration, which ends with :meth:`finish`."""
+
+    def step(self) -> dict[str, float]:
+        config, where = self.problem.config, f"stage {self.problem.stage}, iteration {self.iteration + 1}"
+        lower = (
+            f"real_batch (now {config.real_batch}), synthetic_batch (now {config.synthetic_batch}) or width (now "
+            f"{config.width})"
+        )
+        with device_memory.explained(self.problem.bench.device, where, lower):
+            return self.iterate()
+
+    def finish(self, loss: float, pixels: Tensor, velocity: Tensor) -> dict[str, float]:
+        """Ends an iteration: what it learned is what is there from now on.
+
+        Raises:
+            RunError: not all of it is finite.
+        """
+        number = self.iteration + 1
+        if not math.isfinite(loss) or not bool(pixels.isfinite().all()):
+            raise RunError(
+                f"stage {self.problem.stage}, iteration {number}: the matching loss is {loss:g} and the images are no "
+                f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
+            )
+        # As they come back from a file: in another order of memory products are summed in another order.
+        self.done = Learned(torch.tensor(number, device="cpu"), pixels.clamp(0, 1).contiguous(), velocity.contiguous())
+        return {"loss": loss}
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self.done._asdict().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        device = self.done.pixels.device
+        learned = (state[name].to(device) for name in ("pixels", "velocity"))
+        self.done = Learned(state["iteration"], *learned)
+
+
+class ClassBatches:
+    """Draws, for every class, real images and synthetic ones of the whole union, augmented alike.
+
+    Within a class every image gets the same augmentation, as in the published codes of DSA, DM and IDC: what is
+    compared is then the images' content.
+    """
+
+    def __init__(self, problem: StageProblem) -> None:
+        bench = problem.bench
+        self._bench, self._real = bench, problem.real
+        self._normalisation, self._factor = bench.data.normalisation, bench.config.factor
+        self._frozen, frozen_labels = problem.union.up_to()
+        labels = torch.cat([frozen_labels, decode_labels(problem.labels, self._factor)]).cpu()
+        real_labels = problem.real.labels.cpu()
+        classes = range(bench.data.num_classes)
+        self._rows = [(labels == c).nonzero().flatten() for c in classes]
+        self._real_rows = [(real_labels == c).nonzero().flatten() for c in classes]
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Normalised ``images`` [n, C, H, W] as pixels in [0, 1]."""
+        return self._normalisation.invert(images).clamp(0, 1)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """``pixels`` [n, C, H, W] as a distilled set stores them; differentiable."""
+        return self._normalisation.apply(pixels)
+
+    def drawn(self, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Synthetic]]:
+        """For every class ``real_batch`` real images [b, C, H, W] and at most ``synthetic_batch`` synthetic ones,
+        enlarged and of all stages so far; the latter differentiable with respect to ``pixels`` of this stage's.
+
+        Real ones are as many as there are where a class has fewer.
+        """
+        config, frozen = self._bench.config, self._frozen
+        real = [_some(rows, config.real_batch, draw) for rows in self._real_rows]
+        synthetic = [_some(rows, config.synthetic_batch, draw) for rows in self._rows]
+        shared = self._bench.dsa.sample(len(real), self._bench.data.image_size, draw)
+        index = torch.cat(synthetic)
+        own = index >= len(frozen)
+        # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy them every time.
+        learned = decode(self.images(pixels), self._factor)[(index[own] - len(frozen)).to(pixels.device)]
+        chosen = frozen.new_empty(len(index), *frozen.shape[1:])
+        chosen[(~own).nonzero().flatten().to(frozen.device)] = frozen[index[~own].to(frozen.device)]
+        chosen = chosen.index_copy(0, own.nonzero().flatten().to(frozen.device), learned)
+        real_images = self._real.images[torch.cat(real).to(frozen.device)]
+        found = []
+        for images, rows in ((real_images, real), (chosen, synthetic)):
+            sizes = [len(each) for each in rows]
+            whose = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), torch.tensor(sizes, device="cpu"))
+            found.append(augment(images, shared[whose]).split(sizes))
+        learns = [(rows >= len(frozen)).nonzero().flatten().to(frozen.device) for rows in synthetic]
+        return list(found[0]), [Synthetic(*both) for both in zip(found[1], learns, strict=True)]
+
+
+def _some(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
+    return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=draw, device="cpu")[:most]]

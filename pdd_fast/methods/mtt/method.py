@@ -1,0 +1,287 @@
+"""Matching training trajectories (MTT; Cazenavette et al., CVPR 2022, arXiv 2203.11932, equation 2 and algorithm 1)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdd_fast.augmentation.dsa import PackedDraws
+from pdd_fast.engines import PassShape
+from pdd_fast.functional.unroll import kept_steps
+from pdd_fast.methods.base import BaseMethod, StageProblem
+from pdd_fast.methods.mtt.memory import matching_bytes
+from pdd_fast.methods.mtt.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep, can_capture
+from pdd_fast.runtime import device_memory
+from pdd_fast.runtime.errors import RunError
+
+# Iterations between the states that are kept to go back to. Of the two kept the older is taken: where images stop being
+# finite, those of the last few iterations are mostly on their way there.
+_ANCHOR = 20
+
+
+class SetBackWarning(UserWarning):
+    """Images were set back to earlier ones, and the steps halved."""
+
+
+class _Point(NamedTuple):
+    """What is learned, without its velocities."""
+
+    images: Tensor  # [n, C, H, W]
+    rate: Tensor  # []
+    logits: Tensor  # [n, classes], or [0, 0]
+
+    @classmethod
+    def of(cls, state: MatchingState) -> _Point:
+        return cls(state.images, state.rate, state.logits)
+
+    def at_rest(self) -> MatchingState:
+        return MatchingState(*(t for tensor in self for t in (tensor, torch.zeros_like(tensor))))
+
+
+class _Progress(NamedTuple):
+    """All that :class:`TrajectoryMatching` is. Never written to."""
+
+    iteration: int
+    state: MatchingState
+    average: _Point  # over iterations, all but the rate, which is the last
+    halvings: int  # of the rates of the update, so far
+    older: _Point  # to go back to, of _ANCHOR to 2 * _ANCHOR iterations ago
+    newer: _Point
+
+    @classmethod
+    def start(cls, state: MatchingState) -> _Progress:
+        point = _Point.of(state)
+        return cls(0, state, point, 0, point, point)
+
+    def set_back(self) -> _Progress:
+        """At rest at the older images, with steps of half the length."""
+        return self._replace(
+            state=self.older.at_rest(), average=self.older, halvings=self.halvings + 1, newer=self.older
+        )
+
+    def followed_by(self, state: MatchingState, decay: float) -> _Progress:
+        """After an iteration that gave ``state``; ``decay`` of the average stays in it."""
+        iteration, point = self.iteration + 1, _Point.of(state)
+        average = point
+        if decay:
+            images, _, logits = (old.lerp(new, 1 - decay) for old, new in zip(self.average, point, strict=True))
+            average = _Point(images, state.rate, logits)
+        older, newer = self.older, self.newer
+        if iteration % _ANCHOR == 0:
+            older, newer = newer, point
+        return _Progress(iteration, state, average, self.halvings, older, newer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {
+            "iteration": torch.tensor(self.iteration, device="cpu"),
+            "halvings": torch.tensor(self.halvings, device="cpu"),
+        }
+        found |= self.state._asdict()
+        # Without averaging that is the state itself, which need not be stored twice.
+        own_average = [] if self.average.images is self.state.images else ["average"]
+        for name in (*own_average, "older", "newer"):
+            found |= {f"{name}_{field}": tensor for field, tensor in getattr(self, name)._asdict().items()}
+        return found
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> _Progress:
+        state = MatchingState(*(tensors[name] for name in MatchingState._fields))
+
+        def point(name: str) -> _Point:
+            return _Point(*(tensors[f"{name}_{field}"] for field in _Point._fields))
+
+        average = point("average") if "average_images" in tensors else _Point.of(state)
+        return cls(int(tensors["iteration"]), state, average, int(tensors["halvings"]), point("older"), point("newer"))
+
+
+class TrajectoryMatching(BaseMethod):
+    """MTT as a base method: images, inner rate and, on request, labels by SGD with momentum on the matching loss.
+
+    Raises:
+        UsageError: an iteration would take more memory than the GPU has.
+    """
+
+    needs_trajectories = True
+
+    def __init__(self, problem: StageProblem) -> None:
+        super().__init__(problem)
+        config, bench, images = problem.config, problem.bench, problem.images
+        self._total = len(problem.union.labels) + len(problem.labels)
+        self._batch = min(config.inner_batch or len(problem.labels), self._total)
+        device_memory.require(images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower())
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
+        learned = problem.labels if config.labels == "learned" else None
+        self._done = _Progress.start(MatchingState.start(images, config.inner_lr, learned))
+        self._ahead: tuple[int, MatchingInputs] | None = None  # the inputs of an iteration, made while a GPU was busy
+        drawn = bench.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
+        self._step = MatchingStep(
+            bench.engine,
+            torch.cat([problem.union.labels, problem.labels]),
+            problem.union.images,
+            steps=config.inner_steps,
+            batch=self._batch,
+            operations=len(drawn.operations),
+            cutout=drawn.cutout_size,
+            memory=config.memory,
+            memory_limit=self._memory_limit(),
+            lr_img=self._lr_img,
+            lr_lr=config.lr_lr,
+            lr_label=config.lr_label,
+            momentum=config.momentum,
+            learn_labels=learned is not None,
+            trajectories=config.trajectories,
+            clip=config.clip,
+            graph=config.graph != "off" and can_capture(bench.engine, images.device),
+        )
+
+    @property
+    def iteration(self) -> int:
+        return self._done.iteration
+
+    @property
+    def images(self) -> Tensor:
+        return self._done.average.images
+
+    @property
+    def labels(self) -> Tensor:
+        if self.problem.config.labels != "learned":
+            return self.problem.labels
+        return self._done.average.logits.softmax(1)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._done.state.rate)
+
+    @property
+    def _lr_img(self) -> float:
+        return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
+
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        H, W = self.problem.images.shape[2:]
+        return H, W
+
+    def _memory_limit(self) -> int | None:
+        """Bytes that kept activations may take: of the whole device, not of what is free at the moment. Steps that are
+        kept and steps that are made again round differently, and a run gives the same bits whatever else runs."""
+        config = self.problem.config
+        if config.memory != "auto":
+            return None
+        if config.memory_limit:
+            return int(min(config.memory_limit * 1e9, 2.0**62))
+        return device_memory.total(self.problem.images.device) // 2
+
+    def _bytes(self) -> int:
+        """What an iteration takes at its peak."""
+        problem, config = self.problem, self.problem.config
+        shape = PassShape.of(problem.images, self._batch)
+        steps = [shape] * config.inner_steps
+        return matching_bytes(
+            problem.bench.engine,
+            shape,
+            steps=config.inner_steps,
+            kept=kept_steps("matching", problem.bench.engine, steps, config.memory, self._memory_limit()),
+            learned=len(problem.labels),
+            frozen=len(problem.union.labels),
+        )
+
+    def _lower(self) -> str:
+        """What makes an iteration take less, the most effective last."""
+        config = self.problem.config
+        batch, width = f"inner_batch (now {self._batch})", f"width (now {config.width})"
+        if config.memory == "auto":
+            limit = device_memory.format_bytes(self._memory_limit() or 0)
+            return f"{batch}, {width} or memory_limit (now {limit}), or set memory=recompute"
+        if config.memory == "cache":
+            return f"{batch} or {width}, or set memory=recompute"
+        return f"{batch} or {width}" + (", or set engine=fused" if config.engine == "autograd" else "")
+
+    def step(self) -> dict[str, float]:
+        done, config = self._done, self.problem.config
+        iteration = done.iteration
+        if self._ahead is None or self._ahead[0] != iteration:
+            self._ahead = (iteration, self._inputs(iteration))
+        inputs, where = self._ahead[1], f"stage {self.problem.stage}, iteration {iteration + 1}"
+        meanwhile: Callable[[], None] | None = self._look_ahead
+        while True:
+            with device_memory.explained(done.state.images.device, where, self._lower()):
+                result = self._step(done.state, inputs, meanwhile, 0.5**done.halvings)
+            wrong = self._wrong(result)
+            if wrong is None:
+                break
+            if done.halvings == config.guard:
+                times = f", after its steps were halved {done.halvings} times" if done.halvings else ""
+                raise RunError(f"{where}: {wrong[0]}{times}; start again with a smaller {wrong[1]}")
+            done, meanwhile = done.set_back(), None
+            warnings.warn(
+                f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} iterations before, with "
+                f"steps of 1/{2**done.halvings}",
+                SetBackWarning,
+                stacklevel=2,
+            )
+        self._done = done.followed_by(result.state, config.ema)
+        values = {"loss": result.loss, "inner_lr": result.rate}
+        return values | ({"halvings": done.halvings} if done.halvings else {})
+
+    def _look_ahead(self) -> None:
+        """Makes the next iteration's inputs. What goes wrong with them goes wrong again when they are needed."""
+        following = self.iteration + 1
+        with suppress(Exception):
+            self._ahead = (following, self._inputs(following))
+
+    def _inputs(self, iteration: int) -> MatchingInputs:
+        problem, config = self.problem, self.problem.config
+        draw, dsa = problem.bench.generator("matching", problem.stage, iteration), problem.bench.dsa
+        pairs, batches, drawn = [], [], []
+        for _ in range(config.trajectories):
+            trajectory = problem.trajectories[self._integer(len(problem.trajectories), draw)]
+            first = self._integer(config.max_start_epoch + 1, draw)
+            pairs.append(trajectory.pair(first, config.expert_epochs))
+            own = self._batches(draw)
+            batches.append(torch.stack(own))
+            if dsa.operations:
+                drawn += [dsa.sample(self._batch, self._image_size, draw) for _ in own]
+        draws = PackedDraws.of(drawn) if drawn else None
+        if config.trajectories == 1:
+            return MatchingInputs(*pairs[0], batches[0], draws)
+        starts, targets = (torch.stack(points) for points in zip(*pairs, strict=True))
+        return MatchingInputs(starts, targets, torch.stack(batches), draws)
+
+    def _wrong(self, result: MatchingResult) -> tuple[str, str] | None:
+        """What is wrong with an iteration, and what to make smaller; None where all is well."""
+        config = self.problem.config
+        lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {config.lr_lr:g})"
+        if not math.isfinite(result.loss) or not result.finite:
+            rates = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
+            what = "images"
+            if config.labels == "learned":
+                rates, what = f"lr_label (now {config.lr_label:g}), {rates}", "images or labels"
+            return f"the matching loss is {result.loss:g} and the {what} are no longer finite", rates
+        if not result.rate > 0:
+            return f"the learned inner rate became {result.rate:g}", lr_lr
+        return None
+
+    def _batches(self, draw: torch.Generator) -> list[Tensor]:
+        """N batches: the union in random order, again and again, in whole batches of the stage's own size."""
+        size, steps = self._batch, self.problem.config.inner_steps
+        batches: list[Tensor] = []
+        while len(batches) < steps:
+            order = torch.randperm(self._total, generator=draw, device="cpu")
+            batches += order[: self._total // size * size].split(size)
+        return batches[:steps]
+
+    @staticmethod
+    def _integer(bound: int, draw: torch.Generator) -> int:
+        return int(torch.randint(bound, (), generator=draw, device="cpu"))
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu() for name, tensor in self._done.tensors().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._done = _Progress.of_tensors({name: tensor.to(self.images.device) for name, tensor in state.items()})

@@ -1,0 +1,302 @@
+"""Training trajectories on real data: the experts, and those that start from networks trained on a union."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pdd_fast.data import Normalisation
+from pdd_fast.data.fingerprint import difference, identity
+from pdd_fast.data.whitening import EPSILON
+from pdd_fast.networks.parameters import parameter_count
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.runtime.errors import RunError, UsageError
+from pdd_fast.runtime.paths import expanded
+from pdd_fast.runtime.progress import SILENT, Reporter
+from pdd_fast.settings import Config
+from pdd_fast.storage.replay_buffers import BufferTrajectory, buffer_files, read_buffer
+from pdd_fast.storage.run import Run
+from pdd_fast.storage.trajectories import (
+    Trajectory,
+    is_finite,
+    list_trajectories,
+    partial_path,
+    read_partial,
+    read_partial_start,
+    require_alike,
+    trajectory_path,
+    write_partial,
+    write_trajectory,
+)
+from pdd_fast.training.sgd import Loop, Students, accuracies
+
+
+def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
+    """Trains the experts that ``run`` still lacks; goes on with one that was interrupted.
+
+    Raises:
+        UsageError: the data cannot be loaded, or stored experts do not fit.
+    """
+    with run.lock():
+        ensure_experts(run, Workbench.of_run(run), reporter)
+
+
+def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
+    """:func:`make_experts` for a run that is locked and set up already."""
+    if bench.config.experts_from:
+        for trajectory in stored_experts(run):
+            _check_serves(trajectory, bench)
+            _check_finite(trajectory, bench.config)
+        return
+    record_trajectories(
+        bench,
+        run.experts_dir,
+        lambda group: bench.initial_students("expert", group).theta,
+        bench.config.expert_train_epochs,
+        "expert",
+        reporter,
+        "experts",
+    )
+
+
+def stored_experts(run: Run) -> list[Trajectory]:
+    """The experts of ``run``, once they are there: its own, or those that it was told to take.
+
+    Raises:
+        UsageError: there are none, or fewer than were asked for.
+    """
+    config = run.config
+    if not config.experts_from:
+        return list_trajectories(run.experts_dir)
+    folder = expanded(config.experts_from)
+    if (folder / "experts").is_dir():
+        folder = folder / "experts"
+    buffers = buffer_files(folder)
+    found: list[Trajectory] = [trajectory for path in buffers for trajectory in read_buffer(path)]
+    found = found or list_trajectories(folder)
+    require_alike(found)
+    if len(found) < config.experts:
+        raise UsageError(f"experts must be at most {len(found)}, as many as {folder} holds, got {config.experts}")
+    return found[: config.experts]
+
+
+def record_trajectories(
+    bench: Workbench,
+    folder: Path,
+    start: Callable[[range], Tensor],
+    epochs: int,
+    purpose: str,
+    reporter: Reporter,
+    title: str,
+    rows: Tensor | None = None,
+) -> None:
+    """Trains one network per expert on real data (``rows`` of ``bench.train``, on the CPU, or all of it), keeping the
+    weights of every epoch.
+
+    Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K, P]. Epoch e of
+    network k draws from a generator of its own, so an interrupted group goes on with the same bits. Where some of a
+    group are finished and others are not, all are trained, and the missing ones written.
+
+    Raises:
+        UsageError: a trajectory that is there already is of another network, length or data set, or not finite.
+        RunError: a network diverges.
+    """
+    config, train = bench.config, bench.train
+    groups, there = bench.groups(config.experts), set[int]()
+    for k in range(config.experts):
+        if trajectory_path(folder, k).exists():
+            trajectory = Trajectory(trajectory_path(folder, k))
+            _check_fits(trajectory, bench, epochs)
+            _check_finite(trajectory, config)
+            there.add(k)
+    for group in groups:
+        if there.issuperset(group):
+            _forget(folder, group)  # where a kill came between the last two writes
+    if len(there) == config.experts:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with reporter.task(title, total=config.experts * epochs, unit="epoch", done=len(there) * epochs) as task:
+        for group in groups:
+            missing = [k for k in group if k not in there]
+            if not missing:
+                continue
+            checkpoints, students = _unfinished(bench, folder, group) or _begin(start(group))
+            _require_converging(checkpoints[-1], group, len(checkpoints) - 1, title, config)
+            task.advance((len(checkpoints) - 1) * len(missing))
+            # Not a copy of these rows: easy examples are most of a set.
+            own_rows = None if rows is None else rows.expand(len(group), -1)
+            loop = Loop(bench.real_sgd, students, train.images, train.labels, rows=own_rows)
+            saved = time.monotonic()
+            for epoch in range(len(checkpoints) - 1, epochs):
+                loop.epoch(config.expert_lr, [bench.generator(purpose, k, epoch) for k in group])
+                checkpoints.append(students.theta.to("cpu", copy=True))
+                _require_converging(checkpoints[-1], group, epoch + 1, title, config)
+                task.advance(len(missing), network=_in_words(missing))
+                if time.monotonic() - saved > config.checkpoint_seconds and epoch + 1 < epochs:
+                    write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
+                    saved = time.monotonic()
+            del loop  # and the memory of its graphs, before the next group's start is trained
+            reached = accuracies(bench.engine, students.theta, bench.held_out.images, bench.held_out.labels)
+            for k in missing:
+                place = k - group[0]
+                own = [checkpoint[place] for checkpoint in checkpoints]
+                write_trajectory(trajectory_path(folder, k), own, _metadata(bench, k, purpose, reached[place]))
+                task.advance(0, accuracy=reached[place])
+            _forget(folder, group)  # only now: what is missing of a group is made from it
+
+
+def keep_starts(
+    bench: Workbench, folder: Path, start: Callable[[range], Tensor], reporter: Reporter, title: str
+) -> None:
+    """Makes the starts that trajectories in ``folder`` still lack, by ``start(group)`` [K, P], and keeps those of each
+    group as trajectories of no epoch yet, from which :func:`record_trajectories` goes on."""
+    config, groups = bench.config, bench.groups(bench.config.experts)
+    missing = [
+        group
+        for group in groups
+        if not all(trajectory_path(folder, k).exists() for k in group) and _unfinished(bench, folder, group) is None
+    ]
+    if not missing:
+        return
+    there = config.experts - sum(map(len, missing))
+    with reporter.task(title, total=config.experts, unit="network", done=there) as task:
+        for group in missing:
+            checkpoints, students = _begin(start(group))
+            _require_converging(checkpoints[-1], group, 0, title, config)
+            write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
+            task.advance(len(group))
+
+
+def stored_start(bench: Workbench, folder: Path, k: int) -> Tensor:
+    """Weights [P] from which trajectory ``k`` in ``folder`` starts, finished or not.
+
+    Raises:
+        UsageError: they are not there.
+    """
+    if trajectory_path(folder, k).exists():
+        return Trajectory(trajectory_path(folder, k)).checkpoint(0)
+    (group,) = (group for group in bench.groups(bench.config.experts) if k in group)
+    return read_partial_start(folder, group[0], k - group[0])
+
+
+def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[str, Any]:
+    return {
+        "network": bench.network,
+        **identity(bench.data),
+        "normalisation": bench.data.normalisation.to_dict(),
+        "whitening": bench.config.whitening,
+        **({} if bench.data.whitening is None else {"whitening_epsilon": bench.data.whitening.epsilon}),
+        "seed": bench.config.seed,
+        "index": k,
+        "purpose": purpose,
+        "held_out_accuracy": round(reached, 2),
+    }
+
+
+def _in_words(numbers: Sequence[int]) -> int | str:
+    """Networks as people count them: 3, or "1-8"."""
+    first, last = numbers[0] + 1, numbers[-1] + 1
+    return first if first == last else f"{first}-{last}"
+
+
+def _forget(folder: Path, group: range) -> None:
+    for k in group:  # the first one's is the group's; the others may have been left by groups of another size
+        partial_path(folder, k).unlink(missing_ok=True)
+
+
+def _require_converging(theta: Tensor, group: range, epoch: int, title: str, config: Config) -> None:
+    """Raises RunError where a network of ``group``, at ``theta`` [K, P] after ``epoch`` epochs, is no longer finite:
+    all that follows would be NaN, and be blamed on the images."""
+    for k, own in zip(group, theta, strict=True):
+        if not is_finite(own):
+            when = f"in epoch {epoch}" if epoch else "on the images of the stages before"
+            advice = f"lower expert_lr (now {config.expert_lr:g})" if epoch else "lower inner_lr or lr_lr"
+            raise RunError(f"{title}: network {k + 1} diverged {when}, its weights are NaN or infinite; {advice}")
+
+
+def _check_finite(trajectory: Trajectory, config: Config) -> None:
+    """Raises UsageError at the first checkpoint that is not finite, of those that the run can come to read: else an
+    iteration might draw it after hours."""
+    last = trajectory.epochs if config.filter == "forgetting" else config.max_start_epoch + config.expert_epochs
+    epochs = [*range(last + 1), trajectory.epochs]  # the last one gives soft labels
+    for epoch in epochs if config.labels != "hard" else epochs[:-1]:
+        trajectory.checkpoint(epoch)
+
+
+def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
+    """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
+    metadata, reach = trajectory.metadata, bench.config.max_start_epoch + bench.config.expert_epochs
+    if reason := difference(metadata, identity(bench.data)):
+        raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
+    _require_same(
+        trajectory,
+        **_made_of_pixels(metadata, bench),
+        network=(metadata.get("network", bench.network), bench.network),
+        parameters=(trajectory.parameters, parameter_count(bench.engine.net)),
+    )
+    if trajectory.epochs < reach:
+        raise UsageError(
+            f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs ({reach}), got "
+            f"{trajectory.epochs}"
+        )
+    if isinstance(trajectory, BufferTrajectory):
+        trajectory.require_fits(bench.engine.net)
+
+
+def _made_of_pixels(metadata: dict[str, Any], bench: Workbench) -> dict[str, tuple[Any, Any]]:
+    """Return pairs for :func:`_require_same`: how the images of a trajectory that says so were made of pixels."""
+    if "whitening" not in metadata:
+        return {}
+    pairs: dict[str, tuple[Any, Any]] = {"whitening": (metadata["whitening"], bench.config.whitening)}
+    if bench.data.whitening is not None:
+        pairs["whitening_epsilon"] = (metadata.get("whitening_epsilon", EPSILON), bench.data.whitening.epsilon)
+    wanted = bench.data.normalisation
+    if "normalisation" in metadata:
+        stored = Normalisation.from_dict(metadata["normalisation"])
+        found, same = str(stored), stored.is_close(wanted)
+    else:  # Earlier versions took fitted constants alone, and whitened what they had normalized.
+        found = "by constants fitted to the images"
+        found += ", which earlier versions whitened then; train them again" if bench.data.whitening is not None else ""
+        same = bench.config.normalization == "fitted" and wanted != Normalisation.identity(len(wanted.mean))
+    return pairs | {"normalization": (str(wanted) if same else found, str(wanted))}
+
+
+def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
+    metadata = trajectory.metadata
+    if reason := difference(metadata, identity(bench.data), in_order=True):
+        raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
+    _require_same(
+        trajectory,
+        **_made_of_pixels(metadata, bench),
+        network=(metadata.get("network"), bench.network),
+        epochs=(trajectory.epochs, epochs),
+    )
+
+
+def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
+    """Raises UsageError at the first of ``pairs`` in which what was found is not what is wanted."""
+    for name, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {found}")
+
+
+def _unfinished(bench: Workbench, folder: Path, group: range) -> tuple[list[Tensor], Students] | None:
+    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the device), where they are kept."""
+    partial = read_partial(folder, group[0])
+    if partial is None:
+        return None
+    checkpoints, state = partial
+    # Work of a group of another size (on another device, say) is no beginning of this one's.
+    if checkpoints[-1].shape != state["velocity"].shape or checkpoints[-1].shape[:-1] != (len(group),):
+        return None
+    return checkpoints, Students(*(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"])))
+
+
+def _begin(theta: Tensor) -> tuple[list[Tensor], Students]:
+    """The same as :func:`_unfinished` of networks that start at ``theta`` [K, P]."""
+    students = Students.start(theta)
+    return [students.theta.to("cpu", copy=True)], students

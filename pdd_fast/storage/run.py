@@ -1,0 +1,213 @@
+"""A run directory: what was asked, what was made, and what an interrupted run needs to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdd_fast import settings as configuration
+from pdd_fast._version import __version__
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.files import read_json, read_tensors, save_tensors, write_json, write_text
+from pdd_fast.runtime.locks import locked
+from pdd_fast.runtime.paths import expanded, short_dataset
+from pdd_fast.settings import Config
+
+
+def default_run_dir(config: Config) -> Path:
+    """Where a run goes that was not told where."""
+    return Path("runs") / default_name(config)
+
+
+def default_name(config: Config, stages: bool = True) -> str:
+    """What a run is about, in a folder's name; of several runs without ``stages`` and seed."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-") + f"-ipc{config.ipc}"
+    name += f"-{config.base}" if config.base != Config.base else ""
+    name += f"-{config.labels}-labels" if config.labels != Config.labels else ""
+    if not stages:
+        return name
+    split = "-".join(map(str, config.ipc_by_stage)) if config.stage_ipc else config.stages
+    return f"{name}-stages{split}-seed{config.seed}"
+
+
+class Metrics:
+    """metrics.jsonl: one object a line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, **values: Any) -> None:
+        line = json.dumps(values) + "\n"
+        with self._path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # torn by a kill: this line must not be lost with it
+                    line = "\n" + line
+            file.write(line.encode())
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; one that a kill tore is left out."""
+        rows = []
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+
+class Run:
+    """A run directory and the configuration in it."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.path, self.config = path, config
+        self.metrics = Metrics(self.metrics_file)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> Run:
+        """A new run directory with its config.json, in which paths are absolute: it is opened from anywhere.
+
+        Raises:
+            UsageError: something is there already.
+        """
+        path = expanded(path)
+        if (path / "config.json").exists():
+            raise UsageError(f"{path} exists; continue it with --resume or choose another --run-dir")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} exists and is not a run directory; choose another --run-dir")
+        path.mkdir(parents=True, exist_ok=True)
+        absolute = configuration.absolute(config)
+        versions = {"pdd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        write_json(path / "config.json", {"config": absolute.to_dict(), "versions": versions})
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """An existing run directory.
+
+        Raises:
+            UsageError: it is none, or its configuration cannot be read.
+        """
+        path = expanded(path)
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} is not a run directory: it holds no config.json")
+        stored = read_json(path / "config.json")
+        if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
+            raise UsageError(f"{path / 'config.json'} does not hold a run's configuration")
+        try:
+            return cls(path, configuration.from_dict(stored["config"]))
+        except UsageError as error:
+            raise UsageError(f"{path / 'config.json'}: {error}") from error
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data that the run was begun with (:func:`pdd_fast.data.fingerprint.identity`); of runs that did not note
+        them, the name."""
+        stored = read_json(self.path / "config.json")
+        noted = stored.get("data")
+        return noted if isinstance(noted, dict) else {"data": short_dataset(stored["config"].get("dataset", ""))}
+
+    def note_data(self, identity: dict[str, Any]) -> None:
+        """Writes into config.json what data the run is begun with, unless it is there."""
+        stored = read_json(self.path / "config.json")
+        if "data" not in stored:
+            write_json(self.path / "config.json", stored | {"data": identity})
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out while the block runs (:mod:`pdd_fast.runtime.locks`).
+
+        Raises:
+            UsageError: another process works in this directory.
+        """
+        with locked(self.path):
+            yield
+
+    # ---- places ----
+
+    @property
+    def experts_dir(self) -> Path:
+        return self.path / "experts"
+
+    def stage_dir(self, stage: int) -> Path:
+        return self.path / f"stage-{stage}"
+
+    def stage_trajectories_dir(self, stage: int) -> Path:
+        return self.stage_dir(stage) / "trajectories"
+
+    def stage_file(self, stage: int) -> Path:
+        """The union of stages 1..``stage``, once stage ``stage`` is finished."""
+        return self.stage_dir(stage) / "distilled.safetensors"
+
+    def checkpoint_file(self, stage: int) -> Path:
+        return self.stage_dir(stage) / "checkpoint.safetensors"
+
+    @property
+    def forgetting_file(self) -> Path:
+        return self.path / "forgetting.safetensors"
+
+    def learned_file(self, stage: int) -> Path:
+        return self.stage_dir(stage) / "learned.safetensors"
+
+    @property
+    def distilled_file(self) -> Path:
+        return self.path / "distilled.safetensors"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def images_file(self) -> Path:
+        return self.path / "images.png"
+
+    @property
+    def accuracy_file(self) -> Path:
+        return self.path / "accuracy.png"
+
+    # ---- content ----
+
+    def save_checkpoint(self, stage: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        save_tensors(self.checkpoint_file(stage), tensors, state)
+
+    def load_checkpoint(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        path = self.checkpoint_file(stage)
+        return read_tensors(path) if path.exists() else None
+
+    def truncate_metrics(self, stage: int, iteration: int, judged: int) -> None:
+        """Drops what a continued run measures again: all after ``iteration`` of ``stage``, and the held-out accuracies
+        after its iteration ``judged``."""
+
+        def is_kept(row: dict[str, Any]) -> bool:
+            last = judged if "held_out_accuracy" in row else iteration
+            return (row.get("stage", 0), row.get("iteration", 0)) <= (stage, last)
+
+        rows = self.metrics.read()
+        kept = [row for row in rows if is_kept(row)]
+        if self.metrics_file.exists():
+            write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
+        write_json(self.evaluation_file, evaluation)
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """Raises UsageError where the run was not evaluated, or the file is not an evaluation."""
+        evaluation = read_json(self.evaluation_file)
+        missing = {"protocol", "stages", "steps", "results"} - set(evaluation if isinstance(evaluation, dict) else ())
+        if missing:
+            raise UsageError(f"{self.evaluation_file} is not an evaluation: it lacks {', '.join(sorted(missing))}")
+        return evaluation

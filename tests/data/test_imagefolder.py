@@ -1,0 +1,546 @@
+"""Folders of images: what is read from good ones, and what is said about bad ones."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pdd_fast import data
+from pdd_fast.data.imagefolder import read as read_folder
+from pdd_fast.runtime.errors import PddFastWarning, UsageError
+
+Colour = int | tuple[int, int, int]
+
+
+def put(folder: Path, colours: list[Colour], size: tuple[int, int] = (8, 6), suffix: str = ".png") -> list[Path]:
+    """Images of one colour each, width and height ``size``; their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, colour in enumerate(colours):
+        path = folder / f"{i}{suffix}"
+        Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+        paths.append(path)
+    return paths
+
+
+def two_classes(root: Path, test: str = "test", a: Colour = 10, b: Colour = 200) -> None:
+    for part, count in (("train", 3), (test, 2)):
+        put(root / part / "ant", [a] * count)
+        put(root / part / "bee", [b] * count)
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_grey_folders_give_one_channel_and_labels_in_alphabetical_order(tmp_path: Path, test: str) -> None:
+    two_classes(tmp_path, test)
+    found = read_folder(str(tmp_path))
+    assert found.classes == ("ant", "bee")
+    assert found.train.dtype == torch.uint8
+    assert found.train.shape == (6, 1, 6, 8)  # height before width
+    assert found.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert found.test_labels.tolist() == [0, 0, 1, 1]
+    assert found.train[:, 0, 0, 0].tolist() == [10] * 3 + [200] * 3
+    assert found.test.flatten(1).float().mean(1).tolist() == [10, 10, 200, 200]
+
+
+def test_a_folder_loads_as_a_normalised_data_set(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    found = data.load(f"imagefolder:{tmp_path}")
+    assert found.name == f"imagefolder:{tmp_path.name}"
+    assert (len(found.train), len(found.validation), len(found.test)) == (4, 2, 4)
+    assert found.normalisation.mean[0] == pytest.approx(105 / 255)
+    assert sorted(set((found.normalisation.invert(found.test.images) * 255).round().flatten().tolist())) == [10, 200]
+
+
+def test_colours_come_as_red_green_and_blue(tmp_path: Path) -> None:
+    two_classes(tmp_path, a=(10, 20, 30), b=(200, 210, 220))
+    found = read_folder(str(tmp_path))
+    assert found.train.shape == (6, 3, 6, 8)
+    assert found.train[0, :, 2, 3].tolist() == [10, 20, 30]
+    assert found.test[-1, :, 2, 3].tolist() == [200, 210, 220]
+
+
+@pytest.mark.parametrize("where", ["train", "test"])
+def test_one_coloured_image_in_either_part_makes_all_of_them_coloured(tmp_path: Path, where: str) -> None:
+    two_classes(tmp_path)
+    (coloured,) = put(tmp_path / where / "bee", [(1, 2, 3)], suffix=".bmp")
+    found = read_folder(str(tmp_path))
+    assert found.train.shape[1] == found.test.shape[1] == 3
+    part = found.train if where == "train" else found.test
+    assert part[:, :, 0, 0].tolist().count([1, 2, 3]) == 1
+    assert part[0, :, 0, 0].tolist() == [10, 10, 10]
+    assert coloured.exists()
+
+
+def test_files_that_are_no_images_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"\0\5\x16\7 what macOS leaves on foreign disks")
+    (tmp_path / "train" / ".cache").mkdir()
+    put(tmp_path / "train" / "ant", [11], suffix=".PGM")
+    with pytest.warns(PddFastWarning, match=r"files that are no images are left out: 1 \.txt, e\.g\. .*notes\.txt"):
+        found = read_folder(str(tmp_path))
+    assert found.train[:, 0, 0, 0].tolist() == [11, 10, 10, 10, 200, 200, 200]
+
+
+def test_transparent_and_palette_images_are_read(tmp_path: Path) -> None:
+    two_classes(tmp_path, a=(10, 20, 30))
+    Image.new("RGBA", (8, 6), (1, 2, 3, 128)).save(tmp_path / "train" / "ant" / "a.png")
+    Image.new("RGB", (8, 6), (0, 0, 255)).convert("P").save(tmp_path / "train" / "ant" / "b.gif")
+    with pytest.warns(
+        PddFastWarning, match=r"some transparent images show one color throughout \(1\), e\.g\. .*a\.png"
+    ):
+        found = read_folder(str(tmp_path))
+    # (1·128 + 255·127) / 255 = 127.5 and so on.
+    assert found.train[3:5, :, 0, 0].tolist() == [[128, 128, 129], [0, 0, 255]]
+
+
+def tiny_imagenet(root: Path, annotations: str) -> None:
+    """Folders as Tiny ImageNet is shipped: images one level deeper, val/ annotated, test/ without labels."""
+    put(root / "train" / "n01" / "images", [1, 2, 3])
+    put(root / "train" / "n02" / "images", [4, 5, 6])
+    put(root / "val" / "images", [7, 8])
+    put(root / "test" / "images", [9])
+    (root / "val" / "val_annotations.txt").write_text(annotations)
+
+
+def test_tiny_imagenet_is_read_as_it_is_shipped(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path, "0.png\tn02\t0\t0\t63\t63\n1.png\tn01\t0\t0\t63\t63\n\n")
+    found = read_folder(str(tmp_path))
+    assert found.classes == ("n01", "n02")
+    assert found.train[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found.test[:, 0, 0, 0].tolist() == [7, 8]
+    assert found.test_labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0.png\tn03", r"val_annotations\.txt names the class 'n03', which train/ does not hold"),
+        ("0.png n01", r"val_annotations\.txt must hold lines of file, tab, class, got '0\.png n01'"),
+        ("gone.png\tn01", r"val/images/gone\.png cannot be decoded as an image"),
+    ],
+)
+def test_wrong_annotations_are_named(tmp_path: Path, line: str, message: str) -> None:
+    tiny_imagenet(tmp_path, line + "\n")
+    with pytest.raises(UsageError, match=message):
+        read_folder(str(tmp_path))
+
+
+def test_annotations_that_are_no_text_or_empty_are_named(tmp_path: Path) -> None:
+    tiny_imagenet(tmp_path, "")
+    with pytest.raises(
+        UsageError, match=r"val_annotations\.txt must name every image, got none for .*0\.png \(2 in all\)"
+    ):
+        data.load(f"imagefolder:{tmp_path}")
+    (tmp_path / "val" / "val_annotations.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"val_annotations\.txt cannot be read as text"):
+        read_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([], r"must hold a folder train/, got an empty folder"),
+        (["pictures"], r"must hold a folder train/, got pictures"),
+        (["train/ant"], r"must hold a folder test/ or val/ \(or valid/ or validation/\), got train/"),
+        (["train", "test"], r"train must hold one folder per class, got an empty folder"),
+        (["train/ant", "test/ant"], r"train/ant holds no images, got an empty folder"),
+    ],
+)
+def test_missing_and_empty_folders_are_named(tmp_path: Path, folders: list[str], message: str) -> None:
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(UsageError, match=message):
+        read_folder(str(tmp_path))
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"imagefolder:.*/nowhere must hold a folder train/, got no such folder"):
+        data.load(f"imagefolder:{tmp_path}/nowhere")
+
+
+@pytest.mark.parametrize(("part", "where"), [("train", "train/"), ("test", "test/")])
+def test_a_class_of_one_part_only_is_named(tmp_path: Path, part: str, where: str) -> None:
+    two_classes(tmp_path)
+    put(tmp_path / part / "wasp", [1])
+    with pytest.raises(UsageError, match=f"must hold the same classes, got 'wasp' in {where} only"):
+        read_folder(str(tmp_path))
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 6), 7).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", b""),
+        ("a.png", b"this is text"),
+        ("a.png", png()[:50]),
+        ("a.ppm", b"P6\n8 x 255\n" + bytes(144)),  # Pillow: ValueError
+        (
+            "a.bmp",
+            b"BM" + struct.pack("<IIIIiiHHIIiiII", 99, 0, 54, 40, 10**5, 10**5, 1, 24, 0, 0, 0, 0, 0, 0),
+        ),  # a bomb
+    ],
+    ids=["empty", "text", "cut", "header", "bomb"],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_damaged_image_is_named(tmp_path: Path, part: str, name: str, content: bytes) -> None:
+    two_classes(tmp_path)
+    (tmp_path / part / "bee" / name).write_bytes(content)
+    with pytest.raises(UsageError, match=f"{part}/bee/{re.escape(name)} cannot be decoded as an image"):
+        read_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_32_bits_are_refused_and_not_clipped(tmp_path: Path, mode: str) -> None:
+    two_classes(tmp_path)
+    kind = {"I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.full((6, 8), 1000, dtype=kind)).save(tmp_path / "train" / "ant" / "deep.tif")
+    with pytest.raises(UsageError, match=f"deep.tif must have 8 or 16 bits a channel, got Pillow's mode '{mode}'"):
+        read_folder(str(tmp_path))
+
+
+def sixteen_bits(path: Path, levels: list[int]) -> None:
+    """A binary PGM or PPM whose first row holds ``levels`` (of all channels alike), the others the first of them."""
+    channels = 3 if path.suffix == ".ppm" else 1
+    rows = np.full((6, 8), levels[0], dtype=">u2")
+    rows[0, : len(levels)] = levels
+    header = f"P{6 if channels == 3 else 5}\n8 6\n65535\n".encode()
+    path.write_bytes(header + np.repeat(rows, channels).tobytes())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm", ".ppm"])
+def test_16_bits_a_channel_are_reduced_to_8_with_a_word(tmp_path: Path, suffix: str) -> None:
+    two_classes(tmp_path)
+    path = tmp_path / "train" / "ant" / f"deep{suffix}"
+    if suffix in (".pgm", ".ppm"):
+        sixteen_bits(path, [65535, 0x8000, 0x1234, 0])
+    else:
+        rows = np.full((6, 8), 65535, dtype=np.uint16)
+        rows[0, :4] = [65535, 0x8000, 0x1234, 0]
+        Image.fromarray(rows).save(path)
+    with pytest.warns(
+        PddFastWarning, match=rf"images of 16 bits a channel \(1\) are reduced to 8, e\.g\. .*deep\{suffix}"
+    ):
+        found = read_folder(str(tmp_path))
+    assert found.train[3, 0, 0, :4].tolist() == [255, 0x80, 0x12, 0]
+    assert found.train.shape[1] == (3 if suffix == ".ppm" else 1)
+
+
+def test_12_bits_in_16_are_refused_because_16_levels_would_be_left(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    Image.fromarray(np.full((6, 8), 4095, dtype=np.uint16)).save(tmp_path / "train" / "ant" / "deep.png")
+    with pytest.raises(UsageError, match=r"must use their range 0\.\.65535, got none above 4095, e\.g\. .*deep\.png"):
+        read_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path: Path, part: str) -> None:
+    two_classes(tmp_path)
+    put(tmp_path / part / "bee", [1], size=(9, 6), suffix=".bmp")
+    message = rf"{part}/bee/0\.bmp must be 8x6 pixels like the first image, got 9x6; resize the images first"
+    with pytest.raises(UsageError, match=message):
+        read_folder(str(tmp_path))
+
+
+# ---- transparency ----
+
+
+def icon(path: Path, color: tuple[int, int, int], kind: str = "RGBA") -> None:
+    """A shape of one color, 2×3 pixels of 8×6, on nothing."""
+    alpha = np.zeros((6, 8), dtype=np.uint8)
+    alpha[2:4, 3:6] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "RGBA":
+        Image.merge("RGBA", [*(Image.new("L", (8, 6), level) for level in color), Image.fromarray(alpha)]).save(path)
+    elif kind == "LA":
+        Image.merge("LA", [Image.new("L", (8, 6), color[0]), Image.fromarray(alpha)]).save(path)
+    elif kind == "P":
+        image = Image.fromarray(alpha // 255, "P")
+        image.putpalette([*color, *color])  # both entries look alike; the first is transparent
+        image.save(path, transparency=0)
+    else:  # L or RGB with one transparent level
+        shape = np.where(alpha[..., None] > 0, np.array(color), 77).astype(np.uint8)
+        image = Image.fromarray(shape[..., 0] if kind == "L" else shape)
+        image.save(path, transparency=77 if kind == "L" else (77, 77, 77))
+
+
+def icons(root: Path, *colors: tuple[int, int, int], kind: str = "RGBA") -> None:
+    for part in ("train", "test"):
+        for name in ("ant", "bee"):
+            for i, color in enumerate(colors):
+                icon(root / part / name / f"{i}.png", color, kind)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "L", "RGB"])
+def test_black_icons_are_composed_on_white(tmp_path: Path, kind: str) -> None:
+    icons(tmp_path, (0, 0, 0), kind=kind)
+    with warnings.catch_warnings(action="error"):
+        found = read_folder(str(tmp_path))
+    assert found.train.shape == (2, 1 if kind in ("LA", "L") else 3, 6, 8)
+    assert found.train[0, 0].tolist() == [[255] * 8] * 2 + [[255] * 3 + [0] * 3 + [255] * 2] * 2 + [[255] * 8] * 2
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_white_icons_are_composed_on_black_with_a_word(tmp_path: Path, kind: str) -> None:
+    icons(tmp_path, (255, 255, 255), kind=kind)
+    with pytest.warns(
+        PddFastWarning, match=r"composed on black, because on white some vanish \(4 of 4\), e\.g\. .*0\.png"
+    ):
+        found = read_folder(str(tmp_path))
+    assert found.test[1, 0, 2].tolist() == [0] * 3 + [255] * 3 + [0] * 2
+
+
+def test_black_and_white_icons_are_composed_on_gray(tmp_path: Path) -> None:
+    icons(tmp_path, (0, 0, 0), (250, 250, 250))  # almost white vanishes on white too
+    with pytest.warns(PddFastWarning, match=r"composed on gray, because on white some vanish \(4 of 8\)"):
+        found = read_folder(str(tmp_path))
+    assert found.train[:2, 0, 2].tolist() == [[128] * 3 + [level] * 3 + [128] * 2 for level in (0, 250)]
+
+
+def test_icons_that_vanish_on_every_background_are_refused(tmp_path: Path) -> None:
+    icons(tmp_path, (0, 0, 0), (255, 255, 255), (128, 128, 128))
+    with pytest.raises(
+        UsageError, match=r"must show something on white, black or gray, but .* on white e\.g\. .*1\.png"
+    ):
+        read_folder(str(tmp_path))
+
+
+# ---- orientation ----
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_viewers_show_them(tmp_path: Path, suffix: str, orientation: int) -> None:
+    two_classes(tmp_path)
+    # How a camera stores what is bright in the upper left corner, 8 wide and 6 high.
+    stored = {
+        1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+        7: "TRANSVERSE", 8: "ROTATE_270",
+    }[orientation]  # fmt: skip
+    levels = np.full((6, 8), 20, dtype=np.uint8)
+    levels[:2, :3] = 220
+    image = Image.fromarray(levels)
+    image = image if stored is None else image.transpose(Image.Transpose[stored])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(
+        tmp_path / "train" / "ant" / f"a{suffix}", exif=exif, **({"lossless": True} if suffix == ".webp" else {})
+    )
+    found = read_folder(str(tmp_path)).train[3, 0]
+    assert found.shape == (6, 8)
+    assert ((found > 120) == torch.from_numpy(levels > 120)).all()
+
+
+def test_damaged_metadata_do_not_keep_an_image_from_being_read(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    Image.new("L", (8, 6), 33).save(
+        tmp_path / "train" / "ant" / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12garbage"
+    )
+    assert read_folder(str(tmp_path)).train[3].unique().tolist() == [33]
+
+
+# ---- formats ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.jfif", "JPEG"), ("a.JPE", "JPEG"), ("a.jp2", "JPEG2000"), ("a.tga", "TGA"), ("a.qoi", "QOI"), ("a", "PNG"),
+     ("a.img", "BMP"), ("a.pbm", "PPM"), ("a.avif", "AVIF")],
+)  # fmt: skip
+def test_whatever_pillow_reads_is_read(tmp_path: Path, name: str, kind: str) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    two_classes(tmp_path, a=(10, 20, 30))
+    Image.new("1" if name == "a.pbm" else "RGB", (8, 6), 1 if name == "a.pbm" else (90, 90, 90)).save(
+        tmp_path / "train" / "ant" / name, kind
+    )
+    found = read_folder(str(tmp_path)).train[:, :, 0, 0]
+    assert found.shape[0] == 7
+    level = [row for row in found.tolist() if row not in ([10, 20, 30], [200] * 3)]
+    assert level == [pytest.approx([255 if name == "a.pbm" else 90] * 3, abs=3)]
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.svg", "a.npy", "a.mp4", "a.eps", "README"])
+def test_files_that_pillow_cannot_read_are_refused_by_their_suffixes(tmp_path: Path, name: str) -> None:
+    two_classes(tmp_path)
+    for part in ("ant", "bee"):
+        (tmp_path / "train" / part / name).write_bytes(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n" if name == "a.eps" else b"what is this?"
+        )
+    suffix = re.escape(Path(name).suffix or "no suffix")
+    with pytest.raises(
+        UsageError, match=rf"train/ant must hold images that Pillow can read, got {suffix} \(1\), e\.g\. {name}"
+    ):
+        read_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_frames_the_first_is_taken_with_a_word(tmp_path: Path, kind: str) -> None:
+    two_classes(tmp_path, a=(10, 20, 30))
+    frames = [Image.new("RGB", (8, 6), color) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(tmp_path / "test" / "ant" / f"z.{kind}", kind, save_all=True, append_images=frames[1:], **options)
+    with pytest.warns(
+        PddFastWarning, match=rf"of images with several frames \(1\) the first is taken, e\.g\. .*z\.{kind}"
+    ):
+        found = read_folder(str(tmp_path))
+    assert found.test[2, :, 3, 3].tolist() == [250, 0, 0]
+
+
+def test_inks_become_colors(tmp_path: Path) -> None:
+    two_classes(tmp_path, a=(10, 20, 30))
+    Image.new("CMYK", (8, 6), (255, 0, 0, 0)).save(tmp_path / "train" / "ant" / "a.jpg", quality=100)
+    assert read_folder(str(tmp_path)).train[3, :, 2, 2].tolist() == pytest.approx([0, 255, 255], abs=3)
+
+
+# ---- folders ----
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_tested_on_where_test_is_missing_or_has_no_labels(tmp_path: Path, name: str) -> None:
+    two_classes(tmp_path, name)
+    assert read_folder(str(tmp_path)).test[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
+    put(tmp_path / "test" / "images", [1, 2, 3])
+    assert read_folder(str(tmp_path)).test[:, 0, 0, 0].tolist() == [10, 10, 200, 200]
+
+
+@pytest.mark.parametrize(
+    "litter",
+    ["__MACOSX", ".ipynb_checkpoints", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", ".git"],
+)
+def test_what_systems_leave_behind_is_no_class_and_no_image(tmp_path: Path, litter: str) -> None:
+    two_classes(tmp_path)
+    for place in ("train", "test", "train/ant"):
+        put(tmp_path / place / litter, [99])
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "train" / "bee" / name).write_bytes(b"\0")
+    with warnings.catch_warnings(action="error"):
+        found = read_folder(str(tmp_path))
+    assert found.classes == ("ant", "bee")
+    assert found.train[:, 0, 0, 0].tolist() == [10] * 3 + [200] * 3
+
+
+def test_images_at_any_depth_below_their_class_are_read(tmp_path: Path) -> None:
+    two_classes(tmp_path)
+    put(tmp_path / "train" / "ant" / "monday" / "morning", [11, 12])
+    put(tmp_path / "train" / "bee" / "images", [201])
+    (tmp_path / "train" / "bee" / "again").symlink_to(tmp_path / "train" / "bee")
+    assert read_folder(str(tmp_path)).train[:, 0, 0, 0].tolist() == [10, 10, 10, 11, 12, 200, 200, 200, 201]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_beside_the_classes_are_named(tmp_path: Path, part: str) -> None:
+    two_classes(tmp_path)
+    put(tmp_path / part, [1, 2])
+    with pytest.raises(UsageError, match=rf"{part} must hold all images in the folders of their classes, got 2 beside"):
+        read_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("classes", [["only"], ["only", "__MACOSX"], ["only", ".hidden"]])
+def test_a_single_class_is_refused(tmp_path: Path, classes: list[str]) -> None:
+    for part in ("train", "test"):
+        for name in classes:
+            put(tmp_path / part / name, [1, 2, 3])
+    with pytest.raises(UsageError, match="train must hold 2 classes or more, each in a folder, got 'only' alone"):
+        read_folder(str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
+def test_class_names_that_are_no_utf_8_differ_and_can_be_written(tmp_path: Path) -> None:
+    root = os.fsencode(tmp_path) + b"/caf\xe9s"
+    for part, count in (("train", 3), ("test", 2)):
+        for k, name in enumerate((b"caf\xe8", b"caf\xe9", "café".encode())):
+            put(Path(os.fsdecode(root)) / part / os.fsdecode(name), [10 * k] * count)
+    found = data.load(f"imagefolder:{os.fsdecode(root)}")
+    assert found.classes == ("café", r"caf\xe8", r"caf\xe9")
+    assert found.name == r"imagefolder:caf\xe9s"
+    assert " ".join((found.name, *found.classes)).encode()
+
+
+# ---- what people make of Tiny ImageNet ----
+
+LINES = "a.png\tn02\t0\t0\t63\t63\nb.png\tn01\t0\t0\t63\t63\nc.png\tn02\t0\t0\t63\t63\n"
+
+
+def tiny(root: Path, places: dict[str, str], annotations: str | None) -> None:
+    """train/ and the unlabeled test/ as shipped; val/'s images a (7), b (8) and c (9) in ``places``."""
+    put(root / "train" / "n01" / "images", [1, 2, 3])
+    (root / "train" / "n01" / "n01_boxes.txt").write_text("0.png\t0\t0\t9\t9\n")
+    put(root / "train" / "n02" / "images", [4, 5, 6])
+    put(root / "test" / "images", [99])
+    for name, place in places.items():
+        (root / "val" / place).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 6), {"a": 7, "b": 8, "c": 9}[name]).save(root / "val" / place / f"{name}.png")
+    if annotations is not None:
+        (root / annotations / "val_annotations.txt").write_text(LINES)
+
+
+SORTED = {"a": "n02", "b": "n01", "c": "n02"}
+
+
+@pytest.mark.parametrize("annotations", ["val", ".", None], ids=["in place", "moved up", "removed"])
+@pytest.mark.parametrize(
+    "places",
+    [
+        dict.fromkeys("abc", "images"),
+        dict.fromkeys("abc", "."),
+        SORTED,
+        {name: f"{place}/images" for name, place in SORTED.items()},
+        {name: f"images/{place}" for name, place in SORTED.items()},
+    ],
+    ids=["shipped", "flat", "sorted", "sorted in images", "sorted below images"],
+)
+def test_tiny_imagenet_in_every_arrangement(tmp_path: Path, places: dict[str, str], annotations: str | None) -> None:
+    tiny(tmp_path, places, annotations)
+    (tmp_path / "val" / "images").mkdir(exist_ok=True)  # scripts that move the images leave it behind
+    if annotations is None and places["a"] in ("images", "."):
+        with pytest.raises(UsageError, match="must hold"):  # nothing says what is on them
+            read_folder(str(tmp_path))
+        return
+    with warnings.catch_warnings(action="error"):
+        found = read_folder(str(tmp_path))
+    levels = found.test[:, 0, 0, 0].tolist()
+    assert dict(zip(levels, found.test_labels.tolist(), strict=True)) == {7: 1, 8: 0, 9: 1}
+
+
+def test_tiny_imagenet_sorted_by_copying_counts_every_image_once(tmp_path: Path) -> None:
+    tiny(tmp_path, SORTED, "val")
+    tiny(tmp_path, dict.fromkeys("abc", "images"), "val")
+    found = read_folder(str(tmp_path))
+    assert (found.test[:, 0, 0, 0].tolist(), found.test_labels.tolist()) == ([8, 7, 9], [0, 1, 1])
+
+
+def test_tiny_imagenet_sorted_in_part_is_read_by_its_annotations_or_refused(tmp_path: Path) -> None:
+    tiny(tmp_path, {"a": "n02", "b": "images", "c": "images"}, "val")  # no image of n01 was moved yet
+    found = read_folder(str(tmp_path))
+    assert (found.test[:, 0, 0, 0].tolist(), found.test_labels.tolist()) == ([7, 8, 9], [1, 0, 1])
+    put(tmp_path / "val" / "n01", [8])
+    with pytest.raises(
+        UsageError, match=r"val must hold all images in the folders of their classes or none, got 2 beside"
+    ):
+        read_folder(str(tmp_path))
+
+
+def test_an_image_that_the_annotations_do_not_name_is_refused(tmp_path: Path) -> None:
+    tiny(tmp_path, dict.fromkeys("abc", "images"), "val")
+    put(tmp_path / "val" / "images", [1])
+    with pytest.raises(
+        UsageError, match=r"val_annotations\.txt must name every image, got none for .*0\.png \(1 in all\)"
+    ):
+        read_folder(str(tmp_path))

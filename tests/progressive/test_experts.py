@@ -1,0 +1,550 @@
+"""Experts: what is stored, and that a trajectory does not show whether it was made in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from pdd_fast.networks.parameters import flatten_parameters
+from pdd_fast.progressive import experts
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.experts import keep_starts, make_experts, record_trajectories, stored_start
+from pdd_fast.runtime.errors import RunError, UsageError
+from pdd_fast.runtime.progress import SILENT, Reporter, Task
+from pdd_fast.settings import Config, resolve
+from pdd_fast.storage.run import Run
+from pdd_fast.storage.trajectories import Trajectory, list_trajectories, partial_path, trajectory_path
+from pdd_fast.training.sgd import Loop, Sgd, Students, accuracies
+
+EPOCHS, EXPERTS = 4, 2
+
+
+def configuration(**changes: Any) -> Config:
+    settings = {"experts": EXPERTS, "expert_train_epochs": EPOCHS, "expert_momentum": 0.5, "checkpoint_seconds": 0}
+    return resolve(**(tiny.SETTINGS | settings | changes))
+
+
+class Interrupted(BaseException):
+    """Like KeyboardInterrupt: no handler for ordinary errors sees it."""
+
+
+class Recorder(Reporter):
+    """Keeps what it is told; raises at the ``limit``-th epoch that is finished."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit, self.epochs, self.totals, self.advances = limit, 0, list[tuple[int, int]](), list[int]()
+        self.values: list[dict[str, Any]] = []
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        recorder = self
+        recorder.totals.append((total, done))
+
+        class Recording(Task):
+            def advance(self, count: int = 1, **values: Any) -> None:
+                recorder.advances.append(count)
+                recorder.values.append(values)
+                recorder.epochs += "network" in values
+                if recorder.epochs == recorder.limit:
+                    raise Interrupted
+
+        yield Recording()
+
+
+def made(path: Path, config: Config, reporter: Reporter = SILENT) -> Run:
+    run = Run.create(path, config)
+    make_experts(run, reporter)
+    return run
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def interrupt(path: Path, config: Config, limit: int) -> Run:
+    run = Run.create(path, config)
+    with pytest.raises(Interrupted):
+        make_experts(run, Recorder(limit))
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("experts") / "run", configuration())
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench.prepare(configuration())
+
+
+def starting(bench: Workbench) -> Callable[[range], Tensor]:
+    """What a group of experts starts from."""
+    return lambda group: bench.initial_students("expert", group).theta
+
+
+# ---- what is stored ---------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_file_for_every_expert_and_nothing_else(finished: Run) -> None:
+    names = ["trajectory-000.safetensors", "trajectory-001.safetensors"]
+    assert sorted(path.name for path in finished.experts_dir.iterdir()) == names
+
+
+def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
+    count = flatten_parameters(bench.engine.net).numel()
+    for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
+        assert (trajectory.epochs, trajectory.parameters) == (EPOCHS, count)
+        last = trajectory.checkpoint(EPOCHS)
+        assert last.dtype == torch.float32
+        validation = bench.data.validation
+        (reached,) = accuracies(bench.engine, last[None], validation.images, validation.labels)
+        expected = {"network": bench.network, "data": "digits", "seed": 0, "index": number, "purpose": "expert"}
+        expected |= {"whitening": "none", "normalisation": bench.data.normalisation.to_dict()}
+        expected |= {"fingerprint": bench.data.fingerprint, "classes": list("0123456789")}
+        assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
+        assert trajectory.metadata["network"]["width"] == 4
+
+
+def test_checkpoint_0_is_the_start_and_every_expert_has_its_own(finished: Run, bench: Workbench) -> None:
+    first, second = (trajectory.checkpoint(0) for trajectory in list_trajectories(finished.experts_dir))
+    assert torch.equal(first, bench.initial_parameters("expert", 0))
+    assert torch.equal(second, bench.initial_parameters("expert", 1))
+    assert not torch.equal(first, second)
+
+
+def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, bench: Workbench) -> None:
+    for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
+        students, train = Students.start(trajectory.checkpoint(0)[None]), bench.data.train
+        loop = Loop(bench.real_sgd, students, train.images, train.labels)
+        for epoch in range(EPOCHS):
+            loop.epoch(bench.config.expert_lr, [bench.generator("expert", number, epoch)])
+            assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1))
+        assert float(students.velocity.norm()) > 0  # so the interrupted runs below have a momentum to lose
+
+
+def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one shared memory with another or with the network, the last epoch would stand in its place too."""
+    written: list[list[Tensor]] = []
+
+    def keep(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
+        written.append(checkpoints)
+
+    monkeypatch.setattr(experts, "write_trajectory", keep)
+    starts = [starting(bench)(range(k, k + 1)) for k in range(EXPERTS)]
+    kept = [start.clone() for start in starts]
+    record_trajectories(bench, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, "")
+    for start, copy, checkpoints in zip(starts, kept, written, strict=True):
+        assert torch.equal(start, copy)
+        assert torch.equal(checkpoints[0], copy[0])
+        assert len({checkpoint.data_ptr() for checkpoint in [start, *checkpoints]}) == EPOCHS + 2
+        for before, after in pairwise(checkpoints):
+            assert not torch.equal(before, after)
+
+
+def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path) -> None:
+    images = bench.data.validation.images
+    kept = images.clone()
+    try:
+        images.zero_()
+        record_trajectories(bench, tmp_path, starting(bench), EPOCHS, "expert", SILENT, "")
+    finally:
+        images.copy_(kept)
+    other = made(tmp_path / "run", configuration())
+    for found, expected in zip(list_trajectories(tmp_path), list_trajectories(other.experts_dir), strict=True):
+        assert torch.equal(found.checkpoint(EPOCHS), expected.checkpoint(EPOCHS))
+        assert found.metadata["held_out_accuracy"] != expected.metadata["held_out_accuracy"]
+
+
+def test_the_papers_choice_trains_on_all_training_images(bench: Workbench, tmp_path: Path) -> None:
+    paper = Workbench.prepare(configuration(select="test", experts=1))
+    record_trajectories(paper, tmp_path, starting(bench), 1, "expert", SILENT, "")
+    train, validation = bench.data.train, bench.data.validation
+    images, labels = torch.cat([train.images, validation.images]), torch.cat([train.labels, validation.labels])
+    students = bench.initial_students("expert", [0])
+    Loop(bench.real_sgd, students, images, labels).epoch(bench.config.expert_lr, [bench.generator("expert", 0, 0)])
+    trajectory = Trajectory(trajectory_path(tmp_path, 0))
+    assert torch.equal(trajectory.checkpoint(1), students.theta[0])
+    (reached,) = accuracies(bench.engine, students.theta, bench.data.test.images, bench.data.test.labels)
+    assert trajectory.metadata["held_out_accuracy"] == round(reached, 2)
+
+
+def test_some_rows_are_trained_on_as_a_set_of_their_own_and_not_copied(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, seen = torch.arange(len(bench.train))[::3], []
+
+    def spy(sgd: Sgd, students: Students, images: Tensor, *rest: Any, **options: Any) -> Loop:
+        seen.append(images.data_ptr())
+        return Loop(sgd, students, images, *rest, **options)
+
+    monkeypatch.setattr(experts, "Loop", spy)
+    record_trajectories(bench, tmp_path, starting(bench), 1, "expert", SILENT, "", rows)
+    assert set(seen) == {bench.train.images.data_ptr()}
+    students = bench.initial_students("expert", [0])
+    loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
+    loop.epoch(bench.config.expert_lr, [bench.generator("expert", 0, 0)])
+    assert torch.equal(Trajectory(trajectory_path(tmp_path, 0)).checkpoint(1), students.theta[0])
+
+
+def test_seed_and_purpose_change_the_trajectories(finished: Run, bench: Workbench, tmp_path: Path) -> None:
+    expected = Trajectory(trajectory_path(finished.experts_dir, 0))
+    other_seed = made(tmp_path / "seed", configuration(seed=1))
+    assert not torch.equal(Trajectory(trajectory_path(other_seed.experts_dir, 0)).checkpoint(0), expected.checkpoint(0))
+    folder = tmp_path / "purpose"
+    record_trajectories(bench, folder, lambda group: expected.checkpoint(0)[None], 1, "transition", SILENT, "")
+    found = Trajectory(trajectory_path(folder, 0))
+    assert torch.equal(found.checkpoint(0), expected.checkpoint(0))
+    assert not torch.equal(found.checkpoint(1), expected.checkpoint(1))
+
+
+def test_experts_learn(finished: Run) -> None:
+    for trajectory in list_trajectories(finished.experts_dir):
+        assert trajectory.metadata["held_out_accuracy"] > 20  # ten classes: guessing reaches 10
+
+
+# ---- interruptions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 3, EPOCHS, EPOCHS + 2, 2 * EPOCHS])
+def test_a_trajectory_does_not_show_an_interruption(finished: Run, tmp_path: Path, limit: int) -> None:
+    run = interrupt(tmp_path / "run", configuration(), limit)
+    assert len(list(run.experts_dir.glob("*.safetensors"))) == (limit - 1) // EPOCHS
+    make_experts(Run.open(run.path))
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+
+def test_a_trajectory_does_not_show_an_interruption_after_every_epoch(finished: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    interruptions = 0
+    while True:
+        # The epoch that is reported last is not saved yet: two an attempt are the least that get on.
+        recorder = Recorder(2)
+        try:
+            make_experts(run, recorder)
+            break
+        except Interrupted:
+            interruptions += 1
+            assert interruptions < 2 * EXPERTS * EPOCHS
+    assert interruptions > EPOCHS
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+
+def test_finished_epochs_are_not_trained_again(tmp_path: Path) -> None:
+    run = interrupt(tmp_path / "run", configuration(), limit=EPOCHS + 3)  # the second expert, two epochs saved
+    assert [path.name for path in run.experts_dir.glob("*.partial")] == [partial_path(run.experts_dir, 1).name]
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert recorder.totals == [(EXPERTS * EPOCHS, EPOCHS)]
+    assert recorder.epochs == 2
+    assert sum(recorder.advances) == EPOCHS  # a bar that starts at `done` ends at its total
+    assert [value["network"] for value in recorder.values if "network" in value] == [2, 2]
+
+
+def test_work_is_saved_only_as_often_as_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def tick() -> float:
+        now[0] += 0.2  # two readings an epoch, three where it is saved
+        return now[0]
+
+    monkeypatch.setattr(experts, "time", SimpleNamespace(monotonic=tick))
+    saved: list[int] = []
+    write = experts.write_partial
+
+    def remember(folder: Path, k: int, checkpoints: list[Tensor], state: dict[str, Tensor]) -> None:
+        saved.append(len(checkpoints) - 1)
+        write(folder, k, checkpoints, state)
+
+    monkeypatch.setattr(experts, "write_partial", remember)
+    made(tmp_path / "often", configuration(experts=1))
+    assert saved == [1, 2, 3]  # after the last epoch the trajectory itself is written
+    saved.clear()
+    made(tmp_path / "seldom", configuration(experts=1, checkpoint_seconds=0.3))
+    assert saved == [2]
+    saved.clear()
+    made(tmp_path / "never", configuration(experts=1, checkpoint_seconds=1e9))
+    assert saved == []
+
+
+def test_existing_experts_are_not_trained_again(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    run.experts_dir.mkdir()
+    kept = trajectory_path(run.experts_dir, 0)
+    kept.write_bytes(trajectory_path(finished.experts_dir, 0).read_bytes())
+    before = kept.stat().st_mtime_ns
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert recorder.epochs == EPOCHS
+    assert kept.stat().st_mtime_ns == before
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("an expert was trained again")
+
+    monkeypatch.setattr(Loop, "epoch", refuse)
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert recorder.totals == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 5}, "network must be .*'width': 5.*, got .*'width': 4"),
+        ({"expert_train_epochs": EPOCHS + 1}, f"epochs must be {EPOCHS + 1} .*, got {EPOCHS}"),
+    ],
+)
+def test_experts_of_another_run_that_do_not_fit_are_named(
+    finished: Run, tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    run = Run.create(tmp_path / "run", configuration(**changes))
+    run.experts_dir.mkdir()
+    foreign = trajectory_path(run.experts_dir, 0)
+    foreign.write_bytes(trajectory_path(finished.experts_dir, 0).read_bytes())
+    with pytest.raises(UsageError, match=f"trajectory-000.safetensors: {message}"):
+        make_experts(run)
+    assert sorted(run.experts_dir.iterdir()) == [foreign]
+
+
+def test_a_kill_between_the_last_two_writes_leaves_nothing_behind(finished: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    run.experts_dir.mkdir()
+    for number in range(EXPERTS):
+        path = trajectory_path(run.experts_dir, number)
+        path.write_bytes(trajectory_path(finished.experts_dir, number).read_bytes())
+    partial_path(run.experts_dir, 1).write_bytes(b"what was saved before")
+    make_experts(run)
+    assert contents(run.experts_dir) == contents(finished.experts_dir)
+
+
+def test_a_damaged_partial_file_is_named(tmp_path: Path) -> None:
+    run = interrupt(tmp_path / "run", configuration(), limit=3)
+    path = partial_path(run.experts_dir, 0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UsageError, match=path.name):
+        make_experts(run)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_an_expert_that_diverges_is_named_at_once_and_not_stored(together: int, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(expert_lr=1e30, side_by_side=together))
+    recorder = Recorder()
+    with pytest.raises(RunError, match=r"^experts: network 1 diverged in epoch 1, .*; lower expert_lr \(now 1e\+30\)$"):
+        make_experts(run, recorder)
+    assert recorder.epochs == 0
+    assert not list(run.experts_dir.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("function", ["record", "keep"])
+def test_a_start_that_diverged_is_named_before_its_trajectory(
+    value: float, function: str, bench: Workbench, tmp_path: Path
+) -> None:
+    def start(group: range) -> Tensor:
+        theta = bench.initial_students("expert", group).theta
+        theta[:, 3] = value if group[0] == 1 else 0.0
+        return theta
+
+    def make() -> None:
+        if function == "record":
+            record_trajectories(bench, tmp_path, start, 2, "stage-2", SILENT, "stage 2")
+        else:
+            keep_starts(bench, tmp_path, start, SILENT, "stage 2")
+
+    said = r"^stage 2: network 2 diverged on the images of the stages before, .*; lower inner_lr or lr_lr$"
+    with pytest.raises(RunError, match=said):
+        make()
+    assert not trajectory_path(tmp_path, 1).exists()
+    assert not partial_path(tmp_path, 1).exists()
+
+
+def test_two_processes_do_not_train_in_one_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration())
+    with run.lock(), pytest.raises(UsageError, match="is in use by another process"):
+        make_experts(Run.open(run.path))
+    assert not run.experts_dir.exists()
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------
+
+MANY = 5  # experts, in groups of three and two
+
+
+def grouped(**changes: Any) -> Config:
+    return configuration(**({"experts": MANY, "side_by_side": 3} | changes))
+
+
+@pytest.fixture(scope="module")
+def finished_in_groups(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return made(tmp_path_factory.mktemp("groups") / "run", grouped())
+
+
+def test_experts_are_trained_in_groups_that_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    epoch = Loop.epoch
+
+    def remember(self: Loop, rate: float, generators: list[torch.Generator]) -> None:
+        seen.append(len(generators))
+        epoch(self, rate, generators)
+
+    monkeypatch.setattr(Loop, "epoch", remember)
+    recorder = Recorder()
+    made(tmp_path / "run", grouped(), recorder)
+    assert seen == [3] * EPOCHS + [2] * EPOCHS
+    assert recorder.totals == [(MANY * EPOCHS, 0)]
+    assert sum(recorder.advances) == MANY * EPOCHS
+    assert [v["network"] for v in recorder.values if "network" in v] == ["1-3"] * EPOCHS + ["4-5"] * EPOCHS
+
+
+def test_experts_in_groups_are_those_trained_alone(finished_in_groups: Run, tmp_path: Path) -> None:
+    """But for rounding: each has its own start, order and draws. A wrong draw would differ by the whole of an epoch."""
+    alone = made(tmp_path / "run", configuration(experts=MANY))
+    for one, other in zip(
+        list_trajectories(finished_in_groups.experts_dir), list_trajectories(alone.experts_dir), strict=True
+    ):
+        assert torch.equal(one.checkpoint(0), other.checkpoint(0))
+        assert one.metadata["index"] == other.metadata["index"]
+        way = float((other.checkpoint(EPOCHS) - other.checkpoint(0)).norm())
+        assert float((one.checkpoint(EPOCHS) - other.checkpoint(EPOCHS)).norm()) < 1e-3 * way
+
+
+@pytest.mark.parametrize("limit", range(1, 2 * EPOCHS + 1))
+def test_a_group_does_not_show_an_interruption(finished_in_groups: Run, tmp_path: Path, limit: int) -> None:
+    """After the ``limit``-th epoch of the eight that two groups take."""
+    run = interrupt(tmp_path / "run", grouped(), limit)
+    assert len(list(run.experts_dir.glob("*.safetensors"))) == 3 * ((limit - 1) // EPOCHS)
+    make_experts(Run.open(run.path))
+    assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
+
+
+@pytest.mark.parametrize("written", [1, 2, 3, 4])
+def test_a_stop_between_the_files_of_a_group_leaves_no_trace(
+    finished_in_groups: Run, tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", grouped())
+    count, times = 0, {}
+    write = experts.write_trajectory
+
+    def stop(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
+        nonlocal count
+        if count == written:
+            raise Interrupted
+        count += 1
+        write(path, checkpoints, metadata)
+        times[path] = path.stat().st_mtime_ns
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "write_trajectory", stop)
+        with pytest.raises(Interrupted):
+            make_experts(run)
+    assert list(run.experts_dir.glob("*.partial")) == [partial_path(run.experts_dir, written // 3 * 3)]
+    recorder = Recorder()
+    make_experts(Run.open(run.path), recorder)
+    assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing finished is written again
+    assert recorder.totals == [(MANY * EPOCHS, written * EPOCHS)]
+    assert sum(recorder.advances) == (MANY - written) * EPOCHS
+
+
+def test_a_group_that_lacks_one_is_trained_again_and_the_one_written(finished_in_groups: Run, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", grouped())
+    run.experts_dir.mkdir()
+    for k in (0, 2, 3, 4):
+        path = trajectory_path(run.experts_dir, k)
+        path.write_bytes(trajectory_path(finished_in_groups.experts_dir, k).read_bytes())
+    recorder = Recorder()
+    make_experts(run, recorder)
+    assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
+    assert recorder.totals == [(MANY * EPOCHS, 4 * EPOCHS)]
+    assert [v["network"] for v in recorder.values if "network" in v] == [2] * EPOCHS
+
+
+def test_work_of_a_group_of_another_size_is_begun_again(finished_in_groups: Run, tmp_path: Path) -> None:
+    """As where a run goes on on another device. What groups of another size finished is kept."""
+    run = interrupt(tmp_path / "run", configuration(experts=MANY), limit=EPOCHS + 3)
+    assert [path.name for path in run.experts_dir.glob("*.partial")] == ["trajectory-001.partial"]
+    first = trajectory_path(run.experts_dir, 0).read_bytes()
+    make_experts(Run(run.path, grouped()))
+    expected = contents(finished_in_groups.experts_dir)
+    found = contents(run.experts_dir)
+    assert found.pop("trajectory-000.safetensors") == first
+    del expected["trajectory-000.safetensors"]
+    assert found == expected
+
+    other = interrupt(tmp_path / "other", grouped(), limit=3)
+    assert [path.name for path in other.experts_dir.glob("*.partial")] == ["trajectory-000.partial"]
+    make_experts(Run(other.path, configuration(experts=MANY)))
+    alone = made(tmp_path / "alone", configuration(experts=MANY))
+    assert contents(other.experts_dir) == contents(alone.experts_dir)
+
+
+# ---- starts that are kept before the first epoch --------------------------------------------------------------------
+
+
+def test_starts_that_were_kept_leave_no_trace(finished_in_groups: Run, tmp_path: Path) -> None:
+    bench, asked = Workbench.prepare(grouped()), list[range]()
+
+    def start(group: range) -> Tensor:
+        asked.append(group)
+        return starting(bench)(group)
+
+    recorder = Recorder()
+    for _ in range(2):
+        keep_starts(bench, tmp_path, start, recorder, "")
+    assert asked == [range(3), range(3, 5)]
+    assert (recorder.totals, recorder.advances) == ([(MANY, 0)], [3, 2])
+    assert list(contents(tmp_path)) == ["trajectory-000.partial", "trajectory-003.partial"]
+    kept = [stored_start(bench, tmp_path, k) for k in range(MANY)]
+    record_trajectories(bench, tmp_path, start, EPOCHS, "expert", SILENT, "")
+    assert len(asked) == 2
+    assert contents(tmp_path) == contents(finished_in_groups.experts_dir)
+    for k in range(MANY):
+        assert torch.equal(kept[k], bench.initial_students("expert", [k]).theta[0])
+        assert torch.equal(stored_start(bench, tmp_path, k), kept[k])
+    keep_starts(bench, tmp_path, start, recorder, "")
+    assert len(recorder.totals) == 1
+
+
+def test_starts_of_finished_trajectories_are_not_made_again(finished_in_groups: Run, tmp_path: Path) -> None:
+    bench, asked = Workbench.prepare(grouped()), list[range]()
+    for k in range(3):
+        path = trajectory_path(finished_in_groups.experts_dir, k)
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def start(group: range) -> Tensor:
+        asked.append(group)
+        return starting(bench)(group)
+
+    recorder = Recorder()
+    keep_starts(bench, tmp_path, start, recorder, "")
+    assert asked == [range(3, 5)]
+    assert (recorder.totals, recorder.advances) == ([(MANY, 3)], [2])
+
+
+def test_starts_of_groups_of_another_size_are_made_again(tmp_path: Path) -> None:
+    """As where a run goes on on another device."""
+    alone, together = Workbench.prepare(configuration(experts=MANY)), Workbench.prepare(grouped())
+    keep_starts(alone, tmp_path, starting(alone), SILENT, "")
+    keep_starts(together, tmp_path, starting(together), SILENT, "")
+    for k in range(MANY):
+        assert torch.equal(stored_start(together, tmp_path, k), together.initial_students("expert", [k]).theta[0])
+    record_trajectories(together, tmp_path, starting(together), EPOCHS, "expert", SILENT, "")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_start_that_is_not_there_is_named(tmp_path: Path) -> None:
+    bench = Workbench.prepare(grouped())
+    with pytest.raises(UsageError, match=r"trajectory-003\.partial does not exist"):
+        stored_start(bench, tmp_path, 4)

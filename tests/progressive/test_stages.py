@@ -1,0 +1,503 @@
+"""The stages: what they make, that a run can be stopped anywhere, and that stopping leaves no trace in the result."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from stopping import Stopped, Stopper, bytes_of, stopped_and_continued
+
+from pdd_fast import load_distilled
+from pdd_fast.networks.parameters import load_parameters
+from pdd_fast.ops import convnet
+from pdd_fast.progressive import stages as progressive
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.stages import distill
+from pdd_fast.progressive.union import Union
+from pdd_fast.runtime.errors import RunError, UsageError
+from pdd_fast.runtime.progress import SILENT, Task
+from pdd_fast.settings import Config, resolve
+from pdd_fast.storage.run import Metrics, Run
+from pdd_fast.storage.trajectories import Trajectory, list_trajectories
+from pdd_fast.training.sgd import Students, accuracies
+
+
+def configuration(**changes: Any) -> Config:
+    return resolve(**(tiny.SETTINGS | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, int]:
+    """An uninterrupted run, and how often it reported."""
+    run = Run.create(tmp_path_factory.mktemp("finished") / "run", configuration())
+    counter = Stopper()
+    distill(run, counter)
+    return run, counter.count
+
+
+def measured(run: Run) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or the allocator says."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in run.metrics.read()]
+
+
+def test_the_run_directory(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    assert sorted(bytes_of(run)) == [
+        "distilled.safetensors",
+        *(f"experts/trajectory-00{k}.safetensors" for k in (0, 1)),
+        "stage-1/distilled.safetensors",
+        *(
+            f"stage-{s}/{name}.safetensors"
+            for s in (2, 3)
+            for name in ("distilled", "trajectories/trajectory-000", "trajectories/trajectory-001")
+        ),
+    ]
+    assert not list(run.path.rglob("*.tmp"))
+    assert not list(run.path.rglob("*.partial"))
+
+
+def test_the_distilled_set(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    found = load_distilled(run.path)
+    assert found.stage.tolist() == [1] * 10 + [2] * 10 + [3] * 10
+    assert found.labels.tolist() == list(range(10)) * 3
+    assert found.images.shape == (30, 1, 8, 8)
+    assert found.images.dtype == torch.float32
+    assert len(found.learning_rates) == 3
+    assert found.metadata["network"]["width"] == 4
+    assert found.metadata["augmentation"] == {"strategy": run.config.augment, "mode": "single"}
+
+
+def test_earlier_subsets_stay_as_they_were(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    last = load_distilled(run.path)
+    for stage in (1, 2):
+        before = load_distilled(run.stage_file(stage))
+        assert torch.equal(last.images[last.stage <= stage], before.images)
+        assert torch.equal(last.learning_rates[:stage], before.learning_rates)
+
+
+def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(iterations=0))
+    found = distill(run)
+    train = Workbench.prepare(run.config).train
+    rows = []
+    for image, label in zip(found.images, found.labels, strict=True):
+        same = (train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
+        assert len(same) == 1
+        assert train.labels[same[0]] == label
+        rows += same
+    assert len(set(rows)) == 30
+
+
+def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    start = Workbench.prepare(run.config)
+    rows = start.random_real_rows(run.config.ipc_by_stage, "initial images")
+    found = load_distilled(run.path)
+    for stage, group in enumerate(rows, start=1):
+        measured_here = [row for row in run.metrics.read() if row["stage"] == stage]
+        judged = [row for row in measured_here if "held_out_accuracy" in row]
+        best = max(judged, key=lambda row: (row["held_out_accuracy"], row["iteration"]))["iteration"]
+        assert torch.equal(found.subset(stage).images, start.train.images[group]) == (best == 0)
+        learned = [row["inner_lr"] for row in measured_here if "loss" in row and row["iteration"] == best]
+        assert float(found.learning_rates[stage - 1]) == pytest.approx(learned[0] if learned else 0.02, rel=1e-6)
+
+
+def test_judged_only_at_the_end_the_last_images_are_kept(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(eval_every=0))
+    found = distill(run)
+    assert [r["iteration"] for r in run.metrics.read() if "held_out_accuracy" in r] == [4, 4, 4]
+    start = Workbench.prepare(run.config)
+    for stage, rows in enumerate(start.random_real_rows(run.config.ipc_by_stage, "initial images"), start=1):
+        assert not torch.equal(found.subset(stage).images, start.train.images[rows])
+    rates = found.learning_rates.tolist()
+    assert len(set(rates)) == 3  # learned apart, each from inner_lr
+    assert all(abs(rate - 0.02) < 0.005 for rate in rates)
+
+
+def test_metrics_hold_every_iteration_and_every_judgement(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    rows = run.metrics.read()
+    losses = [(row["stage"], row["iteration"]) for row in rows if "loss" in row]
+    assert losses == [(s, i) for s in (1, 2, 3) for i in (1, 2, 3, 4)]
+    judged = [(row["stage"], row["iteration"]) for row in rows if "held_out_accuracy" in row]
+    assert judged == [(s, i) for s in (1, 2, 3) for i in (0, 2, 4)]
+    for row in rows:
+        if "loss" in row:
+            assert row["seconds"] > 0
+            assert row["memory"] > 1e6
+            assert row["loss"] > 0
+
+
+def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    bench = Workbench.prepare(run.config)
+    for stage, before in ((2, run.experts_dir), (3, run.stage_trajectories_dir(2))):
+        union = Union.load(run.stage_file(stage - 1), bench)
+        for k, trajectory in enumerate(list_trajectories(run.stage_trajectories_dir(stage))):
+            assert trajectory.epochs == run.config.transition_real_epochs == 4
+            students = Students.start(list_trajectories(before)[k].checkpoint(0)[None])
+            draw = bench.generator("transition", stage, k)
+            bench.train_on_union(
+                students, union.images, union.labels, union.rates[-1], run.config.transition_epochs, [draw]
+            )
+            assert torch.equal(trajectory.checkpoint(0), students.theta[0])
+            assert not torch.equal(trajectory.checkpoint(1), students.theta[0])
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_selection_judges_networks_that_went_through_the_earlier_unions(
+    finished: tuple[Run, int], together: int
+) -> None:
+    """Each of the three by itself, with its own draws, and none changed by having judged."""
+    run, _ = finished
+    bench = Workbench.prepare(replace(run.config, eval_networks=3, side_by_side=together))
+    unions = [Union.load(run.stage_file(stage), bench) for stage in (1, 2, 3)]
+    selection = progressive._Selection(bench, unions[1])
+    expected = []
+    for j in range(3):
+        students = bench.initial_students("selection", [j])
+        for stage, union in enumerate(unions, start=1):
+            draws = [bench.generator("selection", j, stage)]
+            rate, epochs = union.rates[-1], run.config.eval_epochs
+            bench.train_on_union(students, union.images, union.labels, rate, epochs, draws)
+        expected += accuracies(bench.engine, students.theta, bench.held_out.images, bench.held_out.labels)
+    assert len(set(expected)) > 1
+    score = selection.score(unions[2])
+    # Side by side, rounding may move one of the 144 held-out images across a boundary.
+    assert score == pytest.approx(sum(expected) / 3, abs=1e-9 if together == 1 else 0.3)
+    assert selection.score(unions[2]) == score
+
+
+def test_twice_gives_the_same_bytes_and_another_seed_others(finished: tuple[Run, int], tmp_path: Path) -> None:
+    run, _ = finished
+    again = Run.create(tmp_path / "again", configuration())
+    distill(again)
+    assert bytes_of(again) == bytes_of(run)
+    assert measured(again) == measured(run)
+    other = Run.create(tmp_path / "other", configuration(seed=1))
+    distill(other)
+    assert bytes_of(other)["distilled.safetensors"] != bytes_of(run)["distilled.safetensors"]
+
+
+@pytest.mark.parametrize("kept_every_time", [True, False], ids=["saved often", "saved at the stop"])
+def test_stopped_anywhere_and_continued_gives_the_same_bytes(
+    finished: tuple[Run, int], tmp_path: Path, kept_every_time: bool
+) -> None:
+    """Every report of progress is a place to stop: epochs, iterations, judgements, transitions."""
+    run, reports = finished
+    expected, expected_metrics = bytes_of(run), measured(run)
+    assert reports > 30
+    for limit in range(1, reports + 1, 1 if kept_every_time else 5):
+        config = configuration(checkpoint_seconds=0 if kept_every_time else 1000)
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", config, limit)
+        assert bytes_of(stopped) == expected, limit
+        assert measured(stopped) == expected_metrics, limit
+
+
+def test_learned_labels_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:
+    changes = {
+        "labels": "learned", "lr_label": 5.0, "stages": 2, "ipc": 2, "expert_train_epochs": 3, "checkpoint_seconds": 0,
+    }  # fmt: skip
+    whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
+    distill(whole, counter)
+    for limit in range(3, counter.count + 1, 2):
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", whole.config, limit)
+        assert bytes_of(stopped) == bytes_of(whole), limit
+
+
+def test_labels_are_what_the_experts_say_and_learned_from_there_on(tmp_path: Path) -> None:
+    """iterations=0 gives what learning starts from."""
+    sets = {}
+    for kind, iterations in (("soft", 0), ("soft", 4), ("learned", 0), ("learned", 4)):
+        changes = {"labels": kind, "iterations": iterations, "lr_label": 5.0, "eval_every": 0}
+        run = Run.create(tmp_path / f"{kind}-{iterations}", configuration(**changes))
+        sets[kind, iterations] = distill(run)
+        assert load_distilled(run.path).metadata["labels"] == kind
+    bench = Workbench.prepare(run.config)
+    rows = torch.cat(bench.random_real_rows(run.config.ipc_by_stage, "initial images"))
+    net, said = bench.engine.net, []
+    for expert in list_trajectories(run.experts_dir):
+        load_parameters(net, expert.checkpoint(expert.epochs))
+        with torch.no_grad():
+            said.append(net(bench.train.images[rows]).softmax(1))
+    expected = (said[0] + said[1]) / 2
+    for start in (sets["soft", 0], sets["soft", 4], sets["learned", 0]):
+        torch.testing.assert_close(start.labels, expected, rtol=1e-4, atol=2e-5)
+    learned = sets["learned", 4]
+    for stage in (1, 2, 3):
+        own = learned.stage == stage
+        assert float((learned.labels - expected)[own].abs().max()) > 1e-4
+    torch.testing.assert_close(learned.labels.sum(1), torch.ones(30))
+    # They are what networks are trained on: the images of stage 2 know the labels of stage 1.
+    assert not torch.equal(learned.subset(2).images, sets["soft", 4].subset(2).images)
+
+
+def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:
+    """Four networks in groups of three and one; experts, transitions and selection alike."""
+    changes = {
+        "experts": 4, "eval_networks": 4, "side_by_side": 3, "stages": 2, "ipc": 2, "expert_train_epochs": 3,
+        "iterations": 1, "eval_every": 0, "eval_epochs": 1, "transition_epochs": 1, "checkpoint_seconds": 0,
+    }  # fmt: skip
+    whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
+    distill(whole, counter)
+    expected, expected_metrics = bytes_of(whole), measured(whole)
+    assert len(list_trajectories(whole.stage_trajectories_dir(2))) == 4
+    assert counter.count > 20
+    for limit in range(1, counter.count + 1):
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", configuration(**changes), limit)
+        assert bytes_of(stopped) == expected, limit
+        assert measured(stopped) == expected_metrics, limit
+
+
+def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Three networks in groups of two and one: stopped between starts, while they are asked, and in real epochs."""
+    changes = {
+        "filter": "learned", "experts": 3, "side_by_side": 2, "transition_epochs": 20, "inner_lr": 0.05,
+        "iterations": 1, "eval_every": 0, "eval_epochs": 1, "expert_train_epochs": 2, "max_start_epoch": 0,
+    }  # fmt: skip
+    whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
+    distill(whole, counter)
+    expected, expected_metrics = bytes_of(whole), measured(whole)
+    assert {"stage-2/learned.safetensors", "stage-3/learned.safetensors"} < set(expected)
+    assert counter.tasks == [
+        "experts", "stage 1/3",
+        *(name for s in (2, 3) for name in (
+            f"starts of stage {s}/3", "what is learned", f"transition to stage {s}/3", f"stage {s}/3",
+        )),
+    ]  # fmt: skip
+    for kept_every_time in (True, False):
+        for limit in range(1, counter.count + 1, 1 if kept_every_time else 7):
+            config = configuration(**changes, checkpoint_seconds=0 if kept_every_time else 1000)
+            stopped = stopped_and_continued(tmp_path / f"stopped-{limit}-{kept_every_time}", config, limit)
+            assert bytes_of(stopped) == expected, limit
+            assert measured(stopped) == expected_metrics, limit
+            assert not list(stopped.path.rglob("*.partial"))
+
+
+def test_starts_that_were_trained_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three networks, stopped after the second start and then in the second's real epochs."""
+    changes = {"filter": "learned", "experts": 3, "stages": 2, "ipc": 2, "checkpoint_seconds": 1000}
+    run, trained = Run.create(tmp_path / "run", configuration(**changes)), list[int]()
+    generator = Workbench.generator
+
+    def noting(self: Workbench, *purpose: str | int) -> torch.Generator:
+        if purpose[0] == "transition":
+            trained.append(int(purpose[2]))
+        return generator(self, *purpose)
+
+    monkeypatch.setattr(Workbench, "generator", noting)
+
+    class During(Stopper):
+        """Stops at the ``limit``-th report of one task."""
+
+        def __init__(self, name: str, limit: int) -> None:
+            super().__init__()
+            self.name, self.at = name, limit
+
+        @contextmanager
+        def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+            self.limit = self.count + self.at if name == self.name else None
+            with super().task(name, total, unit, done) as task:
+                yield task
+
+    with pytest.raises(Stopped):
+        distill(run, During("starts of stage 2/2", 2))
+    assert trained == [0, 1]
+    with pytest.raises(Stopped):
+        distill(run, During("transition to stage 2/2", run.config.transition_real_epochs + 4))
+    assert len(list(run.stage_trajectories_dir(2).glob("*.safetensors"))) == 1
+    distill(run)
+    assert trained == [0, 1, 2]
+
+
+@pytest.mark.parametrize("engine", ["fused", "composed"], indirect=True)
+@pytest.mark.usefixtures("engine")
+def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
+    """But for rounding, and with the kernel, where they take turns, to the bit. No image moves (lr_img and lr_lr 0), so
+    that stage 2 starts from the same union."""
+    take_turns = convnet.available()
+    found = []
+    for together in (1, 3):
+        config = configuration(experts=4, stages=2, ipc=2, lr_img=0, lr_lr=0, eval_networks=4, side_by_side=together)
+        run = Run.create(tmp_path / f"{together}", config)
+        distill(run)
+        found.append(run)
+    alone, beside = (list_trajectories(run.stage_trajectories_dir(2)) for run in found)
+    for k in range(4):
+        for epoch in (0, alone[k].epochs):
+            one, other = alone[k].checkpoint(epoch), beside[k].checkpoint(epoch)
+            way = float((one - list_trajectories(found[0].experts_dir)[k].checkpoint(0)).norm())
+            if k == 3 or take_turns:  # the last is alone in its group
+                assert torch.equal(one, other)
+            else:
+                assert 0 < float((one - other).norm()) < 1e-3 * way, (k, epoch)
+    scores = [[row["held_out_accuracy"] for row in run.metrics.read() if "held_out_accuracy" in row] for run in found]
+    # One of the 144 held-out images may lie so near a boundary that rounding decides, and this is a mean of four.
+    assert scores[0] == pytest.approx(scores[1], abs=100 / 144 / 2)
+
+
+def test_stopped_again_and_again_gives_the_same_bytes(finished: tuple[Run, int], tmp_path: Path) -> None:
+    run, _ = finished
+    stopped = Run.create(tmp_path / "run", configuration(checkpoint_seconds=0))
+    for _ in range(200):
+        try:
+            distill(Run.open(stopped.path), Stopper(3))
+            break
+        except Stopped:
+            continue
+    assert bytes_of(stopped) == bytes_of(run)
+    assert measured(stopped) == measured(run)
+
+
+def start_in_background(folder: Path, **changes: Any) -> subprocess.Popen[bytes]:
+    main = "import sys; from pdd_fast.cli.main import main; main(sys.argv[1:])"
+    flags = tiny.flags(**changes)
+    return subprocess.Popen(
+        [sys.executable, "-c", main, "distill", "--run-dir", str(folder), *flags],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def test_killed_in_the_middle_of_stage_two_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
+    # Iterations enough that the kill hits one of them; each is saved.
+    changes = {"stages": 2, "ipc": 2, "iterations": 60, "eval_every": 20, "checkpoint_seconds": 0}
+    whole = Run.create(tmp_path / "whole", configuration(**changes))
+    distill(whole)
+    killed = tmp_path / "killed"
+    process = start_in_background(killed, **changes)
+    metrics, deadline = killed / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and '"stage": 2, "iteration": 2' in metrics.read_text():
+            break
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "distilled.safetensors").exists()
+    assert (killed / "stage-2" / "checkpoint.safetensors").exists()
+    distill(Run.open(killed))
+    assert bytes_of(Run.open(killed)) == bytes_of(whole)
+
+
+def test_a_finished_run_is_left_alone(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    before, counter = bytes_of(run), Stopper()
+    distill(Run.open(run.path), counter)
+    assert counter.count == 0
+    assert bytes_of(run) == before
+
+
+def test_two_processes_keep_out_of_one_directory(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    with run.lock(), pytest.raises(UsageError, match="in use by another process"):
+        distill(Run.open(run.path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_img": 1e30}, r"stage 1, iteration \d+: .*lr_img \(now 1e\+30\)"),
+        ({"lr_lr": 1e6}, r"stage 1, iteration \d+: .*lr_lr \(now 1e\+06\)"),
+        # A rate so large that the loss wants less of it, and a step that takes it below zero.
+        ({"lr_lr": 1e3, "inner_lr": 0.5}, r"stage 1, iteration 1: the learned inner rate became -.*lr_lr \(now 1000\)"),
+    ],
+)
+def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
+    changes: dict[str, float], message: str, tmp_path: Path
+) -> None:
+    run = Run.create(tmp_path / "run", configuration(guard=0, **changes))
+    with pytest.raises(RunError, match=message):
+        distill(run)
+    assert len(list_trajectories(run.experts_dir)) == 2
+    tensors, _ = run.load_checkpoint(1) or ({}, {})
+    assert torch.isfinite(tensors["method.images"]).all()
+    assert float(tensors["method.rate"]) > 0
+
+
+def test_more_images_than_a_class_has_are_refused_before_any_work(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(ipc=200))
+    with pytest.raises(UsageError, match=r"ipc must be at most .*, got 200: class '\d' has \d+"):
+        distill(run)
+    assert not run.experts_dir.exists()
+
+
+def test_an_uneven_split_gives_the_earlier_stages_more(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(ipc=5, iterations=1))
+    found = distill(run)
+    assert [len(found.subset(s)) for s in (1, 2, 3)] == [20, 20, 10]
+    assert [len(found.union(s)) for s in (1, 2, 3)] == [20, 40, 50]
+
+
+def test_one_stage_is_plain_trajectory_matching(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", configuration(stages=1))
+    reporter = Stopper()
+    found = distill(run, reporter)
+    assert reporter.tasks == ["experts", "stage 1/1"]
+    assert found.stages == 1
+
+
+def test_both_engines_and_both_memories_learn_the_same_images(tmp_path: Path) -> None:
+    found = {}
+    for engine in ("fused", "autograd"):
+        for memory in ("recompute", "cache"):
+            run = Run.create(
+                tmp_path / f"{engine}-{memory}", configuration(engine=engine, memory=memory, stages=1, iterations=2)
+            )
+            found[engine, memory] = distill(run).images
+    first = found.pop(("fused", "recompute"))
+    for name, images in found.items():
+        assert (images - first).abs().max() < 1e-3, name
+
+
+def test_selection_by_test_images_trains_on_all_training_images(tmp_path: Path) -> None:
+    config = configuration(select="test")
+    bench = Workbench.prepare(config)
+    assert len(bench.train) == len(bench.data.train) + len(bench.data.validation)
+    assert bench.held_out is bench.data.test
+    by_validation = Workbench.prepare(replace(config, select="validation"))
+    assert by_validation.held_out is by_validation.data.validation
+    assert len(by_validation.train) == len(bench.data.train)
+    distill(Run.create(tmp_path / "run", config), SILENT)
+    assert Trajectory(tmp_path / "run" / "experts" / "trajectory-000.safetensors").metadata["held_out_accuracy"] > 0
+
+
+def test_configuration_is_stored_whole(finished: tuple[Run, int]) -> None:
+    run, _ = finished
+    stored = json.loads((run.path / "config.json").read_text())
+    assert stored["config"] == run.config.to_dict()
+    assert stored["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before the line", "after the line"])
+def test_an_interrupt_beside_a_line_of_metrics_neither_loses_nor_repeats_it(
+    written: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", configuration(stages=1, ipc=1, iterations=4))
+    append = Metrics.append
+
+    def interrupted(metrics: Metrics, **values: Any) -> None:
+        if "loss" not in values or values["iteration"] != 2:
+            append(metrics, **values)
+            return
+        monkeypatch.undo()
+        if written:
+            append(metrics, **values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Metrics, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distill(run)
+    distill(Run.open(run.path))
+    assert [row["iteration"] for row in run.metrics.read() if "loss" in row] == [1, 2, 3, 4]

@@ -1,0 +1,118 @@
+"""Start networks of methods without trajectories: mixing, and training through the earlier unions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import pdd_fast
+from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.start_networks import NetworkSgd, Starts, cut_mixed
+from pdd_fast.progressive.union import Union
+from pdd_fast.settings import resolve
+from pdd_fast.training.sgd import Students
+
+
+def bench(**changes: Any) -> Workbench:
+    own = {"base": "idc", "factor": 1, "augment_mode": "single", "transition_epochs": 6, "cutmix": 0}
+    return Workbench.prepare(resolve(**(tiny.SETTINGS | own | changes)))
+
+
+def grown(workbench: Workbench, stages: int) -> Union:
+    union = Union.empty(workbench)
+    for rows in workbench.random_real_rows((1,) * stages, "test"):
+        union = union.extended(workbench.train.images[rows], workbench.train.labels[rows], 0.1)
+    return union
+
+
+@given(st.integers(1, 9), st.integers(2, 9), st.integers(2, 9), st.integers(0, 1000))
+def test_a_mixed_image_is_a_box_of_another_in_its_own_and_labels_follow_the_area(
+    n: int, h: int, w: int, s: int
+) -> None:
+    images = torch.arange(1.0, n + 1).view(n, 1, 1, 1).expand(n, 2, h, w)
+    labels = torch.eye(n)
+    mixed, weights = cut_mixed(images, labels, torch.Generator().manual_seed(s))
+    torch.testing.assert_close(weights.sum(1), torch.ones(n))
+    changed = (mixed != images).any(0).any(0)
+    if changed.any():  # one box, the same for all, filled by one other image each
+        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+        assert int(changed.sum()) == len(rows) * len(columns)
+        assert int(rows[-1] - rows[0]) == len(rows) - 1
+        assert int(columns[-1] - columns[0]) == len(columns) - 1
+        inside = mixed[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert torch.equal(inside, inside[:, :1, :1, :1].expand_as(inside))
+        other = inside[:, 0, 0, 0].long() - 1
+        assert sorted(other.tolist()) == list(range(n))
+    # What a label has of a class is what the image has of that class's pixels.
+    share = torch.stack([(mixed[:, 0] == k + 1).float().mean((1, 2)) for k in range(n)], 1)
+    torch.testing.assert_close(weights, share)
+
+
+def test_a_step_is_that_of_torchs_optimiser() -> None:
+    work = bench(augment="none")
+    images, labels = work.train.images[:40], work.train.labels[:40]
+    students, net = work.initial_students("test", [0]), pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
+    pdd_fast.load_parameters(net, students.theta[0])
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    sgd = NetworkSgd(work)
+    weights = sgd.weights(labels)
+    for rows in torch.arange(40).split(10):
+        optimiser.zero_grad()
+        F.cross_entropy(net(images[rows]), labels[rows]).backward()
+        optimiser.step()
+        sgd.step(students, images, weights, [rows], 0.1, [torch.Generator()])
+    torch.testing.assert_close(students.theta[0], pdd_fast.flatten_parameters(net), rtol=1e-4, atol=1e-6)
+
+
+def test_networks_were_trained_on_every_earlier_union_and_know_it() -> None:
+    work = bench(transition_epochs=60, union_batch=16)
+    union = grown(work, 2)
+    images, labels = union.up_to()
+    losses = []
+    for number in (0, 1):
+        for through in (Union.empty(work), union):
+            theta = Starts(work, through).parameters(number)
+            losses.append(float(F.cross_entropy(work.engine.logits(theta, images), labels)))
+    assert losses[1] < 0.7 * losses[0]
+    assert losses[3] < 0.7 * losses[2]
+    assert losses[1] != losses[3]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_number_means_the_same_network_whoever_asks_and_in_whichever_order(together: int) -> None:
+    work = bench(side_by_side=together, cutmix=0.5)
+    union = grown(work, 1)
+    first = Starts(work, union)
+    expected = [first.parameters(i).clone() for i in range(5)]
+    assert len({float(theta.sum()) for theta in expected}) == 5
+    later = Starts(work, union)  # as a continued run asks
+    assert torch.equal(later.parameters(3), expected[3])
+    assert torch.equal(later.parameters(4), expected[4])
+
+
+def test_a_pool_is_used_in_turn() -> None:
+    work = bench(start_networks=2, side_by_side=2)
+    starts = Starts(work, grown(work, 1))
+    own = [starts.parameters(i) for i in range(4)]
+    assert torch.equal(own[0], own[2])
+    assert torch.equal(own[1], own[3])
+    assert not torch.equal(own[0], own[1])
+    assert torch.equal(own[1], Starts(bench(side_by_side=2), grown(work, 1)).parameters(1))
+
+
+def test_rates_fall_to_a_fifth_at_two_and_at_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def step(self: NetworkSgd, students: Students, *args: Any) -> None:
+        seen.append(round(args[3], 6))
+
+    monkeypatch.setattr(NetworkSgd, "step", step)
+    work = bench(transition_epochs=12)
+    Starts(work, grown(work, 1)).parameters(0)
+    assert seen == [0.1] * 8 + [0.02] * 2 + [0.004] * 2

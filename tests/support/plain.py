@@ -1,0 +1,37 @@
+"""The unroll as a textbook writes it: every step through autograd with its graph kept. What the engines are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pdd_fast.augmentation.dsa import AugmentParameters
+from pdd_fast.ops.dsa import dsa_reference
+
+
+def unroll(
+    net: nn.Module,
+    theta: Tensor,  # [P]
+    images: Tensor,  # [n, C, H, W]
+    labels: Tensor,  # [n] or [n, classes]
+    rates: Tensor,  # [] or [N]
+    batches: Sequence[Tensor],
+    augmentations: Sequence[AugmentParameters] | None = None,
+) -> Tensor:
+    """θ_N, differentiable to any order; memory grows with every step's activations."""
+    shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
+    for i, batch in enumerate(batches):
+        x, y = images[batch], labels[batch]
+        if augmentations is not None:
+            draw = augmentations[i]
+            packed = draw.packed(x.device)
+            x = dsa_reference(x, packed.values, packed.operations, list(packed.cutout_size), False)
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        loss = F.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - (rates if rates.dim() == 0 else rates[i]) * gradient
+    return theta
