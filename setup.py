@@ -1,11 +1,12 @@
-"""Builds the kernels: decides what to compile, writes a ninja file, runs it, and prints and records what it decided.
+"""Builds the kernels: decides what to compile, writes a ninja file, runs it, and prints and records
+what it decided.
 
 torch is not needed. What can be set from outside:
-    PDD_FAST_CUDA         auto (default: where nvcc is found and compiles) | 0 | 1 (fail without nvcc)
+    PDD_FAST_CUDA         auto (default: where nvcc compiles) | 0 | 1 (fail without nvcc)
     PDD_FAST_CUDA_ARCHS   e.g. "80,90" (default: all of CUDA_ARCHS that this nvcc knows)
     PDD_FAST_WERROR       1: warnings are errors (continuous integration)
     CXX, CUDA_HOME        the compiler and the CUDA toolkit to use
-    NVCC_CCBIN            the C++ compiler of nvcc (its own variable), which refuses those that are too new for it
+    NVCC_CCBIN            the C++ compiler of nvcc (its own variable); it refuses newer ones
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPERATORS = ("norm_relu_pool", "cross_entropy", "dsa", "add_rows")  # each with a cpu.cpp and a cuda.cu
+OPERATORS = (
+    "norm_relu_pool",
+    "cross_entropy",
+    "dsa",
+    "add_rows",
+)  # each with a cpu.cpp and a cuda.cu
 CPU_OPERATORS = ("convnet",)
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CPU_LEVELS = {  # namespace suffix -> compiler flags; the binding chooses one at run time
@@ -38,10 +44,20 @@ CPU_LEVELS = {  # namespace suffix -> compiler flags; the binding chooses one at
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 CXX_FLAGS = [
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-pthread",
-    "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
-]  # fmt: skip
-# What the CUDA kernels include; nvcc refuses a C++ compiler that it does not know within the first of these headers.
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+]
+# What the CUDA kernels include; nvcc refuses a C++ compiler that it does not know within the first
+# of these headers.
 PROBE = """#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -67,8 +83,14 @@ class Plan:
     nvcc_error: str | None = None  # why an nvcc that was found is not used
 
     def describe(self) -> list[str]:
-        cuda = f"CUDA {self.nvcc_version}, sm_{', sm_'.join(self.cuda_archs)} (+PTX)" if self.nvcc else "no"
-        advice = f"pdd-fast: to build them {PROBE_ADVICE}; PDD_FAST_CUDA=0 says that none are wanted"
+        cuda = (
+            f"CUDA {self.nvcc_version}, sm_{', sm_'.join(self.cuda_archs)} (+PTX)"
+            if self.nvcc
+            else "no"
+        )
+        advice = (
+            f"pdd-fast: to build them {PROBE_ADVICE}; PDD_FAST_CUDA=0 says that none are wanted"
+        )
         return [
             f"pdd-fast: CPU kernels: {', '.join(self.levels)} with {self.cxx}",
             f"pdd-fast: CUDA kernels: {cuda} ({self.cuda_reason})",
@@ -79,7 +101,12 @@ class Plan:
         """What `pdd-fast env` shows; holds no path of the machine that built."""
         cuda = {"nvcc": self.nvcc_version, "archs": self.cuda_archs} if self.nvcc else None
         cpu = {"compiler": compiler_version(self.cxx), "levels": self.levels}
-        return {"cpu": cpu, "cuda": cuda, "cuda_reason": self.cuda_reason, "nvcc_error": self.nvcc_error}
+        return {
+            "cpu": cpu,
+            "cuda": cuda,
+            "cuda_reason": self.cuda_reason,
+            "nvcc_error": self.nvcc_error,
+        }
 
 
 def output_of(*command: str) -> str:
@@ -93,7 +120,12 @@ def compiler_version(cxx: str) -> str:
 def supports(cxx: str, *flags: str) -> bool:
     command = [*shlex.split(cxx), *flags, "-x", "c++", "-", "-o", os.devnull]
     try:
-        return subprocess.run(command, input="int main() {}", capture_output=True, text=True).returncode == 0
+        return (
+            subprocess.run(
+                command, input="int main() {}", capture_output=True, text=True
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -105,14 +137,19 @@ class ToolError(Exception):
 def answer_of(*command: str) -> str:
     """Return what a command prints.
 
-    Raises:
-        ToolError: it does not run, fails, or gives no answer in time; what it started is ended with it.
+    Raises: ToolError: it does not run, fails, or gives no answer in time; what it started is ended
+        with it.
     """
     try:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            errors="replace", start_new_session=True,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
     except OSError as error:
         raise ToolError(f"it does not run ({error.strerror})") from error
     try:
@@ -127,25 +164,40 @@ def answer_of(*command: str) -> str:
     if process.returncode < 0:
         raise ToolError(f"it was ended by signal {-process.returncode}")
     if process.returncode:
-        raise ToolError(first_error(err + "\n" + out) or f"it ends with status {process.returncode}")
+        raise ToolError(
+            first_error(err + "\n" + out) or f"it ends with status {process.returncode}"
+        )
     return out
 
 
 def first_error(text: str) -> str:
-    """The first line that says what is wrong, else the first line, without folders and of 200 characters at most."""
+    """The first line that says what is wrong, else the first line, without folders and of 200
+    characters at most.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    wrong = re.compile(r"\b(error|fatal|unsupported|cannot|undefined|not found|No such)\b", re.IGNORECASE)
+    wrong = re.compile(
+        r"\b(error|fatal|unsupported|cannot|undefined|not found|No such)\b", re.IGNORECASE
+    )
     line = next((line for line in lines if wrong.search(line)), lines[0] if lines else "")
     line = re.sub(r"[^\s'\"(]*/", "", line)
     return line if len(line) <= 200 else line[:197] + "..."
 
 
 def nvcc_problem(nvcc: str, arch: str) -> str | None:
-    """Why this nvcc cannot build: what it says when it compiles and links one small file. None: it can."""
+    """Why this nvcc cannot build: what it says when it compiles and links one small file. None: it
+    can.
+    """
     with tempfile.TemporaryDirectory(prefix="pdd-fast-") as folder:
         source = Path(folder) / "probe.cu"
         source.write_text(PROBE)
-        flags = ["-std=c++17", f"-arch=sm_{arch}", "-Xcompiler=-fPIC", "-shared", "-cudart", "static"]
+        flags = [
+            "-std=c++17",
+            f"-arch=sm_{arch}",
+            "-Xcompiler=-fPIC",
+            "-shared",
+            "-cudart",
+            "static",
+        ]
         try:
             answer_of(nvcc, *flags, str(source), "-o", str(source.with_suffix(".so")))
         except ToolError as error:
@@ -164,12 +216,22 @@ def decide() -> Plan:
     found = shutil.which("g++") or shutil.which("clang++")
     cxx = os.environ.get("CXX") or (shlex.quote(found) if found else None)
     if cxx is None:
-        sys.exit("pdd-fast: a C++17 compiler is needed to build; install g++ or clang++, or set CXX")
+        sys.exit(
+            "pdd-fast: a C++17 compiler is needed to build; install g++ or clang++, or set CXX"
+        )
     if not supports(cxx, "-std=c++17"):
-        sys.exit(f"pdd-fast: a C++17 compiler is needed to build, but {cxx} does not compile; set CXX to another")
+        sys.exit(
+            f"pdd-fast: a C++17 compiler is needed to build, but {cxx} does not compile; set CXX "
+            f"to another"
+        )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    # All levels or the baseline alone, as the binding has it: gcc knows x86-64-v3 from release 11 on, clang from 12.
-    levels = list(CPU_LEVELS) if x86 and all(supports(cxx, *flags) for flags in CPU_LEVELS.values()) else ["baseline"]
+    # All levels or the baseline alone, as the binding has it: gcc knows x86-64-v3 from release 11
+    #     on, clang from 12.
+    levels = (
+        list(CPU_LEVELS)
+        if x86 and all(supports(cxx, *flags) for flags in CPU_LEVELS.values())
+        else ["baseline"]
+    )
     plan = Plan(cxx=cxx, levels=levels)
 
     wanted = os.environ.get("PDD_FAST_CUDA", "auto")
@@ -188,25 +250,30 @@ def decide() -> Plan:
         except ToolError as error:  # broken, or too old to know the question
             if wanted == "1":
                 sys.exit(
-                    f"pdd-fast: PDD_FAST_CUDA=1 but {nvcc} does not name its architectures: {error}; install a newer "
+                    f"pdd-fast: PDD_FAST_CUDA=1 but {nvcc} does not name its architectures: "
+                    f"{error}; install a newer "
                     "CUDA toolkit, or set PDD_FAST_CUDA=0 to build without CUDA"
                 )
             plan.cuda_reason = "nvcc does not name its architectures"
             return plan
         known = [line.removeprefix("compute_") for line in listed.split()]
         asked = os.environ.get("PDD_FAST_CUDA_ARCHS", "").replace(";", ",").split(",")
-        archs = [arch.strip() for arch in asked if arch.strip()] or [arch for arch in CUDA_ARCHS if arch in known]
+        archs = [arch.strip() for arch in asked if arch.strip()] or [
+            arch for arch in CUDA_ARCHS if arch in known
+        ]
         unknown = [arch for arch in archs if arch.rstrip("af") not in known]
         if unknown:
             sys.exit(
-                f"pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows ({', '.join(known)}), got "
+                f"pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows "
+                f"({', '.join(known)}), got "
                 f"{', '.join(unknown)}"
             )
         plan.nvcc_error = nvcc_problem(nvcc, archs[0])
         if plan.nvcc_error is not None:
             if wanted == "1":
                 sys.exit(
-                    f"pdd-fast: PDD_FAST_CUDA=1 but nvcc does not compile: {plan.nvcc_error}; {PROBE_ADVICE}, or set "
+                    f"pdd-fast: PDD_FAST_CUDA=1 but nvcc does not compile: {plan.nvcc_error}; "
+                    f"{PROBE_ADVICE}, or set "
                     "PDD_FAST_CUDA=0 to build without CUDA"
                 )
             plan.cuda_reason = f"nvcc does not compile: {plan.nvcc_error}"
@@ -236,7 +303,10 @@ class NinjaFile:
 
         self.plan, self.folder = plan, folder
         include = [f"-I{argument(ROOT / 'csrc')}"]
-        python = [f"-isystem {argument(path)}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+        python = [
+            f"-isystem {argument(path)}"
+            for path in (sysconfig.get_paths()["include"], pybind11.get_include())
+        ]
         werror = ["-Werror"] if os.environ.get("PDD_FAST_WERROR") == "1" else []
         system = ["-undefined dynamic_lookup"] if sys.platform == "darwin" else ["-s", "-ldl"]
         link = ["-shared", "-pthread", *system]
@@ -272,13 +342,17 @@ class NinjaFile:
             "  deps = gcc",
             "rule link",
             f"  command = {cxx} $in {' '.join(link)} -o $out",
-            # nvcc knows where its own runtime lies; statically linked, the library loads without a driver.
+            # nvcc knows where its own runtime lies; statically linked, the library loads without a
+            # driver.
             "rule cuda_link",
             f"  command = {compiler} -shared -cudart static -Xlinker -s $in -o $out",
         ]
 
     def object(self, rule: str, source: str, name: str, flags: str = "") -> str:
-        self.lines += [f"build {name}.o: {rule} {file(ROOT / 'csrc' / source)}", f"  flags = {flags}"]
+        self.lines += [
+            f"build {name}.o: {rule} {file(ROOT / 'csrc' / source)}",
+            f"  flags = {flags}",
+        ]
         return f"{name}.o"
 
     def library(self, rule: str, target: Path, objects: list[str]) -> None:
@@ -286,19 +360,25 @@ class NinjaFile:
 
     def cpu(self, target: Path) -> None:
         objects = [
-            self.object("cxx", "bind/module.cpp", "cpu_module", "$python -DPDD_MODULE=_cpu -DPDD_CPU"),
+            self.object(
+                "cxx", "bind/module.cpp", "cpu_module", "$python -DPDD_MODULE=_cpu -DPDD_CPU"
+            ),
             self.object("cxx", "bind/cpu.cpp", "cpu_bind", "-DPDD_CPU"),
             self.object("cxx", "core/threads.cpp", "threads"),
         ]
         for level in self.plan.levels:
             flags = " ".join([*CPU_LEVELS[level], f"-DPDD_BACKEND=cpu_{level}"])
             operators = OPERATORS + CPU_OPERATORS
-            objects += [self.object("cxx", f"ops/{op}/cpu.cpp", f"{op}_{level}", flags) for op in operators]
+            objects += [
+                self.object("cxx", f"ops/{op}/cpu.cpp", f"{op}_{level}", flags) for op in operators
+            ]
         self.library("link", target, objects)
 
     def cuda(self, target: Path) -> None:
         objects = [
-            self.object("cxx", "bind/module.cpp", "cuda_module", "$python -DPDD_MODULE=_cuda -DPDD_HALF"),
+            self.object(
+                "cxx", "bind/module.cpp", "cuda_module", "$python -DPDD_MODULE=_cuda -DPDD_HALF"
+            ),
             self.object("nvcc", "bind/cuda.cpp", "cuda_bind"),
         ]
         objects += [self.object("nvcc", f"ops/{op}/cuda.cu", f"{op}_cuda") for op in OPERATORS]
@@ -313,7 +393,9 @@ class NinjaFile:
             sys.exit("pdd-fast: ninja is needed to build; install it with `pip install ninja`")
         if subprocess.run([ninja, "-C", str(self.folder)]).returncode:
             without = "; PDD_FAST_CUDA=0 builds without CUDA" if self.plan.nvcc else ""
-            sys.exit(f"pdd-fast: the kernels do not compile; the compiler's messages are above{without}")
+            sys.exit(
+                f"pdd-fast: the kernels do not compile; the compiler's messages are above{without}"
+            )
 
 
 class BuildKernels(build_ext):
@@ -325,7 +407,8 @@ class BuildKernels(build_ext):
         ninja = NinjaFile(plan, Path(self.build_temp).resolve() / "kernels")
         targets = {"_cpu": ninja.cpu} | ({"_cuda": ninja.cuda} if plan.nvcc else {})
         for ext in self.extensions:
-            # One that an earlier build left in place would be installed, and preferred, without having been asked for.
+            # One that an earlier build left in place would be installed, and preferred, without
+            # having been asked for.
             if ext.name.rpartition(".")[2] not in targets:
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         self.extensions = [ext for ext in self.extensions if ext.name.rpartition(".")[2] in targets]
@@ -339,5 +422,6 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("pdd_fast._cpu", []), Extension("pdd_fast._cuda", [])], cmdclass={"build_ext": BuildKernels}
+    ext_modules=[Extension("pdd_fast._cpu", []), Extension("pdd_fast._cuda", [])],
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -1,1 +1,2 @@
-"""What ``pdd-fast bench`` measures, and what it measures against. Installed as pdd_fast.benchmarks."""
+"""What ``pdd-fast bench`` measures, and what it measures against. Installed as
+pdd_fast.benchmarks."""

@@ -1,8 +1,10 @@
-"""The meta-gradient of one matching iteration, as it is written without this package: what ours is measured against.
+"""The meta-gradient of one matching iteration, as it is written without this package: what ours is
+measured against.
 
-Every baseline is a function of a :class:`Problem` that prepares (compiles, say) and returns the iteration: a call that
-gives the gradients of the matching loss with respect to the images and the learning rate. All are exact except
-:func:`frozen`. They take the network as a plain torch module and the augmentations in plain torch operations.
+Every baseline is a function of a :class:`Problem` that prepares (compiles, say) and returns the
+iteration: a call that gives the gradients of the matching loss with respect to the images and the
+learning rate. All are exact except :func:`frozen`. They take the network as a plain torch module
+and the augmentations in plain torch operations.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ Iteration = Callable[[], Gradients]
 
 @dataclass
 class Problem:
-    """One matching iteration: N steps from ``start`` on the images, then ‖θ_N − target‖² / ‖start − target‖²."""
+    """One matching iteration: N steps from ``start`` on the images, then ‖θ_N − target‖² / ‖start −
+    target‖².
+    """
 
     net: nn.Module  # torch's own layers
     start: Tensor  # [P]
@@ -42,10 +46,19 @@ class Problem:
 
     @classmethod
     def draw(
-        cls, n: int, steps: int, size: int, width: int, depth: int, device: torch.device, dtype: torch.dtype,
+        cls,
+        n: int,
+        steps: int,
+        size: int,
+        width: int,
+        depth: int,
+        device: torch.device,
+        dtype: torch.dtype,
         augment: bool = True,
-    ) -> Problem:  # fmt: skip
-        """All ``n`` images in every step. Drawn on the CPU in float32: the same on every device, in every precision."""
+    ) -> Problem:
+        """All ``n`` images in every step. Drawn on the CPU in float32: the same on every device, in
+        every precision.
+        """
         torch.manual_seed(0)
         own = pdd_fast.ConvNet(3, 10, size, width, depth)
         start = pdd_fast.flatten_parameters(own)
@@ -55,17 +68,28 @@ class Problem:
         dsa = pdd_fast.DSA("color_crop_cutout_flip_scale_rotate", mode="single")
         draws = [dsa.sample(n, size) for _ in batches] if augment else None
         start, target, images = (tensor.to(device, dtype) for tensor in (start, target, images))
-        labels, rate = (torch.arange(n) % 10).to(device), torch.tensor(0.01, device=device, dtype=dtype)
-        net, own = plain_convnet(3, 10, (size, size), width, depth).to(device, dtype), own.to(device, dtype)
+        labels, rate = (
+            (torch.arange(n) % 10).to(device),
+            torch.tensor(0.01, device=device, dtype=dtype),
+        )
+        net, own = (
+            plain_convnet(3, 10, (size, size), width, depth).to(device, dtype),
+            own.to(device, dtype),
+        )
         return cls(net, start, target, images, labels, rate, batches, draws, own)
 
     def __post_init__(self) -> None:
         device, dtype = self.images.device, self.images.dtype
-        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self.net.named_parameters()}
+        self.shapes: dict[str, torch.Size] = {
+            name: p.shape for name, p in self.net.named_parameters()
+        }
         self.index = [batch.to(device) for batch in self.batches]
         self.steps = len(self.batches)  # fewer while warming up
-        # Before the clock starts, as ours packs its draws: every contender finds them on the device.
-        self.augments = [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None
+        # Before the clock starts, as ours packs its draws: every contender finds them on the
+        #     device.
+        self.augments = (
+            [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None
+        )
 
     def step_input(self, i: int, images: Tensor) -> tuple[Tensor, Tensor]:
         """A_i X[b_i] and y[b_i]."""
@@ -81,14 +105,18 @@ class Problem:
     def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy of the network at the flat vector ``theta``."""
         parts = theta.split([shape.numel() for shape in self.shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        parameters = {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
         with self.precision():
             return F.cross_entropy(torch.func.functional_call(self.net, parameters, (x,)), y)
 
     def precision(self) -> AbstractContextManager[object]:
         if self.autocast is None:
             return nullcontext()
-        # Without the cache: θ changes every step, and what was cast in one graph must not turn up in the next.
+        # Without the cache: θ changes every step, and what was cast in one graph must not turn up
+        #     in the next.
         return torch.autocast(self.images.device.type, dtype=self.autocast, cache_enabled=False)
 
     def matching_loss(self, end: Tensor) -> Tensor:
@@ -103,7 +131,10 @@ def plain(problem: Problem) -> Iteration:
     """As MTT's scripts write it: create_graph=True through all steps."""
 
     def iterate() -> Gradients:
-        images, rate = problem.images.detach().requires_grad_(), problem.rate.detach().requires_grad_()
+        images, rate = (
+            problem.images.detach().requires_grad_(),
+            problem.rate.detach().requires_grad_(),
+        )
         loss = problem.matching_loss(trained(problem, images, rate))
         images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
         return images_grad, rate_grad
@@ -115,7 +146,9 @@ def trained(problem: Problem, images: Tensor, rate: Tensor) -> Tensor:
     """θ_N as a function of ``images`` and ``rate``, with the graph of all steps behind it."""
     theta = problem.start.detach().requires_grad_()
     for i in range(problem.steps):
-        (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            problem.step_loss(i, theta, images), theta, create_graph=True
+        )
         theta = theta - rate * gradient
     return theta
 
@@ -132,7 +165,9 @@ def training_path(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def checkpointed(problem: Problem) -> Iteration:
-    """Autograd with only the parameters of every step kept: each step's double backward is made from them again."""
+    """Autograd with only the parameters of every step kept: each step's double backward is made
+    from them again.
+    """
 
     def iterate() -> Gradients:
         path, gradients = training_path(problem)
@@ -141,7 +176,9 @@ def checkpointed(problem: Problem) -> Iteration:
         images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.rate)
         for i in reversed(range(len(gradients))):
             theta = path[i].detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+            (gradient,) = torch.autograd.grad(
+                problem.step_loss(i, theta, images), theta, create_graph=True
+            )
             theta_part, images_part = torch.autograd.grad(gradient @ adjoint, [theta, images])
             rate_grad -= gradients[i] @ adjoint
             images_grad -= problem.rate * images_part
@@ -152,7 +189,8 @@ def checkpointed(problem: Problem) -> Iteration:
 
 
 def frozen(problem: Problem) -> Iteration:
-    """TESLA's approximation: θ_N = θ_0 − α Σ g_i(θ_i, X) with every θ_i a constant, so λ_i = λ_N. NOT exact.
+    """TESLA's approximation: θ_N = θ_0 − α Σ g_i(θ_i, X) with every θ_i a constant, so λ_i = λ_N.
+    NOT exact.
 
     One step's graph at a time, as TESLA has it: all steps then share the direction λ_N.
     """
@@ -164,7 +202,9 @@ def frozen(problem: Problem) -> Iteration:
         images_grad = torch.zeros_like(images)
         for i in range(len(gradients)):
             theta = path[i].detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, images), theta, create_graph=True)
+            (gradient,) = torch.autograd.grad(
+                problem.step_loss(i, theta, images), theta, create_graph=True
+            )
             (part,) = torch.autograd.grad(gradient @ adjoint, images)
             images_grad -= problem.rate * part
         return images_grad, -(torch.stack(gradients) @ adjoint).sum()
@@ -173,14 +213,18 @@ def frozen(problem: Problem) -> Iteration:
 
 
 def functional(problem: Problem, compiled: bool = False) -> Iteration:
-    """The dual pass in torch.func: jvp of grad along the adjoint; on request both under torch.compile.
+    """The dual pass in torch.func: jvp of grad along the adjoint; on request both under
+    torch.compile.
 
-    The augmentation stays outside: which one was drawn changes from step to step, and each would be compiled anew.
+    The augmentation stays outside: which one was drawn changes from step to step, and each would be
+        compiled anew.
     """
     gradient_of = torch.func.grad(problem.loss)
     both_of = torch.func.grad(problem.loss, argnums=(0, 1))
 
-    def dual(theta: Tensor, x: Tensor, y: Tensor, direction: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    def dual(
+        theta: Tensor, x: Tensor, y: Tensor, direction: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
         along = (direction, torch.zeros_like(x))
         return torch.func.jvp(lambda theta, x: both_of(theta, x, y), (theta, x), along)
 

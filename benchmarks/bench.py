@@ -1,4 +1,6 @@
-"""The benchmark: cases one after another, contenders in turn, and a record that is whole after every measurement."""
+"""The benchmark: cases one after another, contenders in turn, and a record that is whole after
+every measurement.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +44,8 @@ class Bench:
         folder: gets bench.json, bench.md and, where meta-gradients were measured, bench.png.
         told: gets the name and the record of every case that is finished.
 
-    Raises:
-        UsageError: the folder holds a benchmark, the device cannot be used, or a text means no contender.
+    Raises: UsageError: the folder holds a benchmark, the device cannot be used, or a text means no
+        contender.
     """
 
     def __init__(
@@ -77,13 +79,18 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """All of it; the record. Interrupted, what was measured is in the folder."""
         settings = asdict(self.settings) | {
-            "rounds": self.rounds, "limit": self.limit, "device": str(self.device),
-        }  # fmt: skip
+            "rounds": self.rounds,
+            "limit": self.limit,
+            "device": str(self.device),
+        }
         self.record = {
-            "benchmark": "pdd-fast bench", "finished": False, "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-            "machine": machine.ask(self.device.type == "cuda", self.settings.threads), "settings": settings,
+            "benchmark": "pdd-fast bench",
+            "finished": False,
+            "began": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "machine": machine.ask(self.device.type == "cuda", self.settings.threads),
+            "settings": settings,
             "cases": {},
-        }  # fmt: skip
+        }
         self._write()
         try:
             for case in self.plan:
@@ -104,9 +111,11 @@ class Bench:
         names = [*([FLOOR] if contenders.has_floor(case) else []), *(c.name for c in chosen)]
         outcomes = {name: Outcome() for name in names}
         found: dict[str, Any] = {
-            "case": asdict(case), "title": case.title, "left_out": self.left_out[case],
+            "case": asdict(case),
+            "title": case.title,
+            "left_out": self.left_out[case],
             "contenders": [asdict(c) for c in chosen],
-        }  # fmt: skip
+        }
 
         def keep() -> None:
             found.update(results.summary(case, chosen, outcomes))
@@ -135,7 +144,9 @@ class Bench:
                 if case.name in self.record["cases"]:
                     self.told(case.name, found)
         own = {FLOOR, *(c.name for c in chosen if c.ours)}
-        self.wrong += [f"{case.name}: {name}" for name, o in outcomes.items() if name in own and o.is_wrong]
+        self.wrong += [
+            f"{case.name}: {name}" for name, o in outcomes.items() if name in own and o.is_wrong
+        ]
         if found.get("truth", {}).get("failed") == "failed":
             self.wrong.append(f"{case.name}: {TRUTH}")
 
@@ -146,7 +157,10 @@ class Bench:
 
     def _measure(self, case: Case, scratch: str, name: str) -> dict[str, Any]:
         told = {
-            "case": case.name, "contender": name, "device": str(self.device), "threads": self.settings.threads,
+            "case": case.name,
+            "contender": name,
+            "device": str(self.device),
+            "threads": self.settings.threads,
             "scratch": scratch,
-        }  # fmt: skip
+        }
         return processes.run(processes.command(told), self.limit)

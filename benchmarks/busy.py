@@ -1,10 +1,12 @@
-"""Measure a meta-gradient alone, and beside a second process that computes the same, with torch's threads in both.
+"""Measure a meta-gradient alone, and beside a second process that computes the same, with torch's
+threads in both.
 
     python -P -m pdd_fast.benchmarks.busy --output busy.json
 
-"fair" is what an ideal scheduler would give each of the processes: the time alone, or, where it is more, the processor
-time of all processes divided by the processors. Processor time that waiting threads spin away alone counts, so the
-ratio to "fair" says nothing good of a program that spins; "beside / alone" is beside it.
+"fair" is what an ideal scheduler would give each of the processes: the time alone, or, where it is
+more, the processor time of all processes divided by the processors. Processor time that waiting
+threads spin away alone counts, so the ratio to "fair" says nothing good of a program that spins;
+"beside / alone" is beside it.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def resnet18() -> Problem:
 
 
 def worker(case: str, contender: str, seconds: float) -> None:
-    """Says "ready", waits for a line, iterates for ``seconds`` and prints wall and processor time of an iteration."""
+    """Says "ready", waits for a line, iterates for ``seconds`` and prints wall and processor time
+    of an iteration.
+    """
     import torch
 
     from pdd_fast.benchmarks import baselines, cases, unroll
@@ -60,7 +64,10 @@ def worker(case: str, contender: str, seconds: float) -> None:
     if case == "resnet18":
         problem, options = resnet18(), {"engine": "autograd"}
     else:
-        problem, options = unroll.problem_of(cases.parse(case), torch.device("cpu"), torch.float32), {}
+        problem, options = (
+            unroll.problem_of(cases.parse(case), torch.device("cpu"), torch.float32),
+            {},
+        )
     if contender == "plain autograd":
         iterate = baselines.plain(problem)
     else:
@@ -80,9 +87,19 @@ def worker(case: str, contender: str, seconds: float) -> None:
 
 def together(case: str, contender: str, seconds: float, processes: int) -> list[dict[str, float]]:
     """Return the measurement of each of ``processes`` that begin at the same moment."""
-    command = [sys.executable, "-P", "-m", "pdd_fast.benchmarks.busy", "--worker", case, contender, str(seconds)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pdd_fast.benchmarks.busy",
+        "--worker",
+        case,
+        contender,
+        str(seconds),
+    ]
     workers = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
     ]
     try:
         for one in workers:
@@ -110,29 +127,56 @@ def measured(name: str, contender: str, seconds: float) -> dict[str, Any]:
     fair = max(wall, PROCESSES * cpu / len(os.sched_getaffinity(0)))
     slowest = max(one["wall"] for one in beside)
     return {
-        "case": name, "contender": contender, "alone": wall, "alone_cpu": cpu, "beside": slowest, "fair": fair,
-        "to_fair": slowest / fair, "to_alone": slowest / wall, "samples": {"alone": alone, "beside": beside},
-    }  # fmt: skip
+        "case": name,
+        "contender": contender,
+        "alone": wall,
+        "alone_cpu": cpu,
+        "beside": slowest,
+        "fair": fair,
+        "to_fair": slowest / fair,
+        "to_alone": slowest / wall,
+        "samples": {"alone": alone, "beside": beside},
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
-            row["case"], row["contender"], f"{1e3 * row['alone']:.1f}", f"{1e3 * row['beside']:.1f}",
-            f"{1e3 * row['fair']:.1f}", f"{row['to_alone']:.2f}", f"{row['to_fair']:.2f}",
+            row["case"],
+            row["contender"],
+            f"{1e3 * row['alone']:.1f}",
+            f"{1e3 * row['beside']:.1f}",
+            f"{1e3 * row['fair']:.1f}",
+            f"{row['to_alone']:.2f}",
+            f"{row['to_fair']:.2f}",
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return present.table(
-        ["case", "", "alone, ms", "beside another, ms", "fair, ms", "beside / alone", "beside / fair"], cells
+        [
+            "case",
+            "",
+            "alone, ms",
+            "beside another, ms",
+            "fair, ms",
+            "beside / alone",
+            "beside / fair",
+        ],
+        cells,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of every measurement (default 5)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="of every measurement (default 5)"
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["ours", "plain autograd"])
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=["ours", "plain autograd"]
+    )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """What can be measured: cases by name, and the suites that list them. Imports no torch.
 
-A case's name says all there is to know about it: ``unroll-b50-n20-w128-s32`` is the meta-gradient of 20 steps on 50
-images of 32×32 through a ConvNet of width 128. What a name leaves out has a default, and every name of the grammar can
-be measured, whether a suite lists it or not.
+A case's name says all there is to know about it: ``unroll-b50-n20-w128-s32`` is the meta-gradient
+of 20 steps on 50 images of 32×32 through a ConvNet of width 128. What a name leaves out has a
+default, and every name of the grammar can be measured, whether a suite lists it or not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from typing import Any
 
 from pdd_fast.runtime.errors import UsageError, nearest
 
-OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch
+OPERATIONS = (
+    "color",
+    "crop",
+    "cutout",
+    "flip",
+    "scale",
+    "rotate",
+)  # as in ops/dsa.py, which imports torch
 STRATEGIES = (*OPERATIONS, "single", "multiple")
 
 
@@ -62,11 +69,14 @@ class Kind:
     shown: str  # letters that a name always has
     base: Case = field(repr=False)
     parts: tuple[str, ...] = ()  # what is timed; the last one stands for the case
-    errors: tuple[str, ...] = ()  # of what is computed, against float64: keys of a measurement's "error"
+    errors: tuple[
+        str, ...
+    ] = ()  # of what is computed, against float64: keys of a measurement's "error"
 
     def defaults(self, size: int = 0) -> Case:
         size = size or self.base.size
-        # The literature's ConvNet has three blocks for 32×32 and four for 64×64; what is left has to be 2×2 at least.
+        # The literature's ConvNet has three blocks for 32×32 and four for 64×64; what is left has
+        # to be 2×2 at least.
         depth = min(4 if size >= 64 else 3, max(1, size.bit_length() - 2))
         return replace(self.base, size=size, depth=depth)
 
@@ -74,38 +84,57 @@ class Kind:
 _NET = {"w": "width", "s": "size", "d": "depth"}
 KINDS = {
     "unroll": Kind(
-        "one meta-gradient: {case.batch} images, {case.steps} steps, width {case.width}, {case.size}×{case.size}{dsa}",
-        {"b": "batch", "n": "steps", **_NET}, "bnws", Case("unroll", batch=50, steps=20, width=128, size=32),
-        ("iteration",), ("images", "cosine", "rate"),
+        "one meta-gradient: {case.batch} images, {case.steps} steps, width {case.width}, "
+        "{case.size}×{case.size}{dsa}",
+        {"b": "batch", "n": "steps", **_NET},
+        "bnws",
+        Case("unroll", batch=50, steps=20, width=128, size=32),
+        ("iteration",),
+        ("images", "cosine", "rate"),
     ),
     "gradient-matching": Kind(
-        "one gradient of the matching distance: {case.classes} classes of {case.real} real and {case.batch} synthetic "
+        "one gradient of the matching distance: {case.classes} classes of {case.real} real and "
+        "{case.batch} synthetic "
         "images, width {case.width}, {case.size}×{case.size}",
-        {"b": "batch", "r": "real", "k": "classes", **_NET}, "brkws",
+        {"b": "batch", "r": "real", "k": "classes", **_NET},
+        "brkws",
         Case("gradient-matching", batch=128, real=64, classes=10, width=128, size=32),
-        ("gradient",), ("images", "cosine"),
+        ("gradient",),
+        ("images", "cosine"),
     ),
     "step": Kind(
         "one training step: {case.batch} images, width {case.width}, {case.size}×{case.size}{dsa}",
-        {"b": "batch", **_NET}, "bws", Case("step", batch=256, width=128, size=32), ("step",),
+        {"b": "batch", **_NET},
+        "bws",
+        Case("step", batch=256, width=128, size=32),
+        ("step",),
     ),
     "dsa": Kind(
         "DSA, {case.operation}: {case.batch} images of 3×{case.size}×{case.size}",
-        {"b": "batch", "s": "size"}, "b", Case("dsa", "single", batch=256, size=32),
+        {"b": "batch", "s": "size"},
+        "b",
+        Case("dsa", "single", batch=256, size=32),
         ("draw", "forward", "forward and backward", "draw, forward and backward"),
     ),
     "evaluate": Kind(
-        "one union evaluation: three courses of {case.epochs} epochs on each of two unions, width {case.width}, "
+        "one union evaluation: three courses of {case.epochs} epochs on each of two unions, width "
+        "{case.width}, "
         "{case.size}×{case.size}",
-        {**_NET, "e": "epochs"}, "", Case("evaluate", width=32, size=8, epochs=100), ("evaluation",),
+        {**_NET, "e": "epochs"},
+        "",
+        Case("evaluate", width=32, size=8, epochs=100),
+        ("evaluation",),
     ),
     "stage": Kind(
-        "one whole stage: transition, {case.iterations} iterations of {case.steps} steps, selection; width "
+        "one whole stage: transition, {case.iterations} iterations of {case.steps} steps, "
+        "selection; width "
         "{case.width}, {case.size}×{case.size}",
-        {"n": "steps", "i": "iterations", **_NET}, "", Case("stage", steps=20, iterations=20, width=32, size=8),
+        {"n": "steps", "i": "iterations", **_NET},
+        "",
+        Case("stage", steps=20, iterations=20, width=32, size=8),
         ("stage",),
     ),
-}  # fmt: skip
+}
 
 
 def parse(name: str) -> Case:
@@ -114,11 +143,14 @@ def parse(name: str) -> Case:
     Raises:
         UsageError: it is no case's name.
     """
-    kind_name = next((kind for kind in KINDS if f"{name}-".startswith(f"{kind}-")), name.partition("-")[0])
+    kind_name = next(
+        (kind for kind in KINDS if f"{name}-".startswith(f"{kind}-")), name.partition("-")[0]
+    )
     parts = name.split("-")[kind_name.count("-") + 1 :]
     if kind_name not in KINDS:
         raise UsageError(
-            f"a case must begin with one of {', '.join(KINDS)}, got {name!r}{nearest(kind_name, list(KINDS))}"
+            f"a case must begin with one of {', '.join(KINDS)}, got "
+            f"{name!r}{nearest(kind_name, list(KINDS))}"
         )
     kind, values = KINDS[kind_name], dict[str, Any]()
     key: str
@@ -139,18 +171,25 @@ def parse(name: str) -> Case:
     case = replace(kind.defaults(values.get("size", 0)), **values)
     if kind.base.width and case.size < 2**case.depth:
         raise UsageError(
-            f"case {name!r}: {case.depth} blocks need images of {2**case.depth} pixels at least, got {case.size}"
+            f"case {name!r}: {case.depth} blocks need images of {2**case.depth} pixels at least, "
+            f"got {case.size}"
         )
     return case
 
 
 def _grammar(kind: str) -> str:
-    numbers = ", ".join(f"{letter}{getattr(KINDS[kind].defaults(), n)}" for letter, n in KINDS[kind].letters.items())
-    more = {"dsa": f", and one of {', '.join(STRATEGIES)}", "unroll": " and dsa", "step": " and dsa"}.get(kind, "")
+    numbers = ", ".join(
+        f"{letter}{getattr(KINDS[kind].defaults(), n)}" for letter, n in KINDS[kind].letters.items()
+    )
+    more = {
+        "dsa": f", and one of {', '.join(STRATEGIES)}",
+        "unroll": " and dsa",
+        "step": " and dsa",
+    }.get(kind, "")
     return f"its parts look like {numbers}{more}"
 
 
-# ---- suites ---------------------------------------------------------------------------------------------------------
+# ---- suites ----
 
 
 @dataclass(frozen=True)
@@ -182,34 +221,76 @@ _DSA = _grid("dsa", operation=STRATEGIES, batch=(20, 256))
 _WHOLE = _named("evaluate", "evaluate-w128-s32-e10", "stage", "stage-n20-i5-w128-s32")
 SUITES = {
     "quick": Suite(
-        "minutes: small networks, where launches and passes over memory count as much as arithmetic",
-        _named("unroll-b20-n5-w32-s32", "unroll-b20-n20-w32-s32", "unroll-b20-n50-w32-s32",
-               "gradient-matching-b20-r20-k10-w32-s32",
-               "step-b256-w32-s32", "step-b20-w32-s32-dsa", "dsa-single-b256", "dsa-multiple-b256", "evaluate",
-               "stage"), rounds=2, limit=120, compiles=False,
+        "minutes: small networks, where launches and passes over memory count as much as "
+        "arithmetic",
+        _named(
+            "unroll-b20-n5-w32-s32",
+            "unroll-b20-n20-w32-s32",
+            "unroll-b20-n50-w32-s32",
+            "gradient-matching-b20-r20-k10-w32-s32",
+            "step-b256-w32-s32",
+            "step-b20-w32-s32-dsa",
+            "dsa-single-b256",
+            "dsa-multiple-b256",
+            "evaluate",
+            "stage",
+        ),
+        rounds=2,
+        limit=120,
+        compiles=False,
     ),
     "standard": Suite(
         "hours: the sizes of the literature, each number varied by itself",
         (
-            *_named("unroll-b50-n5-w128-s32", "unroll-b50-n20-w128-s32", "unroll-b50-n50-w128-s32",
-                    "unroll-b20-n20-w128-s32", "unroll-b100-n20-w128-s32", "unroll-b256-n20-w128-s32",
-                    "unroll-b50-n20-w32-s32", "unroll-b50-n20-w64-s32", "unroll-b50-n20-w128-s8",
-                    "unroll-b50-n20-w128-s64", "unroll-b50-n20-w128-s32-dsa", "gradient-matching"),
-            *_STEPS, *_DSA, *_WHOLE,
-        ), rounds=3, limit=600, compiles=True,
+            *_named(
+                "unroll-b50-n5-w128-s32",
+                "unroll-b50-n20-w128-s32",
+                "unroll-b50-n50-w128-s32",
+                "unroll-b20-n20-w128-s32",
+                "unroll-b100-n20-w128-s32",
+                "unroll-b256-n20-w128-s32",
+                "unroll-b50-n20-w32-s32",
+                "unroll-b50-n20-w64-s32",
+                "unroll-b50-n20-w128-s8",
+                "unroll-b50-n20-w128-s64",
+                "unroll-b50-n20-w128-s32-dsa",
+                "gradient-matching",
+            ),
+            *_STEPS,
+            *_DSA,
+            *_WHOLE,
+        ),
+        rounds=3,
+        limit=600,
+        compiles=True,
     ),
     "full": Suite(
         "days: every combination of batch, steps, width and size",
-        (*_grid("unroll", batch=(20, 50, 100, 256), steps=(5, 20, 50), width=(32, 64, 128), size=(8, 32, 64)),
-         *_named("unroll-b50-n20-w128-s32-dsa", "gradient-matching"), *_STEPS, *_DSA, *_WHOLE),
-        rounds=3, limit=1800, compiles=True,
+        (
+            *_grid(
+                "unroll",
+                batch=(20, 50, 100, 256),
+                steps=(5, 20, 50),
+                width=(32, 64, 128),
+                size=(8, 32, 64),
+            ),
+            *_named("unroll-b50-n20-w128-s32-dsa", "gradient-matching"),
+            *_STEPS,
+            *_DSA,
+            *_WHOLE,
+        ),
+        rounds=3,
+        limit=1800,
+        compiles=True,
     ),
-}  # fmt: skip
+}
 
 
-def select(suite: str, only: Sequence[str] = (), skip: Sequence[str] = (), named: Sequence[str] = ()) -> list[Case]:
-    """The cases of a suite that a pattern of ``only`` matches, if there is any, and none of ``skip``; with ``named``
-    those cases in the suite's place.
+def select(
+    suite: str, only: Sequence[str] = (), skip: Sequence[str] = (), named: Sequence[str] = ()
+) -> list[Case]:
+    """The cases of a suite that a pattern of ``only`` matches, if there is any, and none of
+    ``skip``; with ``named`` those cases in the suite's place.
 
     A pattern is a name with *, ? or [...] in it, or else a text that the name contains.
 
@@ -221,12 +302,15 @@ def select(suite: str, only: Sequence[str] = (), skip: Sequence[str] = (), named
     where = "named by --case" if named else f"in the {suite} suite"
     for pattern in [*only, *skip]:
         if not any(matches(pattern, name) for name in names):
-            raise UsageError(f"no case {where} matches {pattern!r}; pdd-fast bench --list shows the cases")
+            raise UsageError(
+                f"no case {where} matches {pattern!r}; pdd-fast bench --list shows the cases"
+            )
     kept = [
-        case for case, name in zip(every, names, strict=True)
+        case
+        for case, name in zip(every, names, strict=True)
         if (not only or any(matches(pattern, name) for pattern in only))
         and not any(matches(pattern, name) for pattern in skip)
-    ]  # fmt: skip
+    ]
     if not kept:
         raise UsageError("--only and --skip leave no case to measure")
     return list(dict.fromkeys(kept))

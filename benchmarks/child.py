@@ -1,6 +1,8 @@
-"""One measurement in a process of its own: ``python -P -m pdd_fast.benchmarks.child '{"case": ..., ...}'``.
+"""One measurement in a process of its own: ``python -P -m pdd_fast.benchmarks.child '{"case": ...,
+...}'``.
 
-Prints one JSON object: what was measured, or what kept it from that. Other errors end the process with their traceback.
+Prints one JSON object: what was measured, or what kept it from that. Other errors end the process
+with their traceback.
 """
 
 from __future__ import annotations
@@ -22,15 +24,24 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.ops._native import MissingKernelsWarning
 from pdd_fast.training.cuda_graphs import CaptureWarning
 
-SLOWER = (MissingKernelsWarning, CaptureWarning)  # the package does something slower: not what was to be measured
+SLOWER = (
+    MissingKernelsWarning,
+    CaptureWarning,
+)  # the package does something slower: not what was to be measured
 MODULES = {
-    "unroll": "unroll", "gradient-matching": "gradient_matching", "step": "training_step", "dsa": "dsa",
-    "evaluate": "evaluation", "stage": "stage",
-}  # fmt: skip
+    "unroll": "unroll",
+    "gradient-matching": "gradient_matching",
+    "step": "training_step",
+    "dsa": "dsa",
+    "evaluate": "evaluation",
+    "stage": "stage",
+}
 
 
 def work(case: Case, name: str, job: Job) -> dict[str, Any]:
-    """The measurement called ``name``: of a contender, of the machine's rates, or of the true gradient."""
+    """The measurement called ``name``: of a contender, of the machine's rates, or of the true
+    gradient.
+    """
     every = contenders.contenders(case, job.device.type)
     if name == FLOOR:
         from pdd_fast.benchmarks.floor import measured

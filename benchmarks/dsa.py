@@ -1,4 +1,6 @@
-"""Differentiable Siamese augmentation, measured: drawing for a batch, applying, and taking a gradient back."""
+"""Differentiable Siamese augmentation, measured: drawing for a batch, applying, and taking a
+gradient back.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 
 SAMPLES = 5  # of every part, each of as many calls as a clock can tell apart
-AT_LEAST = 0.1  # seconds of calls that draw a new operation each: their mean is to be that of all six
+AT_LEAST = (
+    0.1  # seconds of calls that draw a new operation each: their mean is to be that of all six
+)
 
 Augment = Callable[[Tensor], Tensor]
 Drawing = Callable[[], Augment]
@@ -43,11 +47,14 @@ def drawing(ours: bool, case: Case, device: torch.device) -> Drawing:
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
     torch.manual_seed(0)
-    images, grad = (torch.randn(case.batch, 3, case.size, case.size, device=job.device) for _ in range(2))
+    images, grad = (
+        torch.randn(case.batch, 3, case.size, case.size, device=job.device) for _ in range(2)
+    )
     followed = images.clone().requires_grad_()
     memory = measure.Memory(job.device)
     draw = drawing(contender.ours, case, job.device)
-    # Where each draw is of another operation, all six have to be among what is timed: drawn once, in turn.
+    # Where each draw is of another operation, all six have to be among what is timed: drawn once,
+    #     in turn.
     drawn = [draw() for _ in range(24 if case.operation == "single" else 1)]
     turn = 0
 

@@ -1,5 +1,6 @@
-"""One union evaluation, measured: fresh networks through the growing union, real images in its place, and the last
-union alone, each of the same number of SGD steps, and their test accuracies."""
+"""One union evaluation, measured: fresh networks through the growing union, real images in its
+place, and the last union alone, each of the same number of SGD steps, and their test accuracies.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +31,26 @@ def student(bench: Workbench, number: int, channels_last: bool) -> PlainTraining
     """A fresh network, trained on unions as a run's configuration says."""
     config = bench.config
     data = bench.data
-    net = plain_convnet(data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
+    net = plain_convnet(
+        data.in_channels, data.num_classes, data.image_size, config.width, config.depth
+    )
     pdd_fast.load_parameters(net, bench.initial_parameters("evaluation", number).cpu())
     draws = PlainDraws(bench.dsa, bench.device, torch.float32, number)
     generator = torch.Generator(bench.device).manual_seed(number)
     return PlainTraining(
-        net.to(bench.device), draws, generator, batch=config.union_batch, momentum=config.union_momentum,
-        decay=config.union_weight_decay, channels_last=channels_last,
-    )  # fmt: skip
+        net.to(bench.device),
+        draws,
+        generator,
+        batch=config.union_batch,
+        momentum=config.union_momentum,
+        decay=config.union_weight_decay,
+        channels_last=channels_last,
+    )
 
 
 def courses(bench: Workbench, union: Union) -> list[list[Leg]]:
-    """The union stage after stage, as many random real images, and the last union from the start."""
+    """The union stage after stage, as many random real images, and the last union from the
+    start."""
     config, train = bench.config, bench.train
     counts = [
         config.union_epochs * bench.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
@@ -75,13 +84,16 @@ def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callab
     union = real_union(bench, bench.config.stages)
     if not contender.ours:
         # Loading the data is part of an evaluation of ours, and so of this one.
-        return lambda: plain(Workbench.prepare(run.config), union, contender.options["channels_last"])
+        return lambda: plain(
+            Workbench.prepare(run.config), union, contender.options["channels_last"]
+        )
     union.distilled(bench).save(run.distilled_file)
     return lambda: evaluate_run(run)
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
     with ready(prepared, case, contender, job) as (call, memory):
-        # Without a warm-up: an evaluation is hundreds of steps, and that the first takes longer is part of it.
+        # Without a warm-up: an evaluation is hundreds of steps, and that the first takes longer is
+        # part of it.
         taken = measure.repeated(call, job.device, most=1)
         return measure.sample({"evaluation": taken}, memory.found())

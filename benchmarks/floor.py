@@ -1,18 +1,19 @@
-"""What no implementation can be much faster than with direct convolutions: its arithmetic and its bytes, at the rates
-that this machine reached in the same run.
+"""What no implementation can be much faster than with direct convolutions: its arithmetic and its
+bytes, at the rates that this machine reached in the same run.
 
-Convolutions are counted layer by layer and kind by kind (forward, input gradient, weight gradient), each at the best
-rate that torch's own convolutions reached for that layer and kind, in planar or channels-last memory, on the batch or
-on twice the batch, which is what a dual pass calls with. With F for one forward pass of all convolutions, a trajectory
-step takes 3 F, a dual pass 8 F, or 6 F where activations were kept: 11 F in all with memory "recompute", 9 F with
-"cache". Gradient matching wants no Hessian-vector product: of its synthetic images a gradient and a dual pass with
-activations kept take 7 F, of its real ones a gradient takes 3 F. The first layer takes less: the images' gradient is
-wanted in the tangents alone, and images have no tangent.
+Convolutions are counted layer by layer and kind by kind (forward, input gradient, weight gradient),
+each at the best rate that torch's own convolutions reached for that layer and kind, in planar or
+channels-last memory, on the batch or on twice the batch, which is what a dual pass calls with. With
+F for one forward pass of all convolutions, a trajectory step takes 3 F, a dual pass 8 F, or 6 F
+where activations were kept: 11 F in all with memory "recompute", 9 F with "cache". Gradient
+matching wants no Hessian-vector product: of its synthetic images a gradient and a dual pass with
+activations kept take 7 F, of its real ones a gradient takes 3 F. The first layer takes less: the
+images' gradient is wanted in the tangents alone, and images have no tangent.
 
-Bytes are what lies between the convolutions, at the rate of a copy too large for any cache. Going forward, norm, ReLU
-and pooling read z and write a quarter of it; going backward they read a quarter and z and write z: 3.5 times the size
-of z in a training step. The dual pass does both for values and tangents: 10.5 times in all. The convolutions' own bytes
-are in their measured rate.
+Bytes are what lies between the convolutions, at the rate of a copy too large for any cache. Going
+forward, norm, ReLU and pooling read z and write a quarter of it; going backward they read a quarter
+and z and write z: 3.5 times the size of z in a training step. The dual pass does both for values
+and tangents: 10.5 times in all. The convolutions' own bytes are in their measured rate.
 
 Fewer operations than the direct convolution's (Winograd) can go below this floor.
 """
@@ -38,7 +39,9 @@ AT_LEAST = 0.02  # seconds of one; there are 36 convolutions to try for a networ
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
-    """``call`` without the gaps between launches, and how often it is run: on a GPU a graph of several."""
+    """``call`` without the gaps between launches, and how often it is run: on a GPU a graph of
+    several.
+    """
     if device.type != "cuda":
         return call, 1
     side = torch.cuda.Stream(device)
@@ -72,7 +75,7 @@ def _gradient(which: int, grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(
         grad, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
-    )[which]  # fmt: skip
+    )[which]
 
 
 def convolution_rates(layer: Layer, precision: str, device: torch.device) -> dict[str, float]:
@@ -81,9 +84,13 @@ def convolution_rates(layer: Layer, precision: str, device: torch.device) -> dic
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     rates: dict[str, list[float]] = {}
     for memory in (torch.channels_last, torch.contiguous_format):
-        w = torch.randn(layer.width, layer.channels, 3, 3, device=device, dtype=dtype).contiguous(memory_format=memory)
+        w = torch.randn(layer.width, layer.channels, 3, 3, device=device, dtype=dtype).contiguous(
+            memory_format=memory
+        )
         for batch in (layer.batch, 2 * layer.batch):
-            x = torch.randn(batch, layer.channels, layer.side, layer.side, device=device, dtype=dtype)
+            x = torch.randn(
+                batch, layer.channels, layer.side, layer.side, device=device, dtype=dtype
+            )
             x = x.contiguous(memory_format=memory)
             grad = torch.randn_like(F.conv2d(x, w, padding=1)).contiguous(memory_format=memory)
             calls: dict[str, Callable[[], object]] = {
@@ -111,7 +118,9 @@ def measured(case: Case, precisions: Sequence[str], job: Job) -> dict[str, Any]:
         found: dict[str, Any] = {"copy": copy_rate(job.device)}
         if case.kind != "dsa":
             found["convolution"] = {
-                precision: [convolution_rates(layer, precision, job.device) for layer in layers(case)]
+                precision: [
+                    convolution_rates(layer, precision, job.device) for layer in layers(case)
+                ]
                 for precision in precisions
             }
     return found

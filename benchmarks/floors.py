@@ -1,4 +1,5 @@
-"""The arithmetic of the floor (floor.py says what it is and measures its rates). Imports no torch."""
+"""The arithmetic of the floor (floor.py says what it is and measures its rates). Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from pdd_fast.benchmarks.cases import Case
 CHANNELS = 3  # of an image
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
 KINDS = ("forward", "input gradient", "weight gradient")
-# How often each kind is computed of a layer, in the order of KINDS: of the first layer, and of the others.
+# How often each kind is computed of a layer, in the order of KINDS: of the first layer, and of the
+#     others.
 COUNTS = {
     "3 F": ((1, 0, 1), (1, 1, 1)),  # a training step
-    "7 F": ((2, 2, 1), (3, 3, 1)),  # gradient and dual pass without the Hessian-vector product, activations kept
+    "7 F": (
+        (2, 2, 1),
+        (3, 3, 1),
+    ),  # gradient and dual pass without the Hessian-vector product, activations kept
     "9 F": ((2, 2, 2), (3, 3, 3)),  # trajectory step and dual pass, activations kept
     "11 F": ((3, 2, 2), (4, 4, 3)),  # the same, activations made again
 }
@@ -44,8 +49,9 @@ class Layer:
 def layers(case: Case) -> list[Layer]:
     """The convolutions of a case's network."""
     return [
-        Layer(case.batch, case.width if i else CHANNELS, case.width, case.size >> i) for i in range(case.depth)
-    ]  # fmt: skip
+        Layer(case.batch, case.width if i else CHANNELS, case.width, case.size >> i)
+        for i in range(case.depth)
+    ]
 
 
 def best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -55,7 +61,10 @@ def best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "convolution" in first:
         found["convolution"] = {
             precision: [
-                {kind: max(each["convolution"][precision][i][kind] for each in rates) for kind in of_layer}
+                {
+                    kind: max(each["convolution"][precision][i][kind] for each in rates)
+                    for kind in of_layer
+                }
                 for i, of_layer in enumerate(of_layers)
             ]
             for precision, of_layers in first["convolution"].items()
@@ -80,7 +89,8 @@ def passes(case: Case, label: str, precision: str, copy: float) -> float:
 def floors(case: Case, rates: dict[str, Any], precision: str) -> dict[str, dict[str, float]]:
     """By part and by what is counted, the seconds that a part takes at least."""
     if case.kind == "dsa":
-        # An image is read and written once on its way forward, and its gradient once on the way back.
+        # An image is read and written once on its way forward, and its gradient once on the way
+        # back.
         once = 2 * 4 * case.batch * CHANNELS * case.size**2 / rates["copy"]
         return {
             "forward": {"copy": once},

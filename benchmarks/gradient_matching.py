@@ -1,5 +1,7 @@
-"""One gradient of the matching distance with respect to the synthetic images, measured: the sum over classes of the
-squared distance between the parameter gradients of the class's real and synthetic images (IDC)."""
+"""One gradient of the matching distance with respect to the synthetic images, measured: the sum
+over classes of the squared distance between the parameter gradients of the class's real and
+synthetic images (IDC).
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,15 @@ class Problem:
         theta = pdd_fast.flatten_parameters(own)
         net = plain_convnet(3, case.classes, (case.size, case.size), case.width, case.depth)
         pdd_fast.load_parameters(net, theta)
-        real, images = (torch.randn(case.classes, n, 3, case.size, case.size) for n in (case.real, case.batch))
+        real, images = (
+            torch.randn(case.classes, n, 3, case.size, case.size) for n in (case.real, case.batch)
+        )
         theta, real, images = (tensor.to(device, dtype) for tensor in (theta, real, images))
         classes = torch.arange(case.classes, device=device)[:, None]
         labels = [classes.expand(case.classes, n).contiguous() for n in (case.real, case.batch)]
-        return cls(net.to(device, dtype), own.to(device, dtype), theta, real, labels[0], images, labels[1])
+        return cls(
+            net.to(device, dtype), own.to(device, dtype), theta, real, labels[0], images, labels[1]
+        )
 
     def loss(self, net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
         with self.precision():
@@ -64,23 +70,33 @@ class Problem:
 
 
 def ours(problem: Problem, contender: Contender) -> Gradient:
-    """The installed package by its public function; with ``engine="autograd"`` on a module that it does not know."""
+    """The installed package by its public function; with ``engine="autograd"`` on a module that it
+    does not know.
+    """
     options = dict(contender.options)
     net = problem.net if options["engine"] == "autograd" else problem.own
 
     def gradient(classes: int) -> Tensor:
         images = problem.images[:classes].detach().requires_grad_()
         loss = pdd_fast.gradient_matching(
-            net, problem.theta, problem.real[:classes], problem.real_labels[:classes], images, problem.labels[:classes],
-            precision=contender.precision, **options,
-        )  # fmt: skip
+            net,
+            problem.theta,
+            problem.real[:classes],
+            problem.real_labels[:classes],
+            images,
+            problem.labels[:classes],
+            precision=contender.precision,
+            **options,
+        )
         return torch.autograd.grad(loss, images)[0]
 
     return gradient
 
 
 def plain(problem: Problem) -> Gradient:
-    """As IDC's script writes it: create_graph=True, a class at a time, so that one's graph is alive."""
+    """As IDC's script writes it: create_graph=True, a class at a time, so that one's graph is
+    alive.
+    """
     memory = torch.channels_last if problem.channels_last else torch.contiguous_format
     net = problem.net.to(memory_format=memory)
     # Of the parameters that count alone: what autograd need not compute it leaves out.
@@ -88,21 +104,28 @@ def plain(problem: Problem) -> Gradient:
 
     def of_class(real: Tensor, real_labels: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         images = images.contiguous(memory_format=memory).requires_grad_()
-        target = torch.autograd.grad(problem.loss(net, real.contiguous(memory_format=memory), real_labels), counted)
+        target = torch.autograd.grad(
+            problem.loss(net, real.contiguous(memory_format=memory), real_labels), counted
+        )
         found = torch.autograd.grad(problem.loss(net, images, labels), counted, create_graph=True)
-        distance = torch.stack([(g - t).square().sum() for g, t in zip(found, target, strict=True)]).sum()
+        distance = torch.stack(
+            [(g - t).square().sum() for g, t in zip(found, target, strict=True)]
+        ).sum()
         return torch.autograd.grad(distance, images)[0]
 
     def gradient(classes: int) -> Tensor:
         batches = (problem.real, problem.real_labels, problem.images.detach(), problem.labels)
-        return torch.stack([of_class(*each) for each in zip(*(b[:classes] for b in batches), strict=True)])
+        return torch.stack(
+            [of_class(*each) for each in zip(*(b[:classes] for b in batches), strict=True)]
+        )
 
     return gradient
 
 
 def functional(problem: Problem) -> Gradient:
-    """The dual pass in torch.func: jvp of the images' gradient along the distance's derivative. In planar memory: torch
-    2.13 cannot do the other."""
+    """The dual pass in torch.func: jvp of the images' gradient along the distance's derivative. In
+    planar memory: torch 2.13 cannot do the other.
+    """
     net = problem.net.to(memory_format=torch.contiguous_format)
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     Parameters = dict[str, Tensor]
@@ -113,16 +136,22 @@ def functional(problem: Problem) -> Gradient:
     of_parameters, of_images = torch.func.grad(loss), torch.func.grad(loss, argnums=1)
 
     def of_class(real: Tensor, real_labels: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        target, found = of_parameters(parameters, real, real_labels), of_parameters(parameters, images, labels)
+        target, found = (
+            of_parameters(parameters, real, real_labels),
+            of_parameters(parameters, images, labels),
+        )
         along = {
-            name: 2 * (g - target[name]) if g.dim() > 2 else torch.zeros_like(g) for name, g in found.items()
-        }  # fmt: skip
+            name: 2 * (g - target[name]) if g.dim() > 2 else torch.zeros_like(g)
+            for name, g in found.items()
+        }
         return torch.func.jvp(lambda at: of_images(at, images, labels), (parameters,), (along,))[1]
 
     def gradient(classes: int) -> Tensor:
         batches = (problem.real, problem.real_labels, problem.images, problem.labels)
         with torch.no_grad():
-            return torch.stack([of_class(*each) for each in zip(*(b[:classes] for b in batches), strict=True)])
+            return torch.stack(
+                [of_class(*each) for each in zip(*(b[:classes] for b in batches), strict=True)]
+            )
 
     return gradient
 
@@ -138,7 +167,9 @@ def prepared(contender: Contender, problem: Problem) -> Gradient:
 
 
 def write_truth(case: Case, job: Job) -> dict[str, Any]:
-    """Keeps the gradient in float64, by torch.func: without the package, and a class's memory at a time."""
+    """Keeps the gradient in float64, by torch.func: without the package, and a class's memory at a
+    time.
+    """
     found = functional(Problem.draw(case, job.device, torch.float64))(case.classes)
     torch.save(found.cpu(), job.scratch / _TRUTH)
     return {"by": "torch.func in float64"}

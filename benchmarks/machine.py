@@ -1,6 +1,7 @@
 """What a record says about where it was made. As a program: the same as one JSON object.
 
-torch and pdd_fast are imported where they are asked, so that this answers before either is installed.
+torch and pdd_fast are imported where they are asked, so that this answers before either is
+installed.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit of these sources, or what PDD_FAST_COMMIT says, for copies without .git; "unknown" without either.
+    """The commit of these sources, or what PDD_FAST_COMMIT says, for copies without .git; "unknown"
+    without either.
 
-    Installed from a folder, that folder's commit as it is now, which may be a later one: it says so.
+    Installed from a folder, that folder's commit as it is now, which may be a later one: it says
+    so.
     """
     given = os.environ.get("PDD_FAST_COMMIT")
     if given:
@@ -60,7 +63,9 @@ def describe(folder: Path) -> str:
 def installed_from() -> dict[str, Any]:
     """What pip noted of where an installed package came from."""
     try:
-        found: dict[str, Any] = json.loads(metadata.distribution("pdd-fast").read_text("direct_url.json") or "{}")
+        found: dict[str, Any] = json.loads(
+            metadata.distribution("pdd-fast").read_text("direct_url.json") or "{}"
+        )
     except (metadata.PackageNotFoundError, ValueError):
         return {}
     return found
@@ -83,7 +88,9 @@ def module(name: str) -> Any:
 
 def gpu(torch: Any) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
-    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[
+        0
+    ]
     return {
         "gpu": properties.name,
         "gpu_memory": properties.total_memory,
@@ -113,7 +120,9 @@ def machine(with_gpu: bool) -> dict[str, Any]:
 
 
 def ask(with_gpu: bool, threads: int = 0) -> dict[str, Any]:
-    """:func:`machine`, from a process of its own: one that has asked a GPU holds 0.5 GB of it until it ends."""
+    """:func:`machine`, from a process of its own: one that has asked a GPU holds 0.5 GB of it until
+    it ends.
+    """
     command = [sys.executable, "-P", __file__, *(["--gpu"] if with_gpu else [])]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return found | ({"threads": threads} if threads else {})

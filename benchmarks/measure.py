@@ -37,7 +37,7 @@ class Job:
     threads: int = 0  # of the CPU; 0: as many as torch takes
 
 
-# ---- seconds --------------------------------------------------------------------------------------------------------
+# ---- seconds ----
 
 
 def synchronize(device: torch.device) -> None:
@@ -54,17 +54,26 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
     return time.perf_counter() - began, result
 
 
-def repeated(call: Callable[[], object], device: torch.device, budget: float = 0.5, most: int = 20) -> list[float]:
-    """Seconds of each of as many calls as ``budget`` seconds hold, between one and ``most``; five on a GPU at least,
-    whose clock changes from one to the next."""
+def repeated(
+    call: Callable[[], object], device: torch.device, budget: float = 0.5, most: int = 20
+) -> list[float]:
+    """Seconds of each of as many calls as ``budget`` seconds hold, between one and ``most``; five
+    on a GPU at least, whose clock changes from one to the next.
+    """
     taken: list[float] = []
-    while len(taken) < (5 if device.type == "cuda" else 1) or (sum(taken) < budget and len(taken) < most):
+    while len(taken) < (5 if device.type == "cuda" else 1) or (
+        sum(taken) < budget and len(taken) < most
+    ):
         taken.append(timed(call, device)[0])
     return taken
 
 
-def seconds_per_call(call: Callable[[], object], device: torch.device, at_least: float = 0.05) -> float:
-    """Seconds of one call among as many as take ``at_least`` seconds: for calls that a clock is too coarse for."""
+def seconds_per_call(
+    call: Callable[[], object], device: torch.device, at_least: float = 0.05
+) -> float:
+    """Seconds of one call among as many as take ``at_least`` seconds: for calls that a clock is too
+    coarse for.
+    """
 
     def several(calls: int) -> None:
         for _ in range(calls):
@@ -81,19 +90,23 @@ def seconds_per_call(call: Callable[[], object], device: torch.device, at_least:
 def set_precision(name: str) -> None:
     """IEEE arithmetic for "float32", and TF32 in convolutions and matrix products otherwise.
 
-    The older flags: setting them sets the newer ones too, and the torch.compile of torch 2.11 still reads the older.
+    The older flags: setting them sets the newer ones too, and the torch.compile of torch 2.11 still
+        reads the older.
     """
     tf32 = name != "float32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = True  # shapes never change here, so every contender gets its fastest algorithms
+    torch.backends.cudnn.benchmark = (
+        True  # shapes never change here, so every contender gets its fastest algorithms
+    )
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float | None:
-    """‖found − truth‖ / ‖truth‖ with ``truth`` in float64 on the CPU; None where it is not finite."""
+    """‖found − truth‖ / ‖truth‖ with ``truth`` in float64 on the CPU; None where it is not
+    finite."""
     return _finite((found.detach().cpu().double() - truth).norm() / truth.norm())
 
 
@@ -108,7 +121,7 @@ def _finite(value: Tensor) -> float | None:
     return float(value) if value.isfinite() else None
 
 
-# ---- bytes ----------------------------------------------------------------------------------------------------------
+# ---- bytes ----
 
 
 def _status(name: str) -> int:
@@ -118,14 +131,16 @@ def _status(name: str) -> int:
 
 
 def resident_peak() -> int:
-    """Most bytes that this process has had in memory. Where there is a choice not ru_maxrss, which begins with what the
-    parent had."""
+    """Most bytes that this process has had in memory. Where there is a choice not ru_maxrss, which
+    begins with what the parent had.
+    """
     return _status("VmHWM") if _STATUS.exists() else peak_memory(torch.device("cpu"))
 
 
 def load_lazily_loaded() -> None:
-    """What torch loads at the first use of an optimiser or of forward mode: 1.5 seconds and 170 MB that are torch's and
-    no contender's."""
+    """What torch loads at the first use of an optimiser or of forward mode: 1.5 seconds and 170 MB
+    that are torch's and no contender's.
+    """
     number = torch.zeros(1, requires_grad=True)
     number.square().sum().backward()
     torch.optim.SGD([number], 0.1).step()
@@ -154,8 +169,11 @@ class Memory:
     def found(self, holds_graph: bool = False) -> dict[str, int]:
         """The peak, and how much of it came since the start."""
         if self._device.type == "cuda":
-            # What a graph works in was set aside when it was captured and no longer counts as allocated.
-            most = torch.cuda.max_memory_reserved if holds_graph else torch.cuda.max_memory_allocated
+            # What a graph works in was set aside when it was captured and no longer counts as
+            # allocated.
+            most = (
+                torch.cuda.max_memory_reserved if holds_graph else torch.cuda.max_memory_allocated
+            )
             peak = most(self._device)
         else:
             peak = resident_peak()
@@ -163,8 +181,9 @@ class Memory:
 
 
 def refuse_too_much() -> None:
-    """Makes allocations fail that the machine has no memory for. Linux would give it out, and then end a process, not
-    always the one that asked."""
+    """Makes allocations fail that the machine has no memory for. Linux would give it out, and then
+    end a process, not always the one that asked.
+    """
     free = host.free()
     if resource is None or not free or not _STATUS.exists():
         return
@@ -176,18 +195,25 @@ def refuse_too_much() -> None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for and what was taken by then, where ``error`` is about memory; None where it is not."""
+    """What was asked for and what was taken by then, where ``error`` is about memory; None where it
+    is not.
+    """
     if not is_out_of_memory(error) and "bad_alloc" not in str(error):
         return None
     found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
     asked = "did not say for how much it asked"
     if found:
-        asked = f"asked for {size(float(found[1])) if found[2] == 'bytes' else f'{found[1]} {found[2]}'} more"
+        amount = size(float(found[1])) if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    asked = f"asked for {amount} more"
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     held = torch.cuda.max_memory_allocated() if on_gpu else resident_peak()
     return f"{asked} with {size(held)} taken"
 
 
-def sample(seconds: Mapping[str, Sequence[float]], memory: dict[str, int], **more: Any) -> dict[str, Any]:
-    """What a measurement gives: for every part that was timed all times, bytes, and what else there is."""
+def sample(
+    seconds: Mapping[str, Sequence[float]], memory: dict[str, int], **more: Any
+) -> dict[str, Any]:
+    """What a measurement gives: for every part that was timed all times, bytes, and what else there
+    is.
+    """
     return {"seconds": {part: list(each) for part, each in seconds.items()}, **memory, **more}

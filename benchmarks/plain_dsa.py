@@ -1,7 +1,9 @@
-"""Differentiable Siamese augmentation as a good user writes it in eager PyTorch: a handful of calls per operation.
+"""Differentiable Siamese augmentation as a good user writes it in eager PyTorch: a handful of calls
+per operation.
 
-It can take the draws of :class:`pdd_fast.AugmentParameters`, so that all contenders compute the same function, or draw
-its own from the same ranges, and uses nothing else of the package. Formulas: docs/mathematics.md, section 5.
+It can take the draws of :class:`pdd_fast.AugmentParameters`, so that all contenders compute the
+same function, or draw its own from the same ranges, and uses nothing else of the package. Formulas:
+docs/mathematics.md, section 5.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ class PlainAugment:
     """One batch's draws, on the device and in the precision of the images."""
 
     def __init__(
-        self, operations: tuple[str, ...], cutout_size: tuple[int, int], numbers: dict[str, Tensor], dtype: torch.dtype
+        self,
+        operations: tuple[str, ...],
+        cutout_size: tuple[int, int],
+        numbers: dict[str, Tensor],
+        dtype: torch.dtype,
     ) -> None:
         self.operations, self.cutout_size = operations, cutout_size
         self.numbers = {name: value.view(-1, 1, 1, 1) for name, value in numbers.items()}
@@ -30,11 +36,15 @@ class PlainAugment:
 
     @classmethod
     def of(cls, draw: AugmentParameters, device: torch.device, dtype: torch.dtype) -> PlainAugment:
-        # An operation's own numbers only: with one operation drawn, that is one to three copies to the device.
+        # An operation's own numbers only: with one operation drawn, that is one to three copies to
+        # the device.
         used = [name for operation in draw.operations for name in DRAWS_OF[operation]]
         return cls(
-            draw.operations, draw.cutout_size, {name: getattr(draw, name).to(device) for name in used}, dtype
-        )  # fmt: skip
+            draw.operations,
+            draw.cutout_size,
+            {name: getattr(draw, name).to(device) for name in used},
+            dtype,
+        )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Augmented images [b, C, H, W]."""
@@ -50,10 +60,15 @@ class PlainAugment:
         return (x - mean) * self.numbers["contrast"] + mean
 
     def crop(self, x: Tensor) -> Tensor:
-        # Two gathers: their gradients scatter, where that of x[batch, rows, columns] would sort all indices first.
+        # Two gathers: their gradients scatter, where that of x[batch, rows, columns] would sort all
+        #     indices first.
         for dim, name in ((2, "shift_h"), (3, "shift_w")):
             side = x.shape[dim]
-            index = torch.arange(side, device=x.device).view(-1, 1) if dim == 2 else torch.arange(side, device=x.device)
+            index = (
+                torch.arange(side, device=x.device).view(-1, 1)
+                if dim == 2
+                else torch.arange(side, device=x.device)
+            )
             index = index + self.numbers[name]  # [b, 1, H, 1] or [b, 1, 1, W]
             inside = (index >= 0) & (index < side)
             x = x.gather(dim, index.clamp(0, side - 1).expand(x.shape)) * inside
@@ -61,10 +76,21 @@ class PlainAugment:
 
     def cutout(self, x: Tensor) -> Tensor:
         rows = (
-            torch.arange(x.shape[2], device=x.device).view(-1, 1) - self.numbers["cutout_h"] + self.cutout_size[0] // 2
+            torch.arange(x.shape[2], device=x.device).view(-1, 1)
+            - self.numbers["cutout_h"]
+            + self.cutout_size[0] // 2
         )
-        columns = torch.arange(x.shape[3], device=x.device) - self.numbers["cutout_w"] + self.cutout_size[1] // 2
-        blank = (rows >= 0) & (rows < self.cutout_size[0]) & (columns >= 0) & (columns < self.cutout_size[1])
+        columns = (
+            torch.arange(x.shape[3], device=x.device)
+            - self.numbers["cutout_w"]
+            + self.cutout_size[1] // 2
+        )
+        blank = (
+            (rows >= 0)
+            & (rows < self.cutout_size[0])
+            & (columns >= 0)
+            & (columns < self.cutout_size[1])
+        )
         return x.masked_fill(blank, 0)
 
     def flip(self, x: Tensor) -> Tensor:
@@ -80,8 +106,9 @@ class PlainAugment:
 
 
 class PlainDraws:
-    """Draws made on the device where they are used, so that nothing has to travel; a choice of one operation is made by
-    Python, so that nothing has to wait either."""
+    """Draws made on the device where they are used, so that nothing has to travel; a choice of one
+    operation is made by Python, so that nothing has to wait either.
+    """
 
     def __init__(self, dsa: DSA, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
         self.dsa, self.device, self.dtype = dsa, device, dtype
@@ -90,7 +117,9 @@ class PlainDraws:
 
     def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
         dsa = self.dsa
-        operations = dsa.operations if dsa.mode == "multiple" else (self.choice.choice(dsa.operations),)
+        operations = (
+            dsa.operations if dsa.mode == "multiple" else (self.choice.choice(dsa.operations),)
+        )
         cutout = (int(size[0] * dsa.cutout + 0.5), int(size[1] * dsa.cutout + 0.5))
         numbers: dict[str, Tensor] = {}
         for operation in operations:
@@ -103,7 +132,9 @@ class PlainDraws:
     def integer(self, batch: int, low: int, high: int) -> Tensor:
         return torch.randint(low, high + 1, (batch,), generator=self.generator, device=self.device)
 
-    def color(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+    def color(
+        self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
+    ) -> dict[str, Tensor]:
         d = self.dsa
         return {
             "brightness": self.uniform(batch, -d.brightness / 2, d.brightness / 2),
@@ -113,19 +144,33 @@ class PlainDraws:
 
     def crop(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
         reach = [int(side * self.dsa.crop + 0.5) for side in size]
-        return {f"shift_{axis}": self.integer(batch, -r, r) for axis, r in zip("hw", reach, strict=True)}
+        return {
+            f"shift_{axis}": self.integer(batch, -r, r) for axis, r in zip("hw", reach, strict=True)
+        }
 
-    def cutout(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+    def cutout(
+        self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
+    ) -> dict[str, Tensor]:
         last = [side - blank % 2 for side, blank in zip(size, cutout, strict=True)]
-        return {f"cutout_{axis}": self.integer(batch, 0, end) for axis, end in zip("hw", last, strict=True)}
+        return {
+            f"cutout_{axis}": self.integer(batch, 0, end)
+            for axis, end in zip("hw", last, strict=True)
+        }
 
     def flip(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
         return {"flip": self.uniform(batch, 0, 1) < self.dsa.flip}
 
-    def scale(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
-        return {f"scale_{axis}": self.uniform(batch, 1 / self.dsa.scale, self.dsa.scale) for axis in "wh"}
+    def scale(
+        self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        return {
+            f"scale_{axis}": self.uniform(batch, 1 / self.dsa.scale, self.dsa.scale)
+            for axis in "wh"
+        }
 
-    def rotate(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+    def rotate(
+        self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
+    ) -> dict[str, Tensor]:
         most = math.radians(self.dsa.rotate)
         return {"angle": self.uniform(batch, -most, most)}
 

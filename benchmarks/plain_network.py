@@ -1,4 +1,6 @@
-"""The ConvNet as a good user writes it, of torch's own layers: that of this package runs on its kernels."""
+"""The ConvNet as a good user writes it, of torch's own layers: that of this package runs on its
+kernels.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,23 @@ from collections import OrderedDict
 from torch import nn
 
 
-def plain_convnet(in_channels: int, num_classes: int, size: tuple[int, int], width: int, depth: int) -> nn.Module:
+def plain_convnet(
+    in_channels: int, num_classes: int, size: tuple[int, int], width: int, depth: int
+) -> nn.Module:
     """The network of :class:`pdd_fast.ConvNet`, with its order of parameters."""
     blocks = [
         nn.Sequential(
-            nn.Conv2d(width if i else in_channels, width, 3, padding=1), nn.GroupNorm(width, width), nn.ReLU(),
+            nn.Conv2d(width if i else in_channels, width, 3, padding=1),
+            nn.GroupNorm(width, width),
+            nn.ReLU(),
             nn.AvgPool2d(2),
         )
         for i in range(depth)
-    ]  # fmt: skip
+    ]
     features = width * (size[0] >> depth) * (size[1] >> depth)
-    layers = {"blocks": nn.Sequential(*blocks), "flatten": nn.Flatten(), "linear": nn.Linear(features, num_classes)}
+    layers = {
+        "blocks": nn.Sequential(*blocks),
+        "flatten": nn.Flatten(),
+        "linear": nn.Linear(features, num_classes),
+    }
     return nn.Sequential(OrderedDict(layers))

@@ -1,4 +1,6 @@
-"""Plain training as a good user writes it in eager PyTorch: torch.optim.SGD on a module, whole batches at a time."""
+"""Plain training as a good user writes it in eager PyTorch: torch.optim.SGD on a module, whole
+batches at a time.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ class PlainTraining:
         """``count`` steps, every epoch in an order of its own."""
         done = 0
         while done < count:
-            order = torch.randperm(len(images), generator=self.generator, device=self.generator.device)
+            order = torch.randperm(
+                len(images), generator=self.generator, device=self.generator.device
+            )
             for index in order.split(self.batch)[: count - done]:
                 self.step(images[index], labels[index])
                 done += 1
@@ -80,5 +84,8 @@ class PlainTraining:
         """Percent of ``images`` that the network puts in the class of ``labels``."""
         with torch.no_grad():
             parts = zip(images.split(batch), labels.split(batch), strict=True)
-            right = [(self.net(x.contiguous(memory_format=self.format)).argmax(1) == y).sum() for x, y in parts]
+            right = [
+                (self.net(x.contiguous(memory_format=self.format)).argmax(1) == y).sum()
+                for x, y in parts
+            ]
         return 100.0 * float(torch.stack(right).sum()) / len(images)

@@ -13,11 +13,16 @@ from pdd_fast.evaluation.figures import default_style, new_figure, save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OURS, OTHERS = ("#0b6e99", "#3aa6d0", "#084c6b"), ("#d9730d", "#6940a5", "#8a8a8a", "#4d7c3a", "#c2185b")
+OURS, OTHERS = (
+    ("#0b6e99", "#3aa6d0", "#084c6b"),
+    ("#d9730d", "#6940a5", "#8a8a8a", "#4d7c3a", "#c2185b"),
+)
 
 
 def family(names: list[str]) -> list[str]:
-    """The meta-gradients that differ in nothing but N, by N: the largest group, and of equals the first."""
+    """The meta-gradients that differ in nothing but N, by N: the largest group, and of equals the
+    first.
+    """
     groups: dict[Case, list[Case]] = {}
     for case in map(parse, names):
         if case.kind == "unroll":
@@ -28,20 +33,30 @@ def family(names: list[str]) -> list[str]:
 
 
 def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The contenders of these cases that a picture has room for: of each way to write it the fastest.
+    """The contenders of these cases that a picture has room for: of each way to write it the
+    fastest.
 
-    Ours are the fused engine's with its own choice of convolution, where that was measured, by what they keep; of the
-    others memory formats compete, and on a GPU precisions. bfloat16 is another computation.
+    Ours are the fused engine's with its own choice of convolution, where that was measured, by what
+    they keep; of the others memory formats compete, and on a GPU precisions. bfloat16 is another
+    computation.
     """
     every = {c["name"]: c for found in cases.values() for c in found["contenders"]}
-    there = [c for c in every.values() if c["precision"] != "bfloat16" and _curve(c["name"], cases)[0]]
+    there = [
+        c for c in every.values() if c["precision"] != "bfloat16" and _curve(c["name"], cases)[0]
+    ]
     usual = {"engine": "auto", "convolution": "auto", "graph": True}
-    default = [c for c in there if c["ours"] and all(c["options"].get(k, v) == v for k, v in usual.items())]
+    default = [
+        c for c in there if c["ours"] and all(c["options"].get(k, v) == v for k, v in usual.items())
+    ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for contender in there:
         if contender["ours"] and default and contender not in default:
             continue
-        way = contender["name"] if contender["ours"] and not default else contender["options"].get("function")
+        way = (
+            contender["name"]
+            if contender["ours"] and not default
+            else contender["options"].get("function")
+        )
         groups.setdefault(way or contender["options"]["memory"], []).append(contender)
 
     def at_the_end(contender: dict[str, Any]) -> tuple[int, float]:
@@ -54,7 +69,8 @@ def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @default_style()
 def draw(record: Mapping[str, Any], path: Path) -> bool:
-    """Writes the picture of a record's largest family of cases; whether there was anything to draw."""
+    """Writes the picture of a record's largest family of cases; whether there was anything to
+    draw."""
     cases = {name: record["cases"][name] for name in family(list(record["cases"]))}
     contenders = drawn(cases)
     if not contenders:
@@ -66,22 +82,29 @@ def draw(record: Mapping[str, Any], path: Path) -> bool:
         points, lost = _curve(contender["name"], cases)
         ours = contender["ours"]
         style: dict[str, Any] = {
-            "color": next(colours[ours]), "marker": "o" if ours else "s", "markersize": 4,
-            "linewidth": 2 if ours else 1.2, "linestyle": "-" if contender["exact"] else ":",
+            "color": next(colours[ours]),
+            "marker": "o" if ours else "s",
+            "markersize": 4,
+            "linewidth": 2 if ours else 1.2,
+            "linestyle": "-" if contender["exact"] else ":",
             "label": contender["name"] + (f" (N = {lost[0]}: {lost[1]})" if lost else ""),
-        }  # fmt: skip
+        }
         steps, seconds, taken = zip(*points, strict=True)
         time.plot(steps, seconds, **style)
         memory.plot(steps, [value / 1e9 for value in taken], **style)
     _finish(time, "seconds", cases)
     _finish(memory, "memory beyond the start, GB", cases)
-    figure.legend(*time.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="lower center")
+    figure.legend(
+        *time.get_legend_handles_labels(), frameon=False, fontsize=8, ncols=3, loc="lower center"
+    )
     one = parse(next(iter(cases)))
     dsa = ", with DSA" if one.augment else ""
     figure.suptitle(
         f"one meta-gradient: {one.batch} images, width {one.width}, {one.size}×{one.size}{dsa}; "
-        f"{_where(record['machine'])}", fontsize=10, parse_math=False,
-    )  # fmt: skip
+        f"{_where(record['machine'])}",
+        fontsize=10,
+        parse_math=False,
+    )
     figure.tight_layout(rect=(0, 0.16, 1, 1))
     save_figure(figure, path)
     return True
@@ -92,7 +115,9 @@ def _where(machine: Mapping[str, Any]) -> str:
     return str(machine.get("gpu") or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}")
 
 
-def _curve(contender: str, cases: Mapping[str, Any]) -> tuple[list[tuple[int, float, float]], tuple[int, str] | None]:
+def _curve(
+    contender: str, cases: Mapping[str, Any]
+) -> tuple[list[tuple[int, float, float]], tuple[int, str] | None]:
     """N, seconds and new bytes of a contender, and where it first gave no result, and why."""
     points, lost = [], None
     for name, found in cases.items():
@@ -102,7 +127,13 @@ def _curve(contender: str, cases: Mapping[str, Any]) -> tuple[list[tuple[int, fl
         if "failed" in result:
             lost = lost or (parse(name).steps, result["failed"])
             continue
-        points.append((parse(name).steps, result["seconds"]["iteration"]["median"], result["above_start_bytes"]))
+        points.append(
+            (
+                parse(name).steps,
+                result["seconds"]["iteration"]["median"],
+                result["above_start_bytes"],
+            )
+        )
     return points, lost
 
 

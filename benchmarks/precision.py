@@ -1,14 +1,16 @@
-"""Error of a meta-gradient in each precision of the convolutions, against float64 through all steps.
+"""Error of a meta-gradient in each precision of the convolutions, against float64 through all
+steps.
 
     python -P -m pdd_fast.benchmarks.precision --output precision.json
 
-The gradient of the matching loss with respect to the images and the rate, through N SGD steps on random images, all of
-them in every step. Medians over seeds (of network, images and target), with the smallest and the largest.
+The gradient of the matching loss with respect to the images and the rate, through N SGD steps on
+random images, all of them in every step. Medians over seeds (of network, images and target), with
+the smallest and the largest.
 
-On a CPU TF32 is emulated: every operand of every convolution is rounded to 10 bits of mantissa, to nearest with ties
-to even, and convolved in float32. That is what tensor cores do, but for the order of their sums; a GPU that cuts the
-other 13 bits off instead of rounding errs up to twice as much. On a GPU the real one is measured, and the emulation
-beside it.
+On a CPU TF32 is emulated: every operand of every convolution is rounded to 10 bits of mantissa, to
+nearest with ties to even, and convolved in float32. That is what tensor cores do, but for the order
+of their sums; a GPU that cuts the other 13 bits off instead of rounding errs up to twice as much.
+On a GPU the real one is measured, and the emulation beside it.
 """
 
 from __future__ import annotations
@@ -47,8 +49,9 @@ def rounded(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, the fused engine rounds the operands of its convolutions as TF32 does; they are then torch's, as on a
-    GPU, and not those of the CPU's own kernel."""
+    """Inside, the fused engine rounds the operands of its convolutions as TF32 does; they are then
+    torch's, as on a GPU, and not those of the CPU's own kernel.
+    """
     original = convolution._run
 
     def run(function: Callable[..., Tensor], *operands: Tensor, groups: int) -> Tensor:
@@ -59,7 +62,9 @@ def emulated() -> Iterator[None]:
         yield
 
 
-def meta_gradient(args: Any, steps: int, seed: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+def meta_gradient(
+    args: Any, steps: int, seed: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the images and the rate, and the way that was gone, θ_N − θ_0."""
     dtype = torch.float64 if precision == "float64" else torch.float32
     net = pdd_fast.ConvNet(3, 10, args.size, args.width, args.depth)
@@ -76,16 +81,22 @@ def meta_gradient(args: Any, steps: int, seed: int, precision: str) -> tuple[Ten
     batches = [torch.arange(args.batch)] * steps
     name = precision if precision in ("tf32", "bfloat16") else "float32"
     with emulated() if precision == EMULATED else nullcontext():
-        end = pdd_fast.unroll(net.to(args.device, dtype), start, images, labels, rate, batches, precision=name)
+        end = pdd_fast.unroll(
+            net.to(args.device, dtype), start, images, labels, rate, batches, precision=name
+        )
         loss = pdd_fast.trajectory_matching_loss(end, start, target)
         images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
-    images_grad, rate_grad, way = (t.detach().double().cpu() for t in (images_grad, rate_grad, end - start))
+    images_grad, rate_grad, way = (
+        t.detach().double().cpu() for t in (images_grad, rate_grad, end - start)
+    )
     return images_grad, rate_grad, way
 
 
 def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
     """Relative errors; of the images' gradient the cosine of the angle to the true one too."""
-    images, rate, theta = (float((f - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True))
+    images, rate, theta = (
+        float((f - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True)
+    )
     cosine = torch.nn.functional.cosine_similarity(found[0].flatten(), truth[0].flatten(), dim=0)
     return {"images": images, "cosine": float(cosine), "rate": rate, "theta": theta}
 
@@ -123,7 +134,9 @@ def show(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return present.table(["N", "precision", "images' gradient", "smallest–largest", "cosine", "rate's", "θ_N"], cells)
+    return present.table(
+        ["N", "precision", "images' gradient", "smallest–largest", "cosine", "rate's", "θ_N"], cells
+    )
 
 
 def device(name: str) -> torch.device:
@@ -135,14 +148,28 @@ def device(name: str) -> torch.device:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 20, 50], help="numbers of steps (default 5 20 50)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[5, 20, 50],
+        help="numbers of steps (default 5 20 50)",
+    )
     for name, default, text in (
-        ("batch", 10, "images"), ("seeds", 5, "networks and images"), ("width", 128, "channels"),
-        ("depth", 3, "blocks"), ("size", 32, "pixels of a side"), ("threads", 0, "0: torch's own number"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+        ("batch", 10, "images"),
+        ("seeds", 5, "networks and images"),
+        ("width", 128, "channels"),
+        ("depth", 3, "blocks"),
+        ("size", 32, "pixels of a side"),
+        ("threads", 0, "0: torch's own number"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{text} (default {default})"
+        )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     args = parser.parse_args()
     if args.threads:
@@ -153,7 +180,12 @@ def main() -> None:
     print(show(rows))
     case = {name: getattr(args, name) for name in ("batch", "seeds", "width", "depth", "size")}
     case |= {"rate": RATE, "device": str(args.device)}
-    record = {"benchmark": "precision", "case": case, "machine": ask(on_gpu, args.threads), "results": rows}
+    record = {
+        "benchmark": "precision",
+        "case": case,
+        "machine": ask(on_gpu, args.threads),
+        "results": rows,
+    }
     if args.output:
         write_json(args.output, record)
 

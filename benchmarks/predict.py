@@ -1,11 +1,14 @@
-"""PREDICTIONS of what an iteration takes on a GPU, from its launches, bytes and operations, where none was measured.
+"""PREDICTIONS of what an iteration takes on a GPU, from its launches, bytes and operations, where
+none was measured.
 
-    python -P -m pdd_fast.benchmarks.predict --page docs/performance.md    # writes the table in that page
+    python -P -m pdd_fast.benchmarks.predict --page docs/performance.md    # writes the table in
+    that page
 
-Every contender runs eagerly on the CPU for one and for two steps at the real sizes, and each operation that torch
-dispatches is written down: the bytes of its inputs and results, and its floating-point operations. What the second step
-adds, times N, is the iteration. On the GPU an operation takes the longest of its bytes over the memory's rate, its
-operations over the arithmetic's, and a launch; an eager iteration takes no less than its launches at the rate at which
+Every contender runs eagerly on the CPU for one and for two steps at the real sizes, and each
+operation that torch dispatches is written down: the bytes of its inputs and results, and its
+floating-point operations. What the second step adds, times N, is the iteration. On the GPU an
+operation takes the longest of its bytes over the memory's rate, its operations over the
+arithmetic's, and a launch; an eager iteration takes no less than its launches at the rate at which
 Python issues them.
 """
 
@@ -32,17 +35,22 @@ from pdd_fast.ops._registry import computed_in_32_bits
 
 BEGIN, END = "<!-- written by benchmarks/predict.py -->", "<!-- end -->"
 
-# An H100 SXM by its data sheet (3.35 TB/s; dense: 67, 495, 989 TFLOP/s), and what of it such layers are assumed to get.
+# An H100 SXM by its data sheet (3.35 TB/s; dense: 67, 495, 989 TFLOP/s), and what of it such layers
+# are assumed to get.
 MEMORY = 0.85 * 3.35e12
 ARITHMETIC = {"float32": 0.6 * 67e12, "tf32": 0.4 * 495e12, "bfloat16": 0.4 * 989e12}
 IN_GRAPH, EAGER = 2e-6, 6e-6  # seconds a launch, on the device in a graph and issued by Python
-NOT_LAUNCHED = re.compile(r"detach|_unsafe_view|empty|lift_fresh|scalar_tensor|_local_scalar_dense|is_pinned")
+NOT_LAUNCHED = re.compile(
+    r"detach|_unsafe_view|empty|lift_fresh|scalar_tensor|_local_scalar_dense|is_pinned"
+)
 CASES = ((20, 50), (100, 30), (256, 20))
 OTHERS = {
-    "plain autograd": ("plain", False), "plain autograd, channels-last": ("plain", True),
-    "frozen weights": ("frozen", False), "checkpointed autograd": ("checkpointed", False),
+    "plain autograd": ("plain", False),
+    "plain autograd, channels-last": ("plain", True),
+    "frozen weights": ("frozen", False),
+    "checkpointed autograd": ("checkpointed", False),
     "torch.func": ("functional", False),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -54,15 +62,21 @@ class Tape(TorchDispatchMode):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         name = function._schema.name
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        is_view = any(
+            r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns
+        )
         if is_view or NOT_LAUNCHED.search(name):
             return result
         leaves = torch.utils._pytree.tree_leaves((args, kwargs, result))
-        size = sum(leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor))
+        size = sum(
+            leaf.numel() * leaf.itemsize for leaf in leaves if isinstance(leaf, torch.Tensor)
+        )
         flops = flop_registry.get(function.overloadpacket)
         operations = float(flops(*args, **kwargs, out_val=result)) if flops else 0.0
         self.taken.append((size, operations))
@@ -80,14 +94,23 @@ class Work:
 
     def seconds(self, precision: str, graph: bool) -> float:
         rate = ARITHMETIC[precision]
-        device = sum(max(size / MEMORY, operations / rate, IN_GRAPH) for size, operations in self.parts)
+        device = sum(
+            max(size / MEMORY, operations / rate, IN_GRAPH) for size, operations in self.parts
+        )
         return device if graph else max(device, self.launches * EAGER)
 
 
 def as_on_a_gpu(tape: Tape) -> Callable[..., torch.Tensor]:
-    """What stands in for the engine's convolutions, which the CPU computes in float32 where images have 16 bits."""
+    """What stands in for the engine's convolutions, which the CPU computes in float32 where images
+    have 16 bits.
+    """
 
-    def run(function: Callable[..., torch.Tensor], images: torch.Tensor, *others: torch.Tensor, groups: int) -> Any:
+    def run(
+        function: Callable[..., torch.Tensor],
+        images: torch.Tensor,
+        *others: torch.Tensor,
+        groups: int,
+    ) -> Any:
         operands = (images, *others)
         with _disable_current_modes():
             result = computed_in_32_bits(function, *operands, groups)
@@ -100,7 +123,9 @@ def as_on_a_gpu(tape: Tape) -> Callable[..., torch.Tensor]:
     return run
 
 
-def recorded(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem, steps: int) -> list[tuple[int, float]]:
+def recorded(
+    prepare: Callable[[Problem], Callable[[], Any]], problem: Problem, steps: int
+) -> list[tuple[int, float]]:
     problem.steps = steps
     iterate = prepare(problem)
     tape = Tape()
@@ -126,15 +151,25 @@ def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -
 
 def rows(n: int, steps: int) -> list[str]:
     def problem(channels_last: bool = False) -> Problem:
-        # Without augmentation: one is drawn for each step, and the second would differ from the first by it.
+        # Without augmentation: one is drawn for each step, and the second would differ from the
+        #     first by it.
         found = Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
         found.channels_last = channels_last
         return found
 
     lines = []
-    own = {p: step_of(partial(matching, graph=False, precision=p), problem()) for p in ("float32", "bfloat16")}
-    entries = [(f"ours, graph, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, True) for p in ARITHMETIC]
-    entries += [(f"ours, eager, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, False) for p in ARITHMETIC]
+    own = {
+        p: step_of(partial(matching, graph=False, precision=p), problem())
+        for p in ("float32", "bfloat16")
+    }
+    entries = [
+        (f"ours, graph, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, True)
+        for p in ARITHMETIC
+    ]
+    entries += [
+        (f"ours, eager, {p}", own["bfloat16" if p == "bfloat16" else "float32"], p, False)
+        for p in ARITHMETIC
+    ]
     for name, (function, channels_last) in OTHERS.items():
         work = step_of(FUNCTIONS[function], problem(channels_last))
         entries += [(f"{name}, {p}", work, p, False) for p in ("float32", "tf32")]
@@ -142,15 +177,21 @@ def rows(n: int, steps: int) -> list[str]:
     for name, work, precision, graph in entries:
         seconds = work.seconds(precision, graph)
         lines.append(
-            f"| {n} × {steps} | {name} | {work.launches * steps} | {work.bytes * steps / 1e9:.1f} | "
-            f"{work.operations * steps / 1e12:.2f} | {seconds * steps * 1e3:.0f} | {seconds / base:.1f} |"
+            f"| {n} × {steps} | {name} | {work.launches * steps} | {work.bytes * steps / 1e9:.1f} "
+            f"| "
+            f"{work.operations * steps / 1e12:.2f} | {seconds * steps * 1e3:.0f} | "
+            f"{seconds / base:.1f} |"
         )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", type=Path, help="gets the table between its two marks; without, it is printed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--page", type=Path, help="gets the table between its two marks; without, it is printed"
+    )
     args = parser.parse_args()
     lines = [
         "| batch × N | | launches | GB | TFLOP | **predicted** ms | times ours (graph, tf32) |",
@@ -163,7 +204,9 @@ def main() -> None:
         return
     page = args.page.read_text(encoding="utf-8")
     before, rest = page.split(BEGIN)
-    args.page.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
+    args.page.write_text(
+        f"{before}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One process a measurement, contenders in turn. Imports no torch.
 
-Rounds go through all contenders in turn, so that a slow minute of the machine hits all of them, and a contender that
-failed is not tried again.
+Rounds go through all contenders in turn, so that a slow minute of the machine hits all of them, and
+a contender that failed is not tried again.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ def command(told: dict[str, Any]) -> list[str]:
 def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
     """What a process of its own answers, in at most ``limit`` seconds."""
     process = subprocess.Popen(
-        arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, encoding="utf-8", errors="replace", start_new_session=True,
-    )  # fmt: skip
+        arguments,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         out, said = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -57,7 +63,11 @@ def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
             found: dict[str, Any] = json.loads(out.splitlines()[-1])
             return found
         except (ValueError, IndexError):
-            return {"failed": "failed", "why": "gave no numbers", "details": (out + said)[-DETAILS:]}
+            return {
+                "failed": "failed",
+                "why": "gave no numbers",
+                "details": (out + said)[-DETAILS:],
+            }
     return _why(process.returncode, said)
 
 
@@ -66,14 +76,22 @@ def _why(status: int, said: str) -> dict[str, str]:
         return {"failed": "out of memory", "why": "was killed"}
     if "bad_alloc" in said:
         return {"failed": "out of memory", "why": "did not say for how much it asked"}
-    ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    ended = (
+        f"was ended by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with status {status}"
+    )
     lines = said.strip().splitlines() or [ended]
-    why = next((line for line in lines[::-1] if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
+    why = next(
+        (line for line in lines[::-1] if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1]
+    )
     return {"failed": "failed", "why": why, "details": said[-DETAILS:]}
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it started: it leads a session of its own, and compilers have helpers."""
+    """Ends a process and all that it started: it leads a session of its own, and compilers have
+    helpers.
+    """
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
@@ -86,10 +104,15 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def in_turn(
-    names: Sequence[str], measure: Callable[[str], dict[str, Any]], rounds: int, outcomes: dict[str, Outcome]
+    names: Sequence[str],
+    measure: Callable[[str], dict[str, Any]],
+    rounds: int,
+    outcomes: dict[str, Outcome],
 ) -> Iterator[str]:
-    """``rounds`` measurements of every contender, into ``outcomes``. Gives the name after each, so that what there is
-    can be kept at once; also those of contenders that failed before and are not tried again."""
+    """``rounds`` measurements of every contender, into ``outcomes``. Gives the name after each, so
+    that what there is can be kept at once; also those of contenders that failed before and are not
+    tried again.
+    """
     for _ in range(rounds):
         for name in names:
             outcome = outcomes[name]

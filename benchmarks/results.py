@@ -1,5 +1,6 @@
-"""From measurements to results: medians with their spread, ratios, what is over the floor, who is the best alternative.
-Imports no torch."""
+"""From measurements to results: medians with their spread, ratios, what is over the floor, who is
+the best alternative. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +27,29 @@ def rounds_of(outcome: Outcome, part: str) -> list[float]:
 
 
 def ratio(outcome: Outcome, base: Outcome, part: str) -> float | None:
-    """Median of one's seconds over the other's, round by round, so that the machine's drift cancels."""
+    """Median of one's seconds over the other's, round by round, so that the machine's drift
+    cancels.
+    """
     pairs = list(zip(rounds_of(outcome, part), rounds_of(base, part), strict=False))
     return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
-def reference(contenders: Sequence[Contender], outcomes: Mapping[str, Outcome], precision: str) -> Contender | None:
+def reference(
+    contenders: Sequence[Contender], outcomes: Mapping[str, Outcome], precision: str
+) -> Contender | None:
     """Ours that others of a precision are compared with: the first that was measured."""
-    return next((c for c in contenders if c.ours and c.precision == precision and outcomes[c.name].samples), None)
+    return next(
+        (c for c in contenders if c.ours and c.precision == precision and outcomes[c.name].samples),
+        None,
+    )
 
 
-def summary(case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """What a record keeps of a case: by contender its results, the floors, and the best alternatives."""
+def summary(
+    case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, Outcome]
+) -> dict[str, Any]:
+    """What a record keeps of a case: by contender its results, the floors, and the best
+    alternatives.
+    """
     rates = outcomes.get(FLOOR, Outcome())
     measured = best(rates.samples) if rates.samples else None
     precisions = list(dict.fromkeys(c.precision for c in contenders))
@@ -53,14 +65,17 @@ def summary(case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, 
         found["floor"]["failed"] = rates.failed
     if rates.samples:
         found["floor"]["samples"] = rates.samples
-    found["alternatives"] = [a for p in precisions if (a := alternative(case, contenders, outcomes, p))]
+    found["alternatives"] = [
+        a for p in precisions if (a := alternative(case, contenders, outcomes, p))
+    ]
     return found
 
 
 def _result(
     case: Case, outcome: Outcome, base: Outcome | None, bound: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    # What was measured before it failed stays in the record, but is no result: the rounds are not complete.
+    # What was measured before it failed stays in the record, but is no result: the rounds are not
+    #     complete.
     if outcome.failed:
         return {**outcome.failed, **({"samples": outcome.samples} if outcome.samples else {})}
     if not outcome.samples:
@@ -74,14 +89,17 @@ def _result(
             "smallest": min(each),
             "largest": max(each),
             "times_ours": ratio(outcome, base, part) if base else None,
-            "over_floor": {label: median / seconds for label, seconds in bound.get(part, {}).items()},
+            "over_floor": {
+                label: median / seconds for label, seconds in bound.get(part, {}).items()
+            },
         }
     found: dict[str, Any] = {"seconds": parts}
     for key in ("peak_bytes", "above_start_bytes"):
         found[key] = max(sample[key] for sample in outcome.samples)
     if all("error" in sample for sample in outcome.samples):
         found["error"] = {
-            key: _median([sample["error"][key] for sample in outcome.samples]) for key in outcome.samples[0]["error"]
+            key: _median([sample["error"][key] for sample in outcome.samples])
+            for key in outcome.samples[0]["error"]
         }
     return {**found, "samples": outcome.samples}
 
@@ -96,12 +114,15 @@ def alternative(
     """The fastest exact baseline of a precision beside ours: the default, and the fastest."""
     part = main_part(case)
     there = {
-        c.name: c for c in contenders
+        c.name: c
+        for c in contenders
         if c.precision == precision and outcomes[c.name].samples and not outcomes[c.name].failed
-    }  # fmt: skip
+    }
 
     def fastest(names: Sequence[str]) -> str | None:
-        return min(names, key=lambda name: statistics.median(rounds_of(outcomes[name], part)), default=None)
+        return min(
+            names, key=lambda name: statistics.median(rounds_of(outcomes[name], part)), default=None
+        )
 
     baseline = fastest([name for name, c in there.items() if c.exact and not c.ours])
     own = [name for name, c in there.items() if c.ours]
@@ -110,7 +131,9 @@ def alternative(
         return None
 
     def beside(name: str) -> dict[str, Any]:
-        memory = [max(s["above_start_bytes"] for s in outcomes[n].samples) for n in (name, baseline)]
+        memory = [
+            max(s["above_start_bytes"] for s in outcomes[n].samples) for n in (name, baseline)
+        ]
         return {
             "name": name,
             "seconds": statistics.median(rounds_of(outcomes[name], part)),
@@ -119,9 +142,10 @@ def alternative(
         }
 
     missing = [
-        c.name for c in contenders
+        c.name
+        for c in contenders
         if c.exact and not c.ours and c.precision == precision and c.name not in there
-    ]  # fmt: skip
+    ]
     return {
         "precision": precision,
         "part": part,

@@ -1,4 +1,6 @@
-"""A run of two stages to evaluate, or to make the second stage of: the digits, or noise in the shape of photographs."""
+"""A run of two stages to evaluate, or to make the second stage of: the digits, or noise in the
+shape of photographs.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,23 @@ from pdd_fast.storage.run import Run
 CLASSES, TRAIN, TEST = 10, 60, 20  # images of noise in each class
 DIGITS = 8  # pixels of their sides
 SETTINGS: dict[str, Any] = {
-    "stages": 2, "ipc": 4, "experts": 2, "expert_train_epochs": 4, "max_start_epoch": 1, "expert_epochs": 3,
-    "expert_batch": 256, "eval_every": 0, "eval_networks": 1, "repeats": 1, "expert_lr": 0.02, "inner_lr": 0.02,
-    "lr_img": 10.0, "lr_lr": 1e-5, "union_batch": 256, "augment": "color_crop_cutout_flip_scale_rotate",
-}  # fmt: skip
+    "stages": 2,
+    "ipc": 4,
+    "experts": 2,
+    "expert_train_epochs": 4,
+    "max_start_epoch": 1,
+    "expert_epochs": 3,
+    "expert_batch": 256,
+    "eval_every": 0,
+    "eval_networks": 1,
+    "repeats": 1,
+    "expert_lr": 0.02,
+    "inner_lr": 0.02,
+    "lr_img": 10.0,
+    "lr_lr": 1e-5,
+    "union_batch": 256,
+    "augment": "color_crop_cutout_flip_scale_rotate",
+}
 
 
 def noise(folder: Path, size: int) -> Path:
@@ -37,11 +52,15 @@ def noise(folder: Path, size: int) -> Path:
             place = folder / split / str(label)
             place.mkdir(parents=True)
             for k in range(count):
-                Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(place / f"{k}.png")
+                Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                    place / f"{k}.png"
+                )
     return folder
 
 
-def begin(case: Case, job: Job, folder: Path, precision: str = "float32", **options: Any) -> tuple[Run, Workbench]:
+def begin(
+    case: Case, job: Job, folder: Path, precision: str = "float32", **options: Any
+) -> tuple[Run, Workbench]:
     """A new run in ``folder`` with a case's numbers, and what it works with.
 
     Args:
@@ -50,16 +69,29 @@ def begin(case: Case, job: Job, folder: Path, precision: str = "float32", **opti
     data = "digits" if case.size == DIGITS else f"imagefolder:{noise(folder / 'data', case.size)}"
     epochs = case.epochs or 50
     config = resolve(
-        **SETTINGS, dataset=data, width=case.width, depth=case.depth, union_epochs=epochs, eval_epochs=epochs,
-        transition_epochs=epochs, iterations=case.iterations, inner_steps=case.steps or 1, device=str(job.device),
-        threads=job.threads, precision=precision, **options,
-    )  # fmt: skip
+        **SETTINGS,
+        dataset=data,
+        width=case.width,
+        depth=case.depth,
+        union_epochs=epochs,
+        eval_epochs=epochs,
+        transition_epochs=epochs,
+        iterations=case.iterations,
+        inner_steps=case.steps or 1,
+        device=str(job.device),
+        threads=job.threads,
+        precision=precision,
+        **options,
+    )
     return Run.create(folder / "run", config), Workbench.prepare(config)
 
 
 @contextmanager
 def ready(
-    prepared: Callable[[Case, Contender, Job, Path], Callable[[], Any]], case: Case, contender: Contender, job: Job
+    prepared: Callable[[Case, Contender, Job, Path], Callable[[], Any]],
+    case: Case,
+    contender: Contender,
+    job: Job,
 ) -> Iterator[tuple[Callable[[], Any], measure.Memory]]:
     """The call that ``prepared`` gives for a folder of its own, and the memory from here on."""
     measure.set_precision(contender.precision)
@@ -75,5 +107,7 @@ def real_union(bench: Workbench, stages: int) -> Union:
     groups = bench.random_real_rows(bench.config.ipc_by_stage, "initial images")
     union = Union.empty(bench)
     for rows in groups[:stages]:
-        union = union.extended(bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr)
+        union = union.extended(
+            bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr
+        )
     return union

@@ -1,7 +1,9 @@
-"""One whole stage, measured: the second of a run, from networks trained on the first one's images to its own best ones.
+"""One whole stage, measured: the second of a run, from networks trained on the first one's images
+to its own best ones.
 
-The transition trains every start network on the union and then, recorded, on real data; the iterations match these
-trajectories; at the end a fresh network is trained on the images and scored on held-out data.
+The transition trains every start network on the union and then, recorded, on real data; the
+iterations match these trajectories; at the end a fresh network is trained on the images and scored
+on held-out data.
 """
 
 from __future__ import annotations
@@ -32,11 +34,19 @@ from pdd_fast.storage.trajectories import list_trajectories
 
 
 class PlainStage:
-    """The second stage in plain PyTorch, as MTT's scripts are built: nets by torch.optim.SGD, create_graph=True through
-    every unrolled step."""
+    """The second stage in plain PyTorch, as MTT's scripts are built: nets by torch.optim.SGD,
+    create_graph=True through every unrolled step.
+    """
 
-    def __init__(self, bench: Workbench, union: Union, starts: list[Tensor], channels_last: bool) -> None:
-        self.bench, self.union, self.starts, self.channels_last = bench, union, starts, channels_last
+    def __init__(
+        self, bench: Workbench, union: Union, starts: list[Tensor], channels_last: bool
+    ) -> None:
+        self.bench, self.union, self.starts, self.channels_last = (
+            bench,
+            union,
+            starts,
+            channels_last,
+        )
         self.generator = torch.Generator().manual_seed(0)
         self.draws = PlainDraws(bench.dsa, bench.device, torch.float32)
 
@@ -52,10 +62,14 @@ class PlainStage:
         pdd_fast.load_parameters(training.net, start.to(self.bench.device))
         sgd = self.bench.synthetic_sgd
         training.run(
-            union.images, union.labels, union.rates[-1],
+            union.images,
+            union.labels,
+            union.rates[-1],
             config.transition_epochs * sgd.steps_per_epoch(len(union.images)),
-        )  # fmt: skip
-        training.optimizer = torch.optim.SGD(training.net.parameters(), config.expert_lr, config.expert_momentum)
+        )
+        training.optimizer = torch.optim.SGD(
+            training.net.parameters(), config.expert_lr, config.expert_momentum
+        )
         training.batch = config.expert_batch
         found = [pdd_fast.flatten_parameters(training.net)]
         for _ in range(config.transition_real_epochs):
@@ -64,9 +78,13 @@ class PlainStage:
         return found
 
     def problem(self, trajectories: list[list[Tensor]], images: Tensor, labels: Tensor) -> Problem:
-        """What one iteration draws: a trajectory, where on it to start, batches of the union, and DSA."""
+        """What one iteration draws: a trajectory, where on it to start, batches of the union, and
+        DSA.
+        """
         config, data = self.bench.config, self.bench.data
-        net = plain_convnet(data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
+        net = plain_convnet(
+            data.in_channels, data.num_classes, data.image_size, config.width, config.depth
+        )
         trajectory = trajectories[self.integer(len(trajectories))]
         first = self.integer(config.max_start_epoch + 1)
         size, batches = len(images) - len(self.union.images), list[Tensor]()
@@ -74,9 +92,15 @@ class PlainStage:
             order = torch.randperm(len(images), generator=self.generator)
             batches += order[: len(images) // size * size].split(size)
         problem = Problem(
-            net.to(images.device), trajectory[first], trajectory[first + config.expert_epochs], images.detach(), labels,
-            torch.tensor(0.0), batches[: config.inner_steps], channels_last=self.channels_last,
-        )  # fmt: skip
+            net.to(images.device),
+            trajectory[first],
+            trajectory[first + config.expert_epochs],
+            images.detach(),
+            labels,
+            torch.tensor(0.0),
+            batches[: config.inner_steps],
+            channels_last=self.channels_last,
+        )
         H, W = images.shape[2:]
         problem.augments = [self.draws.draw(size, (H, W)) for _ in problem.batches]
         return problem
@@ -94,9 +118,11 @@ class PlainStage:
         optimizer = torch.optim.SGD(
             [{"params": [images], "lr": config.lr_img}, {"params": [rate], "lr": config.lr_lr}],
             momentum=config.momentum,
-        )  # fmt: skip
+        )
         for _ in range(config.iterations):
-            together = torch.cat([union.images, images])  # the earlier ones are constants and cost no gradient
+            together = torch.cat(
+                [union.images, images]
+            )  # the earlier ones are constants and cost no gradient
             problem = self.problem(trajectories, together, labels)
             optimizer.zero_grad()
             problem.matching_loss(trained(problem, together, rate)).backward(inputs=[images, rate])
@@ -105,7 +131,9 @@ class PlainStage:
 
     def select(self, images: Tensor, rate: float) -> float:
         config, bench, union = self.bench.config, self.bench, self.union
-        labels = bench.train.labels[bench.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]]
+        labels = bench.train.labels[
+            bench.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
+        ]
         both = union.extended(images, labels, rate)
         scores = []
         for number in range(config.eval_networks):
@@ -135,7 +163,9 @@ def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callab
         return lambda: distill(run)
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
     # Loading the data is part of a stage of ours, and so of this one.
-    return lambda: PlainStage(Workbench.prepare(run.config), union, starts, contender.options["channels_last"])()
+    return lambda: PlainStage(
+        Workbench.prepare(run.config), union, starts, contender.options["channels_last"]
+    )()
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""A record as Markdown: the machine, a table for every case, and in sentences what a table does not say. Imports no
-torch."""
+"""A record as Markdown: the machine, a table for every case, and in sentences what a table does not
+say. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from pdd_fast.benchmarks.present import duration, number, size, spread, table
 def case_table(name: str, found: Mapping[str, Any]) -> str:
     """The results of a case."""
     case = parse(name)
-    kind, labels = KINDS[case.kind], floors.OF_KIND.get(case.kind, ("copy",) if case.kind == "dsa" else ())
+    kind, labels = (
+        KINDS[case.kind],
+        floors.OF_KIND.get(case.kind, ("copy",) if case.kind == "dsa" else ()),
+    )
     several = len(kind.parts) > 1
     header = ["contender", *(["part"] if several else []), "seconds", "min–max", "times ours"]
     header += ["peak memory", "of it new"]
@@ -27,9 +31,18 @@ def case_table(name: str, found: Mapping[str, Any]) -> str:
             rows.append(cells + [""] * (len(header) - len(cells)))
             continue
         for i, (part, seconds) in enumerate(result["seconds"].items()):
-            row = [contender if i == 0 else "", *([part] if several else []), duration(seconds["median"])]
-            row += [spread([seconds["smallest"], seconds["largest"]]), number(seconds["times_ours"])]
-            row += [size(result[key]) if i == 0 else "" for key in ("peak_bytes", "above_start_bytes")]
+            row = [
+                contender if i == 0 else "",
+                *([part] if several else []),
+                duration(seconds["median"]),
+            ]
+            row += [
+                spread([seconds["smallest"], seconds["largest"]]),
+                number(seconds["times_ours"]),
+            ]
+            row += [
+                size(result[key]) if i == 0 else "" for key in ("peak_bytes", "above_start_bytes")
+            ]
             row += _errors(kind.errors, result.get("error"))
             if labels:
                 row.append(" / ".join(number(value) for value in seconds["over_floor"].values()))
@@ -38,7 +51,11 @@ def case_table(name: str, found: Mapping[str, Any]) -> str:
 
 
 # Its column and how it is written.
-_ERRORS = {"images": ("images' gradient", ".1e"), "cosine": ("cosine", ".6f"), "rate": ("rate's gradient", ".1e")}
+_ERRORS = {
+    "images": ("images' gradient", ".1e"),
+    "cosine": ("cosine", ".6f"),
+    "rate": ("rate's gradient", ".1e"),
+}
 
 
 def _errors(keys: Sequence[str], error: Mapping[str, float | None] | None) -> list[str]:
@@ -48,7 +65,8 @@ def _errors(keys: Sequence[str], error: Mapping[str, float | None] | None) -> li
 
 
 def floor_table(name: str, found: Mapping[str, Any]) -> str:
-    """The rates that a case's floor was counted with, and its seconds; nothing where it has none."""
+    """The rates that a case's floor was counted with, and its seconds; nothing where it has
+    none."""
     floor, case = found["floor"], parse(name)
     if floor["rates"] is None:
         return f"No floor: {floor['failed']['why']}." if "failed" in floor else ""
@@ -57,14 +75,20 @@ def floor_table(name: str, found: Mapping[str, Any]) -> str:
         return f"Floor: bytes at the rate of a copy, {copy}."
     rows = []
     for precision, of_layers in floor["rates"]["convolution"].items():
-        for i, (layer, rates) in enumerate(zip(floors.layers(case), of_layers, strict=True), start=1):
+        for i, (layer, rates) in enumerate(
+            zip(floors.layers(case), of_layers, strict=True), start=1
+        ):
             shape = f"{layer.channels}→{layer.width}, {layer.side}×{layer.side}"
-            rows.append([precision, f"{i}: {shape}", *(f"{rates[k] / 1e9:.4g}" for k in floors.KINDS)])
+            rows.append(
+                [precision, f"{i}: {shape}", *(f"{rates[k] / 1e9:.4g}" for k in floors.KINDS)]
+            )
     text = table(["floor", "layer", *(f"{kind}, GFLOP/s" for kind in floors.KINDS)], rows)
     sums = [
         f"{label} and {floors.passes_in_words(label)} at {copy}: {duration(seconds)} in {precision}"
-        for precision, parts in floor["seconds"].items() for part in parts.values() for label, seconds in part.items()
-    ]  # fmt: skip
+        for precision, parts in floor["seconds"].items()
+        for part in parts.values()
+        for label, seconds in part.items()
+    ]
     return "\n\n".join([text, f"Floor: {'; '.join(sums)}."] if sums else [text])
 
 
@@ -75,12 +99,18 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     if truth and "failed" in truth:
         said.append(f"No errors: the gradient in float64 {truth['why']}.")
     for other in found["alternatives"]:
-        line = f"Best exact alternative in {other['precision']}: {other['baseline']}, {duration(other['seconds'])}."
+        line = (
+            f"Best exact alternative in {other['precision']}: {other['baseline']}, "
+            f"{duration(other['seconds'])}."
+        )
         beside = [other["ours"]]
         if other["fastest of ours"]["name"] != beside[0]["name"]:
             beside.append(other["fastest of ours"])
         for own in beside:
-            line += f" {own['name']}: {duration(own['seconds'])}, {number(own['times_as_fast'])} times as fast"
+            line += (
+                f" {own['name']}: {duration(own['seconds'])}, "
+                f"{number(own['times_as_fast'])} times as fast"
+            )
             if own["share_of_memory"] is not None:
                 line += f" with {number(own['share_of_memory'])} of its new memory"
             line += "."
@@ -107,13 +137,17 @@ def report(record: Mapping[str, Any]) -> str:
     facts = {**record["machine"], **record["settings"], "began": record["began"]}
     rows = [
         f"| {key.replace('_', ' ')} | {size(value) if 'memory' in key else _plain(value)} |"
-        for key, value in facts.items() if value not in ((), [], 0)
-    ]  # fmt: skip
+        for key, value in facts.items()
+        if value not in ((), [], 0)
+    ]
     lines += ["| | |", "|---|---|", *rows, ""]
     lines += [
-        "Every number is a median over rounds, in each of which every contender runs in a process of its own; min–max "
-        "is over all that was timed. Times ours: round by round over the first of ours in the same precision. Peak "
-        "memory is the process's, or the tensors' on a GPU; new is what came after the network and its inputs were "
+        "Every number is a median over rounds, in each of which every contender runs in a process "
+        "of its own; min–max "
+        "is over all that was timed. Times ours: round by round over the first of ours in the "
+        "same precision. Peak "
+        "memory is the process's, or the tensors' on a GPU; new is what came after the network "
+        "and its inputs were "
         "there. Errors are relative, against float64."
     ]
     for name, found in record["cases"].items():

@@ -1,5 +1,6 @@
-"""One plain training step, measured: SGD with momentum 0.9 and weight decay 5e-4, as in evaluation, on request with
-augmentations that are drawn anew."""
+"""One plain training step, measured: SGD with momentum 0.9 and weight decay 5e-4, as in evaluation,
+on request with augmentations that are drawn anew.
+"""
 
 from __future__ import annotations
 
@@ -37,26 +38,46 @@ def ours(
     dsa = pdd_fast.DSA(DSA if augment else "none")
     loop = Loop(
         Sgd(engine, dsa, len(images), MOMENTUM, DECAY, graph=options.get("graph", True)),
-        students, images, labels, STEPS,
-    )  # fmt: skip
+        students,
+        images,
+        labels,
+        STEPS,
+    )
     generator = torch.Generator().manual_seed(0)
     return (lambda: list(loop.advance([RATE] * STEPS, [generator]))), (lambda: students.theta[0])
 
 
 def plain(
-    contender: Contender, own: pdd_fast.ConvNet, images: Tensor, labels: Tensor, draws: Draws | None,
+    contender: Contender,
+    own: pdd_fast.ConvNet,
+    images: Tensor,
+    labels: Tensor,
+    draws: Draws | None,
     generator: torch.Generator,
-) -> tuple[Steps, Parameters]:  # fmt: skip
-    """The same in PyTorch, from the parameters of ``own`` on; with the option "module" on ``own`` itself."""
+) -> tuple[Steps, Parameters]:
+    """The same in PyTorch, from the parameters of ``own`` on; with the option "module" on ``own``
+    itself.
+    """
     options = dict(contender.options)
     net: torch.nn.Module = own
     if not options.pop("module", False):
-        net = plain_convnet(own.in_channels, own.num_classes, own.image_size, own.width, own.depth).to(images)
+        net = plain_convnet(
+            own.in_channels, own.num_classes, own.image_size, own.width, own.depth
+        ).to(images)
         pdd_fast.load_parameters(net, pdd_fast.flatten_parameters(own))
     training = PlainTraining(
-        net, draws, generator, batch=len(images), rate=RATE, momentum=MOMENTUM, decay=DECAY, **options
+        net,
+        draws,
+        generator,
+        batch=len(images),
+        rate=RATE,
+        momentum=MOMENTUM,
+        decay=DECAY,
+        **options,
     )
-    return (lambda: training.steps(images, labels, STEPS)), (lambda: pdd_fast.flatten_parameters(net))
+    return (lambda: training.steps(images, labels, STEPS)), (
+        lambda: pdd_fast.flatten_parameters(net)
+    )
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
@@ -73,7 +94,9 @@ def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
         steps, _ = ours(contender, net, images, labels, case.augment)
     else:
         draws = PlainDraws(pdd_fast.DSA(DSA), job.device, images.dtype) if case.augment else None
-        steps, _ = plain(contender, net, images, labels, draws, torch.Generator(job.device).manual_seed(0))
+        steps, _ = plain(
+            contender, net, images, labels, draws, torch.Generator(job.device).manual_seed(0)
+        )
     steps()
     memory.forget()
     taken = [seconds / STEPS for seconds in measure.repeated(steps, job.device)]

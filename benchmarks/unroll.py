@@ -1,4 +1,6 @@
-"""One meta-gradient, measured: of the matching loss with respect to the images and the learning rate."""
+"""One meta-gradient, measured: of the matching loss with respect to the images and the learning
+rate.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,24 @@ _TRUTH = "truth.pt"  # in the case's folder
 
 
 def unrolled(problem: Problem, **options: Any) -> Iteration:
-    """The installed package by its public differentiable unroll; with ``engine="autograd"`` on a module that it does
-    not know."""
+    """The installed package by its public differentiable unroll; with ``engine="autograd"`` on a
+    module that it does not know.
+    """
     net = problem.net if options.get("engine") == "autograd" else problem.own
     assert net is not None
 
     def iterate() -> Gradients:
-        images, rate = problem.images.detach().requires_grad_(), problem.rate.detach().requires_grad_()
-        batches, draws = problem.batches[: problem.steps], problem.draws and problem.draws[: problem.steps]
-        end = pdd_fast.unroll(net, problem.start, images, problem.labels, rate, batches, draws, **options)
+        images, rate = (
+            problem.images.detach().requires_grad_(),
+            problem.rate.detach().requires_grad_(),
+        )
+        batches, draws = (
+            problem.batches[: problem.steps],
+            problem.draws and problem.draws[: problem.steps],
+        )
+        end = pdd_fast.unroll(
+            net, problem.start, images, problem.labels, rate, batches, draws, **options
+        )
         loss = pdd_fast.trajectory_matching_loss(end, problem.start, problem.target)
         images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
         return images_grad, rate_grad
@@ -38,10 +49,15 @@ def unrolled(problem: Problem, **options: Any) -> Iteration:
 
 
 def matching(
-    problem: Problem, *, graph: bool, precision: str, memory: str = "recompute", convolution: str = "auto"
+    problem: Problem,
+    *,
+    graph: bool,
+    precision: str,
+    memory: str = "recompute",
+    convolution: str = "auto",
 ) -> Iteration:
-    """The installed package's whole iteration. Its inputs come from the CPU every time, as in a run; baselines have
-    theirs.
+    """The installed package's whole iteration. Its inputs come from the CPU every time, as in a
+    run; baselines have theirs.
 
     At rest and with momentum 0 the velocities after an iteration are the gradients.
     """
@@ -54,9 +70,16 @@ def matching(
         draws = PackedDraws.of(problem.draws[:steps]) if problem.draws else None
         batches = torch.stack(problem.batches[:steps])
         step = MatchingStep(
-            engine, problem.labels, problem.images[:0], steps=steps, batch=batches.shape[1], memory=memory, graph=graph,
-            operations=len(draws.operations) if draws else 0, cutout=draws.cutout_size if draws else (0, 0),
-        )  # fmt: skip
+            engine,
+            problem.labels,
+            problem.images[:0],
+            steps=steps,
+            batch=batches.shape[1],
+            memory=memory,
+            graph=graph,
+            operations=len(draws.operations) if draws else 0,
+            cutout=draws.cutout_size if draws else (0, 0),
+        )
         return step, MatchingInputs(start, target, batches, draws)
 
     made = {problem.steps: prepared(problem.steps)}
@@ -84,8 +107,10 @@ def prepared(contender: Contender, problem: Problem) -> Iteration:
 
 
 def warm_up(problem: Problem, iterate: Iteration, keeps: bool = False) -> None:
-    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all of that behind, but
-    where activations are kept: the memory for those of each step is mapped in the first iteration and used in all."""
+    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all
+    of that behind, but where activations are kept: the memory for those of each step is mapped in
+    the first iteration and used in all.
+    """
     if problem.images.is_cuda:
         iterate()
         iterate()
@@ -99,20 +124,27 @@ def warm_up(problem: Problem, iterate: Iteration, keeps: bool = False) -> None:
 
 
 def problem_of(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-    return Problem.draw(case.batch, case.steps, case.size, case.width, case.depth, device, dtype, case.augment)
+    return Problem.draw(
+        case.batch, case.steps, case.size, case.width, case.depth, device, dtype, case.augment
+    )
 
 
 def write_truth(case: Case, job: Job) -> dict[str, Any]:
-    """Keeps the gradients in float64, by torch.func: without the package, and a step's memory at a time."""
+    """Keeps the gradients in float64, by torch.func: without the package, and a step's memory at a
+    time.
+    """
     found = baselines.functional(problem_of(case, job.device, torch.float64))()
     torch.save([gradient.cpu() for gradient in found], job.scratch / _TRUTH)
     return {"by": "torch.func in float64"}
 
 
 def errors(found: Gradients, truth: Gradients) -> dict[str, float | None]:
-    """Relative errors of both gradients, and the cosine of the angle between the images' gradient and the true one.
-    None for what is not finite."""
-    return measure.image_errors(found[0], truth[0]) | {"rate": measure.relative_error(found[1], truth[1])}
+    """Relative errors of both gradients, and the cosine of the angle between the images' gradient
+    and the true one. None for what is not finite.
+    """
+    return measure.image_errors(found[0], truth[0]) | {
+        "rate": measure.relative_error(found[1], truth[1])
+    }
 
 
 def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:

@@ -15,18 +15,31 @@ from pdd_fast.settings import CHOICES, listed, resolve
 
 @click.command(name="ablate")
 @ablation_options
-@click.option("--stages", default="1,2,5,10", help="Numbers of stages, joined by commas. [default: 1,2,5,10]")
+@click.option(
+    "--stages", default="1,2,5,10", help="Numbers of stages, joined by commas. [default: 1,2,5,10]"
+)
 @click.option("--conditioning", default="on,off", help="on, off, or both. [default: on,off]")
-@click.option("--filter", "filters", default="none", help="none, forgetting, learned, or several. [default: none]")
+@click.option(
+    "--filter",
+    "filters",
+    default="none",
+    help="none, forgetting, learned, or several. [default: none]",
+)
 @click.option("--seeds", type=click.IntRange(1), default=3, help="Seeds 0, 1, ... [default: 3]")
 @click.option("--output", "folder", type=PATH, default=None, help="[default: ablation/DATA-ipc...]")
 def command(
-    stages: str, conditioning: str, filters: str, seeds: int, folder: Path | None, as_json: bool, **options: Any
+    stages: str,
+    conditioning: str,
+    filters: str,
+    seeds: int,
+    folder: Path | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Distil and judge with other numbers of stages, with and without conditioning and the filter.
 
-    All variants of a seed share their experts and are judged by as many SGD steps. The same call goes on where an
-    interrupted one stopped.
+    All variants of a seed share their experts and are judged by as many SGD steps. The same call
+    goes on where an interrupted one stopped.
     """
     # Any number of stages will do here: each variant has its own.
     config = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
@@ -48,7 +61,9 @@ def command(
 def _numbers(text: str) -> tuple[int, ...]:
     found = listed(text, int)
     if not found or min(found) < 1:
-        raise UsageError(f"--stages must be whole numbers from 1 on, joined by commas, got {text!r}")
+        raise UsageError(
+            f"--stages must be whole numbers from 1 on, joined by commas, got {text!r}"
+        )
     return found
 
 
@@ -56,5 +71,8 @@ def _names(setting: str, text: str) -> list[str]:
     found = [part.strip() for part in text.split(",")]
     for name in found:
         if name not in CHOICES[setting]:
-            raise UsageError(f"--{setting} must be of {', '.join(CHOICES[setting])}, joined by commas, got {name!r}")
+            raise UsageError(
+                f"--{setting} must be of {', '.join(CHOICES[setting])}, joined by commas, got "
+                f"{name!r}"
+            )
     return found

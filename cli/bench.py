@@ -15,29 +15,80 @@ from pdd_fast.runtime.errors import RunError
 
 
 @click.command(name="bench")
-@click.option("--suite", type=click.Choice(list(SUITES)), default="quick", show_default=True, help="Which cases.")
-@click.option("--only", multiple=True, metavar="PATTERN", help="Cases of the suite whose names match; may be repeated.")
+@click.option(
+    "--suite",
+    type=click.Choice(list(SUITES)),
+    default="quick",
+    show_default=True,
+    help="Which cases.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help="Cases of the suite whose names match; may be repeated.",
+)
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Cases to leave out, likewise.")
-@click.option("--case", "named", multiple=True, metavar="NAME", help="A case by its name, in the suite's place.")
-@click.option("--contender", multiple=True, metavar="TEXT", help="Contenders whose names contain it; may be repeated.")
+@click.option(
+    "--case",
+    "named",
+    multiple=True,
+    metavar="NAME",
+    help="A case by its name, in the suite's place.",
+)
+@click.option(
+    "--contender",
+    multiple=True,
+    metavar="TEXT",
+    help="Contenders whose names contain it; may be repeated.",
+)
 @click.option("--without", multiple=True, metavar="TEXT", help="Contenders to leave out, likewise.")
-@click.option("--rounds", type=click.IntRange(1), default=None, help="Measurements of each. [default: the suite's]")
-@click.option("--threads", type=click.IntRange(1), default=None, help="Of the CPU. [default: as many as torch takes]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=None,
+    help="Measurements of each. [default: the suite's]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=None,
+    help="Of the CPU. [default: as many as torch takes]",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--limit", type=click.FloatRange(0, min_open=True), default=None,
-              help="Seconds of one measurement. [default: the suite's]")  # fmt: skip
-@click.option("--output", "folder", type=PathOption(file_okay=False), default=None, metavar="DIR",
-              help="Where bench.json, bench.md and bench.png go. [default: bench/TIME]")  # fmt: skip
+@click.option(
+    "--limit",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    help="Seconds of one measurement. [default: the suite's]",
+)
+@click.option(
+    "--output",
+    "folder",
+    type=PathOption(file_okay=False),
+    default=None,
+    metavar="DIR",
+    help="Where bench.json, bench.md and bench.png go. [default: bench/TIME]",
+)
 @click.option("--list", "listing", is_flag=True, help="Name the cases and end.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(
-    suite: str, only: tuple[str, ...], skip: tuple[str, ...], named: tuple[str, ...], listing: bool,
-    folder: Path | None, as_json: bool, rounds: int | None, threads: int | None, limit: float | None, **chosen: Any,
-) -> None:  # fmt: skip
+    suite: str,
+    only: tuple[str, ...],
+    skip: tuple[str, ...],
+    named: tuple[str, ...],
+    listing: bool,
+    folder: Path | None,
+    as_json: bool,
+    rounds: int | None,
+    threads: int | None,
+    limit: float | None,
+    **chosen: Any,
+) -> None:
     """Measure speed, memory and gradient error against plain PyTorch.
 
-    Every contender runs in processes of its own, in turn. Results are written after every measurement, so that Ctrl-C
-    loses none. The quick suite takes about ten minutes on two cores.
+    Every contender runs in processes of its own, in turn. Results are written after every
+    measurement, so that Ctrl-C loses none. The quick suite takes about ten minutes on two cores.
     """
     if listing:
         _list()
@@ -51,7 +102,9 @@ def command(
         if not as_json:
             print(case_text(name, found), end="\n\n", flush=True)
 
-    settings = Settings(suite=suite, rounds=rounds or 0, threads=threads or 0, limit=limit or 0.0, **chosen)
+    settings = Settings(
+        suite=suite, rounds=rounds or 0, threads=threads or 0, limit=limit or 0.0, **chosen
+    )
     place = folder or Path("bench") / time.strftime("%Y-%m-%d-%H%M%S")
     bench = Bench(cases, settings, place, output.reporter(), told)
     try:
@@ -63,7 +116,9 @@ def command(
             output.print_files(_files(place))
     if bench.wrong:
         failed = "; ".join(bench.wrong)
-        raise RunError(f"these failed and should not have: {failed}; {place / 'bench.json'} has the details")
+        raise RunError(
+            f"these failed and should not have: {failed}; {place / 'bench.json'} has the details"
+        )
 
 
 def _list() -> None:
@@ -79,4 +134,6 @@ def _list() -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for name in ("bench.json", "bench.md", "bench.png") if (path := folder / name).exists()]
+    return [
+        path for name in ("bench.json", "bench.md", "bench.png") if (path := folder / name).exists()
+    ]

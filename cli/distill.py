@@ -18,11 +18,16 @@ from pdd_fast.runtime.errors import UsageError
 
 @click.command(name="distill")
 @run_options
-@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, with the same bits as uninterrupted.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the run in --run-dir, with the same bits as uninterrupted.",
+)
 def command(resume: bool, **options: Any) -> None:
     """Distil a data set in stages, judge it, draw it.
 
-    Trains the experts first if there are none. Ctrl-C (or a kill) leaves a run that --resume continues.
+    Trains the experts first if there are none. Ctrl-C (or a kill) leaves a run that --resume
+    continues.
     """
     with begun("distill", resume, **options) as run:
         from pdd_fast.cli.show import draw
@@ -31,10 +36,14 @@ def command(resume: bool, **options: Any) -> None:
 
         reporter = output.reporter()
         distill(run, reporter)
-        evaluation = run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)
+        evaluation = (
+            run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)
+        )
         files = [run.distilled_file, run.evaluation_file, *draw(run)]
     if options["as_json"]:
-        output.print_json({"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation})
+        output.print_json(
+            {"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation}
+        )
         return
     output.print_evaluation(evaluation)
     output.print_files(files)
@@ -44,8 +53,9 @@ def command(resume: bool, **options: Any) -> None:
 def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
     """The run that the flags ask for, new or continued, to work on inside the block.
 
-    Where the block fails or is interrupted, the error says in ``continue_with`` how to go on. Where it fails before
-    anything was made, the new run goes away instead, so that the corrected call does not find it in its place.
+    Where the block fails or is interrupted, the error says in ``continue_with`` how to go on. Where
+    it fails before anything was made, the new run goes away instead, so that the corrected call
+    does not find it in its place.
     """
     run = _start(resume, **options)
     try:
@@ -61,13 +71,19 @@ def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
 
 
 def _removed(run: Any) -> bool:
-    """Removes a run that nothing was made in, unless another process took it up; whether it is gone."""
+    """Removes a run that nothing was made in, unless another process took it up; whether it is
+    gone.
+    """
     from pdd_fast.runtime.locks import LOCK, OWNER
 
     with suppress(UsageError, OSError), run.lock():
         files = [entry for entry in run.path.rglob("*") if not entry.is_dir()]
-        if all(entry.name in ("config.json", LOCK) or entry.name.startswith(OWNER) for entry in files):
-            shutil.rmtree(run.path, ignore_errors=True)  # leaves "." and a link to a folder, emptied or not
+        if all(
+            entry.name in ("config.json", LOCK) or entry.name.startswith(OWNER) for entry in files
+        ):
+            shutil.rmtree(
+                run.path, ignore_errors=True
+            )  # leaves "." and a link to a folder, emptied or not
     return not (run.path / "config.json").exists()
 
 
@@ -79,6 +95,8 @@ def _start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
         return Run.create(run_dir or default_run_dir(config), config)
     path = run_dir or default_run_dir(configuration(options))
     if not path.exists():
-        raise UsageError(f"{path} does not exist: there is nothing to resume; leave --resume out to begin")
+        raise UsageError(
+            f"{path} does not exist: there is nothing to resume; leave --resume out to begin"
+        )
     run = Run.open(path)
     return Run(run.path, continued(run.config, options))

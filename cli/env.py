@@ -12,7 +12,10 @@ import click
 from pdd_fast._version import __version__
 from pdd_fast.cli import output
 
-_REBUILD = "install again with `pip install --force-reinstall --no-deps --verbose .` and read what the build prints"
+_REBUILD = (
+    "install again with `pip install --force-reinstall --no-deps --verbose .` and "
+    "read what the build prints"
+)
 
 
 @click.command(name="env")
@@ -21,7 +24,11 @@ def command(as_json: bool) -> None:
     """What was built, what was found, and what to do about what is missing."""
     facts: dict[str, dict[str, str]] = {}
     advice: list[str] = []
-    facts["pdd-fast"] = {"version": __version__, "python": platform.python_version(), "machine": platform.machine()}
+    facts["pdd-fast"] = {
+        "version": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
     facts["built"] = _built(advice)
     torch = _torch(facts, advice)
     if torch is not None:
@@ -47,14 +54,18 @@ def _built(advice: list[str]) -> dict[str, str]:
         built = {
             "compiler": cpu["compiler"],
             "CPU kernels": ", ".join(cpu["levels"]),
-            "CUDA kernels": f"nvcc {cuda['nvcc']}, sm_" + ", sm_".join(cuda["archs"]) + " and PTX" if cuda else "none",
+            "CUDA kernels": f"nvcc {cuda['nvcc']}, sm_" + ", sm_".join(cuda["archs"]) + " and PTX"
+            if cuda
+            else "none",
         }
         if not cuda:
             built["why no CUDA"] = record["cuda_reason"]
         if record.get("nvcc_error"):
             advice.append(
-                f"nvcc was found but does not compile ({record['nvcc_error']}): install a gcc that it supports and set "
-                f"NVCC_CCBIN to it, then {_REBUILD}; if no CUDA kernels are wanted, install with PDD_FAST_CUDA=0 set"
+                f"nvcc was found but does not compile ({record['nvcc_error']}): install a gcc "
+                f"that it supports and set "
+                f"NVCC_CCBIN to it, then {_REBUILD}; if no CUDA kernels are wanted, install with "
+                f"PDD_FAST_CUDA=0 set"
             )
     except (OSError, ValueError, KeyError, TypeError):
         advice.append(f"the record of the build is missing: {_REBUILD}")
@@ -63,7 +74,9 @@ def _built(advice: list[str]) -> dict[str, str]:
 
 
 def _fails(error: Exception) -> str:
-    """What an import that fails says; releases that do not fit each other fail in all kinds of ways."""
+    """What an import that fails says; releases that do not fit each other fail in all kinds of
+    ways.
+    """
     return f"fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
@@ -98,13 +111,23 @@ def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) ->
             continue
         facts[f"{device.upper()} kernels"] = {"library": str(_native.load_error(device))}
         if device == "cpu":
-            advice.append(f"the CPU kernels are missing and the slower reference runs in their place: {_REBUILD}")
-        elif torch.cuda.is_available() and not any(sentence.startswith("nvcc was found") for sentence in advice):
-            advice.append(f"a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then {_REBUILD}")
+            advice.append(
+                f"the CPU kernels are missing and the slower reference runs in their place: "
+                f"{_REBUILD}"
+            )
+        elif torch.cuda.is_available() and not any(
+            sentence.startswith("nvcc was found") for sentence in advice
+        ):
+            advice.append(
+                f"a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then "
+                f"{_REBUILD}"
+            )
 
 
 def _architectures(torch: Any, advice: list[str]) -> None:
-    """Whether the kernels run on every GPU: machine code of the same major version, or PTX of an older one."""
+    """Whether the kernels run on every GPU: machine code of the same major version, or PTX of an
+    older one.
+    """
     try:
         built = _record()["cuda"]["archs"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -127,7 +150,12 @@ def _torchvision(facts: dict[str, dict[str, str]], advice: list[str]) -> None:
         facts["torchvision"] = {"version": torchvision.__version__}
     except ModuleNotFoundError:
         facts["torchvision"] = {"import": "not installed"}
-        advice.append("cifar10, cifar100, mnist, fashionmnist and svhn need torchvision: `pip install torchvision`")
+        advice.append(
+            "cifar10, cifar100, mnist, fashionmnist and svhn need torchvision: `pip install "
+            "torchvision`"
+        )
     except Exception as error:
         facts["torchvision"] = {"import": _fails(error)}
-        advice.append("torchvision does not import: install the release that belongs to the installed torch")
+        advice.append(
+            "torchvision does not import: install the release that belongs to the installed torch"
+        )

@@ -14,24 +14,37 @@ from pdd_fast.cli.options import PATH, continued
 @click.argument("run_dir", metavar="RUN", type=PATH)
 @click.option("--repeats", type=int, default=None, help="Fresh networks. [default: the run's]")
 @click.option(
-    "--against", type=PATH, default=None,
+    "--against",
+    type=PATH,
+    default=None,
     help="Another run on the same data, e.g. of one stage and the same --ipc.",
-)  # fmt: skip
+)
 @click.option(
-    "--networks", default="convnet",
-    help="Of convnet, resnet18, resnet18-batchnorm, vgg11, alexnet, mlp, joined by commas. [default: convnet]",
-)  # fmt: skip
+    "--networks",
+    default="convnet",
+    help="Of convnet, resnet18, resnet18-batchnorm, vgg11, alexnet, mlp, joined by commas. "
+    "[default: convnet]",
+)
 @click.option("--subsets", is_flag=True, help="Also what each stage's images teach alone.")
 @click.option("--device", default=None, help="auto, cpu, cuda or cuda:N. [default: the run's]")
 @click.option(
-    "--dataset", default=None, help="imagefolder:DIR, where the run's folder lies now. [default: as in the run]"
+    "--dataset",
+    default=None,
+    help="imagefolder:DIR, where the run's folder lies now. [default: as in the run]",
 )
-@click.option("--data-dir", default=None, help="Where torchvision's data sets lie. [default: as in the run]")
+@click.option(
+    "--data-dir", default=None, help="Where torchvision's data sets lie. [default: as in the run]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(
-    run_dir: Path, repeats: int | None, against: Path | None, networks: str, subsets: bool, as_json: bool,
+    run_dir: Path,
+    repeats: int | None,
+    against: Path | None,
+    networks: str,
+    subsets: bool,
+    as_json: bool,
     **where: str | None,
-) -> None:  # fmt: skip
+) -> None:
     """Train fresh networks through the unions of RUN and report their test accuracy stage by stage.
 
     Beside it, with the same number of SGD steps: random real images and the last union alone.

@@ -27,7 +27,9 @@ def command(resume: bool, **options: Any) -> None:
     # MTT's files do not say.
     reached = [t.metadata["held_out_accuracy"] for t in found if "held_out_accuracy" in t.metadata]
     if options["as_json"]:
-        output.print_json({"run": str(run.path), "experts": len(found), "held_out_accuracy": reached})
+        output.print_json(
+            {"run": str(run.path), "experts": len(found), "held_out_accuracy": reached}
+        )
         return
     span = f", held-out accuracy {min(reached):.1f} to {max(reached):.1f} %" if reached else ""
     print(f"{len(found)} experts of {found[0].epochs} epochs{span}")

@@ -32,7 +32,10 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "env": "What was built, what was found, what to do about it.",
 }
 _SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words, and those of torch's CPU allocator
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+)  # CUDA's words, and those of torch's CPU allocator
 
 
 class LazyGroup(click.Group):
@@ -66,7 +69,8 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            # click would write to stderr, which may be a terminal that is gone, and lose the interrupt to an OSError.
+            # click would write to stderr, which may be a terminal that is gone, and lose the
+            # interrupt to an OSError.
             raise click.Abort from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -77,7 +81,9 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="pdd-fast")
 def group() -> None:
-    """Progressive dataset distillation: a few synthetic images that train a network almost as well as the full data."""
+    """Progressive dataset distillation: a few synthetic images that train a network almost as well
+    as the full data.
+    """
 
 
 class _Signaled(KeyboardInterrupt):
@@ -96,8 +102,9 @@ def _raise(number: int, frame: Any) -> None:
 def _signals() -> Iterator[None]:
     """Let SIGTERM, and SIGHUP where the terminal goes away, end the block as Ctrl-C does.
 
-    A signal that the caller ignores stays ignored (nohup), and one that is not Python's stays with its handler. Only
-    the main thread may set handlers; in another one the process keeps what it has.
+    A signal that the caller ignores stays ignored (nohup), and one that is not Python's stays with
+    its handler. Only the main thread may set handlers; in another one the process keeps what it
+    has.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -118,7 +125,8 @@ def _signals() -> Iterator[None]:
 def _warnings() -> Iterator[None]:
     """Show our own warnings as sentences, without a line of source.
 
-    Of threads that overlap, the last to leave would restore what the first had put in place: the main one alone does.
+    Of threads that overlap, the last to leave would restore what the first had put in place: the
+        main one alone does.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -139,7 +147,9 @@ def _warnings() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the work failed, 2 the call was wrong, 128 + n ended by signal n."""
+    """Run the command line and exit: 0 done, 1 the work failed, 2 the call was wrong, 128 + n ended
+    by signal n.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the caller has closed it
@@ -179,7 +189,9 @@ def _run(arguments: list[str] | None) -> int:
         return interrupt.exit_status if isinstance(interrupt, _Signaled) else 128 + signal.SIGINT
     except OSError as error:
         sentence = error.strerror or _line(error)
-        return _say((f"{sentence}: {error.filename}" if error.filename else sentence) + _hint(error))
+        return _say(
+            (f"{sentence}: {error.filename}" if error.filename else sentence) + _hint(error)
+        )
     except MemoryError:
         return _say(f"out of memory; {_SMALLER}")
     except Exception as error:
@@ -196,7 +208,11 @@ def _wrong_call(error: click.ClickException) -> str:
         close = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
         sentence = f"no such option {error.option_name}{close}"
     sentence = sentence[:1].lower() + sentence[1:]
-    return sentence if context is None or sentence.endswith("?") else f"{sentence}; see {context.command_path} --help"
+    return (
+        sentence
+        if context is None or sentence.endswith("?")
+        else f"{sentence}; see {context.command_path} --help"
+    )
 
 
 def _hint(error: BaseException) -> str:
@@ -210,7 +226,9 @@ def _line(error: BaseException) -> str:
 
 
 def _say(sentence: str, status: int = 1) -> int:
-    with suppress(OSError, ValueError):  # the terminal is gone, or the stream is closed: the status still counts
+    with suppress(
+        OSError, ValueError
+    ):  # the terminal is gone, or the stream is closed: the status still counts
         click.echo(f"pdd-fast: {sentence}", err=True)
     return status
 

@@ -10,12 +10,21 @@ import click
 
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.paths import FOLDER, expanded
-from pdd_fast.settings import CHOICES, Config, absolute, from_dict, recipe_names, recipe_title, resolve
+from pdd_fast.settings import (
+    CHOICES,
+    Config,
+    absolute,
+    from_dict,
+    recipe_names,
+    recipe_title,
+    resolve,
+)
 
 
 class PathOption(click.Path):
-    """A path in which a leading ~ stands for the home directory: shells expand it in a word of its own alone, not in
-    --run-dir=~/runs."""
+    """A path in which a leading ~ stands for the home directory: shells expand it in a word of its
+    own alone, not in --run-dir=~/runs.
+    """
 
     def __init__(self, file_okay: bool = True) -> None:
         super().__init__(file_okay=file_okay, path_type=Path)
@@ -32,26 +41,56 @@ def _choice(setting: str) -> click.Choice[str]:
 
 
 _FLAGS = (  # flag, setting, type, what --help says
-    ("--dataset", "dataset", str, "digits, cifar10, cifar100, mnist, fashionmnist, svhn or imagefolder:DIR."),
+    (
+        "--dataset",
+        "dataset",
+        str,
+        "digits, cifar10, cifar100, mnist, fashionmnist, svhn or imagefolder:DIR.",
+    ),
     ("--stages", "stages", int, "Stages."),
     ("--ipc", "ipc", int, "Images per class, all stages together."),
-    ("--stage-ipc", "stage_ipc", str, "Of these, what each stage adds, as in 4,2,2,1,1; even if not given."),
+    (
+        "--stage-ipc",
+        "stage_ipc",
+        str,
+        "Of these, what each stage adds, as in 4,2,2,1,1; even if not given.",
+    ),
     ("--base", "base", _choice("base"), "The method that a stage uses."),
-    ("--labels", "labels", _choice("labels"), "Classes; or probabilities, from the experts, or learned from there on."),
+    (
+        "--labels",
+        "labels",
+        _choice("labels"),
+        "Classes; or probabilities, from the experts, or learned from there on.",
+    ),
     ("--seed", "seed", int, "Where all randomness comes from."),
     ("--device", "device", str, "auto, cpu, cuda or cuda:N."),
-    ("--precision", "precision", _choice("precision"), "Of convolutions; auto: tf32 on a GPU, float32 on the CPU."),
+    (
+        "--precision",
+        "precision",
+        _choice("precision"),
+        "Of convolutions; auto: tf32 on a GPU, float32 on the CPU.",
+    ),
     ("--data-dir", "data_dir", str, "Where torchvision's data sets lie."),
     ("--select", "select", _choice("select"), "What the best images are chosen by."),
 )
-# What a continued run may be given anew, because its results do not depend on it, or (device, side_by_side, memory) in
-# rounding alone: a run that stopped for want of memory must be able to go on.
-_FREE = ("device", "data_dir", "checkpoint_seconds", "graph", "side_by_side", "memory", "memory_limit")
+# What a continued run may be given anew, because its results do not depend on it, or (device,
+# side_by_side, memory) in rounding alone: a run that stopped for want of memory must be able to go
+# on.
+_FREE = (
+    "device",
+    "data_dir",
+    "checkpoint_seconds",
+    "graph",
+    "side_by_side",
+    "memory",
+    "memory_limit",
+)
 
 
 def is_free(key: str, value: Any) -> bool:
-    """Whether a continued run may be given this: also another folder of its data, which are compared when they are
-    read."""
+    """Whether a continued run may be given this: also another folder of its data, which are
+    compared when they are read.
+    """
     return key in _FREE or (key == "dataset" and str(value).startswith(FOLDER))
 
 
@@ -63,7 +102,9 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe what all runs of an ablation have in common."""
-    return _described(command, ["dataset", "ipc", "base", "labels", "device", "precision", "data_dir", "select"])
+    return _described(
+        command, ["dataset", "ipc", "base", "labels", "device", "precision", "data_dir", "select"]
+    )
 
 
 def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable[..., Any]:
@@ -80,8 +121,16 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
             is_eager=True,
             help="Settings from the package, by name; list shows them. [default: the data set's]",
         ),
-        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting; may be repeated."),
-        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Any setting; may be repeated.",
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."
+        ),
     ]
     for decorator in reversed(decorators):
         command = decorator(command)
@@ -106,7 +155,9 @@ def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     """The settings that were asked for on the command line, --set among them."""
-    settings = {setting: options[setting] for _, setting, _, _ in _FLAGS if options.get(setting) is not None}
+    settings = {
+        setting: options[setting] for _, setting, _, _ in _FLAGS if options.get(setting) is not None
+    }
     for assignment in options.get("assignments", ()):
         key, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals or not key:
@@ -122,7 +173,8 @@ def configuration(options: dict[str, Any]) -> Config:
 
 
 def continued(stored: Config, options: dict[str, Any]) -> Config:
-    """The configuration of a run that is continued: its own, but for where to compute and where the data lie.
+    """The configuration of a run that is continued: its own, but for where to compute and where the
+    data lie.
 
     Raises:
         UsageError: a flag asks for another result than the run's.
@@ -131,9 +183,14 @@ def continued(stored: Config, options: dict[str, Any]) -> Config:
         raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")
     given = given_settings(options)
     own = absolute(stored).to_dict()
-    config = absolute(from_dict(own | {key: value for key, value in given.items() if is_free(key, value)}))
+    config = absolute(
+        from_dict(own | {key: value for key, value in given.items() if is_free(key, value)})
+    )
     for key, value in given.items():
-        wanted, kept = getattr(absolute(from_dict(config.to_dict() | {key: value})), key), getattr(config, key)
+        wanted, kept = (
+            getattr(absolute(from_dict(config.to_dict() | {key: value})), key),
+            getattr(config, key),
+        )
         if wanted != kept:
             raise UsageError(f"{key} must be {kept} as in the run that is continued, got {wanted}")
     return config

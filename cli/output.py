@@ -14,14 +14,23 @@ from typing import Any, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
 from pdd_fast.runtime.progress import Reporter, Task
 
-_PLAIN_WIDTH = 100  # columns of a table that does not go to a terminal, unless COLUMNS says otherwise
+_PLAIN_WIDTH = (
+    100  # columns of a table that does not go to a terminal, unless COLUMNS says otherwise
+)
 _LEAST_TABLE_WIDTH = 60  # columns; in fewer a table becomes rows
 _LEAST_VALUES_WIDTH = 12  # columns of a bar's line that are left for values, or none are shown
 _SPEED_SECONDS = 600.0  # a bar's speed is that of so long; an iteration may take minutes
@@ -100,19 +109,29 @@ class _SecondsColumn(TextColumn):
 
 
 class _FittingProgress(Progress):
-    """Bars of one line each: in a narrow terminal the less important columns are left out, and values are cut."""
+    """Bars of one line each: in a narrow terminal the less important columns are left out, and
+    values are cut.
+    """
 
     def __init__(self, console: Console) -> None:
         self._terminal = console  # rich asks for the columns before it has set its own
-        self._widths = [Column(no_wrap=True, overflow="ellipsis") for _ in range(2)]  # of the name and the values
+        self._widths = [
+            Column(no_wrap=True, overflow="ellipsis") for _ in range(2)
+        ]  # of the name and the values
         name, values = (
             TextColumn(text, markup=False, table_column=column)
-            for text, column in zip(("{task.description}", "{task.fields[shown]}"), self._widths, strict=True)
+            for text, column in zip(
+                ("{task.description}", "{task.fields[shown]}"), self._widths, strict=True
+            )
         )
         self._all = (
-            name, BarColumn(bar_width=24), MofNCompleteColumn(), _SecondsColumn(), TimeRemainingColumn(compact=True),
+            name,
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _SecondsColumn(),
+            TimeRemainingColumn(compact=True),
             values,
-        )  # fmt: skip
+        )
         super().__init__(*self._all, console=console, speed_estimate_period=_SPEED_SECONDS)
 
     def make_tasks_table(self, tasks: Iterable[RichTask]) -> Table:
@@ -126,7 +145,9 @@ class _FittingProgress(Progress):
         room = self._terminal.width
         chosen: list[ProgressColumn] = []
         for each in (count, name, left, speed, bar):  # the most important first
-            width = 24 if each is bar else max((cell_len(str(each(task))) for task in tasks), default=0)
+            width = (
+                24 if each is bar else max((cell_len(str(each(task))) for task in tasks), default=0)
+            )
             if each is name:  # a name may be cut; a number would become another one
                 self._widths[0].max_width = width = max(1, min(width, room - 1))
             if width < room:
@@ -181,7 +202,10 @@ class LineReporter(Reporter):
             if now > done:
                 each = seconds / (now - done)
                 parts.append(f"{each:.3g} s/{unit}")
-                parts.append(_duration(seconds) + (f", {_duration(each * (total - now))} left" if now < total else ""))
+                parts.append(
+                    _duration(seconds)
+                    + (f", {_duration(each * (total - now))} left" if now < total else "")
+                )
             self._line("  ".join(parts + ([_values(shown)] if shown else [])))
 
         class Lines(Task):
@@ -211,7 +235,9 @@ class LineReporter(Reporter):
 
 
 class NotebookReporter(LineReporter):
-    """A line for each task that is written over as it goes on: a run of hours leaves a dozen lines below its cell."""
+    """A line for each task that is written over as it goes on: a run of hours leaves a dozen lines
+    below its cell.
+    """
 
     _seconds = _NOTEBOOK_SECONDS
 
@@ -239,12 +265,16 @@ def print_json(content: Any) -> None:
 
 
 def _console(plain_width: int = _PLAIN_WIDTH) -> Console:
-    """For results: a terminal, or text that is ``plain_width`` columns wide where COLUMNS does not say otherwise."""
+    """For results: a terminal, or text that is ``plain_width`` columns wide where COLUMNS does not
+    say otherwise.
+    """
     if _is_terminal(sys.stdout):
         return Console(force_jupyter=False)
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdecimal() and int(columns) else plain_width
-    return Console(width=width, no_color=True, highlight=False, force_jupyter=False, force_terminal=False)
+    return Console(
+        width=width, no_color=True, highlight=False, force_jupyter=False, force_terminal=False
+    )
 
 
 def _print_line(text: str, indent: str = "") -> None:
@@ -281,14 +311,18 @@ def _print_table(columns: list[str], rows: list[list[str]], left: int) -> None:
 
 
 def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """The tables of an evaluation, one for each kind of network and of labels: a row per stage, a column per result."""
+    """The tables of an evaluation, one for each kind of network and of labels: a row per stage, a
+    column per result.
+    """
     from pdd_fast.evaluation.evaluate import tables
 
     for words, results in tables(evaluation):
         _print_results(evaluation, results, f" ({words})" if words else "")
         # Evaluations of before have none.
         shown = [(result["network"], result["name"]) for result in results]
-        for pair in (pair for pair in evaluation.get("paired", ()) if (pair["network"], pair["to"]) in shown):
+        for pair in (
+            pair for pair in evaluation.get("paired", ()) if (pair["network"], pair["to"]) in shown
+        ):
             if pair["ci95"] is not None:
                 difference = f"{pair['difference']:+.1f} ± {pair['ci95']:.1f} (95 %)"
                 _print_line(f"{pair['of']} − {pair['to']} in the end: {difference}")
@@ -301,13 +335,16 @@ def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], ki
     repeats = len(results[0]["seeds"])
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
     _print_line(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}{kind}")
-    # Stages run downwards: there may be any number of them, and the table has to fit into 80 columns.
+    # Stages run downwards: there may be any number of them, and the table has to fit into 80
+    #     columns.
     table = []
     rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
     for stage, (images, steps) in enumerate(rows):
         last = stage + 1 == len(evaluation["steps"])
         cells = [
-            f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}" if last or result["name"] not in ALONE else ""
+            f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}"
+            if last or result["name"] not in ALONE
+            else ""
             for result in results
         ]
         table.append([str(stage + 1), str(images), str(steps), *cells])
@@ -324,7 +361,9 @@ def print_ablation(content: dict[str, Any]) -> None:
         interval = "" if result["ci95"] is None else f" ± {result['ci95']:.1f}"
         cells = [f"{accuracy:.1f}" for accuracy in result["accuracy"]]
         table.append([result["name"], f"{result['mean']:.1f}{interval}", *cells])
-    _print_table(["variant", "accuracy", *(f"seed {seed}" for seed in content["seeds"])], table, left=1)
+    _print_table(
+        ["variant", "accuracy", *(f"seed {seed}" for seed in content["seeds"])], table, left=1
+    )
 
 
 def print_files(paths: list[Path]) -> None:

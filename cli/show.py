@@ -24,11 +24,15 @@ def command(run_dir: Path, as_json: bool) -> None:
     run = Run.open(run_dir)
     wanted = _pictures(run)
     if not wanted:
-        raise UsageError(f"{run.path} has no finished stage to show; continue it with pdd-fast distill --resume")
+        raise UsageError(
+            f"{run.path} has no finished stage to show; continue it with pdd-fast distill --resume"
+        )
     files = draw(run)
     evaluation = run.read_evaluation() if run.evaluation_file.exists() else None
     if as_json:
-        output.print_json({"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation})
+        output.print_json(
+            {"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation}
+        )
     else:
         if evaluation is not None:
             output.print_evaluation(evaluation)
@@ -41,7 +45,9 @@ def command(run_dir: Path, as_json: bool) -> None:
 
 
 def draw(run: Any) -> list[Path]:
-    """Write the pictures that there is something to draw for; return the paths of those that did not fail."""
+    """Write the pictures that there is something to draw for; return the paths of those that did
+    not fail.
+    """
     from pdd_fast.evaluation.figures import attempt
 
     return [path for file, picture in _pictures(run).items() for path in attempt(file, picture)]
@@ -53,7 +59,9 @@ def _pictures(run: Any) -> dict[Path, Callable[[Path], object]]:
     from pdd_fast.storage.distilled import load_distilled
 
     pictures: dict[Path, Callable[[Path], object]] = {}
-    finished = [run.stage_file(s) for s in range(1, run.config.stages + 1) if run.stage_file(s).exists()]
+    finished = [
+        run.stage_file(s) for s in range(1, run.config.stages + 1) if run.stage_file(s).exists()
+    ]
     if finished:
         pictures[run.images_file] = partial(image_grid, load_distilled(finished[-1]))
     if run.evaluation_file.exists():

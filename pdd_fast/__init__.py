@@ -1,7 +1,8 @@
 """Progressive dataset distillation with exact, low-memory meta-gradients.
 
-The names below are loaded on first use, so that ``import pdd_fast`` (and ``pdd-fast --help``) does not import torch. No
-submodule is called like one of them: importing it would put the module in the name's place.
+The names below are loaded on first use, so that ``import pdd_fast`` (and ``pdd-fast --help``) does
+not import torch. No submodule is called like one of them: importing it would put the module in the
+name's place.
 """
 
 from __future__ import annotations

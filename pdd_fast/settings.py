@@ -18,7 +18,9 @@ N = TypeVar("N", int, float)
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. Defaults are those of PDD on trajectory matching for CIFAR-10 at 10 images per class."""
+    """Settings of a run. Defaults are those of PDD on trajectory matching for CIFAR-10 at 10 images
+    per class.
+    """
 
     # what is asked for
     dataset: str = "digits"  # a name of pdd_fast.data.NAMES or imagefolder:DIR
@@ -27,22 +29,29 @@ class Config:
     stages: int = 5
     ipc: int = 10  # images per class, all stages together
     stage_ipc: str = ""  # of these, what each stage adds, as in 4,2,2,1,1; "": as even as can be
-    conditioning: str = "on"  # on: a stage goes on from the earlier ones; off: each is made as the first is
+    conditioning: str = (
+        "on"  # on: a stage goes on from the earlier ones; off: each is made as the first is
+    )
     seed: int = 0
 
     # data
     validation_fraction: float = 0.1  # of the training images, held out for selection
-    normalization: str = "fitted"  # of images that are not whitened: by constants fitted to them, or published ones
+    normalization: str = (
+        "fitted"  # of images that are not whitened: by constants fitted to them, or published ones
+    )
     whitening: str = "none"  # of all images' pixels in [0, 1], before anything else: none, or zca
     whitening_epsilon: float = 0.1  # zca: added to every eigenvalue of the covariance
-    select: str = "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
+    select: str = (
+        "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
+    )
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
     augment_mode: str = "single"
 
-    # which real examples a stage is made from
-    # all; by how often the experts forget them (forgetting); or those that not every transition got right (learned)
+    # which real examples a stage is made from all; by how often the experts forget them
+    # (forgetting); or those that not every transition got right (learned)
     filter: str = "none"
-    # of forgetting's scores; stage s takes those from (s - 1) of it to s of it, the last all from there on
+    # of forgetting's scores; stage s takes those from (s - 1) of it to s of it, the last all from
+    # there on
     filter_band: float = 10.0
 
     # network
@@ -51,7 +60,9 @@ class Config:
 
     # experts
     experts: int = 100
-    experts_from: str = ""  # a run, or a folder with trajectories or MTT's replay_buffer_*.pt; "": they are trained
+    experts_from: str = (
+        ""  # a run, or a folder with trajectories or MTT's replay_buffer_*.pt; "": they are trained
+    )
     expert_train_epochs: int = 50
     expert_lr: float = 0.01
     expert_momentum: float = 0.0
@@ -67,28 +78,45 @@ class Config:
     lr_img: float = 1000.0
     stage_lr_img: str = ""  # lr_img of each stage, as in 1000,500,500; "": lr_img in all
     lr_lr: float = 1e-7
-    labels: str = "hard"  # classes; or probabilities: soft (what the experts say), or learned (from there on)
+    labels: str = (
+        "hard"  # classes; or probabilities: soft (what the experts say), or learned (from there on)
+    )
     lr_label: float = 10.0  # of learned labels, which are the softmax of what is learned
     inner_lr: float = 0.01  # where the learned rate starts in every stage
     momentum: float = 0.5  # of images and rate
-    clip: float = 0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
-    ema: float = (
-        0.0  # the stage gives an average of its images over iterations, of which so much stays in each; 0: the last
+    clip: float = (
+        0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
     )
-    guard: int = (
-        5  # how often a stage is set back, its steps halved, where images or rate left the range, before it fails
+    # the stage gives an average of its images over iterations, of which so much stays in each; 0:
+    # the last
+    ema: float = 0.0
+    # how often a stage is set back, its steps halved, where images or rate left the range, before
+    # it fails
+    guard: int = 5
+    factor: int = (
+        1  # idc, dm: each stored image holds so many smaller ones a side, enlarged for training
     )
-    factor: int = 1  # idc, dm: each stored image holds so many smaller ones a side, enlarged for training
     distance: str = "squared"  # idc: of gradients; squared, or cosine (layer by layer)
     real_batch: int = 64  # idc, dm: real images of a class that synthetic ones are matched to
-    synthetic_batch: int = 128  # idc, dm: synthetic images of a class, of the whole union and enlarged, at most
-    inner_loops: int = 100  # idc: updates of the images in an iteration, each followed by one of its network
-    network_images: int = 2000  # idc: real images that the network is trained on after each, in steps of union_batch
-    start_networks: int = 0  # idc, dm: networks of a stage, taken in turn; 0: a new one for every iteration
+    synthetic_batch: int = (
+        128  # idc, dm: synthetic images of a class, of the whole union and enlarged, at most
+    )
+    inner_loops: int = (
+        100  # idc: updates of the images in an iteration, each followed by one of its network
+    )
+    network_images: int = (
+        2000  # idc: real images that the network is trained on after each, in steps of union_batch
+    )
+    start_networks: int = (
+        0  # idc, dm: networks of a stage, taken in turn; 0: a new one for every iteration
+    )
     cutmix: float = 0.5  # idc, dm: how often a step of those networks' training mixes its images
     engine: str = "auto"
-    memory: str = "recompute"  # activations of inner steps: recompute, cache (keep all), or auto (keep up to a limit)
-    memory_limit: float = 0.0  # of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory
+    # activations of inner steps: recompute, cache (keep all), or auto (keep up to a limit)
+    memory: str = "recompute"
+    memory_limit: float = (
+        0.0  # of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory
+    )
 
     # selection, transition, evaluation: SGD on the synthetic images
     eval_every: int = 100  # iterations; 0: only at the end of the stage
@@ -103,16 +131,24 @@ class Config:
 
     # running
     device: str = "auto"
-    precision: str = "auto"  # of convolutions: float32, tf32 or bfloat16; auto: tf32 on a GPU, float32 on the CPU
-    convolution: str = "auto"  # of the fused engine on the CPU: direct, winograd (faster, rounds more), or auto
-    side_by_side: int = 0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Others round differently
-    graph: str = "auto"  # whether a GPU replays captured graphs of launches: auto, or off. The bits are the same
+    # of convolutions: float32, tf32 or bfloat16; auto: tf32 on a GPU, float32 on the CPU
+    precision: str = "auto"
+    convolution: str = (
+        "auto"  # of the fused engine on the CPU: direct, winograd (faster, rounds more), or auto
+    )
+    side_by_side: int = (
+        0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Others round differently
+    )
+    # whether a GPU replays captured graphs of launches: auto, or off. The bits are the same
+    graph: str = "auto"
     threads: int = 0  # of the CPU; 0: as many as torch takes. Another number may round differently
     checkpoint_seconds: float = 30.0  # how often unfinished work is saved
 
     @property
     def ipc_by_stage(self) -> tuple[int, ...]:
-        """Images per class that each stage adds; the earlier stages take what does not divide evenly."""
+        """Images per class that each stage adds; the earlier stages take what does not divide
+        evenly.
+        """
         if self.stage_ipc:
             return _split(self.stage_ipc)
         share, extra = divmod(self.ipc, self.stages)
@@ -120,7 +156,9 @@ class Config:
 
     @property
     def real_by_stage(self) -> tuple[int, ...]:
-        """Real images per class that each stage's images start from: one for each that a stored image holds."""
+        """Real images per class that each stage's images start from: one for each that a stored
+        image holds.
+        """
         return tuple(images * self.factor**2 for images in self.ipc_by_stage)
 
     @property
@@ -130,7 +168,9 @@ class Config:
 
     @property
     def transition_real_epochs(self) -> int:
-        """Real epochs that are recorded after a transition (published code: one more than matching can reach)."""
+        """Real epochs that are recorded after a transition (published code: one more than matching
+        can reach).
+        """
         return self.max_start_epoch + self.expert_epochs + 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,17 +194,58 @@ CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few nam
     "convolution": ("auto", "direct", "winograd"),
     "graph": ("auto", "off"),
 }
-_AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")  # as in ops/dsa.py, which imports torch
+_AUGMENTATIONS = (
+    "color",
+    "crop",
+    "cutout",
+    "flip",
+    "scale",
+    "rotate",
+)  # as in ops/dsa.py, which imports torch
 _AT_LEAST: dict[str, float] = {
-    "stages": 1, "ipc": 1, "width": 1, "depth": 1, "experts": 1, "expert_train_epochs": 1, "expert_batch": 1,
-    "iterations": 0, "inner_steps": 1, "expert_epochs": 1, "max_start_epoch": 0, "inner_batch": 0, "eval_every": 0,
-    "eval_networks": 1, "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "union_batch": 1, "repeats": 1,
-    "seed": 0, "lr_img": 0, "lr_lr": 0, "lr_label": 0, "momentum": 0, "expert_momentum": 0, "union_momentum": 0,
-    "union_weight_decay": 0, "checkpoint_seconds": 0, "threads": 0, "side_by_side": 0,
-    "memory_limit": 0, "trajectories": 1, "clip": 0, "ema": 0, "guard": 0,
-    "factor": 1, "real_batch": 1, "synthetic_batch": 1, "inner_loops": 1, "network_images": 0, "start_networks": 0,
+    "stages": 1,
+    "ipc": 1,
+    "width": 1,
+    "depth": 1,
+    "experts": 1,
+    "expert_train_epochs": 1,
+    "expert_batch": 1,
+    "iterations": 0,
+    "inner_steps": 1,
+    "expert_epochs": 1,
+    "max_start_epoch": 0,
+    "inner_batch": 0,
+    "eval_every": 0,
+    "eval_networks": 1,
+    "eval_epochs": 1,
+    "transition_epochs": 1,
+    "union_epochs": 1,
+    "union_batch": 1,
+    "repeats": 1,
+    "seed": 0,
+    "lr_img": 0,
+    "lr_lr": 0,
+    "lr_label": 0,
+    "momentum": 0,
+    "expert_momentum": 0,
+    "union_momentum": 0,
+    "union_weight_decay": 0,
+    "checkpoint_seconds": 0,
+    "threads": 0,
+    "side_by_side": 0,
+    "memory_limit": 0,
+    "trajectories": 1,
+    "clip": 0,
+    "ema": 0,
+    "guard": 0,
+    "factor": 1,
+    "real_batch": 1,
+    "synthetic_batch": 1,
+    "inner_loops": 1,
+    "network_images": 0,
+    "start_networks": 0,
     "cutmix": 0,
-}  # fmt: skip
+}
 _BELOW: dict[str, float] = {
     "validation_fraction": 1,
     "momentum": 1,
@@ -172,31 +253,53 @@ _BELOW: dict[str, float] = {
     "expert_momentum": 1,
     "union_momentum": 1,
 }
-# What a base method leaves of other settings. Some have no experts, whose words soft labels are, and no transitions,
-# which are asked what is learned; those work on pixels in [0, 1].
+# What a base method leaves of other settings. Some have no experts, whose words soft labels are,
+# and no transitions, which are asked what is learned; those work on pixels in [0, 1].
 _ON_PIXELS: dict[str, tuple[Any, ...]] = {
-    "labels": ("hard",), "whitening": ("none",), "filter": ("none", "forgetting"),
-    "trajectories": (1,), "clip": (0.0,), "ema": (0.0,),
-}  # fmt: skip
-# What stands where neither a recipe nor anybody says otherwise: of IDC's published runs at 10 images a class; of DM in
-# stages none is known. A rate for trajectories would drive pixels to 0 and 1, where nothing says that it went wrong.
+    "labels": ("hard",),
+    "whitening": ("none",),
+    "filter": ("none", "forgetting"),
+    "trajectories": (1,),
+    "clip": (0.0,),
+    "ema": (0.0,),
+}
+# What stands where neither a recipe nor anybody says otherwise: of IDC's published runs at 10
+# images a class; of DM in stages none is known. A rate for trajectories would drive pixels to 0 and
+# 1, where nothing says that it went wrong.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "idc": {
-        "lr_img": 1e-3, "iterations": 2000, "augment": "color_crop_cutout", "augment_mode": "multiple", "eval_every": 0,
-        "eval_epochs": 500, "transition_epochs": 200,
+        "lr_img": 1e-3,
+        "iterations": 2000,
+        "augment": "color_crop_cutout",
+        "augment_mode": "multiple",
+        "eval_every": 0,
+        "eval_epochs": 500,
+        "transition_epochs": 200,
     },
     "dm": {"lr_img": 0.1, "iterations": 2000, "transition_epochs": 200},
-}  # fmt: skip
-_OF_BASE: dict[str, dict[str, tuple[Any, ...]]] = {"mtt": {"factor": (1,)}, "idc": _ON_PIXELS, "dm": _ON_PIXELS}
+}
+_OF_BASE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "mtt": {"factor": (1,)},
+    "idc": _ON_PIXELS,
+    "dm": _ON_PIXELS,
+}
 _ABOVE: dict[str, float] = {
-    "filter_band": 0, "expert_lr": 0, "inner_lr": 0, "validation_fraction": 0, "whitening_epsilon": 0,
-}  # fmt: skip
+    "filter_band": 0,
+    "expert_lr": 0,
+    "inner_lr": 0,
+    "validation_fraction": 0,
+    "whitening_epsilon": 0,
+}
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
     folder = resources.files("pdd_fast.recipes")
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -207,8 +310,12 @@ def load_recipe(name: str) -> dict[str, Any]:
     """
     names = recipe_names()
     if name not in names:
-        raise UsageError(f"recipe must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
-    return tomllib.loads((resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8"))
+        raise UsageError(
+            f"recipe must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}"
+        )
+    return tomllib.loads(
+        (resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    )
 
 
 def recipe_title(name: str) -> str:
@@ -218,11 +325,13 @@ def recipe_title(name: str) -> str:
 
 
 def resolve(recipe: str | None = None, **settings: Any) -> Config:
-    """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's type.
+    """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's
+    type.
 
-    A recipe is for its base method. Without ``recipe``, the one named like the data set is taken where there is one,
-    and for another base method than mtt the one named like both (digits-idc). ``stages`` and ``ipc`` follow from
-    ``stage_ipc`` where that is among ``settings`` and they are not.
+    A recipe is for its base method. Without ``recipe``, the one named like the data set is taken
+    where there is one, and for another base method than mtt the one named like both (digits-idc).
+    ``stages`` and ``ipc`` follow from ``stage_ipc`` where that is among ``settings`` and they are
+    not.
 
     Raises:
         UsageError: an unknown setting (with the nearest name), or a value that cannot be.
@@ -234,30 +343,44 @@ def resolve(recipe: str | None = None, **settings: Any) -> Config:
     of_recipe = load_recipe(recipe) if recipe is not None else {}
     for_base = str(of_recipe.get("base", Config.base))
     if recipe is not None and "base" in settings and base != for_base:
-        raise UsageError(f"base must be {for_base} as in the recipe {recipe}, got {base}; --recipe list shows others")
+        raise UsageError(
+            f"base must be {for_base} as in the recipe {recipe}, got {base}; --recipe list shows "
+            f"others"
+        )
     merged = _DEFAULTS.get(str(of_recipe.get("base", base)), {}) | of_recipe | settings
-    if settings.get("stage_ipc"):  # says how many stages and images there are, where nobody else does
+    if settings.get(
+        "stage_ipc"
+    ):  # says how many stages and images there are, where nobody else does
         split = _split(str(settings["stage_ipc"]))
-        merged |= {key: value for key, value in (("stages", len(split)), ("ipc", sum(split))) if key not in settings}
+        merged |= {
+            key: value
+            for key, value in (("stages", len(split)), ("ipc", sum(split)))
+            if key not in settings
+        }
     config = replace(Config(), **{key: _convert(key, value) for key, value in merged.items()})
     _check(config)
     return config
 
 
 def from_dict(stored: dict[str, Any]) -> Config:
-    """A configuration as :meth:`Config.to_dict` gave it, checked again; ``base`` may be a method that is not registered
-    here, because looking at a run needs none."""
+    """A configuration as :meth:`Config.to_dict` gave it, checked again; ``base`` may be a method
+    that is not registered here, because looking at a run needs none.
+    """
     config = replace(Config(), **{key: _convert(key, value) for key, value in stored.items()})
     _check(config, any_base=True)
     return config
 
 
 def absolute(config: Config) -> Config:
-    """``config`` with paths that hold from any working directory, so that a run can be continued from another one."""
+    """``config`` with paths that hold from any working directory, so that a run can be continued
+    from another one.
+    """
     changes: dict[str, Any] = {"dataset": paths.absolute_dataset(config.dataset)}
     if config.experts_from:
         changes["experts_from"] = paths.absolute(config.experts_from)
-    if config.dataset != Config.dataset and not config.dataset.startswith(paths.FOLDER):  # torchvision's
+    if config.dataset != Config.dataset and not config.dataset.startswith(
+        paths.FOLDER
+    ):  # torchvision's
         changes["data_dir"] = paths.absolute(config.data_dir)
     return replace(config, **changes)
 
@@ -274,7 +397,10 @@ def _split(text: str) -> tuple[int, ...]:
     """The numbers of ``stage_ipc``."""
     found = listed(text, _whole)
     if not found or min(found) < 1:
-        raise UsageError(f"stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got {text!r}")
+        raise UsageError(
+            f"stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got "
+            f"{text!r}"
+        )
     return found
 
 
@@ -282,7 +408,10 @@ def _numbers(text: str) -> tuple[float, ...]:
     """The numbers of ``stage_lr_img``."""
     found = listed(text, float)
     if not found or not all(math.isfinite(number) and number >= 0 for number in found):
-        raise UsageError(f"stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got {text!r}")
+        raise UsageError(
+            f"stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got "
+            f"{text!r}"
+        )
     return found
 
 
@@ -304,10 +433,14 @@ def _convert(key: str, value: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
-    """Raises TypeError, ValueError or OverflowError where ``value`` is not a whole number; "1e3" is one."""
+    """Raises TypeError, ValueError or OverflowError where ``value`` is not a whole number; "1e3" is
+    one.
+    """
     if isinstance(value, str):
         try:
-            return int(value)  # not by way of float, in which whole numbers are exact up to 2^53 only
+            return int(
+                value
+            )  # not by way of float, in which whole numbers are exact up to 2^53 only
         except ValueError:
             value = float(value)
     if value != int(value):
@@ -327,7 +460,8 @@ def _check(config: Config, any_base: bool = False) -> None:
     names = [] if config.augment.lower() in ("", "none") else config.augment.split("_")
     if not set(names) <= set(_AUGMENTATIONS) or len(set(names)) < len(names):
         raise UsageError(
-            f"augment must join names of {', '.join(_AUGMENTATIONS)} by '_', each once at most, or be none, got "
+            f"augment must join names of {', '.join(_AUGMENTATIONS)} by '_', each once at most, "
+            f"or be none, got "
             f"{config.augment!r}"
         )
     for key, least in _AT_LEAST.items():
@@ -339,36 +473,48 @@ def _check(config: Config, any_base: bool = False) -> None:
     for key, bound in _ABOVE.items():
         if getattr(config, key) <= bound:
             raise UsageError(f"{key} must be above {bound:g}, got {getattr(config, key)}")
-    if config.factor > 1 and config.labels != "hard":  # what experts say of several images in one is no label of each
+    if (
+        config.factor > 1 and config.labels != "hard"
+    ):  # what experts say of several images in one is no label of each
         raise UsageError(f"factor must be 1 where labels are {config.labels}, got {config.factor}")
     if config.cutmix > 1:
         raise UsageError(f"cutmix must be at most 1, got {config.cutmix}")
     for key, allowed in _OF_BASE.get(config.base, {}).items():
         if getattr(config, key) not in allowed:
             wanted = " or ".join(map(str, allowed))
-            raise UsageError(f"{key} must be {wanted} where base is {config.base}, got {getattr(config, key)}")
+            raise UsageError(
+                f"{key} must be {wanted} where base is {config.base}, got {getattr(config, key)}"
+            )
     if config.memory == "cache" and config.memory_limit:
         raise UsageError(
-            f"memory_limit must be 0 where memory is cache, which keeps everything, got {config.memory_limit:g}; "
+            f"memory_limit must be 0 where memory is cache, which keeps everything, got "
+            f"{config.memory_limit:g}; "
             "set memory=auto"
         )
-    if config.stage_ipc and (len(config.ipc_by_stage), sum(config.ipc_by_stage)) != (config.stages, config.ipc):
+    if config.stage_ipc and (len(config.ipc_by_stage), sum(config.ipc_by_stage)) != (
+        config.stages,
+        config.ipc,
+    ):
         raise UsageError(
-            f"stage_ipc must hold a number for each of the stages ({config.stages}) and add up to ipc ({config.ipc}), "
+            f"stage_ipc must hold a number for each of the stages ({config.stages}) and add up to "
+            f"ipc ({config.ipc}), "
             f"got {config.stage_ipc}"
         )
     if config.stage_lr_img and len(config.lr_img_by_stage) != config.stages:
         raise UsageError(
-            f"stage_lr_img must hold a number for each of the stages ({config.stages}), got {config.stage_lr_img}"
+            f"stage_lr_img must hold a number for each of the stages ({config.stages}), got "
+            f"{config.stage_lr_img}"
         )
     if config.filter == "learned" and config.conditioning == "off":
         raise UsageError(
-            "conditioning must be on where filter is learned, got off: what is learned is asked of networks that were "
+            "conditioning must be on where filter is learned, got off: what is learned is asked "
+            "of networks that were "
             "trained on the earlier stages"
         )
     if config.stages > config.ipc:
         raise UsageError(
-            f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an image a class"
+            f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an "
+            f"image a class"
         )
     if config.max_start_epoch + config.expert_epochs > config.expert_train_epochs:
         raise UsageError(

@@ -13,11 +13,12 @@ from hypothesis import settings
 
 from pdd_fast.ops import _native, convnet
 
-# Processes that the tests start import the installed package, not the source tree in the working directory, which has
-# no compiled kernels and no pdd_fast.cli.
+# Processes that the tests start import the installed package, not the source tree in the working
+# directory, which has no compiled kernels and no pdd_fast.cli.
 os.environ["PYTHONSAFEPATH"] = "1"
 
-# A shell that starts pytest in the background makes it ignore Ctrl-C, and with it every process that it starts.
+# A shell that starts pytest in the background makes it ignore Ctrl-C, and with it every process
+# that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("pdd-fast", deadline=None, derandomize=True, max_examples=40)
@@ -39,7 +40,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(
     params=[
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")),
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
+        ),
     ]
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
@@ -49,7 +53,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def composed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused engine puts its passes together from operators and torch's convolutions, as it does on a GPU."""
+    """The fused engine puts its passes together from operators and torch's convolutions, as it does
+    on a GPU.
+    """
     monkeypatch.setattr(convnet, "available", lambda: False)
 
 
@@ -64,7 +70,9 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def host_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The CUDA kernels and their binding, compiled for the host, to be linked as they are or with a mistake in one."""
+    """The CUDA kernels and their binding, compiled for the host, to be linked as they are or with a
+    mistake in one.
+    """
     from host_cuda import module_objects
 
     return module_objects(tmp_path_factory.mktemp("host-objects"))
@@ -72,7 +80,9 @@ def host_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def every_region_shared() -> Iterator[None]:
-    """Kernels on the CPU use as many threads as torch has, however little there is to do and few the processors."""
+    """Kernels on the CPU use as many threads as torch has, however little there is to do and few
+    the processors.
+    """
     library = _native.load("cpu")
     if library is None:
         yield
@@ -84,7 +94,8 @@ def every_region_shared() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed_and_threads() -> Iterator[None]:
-    """The same draws for every test, and as many threads as before it: a run may set their number."""
+    """The same draws for every test, and as many threads as before it: a run may set their
+    number."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

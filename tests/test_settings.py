@@ -23,10 +23,16 @@ from pdd_fast.settings import Config, from_dict, load_recipe, recipe_names, reci
 TYPES = get_type_hints(Config)
 NAMES = [field.name for field in fields(Config)]
 NUMBERS = [name for name in NAMES if TYPES[name] is not str]
-# Within every bound that links two settings, and of no recipe, so that one setting at a time can be tried.
+# Within every bound that links two settings, and of no recipe, so that one setting at a time can be
+# tried.
 SMALL: dict[str, Any] = {
-    "dataset": "mnist-like", "stages": 1, "ipc": 1, "max_start_epoch": 0, "expert_epochs": 1, "expert_train_epochs": 1,
-}  # fmt: skip
+    "dataset": "mnist-like",
+    "stages": 1,
+    "ipc": 1,
+    "max_start_epoch": 0,
+    "expert_epochs": 1,
+    "expert_train_epochs": 1,
+}
 
 
 # ---- defaults and recipes ----
@@ -57,14 +63,18 @@ def test_settings_go_before_the_recipe() -> None:
     assert resolve("digits", iterations=3).iterations == 3
 
 
-@pytest.mark.parametrize(("name", "hint"), [("digit", "; did you mean 'digits'?"), ("", ""), ("xyzzy", "")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("digit", "; did you mean 'digits'?"), ("", ""), ("xyzzy", "")]
+)
 def test_an_unknown_recipe_is_answered_with_the_nearest(name: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=rf"recipe must be one of .*digits.*, got '{name}'{re.escape(hint)}$"):
+    with pytest.raises(
+        UsageError, match=rf"recipe must be one of .*digits.*, got '{name}'{re.escape(hint)}$"
+    ):
         resolve(name)
 
 
-# Chen et al., ICLR 2024, as their published code has it: images a class and stage, N, expert_epochs, max_start_epoch,
-# lr_img, lr_lr, images of an inner step, whitening, depth.
+# Chen et al., ICLR 2024, as their published code has it: images a class and stage, N,
+# expert_epochs, max_start_epoch, lr_img, lr_lr, images of an inner step, whitening, depth.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
     "cifar10-ipc10": (2, 50, 2, 5, 1000, 1e-7, 20, "zca", 3),
     "cifar10-ipc10-filter": (2, 50, 2, 5, 1000, 1e-7, 20, "zca", 3),
@@ -79,14 +89,38 @@ PUBLISHED: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_papers_recipes_are_the_papers(name: str) -> None:
     c = resolve(name)
-    row = (c.inner_steps, c.expert_epochs, c.max_start_epoch, c.lr_img, c.lr_lr, c.inner_batch, c.whitening, c.depth)
+    row = (
+        c.inner_steps,
+        c.expert_epochs,
+        c.max_start_epoch,
+        c.lr_img,
+        c.lr_lr,
+        c.inner_batch,
+        c.whitening,
+        c.depth,
+    )
     assert (c.ipc_by_stage[0], *row) == PUBLISHED[name]
     assert c.ipc_by_stage == 5 * c.ipc_by_stage[:1]
     assert (c.experts, c.expert_train_epochs) == (100, 24 if name.startswith("tiny") else 50)
-    assert (c.expert_lr, c.expert_momentum, c.expert_batch, c.inner_lr, c.momentum) == (0.01, 0, 256, 0.01, 0.5)
+    assert (c.expert_lr, c.expert_momentum, c.expert_batch, c.inner_lr, c.momentum) == (
+        0.01,
+        0,
+        256,
+        0.01,
+        0.5,
+    )
     assert (c.iterations, c.eval_every, c.eval_networks, c.eval_epochs) == (5000, 100, 5, 1000)
-    assert (c.transition_epochs, c.union_epochs, c.union_momentum, c.union_weight_decay) == (1000, 500, 0.9, 5e-4)
-    assert (c.width, c.augment, c.augment_mode) == (128, "color_crop_cutout_flip_scale_rotate", "single")
+    assert (c.transition_epochs, c.union_epochs, c.union_momentum, c.union_weight_decay) == (
+        1000,
+        500,
+        0.9,
+        5e-4,
+    )
+    assert (c.width, c.augment, c.augment_mode) == (
+        128,
+        "color_crop_cutout_flip_scale_rotate",
+        "single",
+    )
     assert (c.whitening_epsilon, c.normalization) == (0.1, "published")
 
 
@@ -110,9 +144,25 @@ def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
     c = resolve(name)
     assert (c.ipc_by_stage, c.lr_img) == (5 * (IDC[name][0],), IDC[name][1])
     assert c.lr_img == pytest.approx(5e-3 * c.ipc_by_stage[0] / 10)
-    assert (c.base, c.factor, c.iterations, c.inner_loops, c.start_networks) == ("idc", 2, 2000, 100, 0)
-    assert (c.real_batch, c.synthetic_batch, c.network_images, c.distance) == (64, 128, 2000, "squared")
-    assert (c.transition_epochs, c.inner_lr, c.union_momentum, c.union_weight_decay) == (200, 0.01, 0.9, 5e-4)
+    assert (c.base, c.factor, c.iterations, c.inner_loops, c.start_networks) == (
+        "idc",
+        2,
+        2000,
+        100,
+        0,
+    )
+    assert (c.real_batch, c.synthetic_batch, c.network_images, c.distance) == (
+        64,
+        128,
+        2000,
+        "squared",
+    )
+    assert (c.transition_epochs, c.inner_lr, c.union_momentum, c.union_weight_decay) == (
+        200,
+        0.01,
+        0.9,
+        5e-4,
+    )
     assert (c.momentum, c.cutmix, c.union_epochs) == (0.5, 0.5, 500)
     assert (c.augment, c.augment_mode) == ("color_crop_cutout", "multiple")
     assert (c.width, c.depth, c.whitening, c.dataset) == (128, 3, "none", name.partition("-")[0])
@@ -122,7 +172,9 @@ def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
 def test_a_base_method_has_a_recipe_of_its_own() -> None:
     assert resolve(base="idc") == resolve("digits-idc")
     assert resolve(base="dm") == resolve("digits-dm")
-    with pytest.raises(UsageError, match="base must be mtt as in the recipe digits, got idc; --recipe list"):
+    with pytest.raises(
+        UsageError, match="base must be mtt as in the recipe digits, got idc; --recipe list"
+    ):
         resolve("digits", base="idc")
     assert resolve("digits-dm", base="dm") == resolve("digits-dm")
 
@@ -131,7 +183,15 @@ def test_a_base_method_has_defaults_of_its_own_where_there_is_no_recipe() -> Non
     """At the rate for trajectories pixels would be driven to 0 and 1."""
     published = resolve("cifar10-idc-ipc10")
     own = resolve(dataset="mnist-like", base="idc")
-    for key in ("lr_img", "iterations", "augment", "augment_mode", "eval_every", "eval_epochs", "transition_epochs"):
+    for key in (
+        "lr_img",
+        "iterations",
+        "augment",
+        "augment_mode",
+        "eval_every",
+        "eval_epochs",
+        "transition_epochs",
+    ):
         assert getattr(own, key) == getattr(published, key) != getattr(Config, key)
     assert resolve(dataset="mnist-like", base="dm").lr_img == 0.1
     assert resolve(dataset="mnist-like", base="dm", lr_img=3).lr_img == 3
@@ -149,20 +209,32 @@ def test_a_stored_configuration_may_have_a_base_method_that_is_not_known_here() 
         ({"base": "dm", "labels": "learned"}, "labels must be hard where base is dm, got learned"),
         ({"base": "idc", "whitening": "zca"}, "whitening must be none where base is idc, got zca"),
         ({"base": "mtt", "factor": 2}, "factor must be 1 where base is mtt, got 2"),
-        ({"base": "idc", "filter": "learned"}, "filter must be none or forgetting where base is idc, got learned"),
+        (
+            {"base": "idc", "filter": "learned"},
+            "filter must be none or forgetting where base is idc, got learned",
+        ),
         ({"base": "idc", "clip": 1}, "clip must be 0.0 where base is idc, got 1.0"),
         ({"base": "dm", "ema": 0.5}, "ema must be 0.0 where base is dm, got 0.5"),
         ({"base": "dm", "trajectories": 2}, "trajectories must be 1 where base is dm, got 2"),
         ({"cutmix": 1.5}, "cutmix must be at most 1, got 1.5"),
     ],
 )
-def test_settings_that_a_base_method_cannot_have_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_a_base_method_cannot_have_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(**settings)
 
 
 def test_every_recipe_is_pinned_or_ours() -> None:
-    assert set(recipe_names()) == {*PUBLISHED, *IDC, "digits", "digits-idc", "digits-dm", "cifar10-small"}
+    assert set(recipe_names()) == {
+        *PUBLISHED,
+        *IDC,
+        "digits",
+        "digits-idc",
+        "digits-dm",
+        "cifar10-small",
+    }
     for name in recipe_names():
         assert recipe_title(name).endswith(".")
 
@@ -204,7 +276,12 @@ def test_what_is_typed_is_what_is_set(name: str) -> None:
 
 @given(st.integers(0, 10**30))
 def test_whole_numbers_keep_every_digit(seed: int) -> None:
-    assert resolve(seed=seed).seed == resolve(seed=str(seed)).seed == resolve(seed=f" {seed} ").seed == seed
+    assert (
+        resolve(seed=seed).seed
+        == resolve(seed=str(seed)).seed
+        == resolve(seed=f" {seed} ").seed
+        == seed
+    )
 
 
 @given(st.floats(min_value=0, allow_infinity=False))
@@ -213,22 +290,29 @@ def test_numbers_keep_every_bit(value: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "value"), [("1e3", 1000), ("20.0", 20), (20.0, 20), ("1_000", 1000), ("+7", 7), (True + 1, 2)]
+    ("typed", "value"),
+    [("1e3", 1000), ("20.0", 20), (20.0, 20), ("1_000", 1000), ("+7", 7), (True + 1, 2)],
 )
 def test_whole_numbers_may_be_written_in_other_ways(typed: Any, value: int) -> None:
     found = resolve(iterations=typed).iterations
     assert (found, type(found)) == (value, int)
 
 
-@pytest.mark.parametrize("value", ["1.5", 1.5, "ten", "", "inf", float("inf"), "nan", None, [1], True])
+@pytest.mark.parametrize(
+    "value", ["1.5", 1.5, "ten", "", "inf", float("inf"), "nan", None, [1], True]
+)
 def test_what_is_not_a_whole_number_is_named(value: Any) -> None:
-    with pytest.raises(UsageError, match=rf"^iterations must be a whole number, got {re.escape(repr(value))}$"):
+    with pytest.raises(
+        UsageError, match=rf"^iterations must be a whole number, got {re.escape(repr(value))}$"
+    ):
         resolve(iterations=value)
 
 
 @pytest.mark.parametrize("value", ["much", "", None, [1.0], False])
 def test_what_is_not_a_number_is_named(value: Any) -> None:
-    with pytest.raises(UsageError, match=rf"^inner_lr must be a number, got {re.escape(repr(value))}$"):
+    with pytest.raises(
+        UsageError, match=rf"^inner_lr must be a number, got {re.escape(repr(value))}$"
+    ):
         resolve(inner_lr=value)
 
 
@@ -242,7 +326,9 @@ def test_numbers_must_be_finite(name: str, value: str) -> None:
 def test_text_may_be_a_path_but_nothing_else() -> None:
     assert resolve(data_dir=Path("some") / "where").data_dir == str(Path("some/where"))
     for value in (5, None, ["digits"]):
-        with pytest.raises(UsageError, match=rf"^dataset must be text, got {re.escape(repr(value))}$"):
+        with pytest.raises(
+            UsageError, match=rf"^dataset must be text, got {re.escape(repr(value))}$"
+        ):
             resolve(dataset=value)
 
 
@@ -258,7 +344,9 @@ def test_the_least_value_is_taken_and_less_is_not(name: str, least: float) -> No
     assert getattr(resolve(**SMALL | {name: least}), name) == least
     less = least - 1 if TYPES[name] is int else least - sys.float_info.min
     for value in (less, least - 1000):
-        with pytest.raises(UsageError, match=rf"^{name} must be at least {least:g}, got {re.escape(str(value))}"):
+        with pytest.raises(
+            UsageError, match=rf"^{name} must be at least {least:g}, got {re.escape(str(value))}"
+        ):
             resolve(**SMALL | {name: value})
 
 
@@ -283,11 +371,15 @@ def test_a_choice_is_one_of_its_own(name: str, choices: tuple[str, ...]) -> None
     for choice in choices:
         assert getattr(resolve(**SMALL | {name: choice}), name) == choice
     for other in ("", "other", choices[0].upper()):
-        with pytest.raises(UsageError, match=rf"^{name} must be {' or '.join(choices)}, got '{other}'$"):
+        with pytest.raises(
+            UsageError, match=rf"^{name} must be {' or '.join(choices)}, got '{other}'$"
+        ):
             resolve(**SMALL | {name: other})
 
 
-STRATEGY = st.lists(st.sampled_from([*OPERATIONS, "none", "", "blur", "Crop"]), max_size=4).map("_".join)
+STRATEGY = st.lists(st.sampled_from([*OPERATIONS, "none", "", "blur", "Crop"]), max_size=4).map(
+    "_".join
+)
 
 
 @given(STRATEGY | st.text(alphabet="_aor", max_size=6))
@@ -295,7 +387,9 @@ def test_an_augmentation_is_taken_exactly_where_dsa_takes_it(strategy: str) -> N
     try:
         taken = DSA(strategy).operations
     except ValueError:
-        with pytest.raises(UsageError, match=rf"^augment must join names of .*, got {re.escape(repr(strategy))}$"):
+        with pytest.raises(
+            UsageError, match=rf"^augment must join names of .*, got {re.escape(repr(strategy))}$"
+        ):
             resolve(**SMALL | {"augment": strategy})
     else:
         assert DSA(resolve(**SMALL | {"augment": strategy}).augment).operations == taken
@@ -308,8 +402,12 @@ def test_there_are_no_more_stages_than_images_of_a_class() -> None:
 
 
 def test_experts_are_trained_as_far_as_matching_looks() -> None:
-    assert resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=7).expert_train_epochs == 7
-    with pytest.raises(UsageError, match=r"^expert_train_epochs must be at least .* \(4 \+ 3\), got 6$"):
+    assert (
+        resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=7).expert_train_epochs == 7
+    )
+    with pytest.raises(
+        UsageError, match=r"^expert_train_epochs must be at least .* \(4 \+ 3\), got 6$"
+    ):
         resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=6)
 
 
@@ -329,20 +427,26 @@ def test_a_limit_is_not_for_keeping_everything() -> None:
         assert resolve(memory=memory, memory_limit="1.5").memory_limit == 1.5
     assert resolve(memory="cache", memory_limit=0).memory == "cache"
     with pytest.raises(
-        UsageError, match=r"^memory_limit must be 0 where memory is cache, .* got 1\.5; set memory=auto$"
+        UsageError,
+        match=r"^memory_limit must be 0 where memory is cache, .* got 1\.5; set memory=auto$",
     ):
         resolve(memory="cache", memory_limit=1.5)
 
 
 def test_settings_are_checked_without_importing_torch() -> None:
-    code = "import sys, pdd_fast.settings as c; c.resolve('digits', ipc=20); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, pdd_fast.settings as c; c.resolve('digits', ipc=20); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # ---- what follows from the settings ----
 
 
-@given(st.integers(1, 60).flatmap(lambda stages: st.tuples(st.just(stages), st.integers(stages, 500))))
+@given(
+    st.integers(1, 60).flatmap(lambda stages: st.tuples(st.just(stages), st.integers(stages, 500)))
+)
 def test_the_stages_share_the_images_of_a_class(stages_and_ipc: tuple[int, int]) -> None:
     stages, ipc = stages_and_ipc
     shares = resolve(stages=stages, ipc=ipc).ipc_by_stage
@@ -364,7 +468,8 @@ def test_stages_may_be_of_different_sizes() -> None:
 @pytest.mark.parametrize("text", ["4,2,", "a", "1,0", "2,-1", "1.5,2", ",", "1;2", "inf"])
 def test_a_split_that_is_none_is_named(text: str) -> None:
     message = (
-        rf"^stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got '{re.escape(text)}'$"
+        rf"^stage_ipc must be whole numbers from 1 on, joined by commas, as in "
+        rf"4,2,2,1,1, got '{re.escape(text)}'$"
     )
     with pytest.raises(UsageError, match=message):
         resolve(stage_ipc=text)
@@ -375,7 +480,9 @@ def test_a_split_that_is_none_is_named(text: str) -> None:
 @pytest.mark.parametrize("given", [{"stages": 3}, {"ipc": 4}, {"stages": 1, "ipc": 3}])
 def test_a_split_has_to_fit_the_stages_and_images_that_are_asked_for(given: dict[str, int]) -> None:
     stages, ipc = rf"\({given.get('stages', 2)}\)", rf"\({given.get('ipc', 3)}\)"
-    message = rf"must hold a number for each of the stages {stages} and add up to ipc {ipc}, got 2,1$"
+    message = (
+        rf"must hold a number for each of the stages {stages} and add up to ipc {ipc}, got 2,1$"
+    )
     with pytest.raises(UsageError, match=message):
         resolve(stage_ipc="2,1", **given)
 
@@ -392,13 +499,19 @@ def test_every_stage_may_have_its_own_rate_of_the_images() -> None:
 
 @pytest.mark.parametrize("text", ["1,", "a", "1,-1", "inf,1", "nan", ","])
 def test_rates_that_are_none_are_named(text: str) -> None:
-    message = rf"^stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got '{text}'$"
+    message = (
+        rf"^stage_lr_img must be numbers from 0 on, joined by commas, as in "
+        rf"1000,500,500, got '{text}'$"
+    )
     with pytest.raises(UsageError, match=message):
         resolve(stages=2, stage_lr_img=text)
 
 
 def test_a_transition_records_one_epoch_more_than_matching_reaches() -> None:
-    assert resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=9).transition_real_epochs == 8
+    assert (
+        resolve(max_start_epoch=4, expert_epochs=3, expert_train_epochs=9).transition_real_epochs
+        == 8
+    )
 
 
 VALUES: dict[str, st.SearchStrategy[Any]] = {

@@ -2,11 +2,12 @@
 
     make gpu-check OUT=report            # or: python tools/gpu_check.py --out report
 
-Builds and installs this checkout into the running Python, runs the tests on the GPU, the kernels under
-compute-sanitizer, and the benchmarks. OUT/report.md and OUT/report.json hold the machine, the versions, the commit and
-what came of every step. They are written anew after each, so that a machine that is lost takes one step with it. The
-exit status is 0 where every step was green, 1 where one was not, 2 where there is no GPU or no nvcc, 130 after an
-interrupt (make turns each of the last three into its own 2).
+Builds and installs this checkout into the running Python, runs the tests on the GPU, the kernels
+under compute-sanitizer, and the benchmarks. OUT/report.md and OUT/report.json hold the machine, the
+versions, the commit and what came of every step. They are written anew after each, so that a
+machine that is lost takes one step with it. The exit status is 0 where every step was green, 1
+where one was not, 2 where there is no GPU or no nvcc, 130 after an interrupt (make turns each of
+the last three into its own 2).
 """
 
 from __future__ import annotations
@@ -26,23 +27,33 @@ from typing import Any, NoReturn
 from steps import Report, Step, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))  # for machine.py, which answers before the package is installed
+sys.path.append(
+    str(ROOT / "benchmarks")
+)  # for machine.py, which answers before the package is installed
 
 DRIVER = ROOT / "tools" / "sanitizer_driver.py"
-# -P: the working directory holds the sources, which have no compiled kernels; what is installed has to come first.
+# -P: the working directory holds the sources, which have no compiled kernels; what is installed has
+# to come first.
 PYTHON = [sys.executable, "-P"]
 COMMAND_LINE = [*PYTHON, "-c", "from pdd_fast.cli.main import main; main()"]
 CLEAN = {"racecheck": r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)"}
-SEEN = {"memcheck": "Invalid __global__ (read|write)", "initcheck": "Uninitialized __global__ memory read"}
+SEEN = {
+    "memcheck": "Invalid __global__ (read|write)",
+    "initcheck": "Uninitialized __global__ memory read",
+}
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: that of CUDA_HOME, on PATH, or of the toolkit whose nvcc is on PATH."""
+    """A program of the CUDA toolkit: that of CUDA_HOME, on PATH, or of the toolkit whose nvcc is on
+    PATH.
+    """
 
     def within(toolkit: Path) -> str | None:
         # compute-sanitizer has a folder of its own, and not in every toolkit a link to it in bin.
         places = (toolkit / "bin" / name, toolkit / name / name)
-        return next((str(path) for path in places if path.is_file() and os.access(path, os.X_OK)), None)
+        return next(
+            (str(path) for path in places if path.is_file() and os.access(path, os.X_OK)), None
+        )
 
     home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     found = (within(Path(home)) if home else None) or shutil.which(name)
@@ -50,10 +61,12 @@ def find_tool(name: str) -> str | None:
 
 
 def sanitizer_steps(program: str | None) -> list[Step]:
-    """Every operator under every tool; and planted mistakes, without which "0 errors" could mean that nobody looked.
+    """Every operator under every tool; and planted mistakes, without which "0 errors" could mean
+    that nobody looked.
 
-    Without torch's cache of memory every tensor is an allocation of its own, whose end memcheck knows, and none holds
-    what an earlier one has left. The filter leaves torch's own kernels alone, of which there are thousands.
+    Without torch's cache of memory every tensor is an allocation of its own, whose end memcheck
+    knows, and none holds what an earlier one has left. The filter leaves torch's own kernels alone,
+    of which there are thousands.
     """
     missing = "" if program else "compute-sanitizer is not on PATH, in CUDA_HOME or beside nvcc"
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -74,10 +87,21 @@ def sanitizer_steps(program: str | None) -> list[Step]:
 
 
 def benchmark_steps(out: Path) -> list[Step]:
-    """Two rounds where launches matter most; one, of five iterations each, where compiling would eat the time."""
+    """Two rounds where launches matter most; one, of five iterations each, where compiling would
+    eat the time.
+    """
 
     def step(case: str, limit: float, *arguments: str) -> Step:
-        own = ["bench", "--device", "cuda", "--case", case, "--output", str(out / f"bench-{case}"), *arguments]
+        own = [
+            "bench",
+            "--device",
+            "cuda",
+            "--case",
+            case,
+            "--output",
+            str(out / f"bench-{case}"),
+            *arguments,
+        ]
         return Step(f"bench {case}", [*COMMAND_LINE, *own], limit, tables=True)
 
     once = ("--rounds", "1", "--without", "compiled, float32", "--limit", "200")
@@ -101,7 +125,17 @@ def build_step(facts: dict[str, Any]) -> Step:
 
 
 def pytest_step(name: str, which: str, limit: float) -> Step:
-    pytest = ["-m", "pytest", "-ra", "--color=no", "-p", "no:cacheprovider", "-p", "gpu_tests", "-m"]
+    pytest = [
+        "-m",
+        "pytest",
+        "-ra",
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "gpu_tests",
+        "-m",
+    ]
     path = os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
     command = [*PYTHON, *pytest, "not slow", f"--gpu={which}"]
     return Step(name, command, limit, r"\d+ passed", environment={"PYTHONPATH": path})
@@ -124,7 +158,10 @@ def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> l
     """The steps that --only and --skip leave; a name stands for all steps that begin with it."""
     for name in [*only, *skip]:
         if not any(step.name.startswith(name) for step in steps):
-            refuse(f"there is no step {name!r}; the steps are: {'; '.join(step.name for step in steps)}")
+            refuse(
+                f"there is no step {name!r}; the steps are: "
+                f"{'; '.join(step.name for step in steps)}"
+            )
     wanted = [s for s in steps if not only or s.name.startswith(tuple(only))]
     return [s for s in wanted if not s.name.startswith(tuple(skip))] if skip else wanted
 
@@ -140,16 +177,30 @@ def preflight(args: argparse.Namespace) -> dict[str, Any]:
 
     facts = ask(with_gpu=True)
     if facts["torch"] is None:
-        refuse(f"torch does not import in {sys.executable}; install it there, or run another Python")
+        refuse(
+            f"torch does not import in {sys.executable}; install it there, or run another Python"
+        )
     if "gpu" not in facts:
         refuse(f"torch {facts['torch']} finds no GPU here; run this where nvidia-smi lists one")
     nvcc = find_tool("nvcc")
     if nvcc is None and not args.skip_build:
-        refuse("there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or pass --skip-build")
-    # What was installed before is about to be replaced; the records of the benchmarks say what they measured.
-    kept = {key: value for key, value in facts.items() if key not in ("instruction_set", "threads", "pdd_fast")}
+        refuse(
+            "there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or pass "
+            "--skip-build"
+        )
+    # What was installed before is about to be replaced; the records of the benchmarks say what they
+    # measured.
+    kept = {
+        key: value
+        for key, value in facts.items()
+        if key not in ("instruction_set", "threads", "pdd_fast")
+    }
     toolkit = said(nvcc, "--version").partition("release ")[2].partition(",")[0] if nvcc else ""
-    return kept | {"nvcc": toolkit or "none", "sources": version(), "begun": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    return kept | {
+        "nvcc": toolkit or "none",
+        "sources": version(),
+        "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
 
 
 def version() -> str:
@@ -159,15 +210,35 @@ def version() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report, its logs and records")
-    parser.add_argument("--budget", type=float, default=1500, metavar="SECONDS", help="for everything (default 1500)")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="STEP", help="only steps that begin so; may repeat"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--skip", action="append", default=[], metavar="STEP", help="leave out steps that begin so")
-    parser.add_argument("--skip-build", action="store_true", help="check the pdd_fast that is installed")
-    parser.add_argument("--all-tests", action="store_true", help="also run the tests that need no GPU, at the end")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of the report, its logs and records"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=1500,
+        metavar="SECONDS",
+        help="for everything (default 1500)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STEP",
+        help="only steps that begin so; may repeat",
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="STEP", help="leave out steps that begin so"
+    )
+    parser.add_argument(
+        "--skip-build", action="store_true", help="check the pdd_fast that is installed"
+    )
+    parser.add_argument(
+        "--all-tests", action="store_true", help="also run the tests that need no GPU, at the end"
+    )
     return parser
 
 
@@ -178,13 +249,18 @@ def interrupt(number: int, frame: FrameType | None) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     args.out = args.out.resolve()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # what a terminal or a scheduler that goes away sends
+    for number in (
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # what a terminal or a scheduler that goes away sends
         signal.signal(number, interrupt)
     facts = preflight(args)
     os.environ["PDD_FAST_COMMIT"] = facts["commit"]  # what is built and measured changes no longer
     steps = chosen(all_steps(args, facts), args.only, args.skip)
     args.out.mkdir(parents=True, exist_ok=True)
-    for left in args.out.glob("bench-*/bench.json"):  # by an earlier check; a benchmark replaces no other's record
+    for left in args.out.glob(
+        "bench-*/bench.json"
+    ):  # by an earlier check; a benchmark replaces no other's record
         left.unlink()
     os.chdir(ROOT)
     report = Report("GPU check", facts, [], args.out)

@@ -1,7 +1,8 @@
-"""A pytest plugin that tells the tests that need a GPU from the rest: pytest -p gpu_tests --gpu=only (or --gpu=no).
+"""A pytest plugin that tells the tests that need a GPU from the rest: pytest -p gpu_tests
+--gpu=only (or --gpu=no).
 
-Those are the tests that are skipped where torch finds no GPU, and say so: the fixture `device` on "cuda", and a few
-that ask for one themselves.
+Those are the tests that are skipped where torch finds no GPU, and say so: the fixture `device` on
+"cuda", and a few that ask for one themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ def needs_gpu(item: pytest.Item) -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu", choices=("only", "no"), help="only the tests that need a GPU, or only the others")
+    parser.addoption(
+        "--gpu", choices=("only", "no"), help="only the tests that need a GPU, or only the others"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

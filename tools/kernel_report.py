@@ -1,4 +1,5 @@
-"""Registers, shared memory and spills of every CUDA kernel, from the compiler's report; the table in docs/kernels.md.
+"""Registers, shared memory and spills of every CUDA kernel, from the compiler's report; the table
+in docs/kernels.md.
 
     python tools/kernel_report.py            # compiles, writes the table
     python tools/kernel_report.py --check    # writes nothing; fails where the table is old
@@ -24,7 +25,15 @@ PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by tools/kernel_report.py -->", "<!-- end -->"
 ARCHITECTURES = ("80", "90", "100")
 SHOWN = "90"
-FLAGS = ("-std=c++17", "-O3", "-DPDD_BACKEND=cuda", "-DPDD_HALF", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-cubin")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-DPDD_BACKEND=cuda",
+    "-DPDD_HALF",
+    f"-I{ROOT / 'csrc'}",
+    "-Xptxas=-v",
+    "-cubin",
+)
 TYPES = {"f": "float32", "d": "float64", "N3pdd8bfloat16E": "bfloat16", "N3pdd7float16E": "float16"}
 
 
@@ -42,18 +51,25 @@ class Kernel:
     def row(self) -> str:
         pack = f"{self.numbers[0]}" if self.numbers else ""
         kept = f"{self.numbers[1]}" if len(self.numbers) > 1 else ""
-        return f"| `{self.name}` | {self.type} | {pack} | {kept} | {self.registers} | {self.shared} | {self.spills} |"
+        return (
+            f"| `{self.name}` | {self.type} | {pack} | {kept} | {self.registers} | "
+            f"{self.shared} | {self.spills} |"
+        )
 
 
 def demangled(symbol: str) -> tuple[str, str, tuple[int, ...]]:
-    """Name, type and numbers of a kernel from its symbol, e.g. ..22norm_relu_pool_kernelIN3pdd8bfloat16ELi8ELi2EE.."""
+    """Name, type and numbers of a kernel from its symbol, e.g.
+    ..22norm_relu_pool_kernelIN3pdd8bfloat16ELi8ELi2EE..
+    """
     match = re.search(r"\d([a-z_]+)_kernelI(.+?)EEv", symbol)
     if match is None:
         raise ValueError(f"{symbol} is not the symbol of a kernel template")
     name, arguments = match.groups()
     numbers = tuple(int(number) for number in re.findall(r"Li(\d+)E?", arguments))
     letter = arguments.split("Li")[0]
-    if letter.startswith("NS"):  # N S <substitution> _ <length and name>: the namespace has occurred before
+    if letter.startswith(
+        "NS"
+    ):  # N S <substitution> _ <length and name>: the namespace has occurred before
         letter = "N3pdd" + re.sub(r"^NS\d*_", "", letter)
     found = TYPES.get(letter) or TYPES.get(letter + "E")
     if found is None:
@@ -73,17 +89,28 @@ def parsed(report: str) -> list[Kernel]:
 
         kernels.append(
             Kernel(
-                name, kind, numbers, number(r"Used (\d+) registers"), number(r"(\d+) bytes smem"),
+                name,
+                kind,
+                numbers,
+                number(r"Used (\d+) registers"),
+                number(r"(\d+) bytes smem"),
                 number(r"(\d+) bytes stack frame"),
                 number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
             )
-        )  # fmt: skip
+        )
     return kernels
 
 
 def report_of(source: Path, architecture: str) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *FLAGS, f"-arch=sm_{architecture}", str(source), "-o", f"{folder}/kernels.cubin"]
+        command = [
+            "nvcc",
+            *FLAGS,
+            f"-arch=sm_{architecture}",
+            str(source),
+            "-o",
+            f"{folder}/kernels.cubin",
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{source} does not compile for sm_{architecture}:\n{result.stderr}")
@@ -93,7 +120,8 @@ def report_of(source: Path, architecture: str) -> list[Kernel]:
 def table(kernels: list[Kernel], compiler: str) -> str:
     order = list(TYPES.values())
     lines = [
-        f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the windows that it holds in "
+        f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the "
+        f"windows that it holds in "
         "registers (0: read again).",
         "",
         "| kernel | numbers | in a pack | kept | registers | shared bytes | spilled bytes |",
@@ -109,13 +137,19 @@ def replaced(page: str, content: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit status 1 where something is not as it has to be"
+        "--check",
+        action="store_true",
+        help="write nothing; exit status 1 where something is not as it has to be",
     )
     args = parser.parse_args()
     try:
-        version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+        version = subprocess.run(
+            ["nvcc", "--version"], check=True, capture_output=True, text=True
+        ).stdout
     except OSError:
         sys.exit("nvcc is not on PATH")
     compiler = version.split("release ")[1].split(",")[0]
@@ -126,11 +160,17 @@ def main() -> None:
 
     wrong, shown = [], []
     for (_, architecture), kernels in zip(tasks, found, strict=True):
-        wrong += [f"sm_{architecture}: {k.name} {k.type} {k.numbers}" for k in kernels if k.spills or k.stack]
+        wrong += [
+            f"sm_{architecture}: {k.name} {k.type} {k.numbers}"
+            for k in kernels
+            if k.spills or k.stack
+        ]
         if architecture == SHOWN:
             shown += kernels
     if wrong:
-        sys.exit("these kernels spill registers or keep arrays in local memory:\n  " + "\n  ".join(wrong))
+        sys.exit(
+            "these kernels spill registers or keep arrays in local memory:\n  " + "\n  ".join(wrong)
+        )
     page = PAGE.read_text(encoding="utf-8")
     new = replaced(page, table(shown, compiler))
     if not args.check:

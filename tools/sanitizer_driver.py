@@ -1,8 +1,10 @@
-"""Runs every operator of tests/support/cases.py once on every sample input: a short program for compute-sanitizer.
+"""Runs every operator of tests/support/cases.py once on every sample input: a short program for
+compute-sanitizer.
 
-Inputs are made on the CPU and copied to the GPU as they lie in memory, so that no other kernel than ours runs on them:
-compute-sanitizer is told to look at ours alone, and would not see who else had written. Prints how many calls it made.
-``--plant`` makes a mistake instead, which the tool of that name has to see.
+Inputs are made on the CPU and copied to the GPU as they lie in memory, so that no other kernel than
+ours runs on them: compute-sanitizer is told to look at ours alone, and would not see who else had
+written. Prints how many calls it made. ``--plant`` makes a mistake instead, which the tool of that
+name has to see.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-# The tests hold results to the reference; this only notices that a kernel did not do its work at all. bfloat16: 2^-8.
+# The tests hold results to the reference; this only notices that a kernel did not do its work at
+# all. bfloat16: 2^-8.
 TOLERANCE = 1e-2
 
 
@@ -30,7 +33,9 @@ def as_it_lies(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Every operator with each of its sample inputs in float32, and in bfloat16 where it takes that."""
+    """Every operator with each of its sample inputs in float32, and in bfloat16 where it takes
+    that.
+    """
     import cases
 
     for operator in cases.OPERATORS:
@@ -72,7 +77,9 @@ def plant(tool: str, device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--plant", choices=("memcheck", "initcheck"))
     args = parser.parse_args()

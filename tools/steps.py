@@ -1,7 +1,7 @@
 """Runs a list of steps, each a process with a time limit, and keeps a report of what came of them.
 
-The report is written before and after every step, so that a machine that is lost takes nothing with it but the step it
-was in.
+The report is written before and after every step, so that a machine that is lost takes nothing with
+it but the step it was in.
 """
 
 from __future__ import annotations
@@ -75,15 +75,27 @@ class Report:
 
     def markdown(self) -> str:
         lines = [f"# {self.title}: {'green' if self.green else 'NOT green'}", ""]
-        lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in self.facts.items()), ""]
+        lines += [
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in self.facts.items()),
+            "",
+        ]
         lines += ["| step | outcome | seconds | limit | log | |", "|---|---|---|---|---|---|"]
         for r in self.results:
             log = f"[{r.log}]({r.log})" if r.log else ""
-            lines.append(f"| {r.name} | {r.outcome} | {r.seconds:.0f} | {r.limit:.0f} | {log} | {r.note} |")
+            lines.append(
+                f"| {r.name} | {r.outcome} | {r.seconds:.0f} | {r.limit:.0f} | {log} | {r.note} |"
+            )
         for r in self.results:
             if r.log and r.outcome not in ("ok", "running"):
                 tail = _text(self.folder / r.log).splitlines()[-SHOWN:]
-                lines += ["", f"## {r.name}: the end of {r.log}", "", *(f"    {line}" for line in tail)]
+                lines += [
+                    "",
+                    f"## {r.name}: the end of {r.log}",
+                    "",
+                    *(f"    {line}" for line in tail),
+                ]
         for name, tables in self.tables.items():
             lines += ["", f"## {name}", "", tables]
         return "\n".join(lines) + "\n"
@@ -112,24 +124,36 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def tables_in(log: str) -> str:
-    """The Markdown tables of a log, their captions ("step-b20-w32-s32: one training step: ...") and conclusions."""
+    """The Markdown tables of a log, their captions ("step-b20-w32-s32: one training step: ...") and
+    conclusions.
+    """
     kept = re.compile(r"\||[a-z][a-z0-9-]*: (one|DSA)\b|Best exact alternative")
     lines = [line for line in log.splitlines() if kept.match(line)]
     text = ""
     for before, line in zip(["", *lines], lines, strict=False):
-        starts = not before.startswith("|") or not line.startswith("|") or before.count("|") != line.count("|")
+        starts = (
+            not before.startswith("|")
+            or not line.startswith("|")
+            or before.count("|") != line.count("|")
+        )
         text += ("\n" if starts and before else "") + line + "\n"
     return text
 
 
 def run(step: Step, result: Result, log: Path, limit: float) -> None:
-    """Runs one step for at most ``limit`` seconds and fills in its result, also where it is interrupted."""
+    """Runs one step for at most ``limit`` seconds and fills in its result, also where it is
+    interrupted.
+    """
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            step.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=os.environ | step.environment, start_new_session=True,
-        )  # fmt: skip
+            step.command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | step.environment,
+            start_new_session=True,
+        )
         try:
             result.status = process.wait(limit)
             result.outcome = "ok" if result.status == 0 or step.any_status else "failed"
@@ -146,8 +170,15 @@ def run(step: Step, result: Result, log: Path, limit: float) -> None:
             result.outcome, result.note = "failed", f"its output does not say {unsaid[0]!r}"
 
 
-def run_all(steps: Sequence[Step], report: Report, budget: float, tell: Callable[[str], None] = lambda _: None) -> None:
-    """Runs the steps in order until ``budget`` seconds are over. One that fails does not keep the next from running."""
+def run_all(
+    steps: Sequence[Step],
+    report: Report,
+    budget: float,
+    tell: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Runs the steps in order until ``budget`` seconds are over. One that fails does not keep the
+    next from running.
+    """
     end = time.monotonic() + budget
     report.results[:] = [Result(step.name, limit=step.limit) for step in steps]
     report.write()
@@ -158,7 +189,10 @@ def run_all(steps: Sequence[Step], report: Report, budget: float, tell: Callable
         elif left <= 0:
             result.note = f"the {budget:g} seconds were over"
         else:
-            result.log, result.outcome = f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower()).strip('-')}.log", "running"
+            result.log, result.outcome = (
+                f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower()).strip('-')}.log",
+                "running",
+            )
             report.write()
             tell(f"{step.name} (at most {min(step.limit, left):.0f} s)")
             try:

@@ -1,5 +1,5 @@
-// The operators as the binding calls them, whichever back end is behind: bind/cpu.cpp picks the instruction
-// set once, bind/cuda.cpp forwards to the CUDA launchers.
+// The operators as the binding calls them, whichever back end is behind: bind/cpu.cpp picks the
+// instruction set once, bind/cuda.cpp forwards to the CUDA launchers.
 #pragma once
 
 #include <map>

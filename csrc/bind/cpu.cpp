@@ -1,5 +1,5 @@
-// Chooses, once, the widest instruction set that both this build and this CPU have, and forwards every
-// operator to it.
+// Chooses, once, the widest instruction set that both this build and this CPU have, and forwards
+// every operator to it.
 #include <cstdlib>
 #include <cstring>
 
@@ -29,10 +29,12 @@ Level detect() {
     Level level = Level::baseline;
 #ifdef PDD_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("bmi2"))
         level = Level::avx2;
-    if (level == Level::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (level == Level::avx2 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
         level = Level::avx512;
     // A lower level on request: to compare results between machines, and for the tests.
     if (const char* wanted = std::getenv("PDD_FAST_CPU")) {

@@ -1,5 +1,5 @@
-// Forwards every operator to its CUDA launcher. The runtime is linked statically, so this loads on machines
-// without a driver; a launch there returns an error that status_string names.
+// Forwards every operator to its CUDA launcher. The runtime is linked statically, so this loads on
+// machines without a driver; a launch there returns an error that status_string names.
 #include <cuda_runtime_api.h>
 
 #include "bind/backend.h"
@@ -41,9 +41,12 @@ std::map<std::string, std::string> capabilities() {
         cudaGetLastError();
     }
     const auto version = [](int number) {
-        return number ? std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10) : std::string("none");
+        return number ? std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10)
+                      : std::string("none");
     };
-    return {{"runtime", version(runtime)}, {"driver", version(driver)}, {"devices", std::to_string(devices)}};
+    return {{"runtime", version(runtime)},
+            {"driver", version(driver)},
+            {"devices", std::to_string(devices)}};
 }
 
 }  // namespace pdd::bind

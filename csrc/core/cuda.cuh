@@ -15,36 +15,39 @@
 
 namespace pdd::PDD_BACKEND {
 
-// ---- launches -------------------------------------------------------------------------------------------------------
+// ---- launches ----
 
 inline cudaStream_t stream_of(Context context) {
     return static_cast<cudaStream_t>(context.stream);
 }
 
 #ifndef PDD_LARGEST_GRID
-#define PDD_LARGEST_GRID 2147483647  // of grid.x, from compute capability 3.0 on; the tests set a small one
+#define PDD_LARGEST_GRID \
+    2147483647  // of grid.x, from compute capability 3.0 on; the tests set a small one
 #endif
 
-// Blocks for `count` independent tasks; kernels loop over tasks in steps of gridDim.x, so more than the
-// largest grid is no error.
+// Blocks for `count` independent tasks; kernels loop over tasks in steps of gridDim.x, so more than
+// the largest grid is no error.
 inline unsigned grid_for(int64_t count) {
     constexpr int64_t largest = PDD_LARGEST_GRID;
     return static_cast<unsigned>(count < largest ? count : largest);
 }
 
-// One launch, by the runtime's plain function in place of <<<...>>>, so that any C++ compiler reads these files: the
-// tests run them on the host (tests/native/host/cuda_runtime.h). A failure is reported once and leaves nothing behind
-// for torch to trip over.
+// One launch, by the runtime's plain function in place of <<<...>>>, so that any C++ compiler reads
+// these files: the tests run them on the host (tests/native/host/cuda_runtime.h). A failure is
+// reported once and leaves nothing behind for torch to trip over.
 template <class... Parameters>
-Status launch(void (*kernel)(Parameters...), unsigned grid, dim3 block, size_t shared_bytes, Context context,
-              Parameters... parameters) {
+Status launch(void (*kernel)(Parameters...), unsigned grid, dim3 block, size_t shared_bytes,
+              Context context, Parameters... parameters) {
     void* arguments[] = {&parameters...};
-    const cudaError_t error = cudaLaunchKernel(kernel, dim3(grid), block, arguments, shared_bytes, stream_of(context));
+    const cudaError_t error =
+        cudaLaunchKernel(kernel, dim3(grid), block, arguments, shared_bytes, stream_of(context));
     if (error != cudaSuccess) cudaGetLastError();
     return static_cast<Status>(error);
 }
 
-// The block's dynamic shared memory, as many bytes as the launch asked for; its content is undefined at first.
+// The block's dynamic shared memory, as many bytes as the launch asked for; its content is
+// undefined at first.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #if defined(PDD_CUDA_ON_HOST)
     return pdd_host::dynamic_shared();
@@ -54,7 +57,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 #endif
 }
 
-// ---- numbers in 16 bits ---------------------------------------------------------------------------------------------
+// ---- numbers in 16 bits ----
 
 __device__ __forceinline__ float widen(float value) {
     return value;
@@ -100,15 +103,16 @@ inline float16 narrow<float16>(float value) {
 }
 #endif
 
-// ---- packs ----------------------------------------------------------------------------------------------------------
+// ---- packs ----
 
 constexpr int kPackBytes = 16;  // the widest access of a thread
 
 template <class T>
 constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
 
-// V neighbouring numbers, read and written by one instruction; get and set convert from and to what is computed with.
-// Two numbers of 16 bits share a register until they are needed: as V values they took V of them.
+// V neighbouring numbers, read and written by one instruction; get and set convert from and to what
+// is computed with. Two numbers of 16 bits share a register until they are needed: as V values they
+// took V of them.
 template <class T, int V, bool halves = sizeof(T) == 2 && V % 2 == 0>
 struct alignas(sizeof(T) * V) Pack {
     T of[V];
@@ -141,8 +145,8 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
     *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// Makes the compiler take the numbers for new ones: what it has computed from them before (widened, normalised) is
-// computed again and not kept in registers from one pass over them to the next.
+// Makes the compiler take the numbers for new ones: what it has computed from them before (widened,
+// normalised) is computed again and not kept in registers from one pass over them to the next.
 template <class T, int V>
 __device__ __forceinline__ void renew(Pack<T, V>& pack) {
 #if defined(__CUDA_ARCH__)
@@ -169,13 +173,15 @@ inline bool aligned(Pointers... pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
 }
 
-// ---- sums -----------------------------------------------------------------------------------------------------------
+// ---- sums ----
 
-// Sum over a warp's lanes, the same in all of them: a butterfly, so the order of additions is fixed.
+// Sum over a warp's lanes, the same in all of them: a butterfly, so the order of additions is
+// fixed.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+    for (int offset = 16; offset > 0; offset /= 2)
+        value += __shfl_xor_sync(0xffffffffu, value, offset);
     return value;
 }
 
@@ -189,8 +195,8 @@ __device__ __forceinline__ T warp_max(T value) {
     return value;
 }
 
-// Sum over a block of whole warps, at most 1024 threads; every thread gets it. `partial` holds one T per
-// warp.
+// Sum over a block of whole warps, at most 1024 threads; every thread gets it. `partial` holds one
+// T per warp.
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T* partial) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

@@ -1,6 +1,7 @@
-// PDD_BACKEND names the namespace of everything that is compiled more than once: the CPU sources are built
-// for several instruction sets and linked into one library. Inline functions outside such a namespace would
-// be merged by the linker, and the surviving copy could hold instructions that the running CPU lacks.
+// PDD_BACKEND names the namespace of everything that is compiled more than once: the CPU sources
+// are built for several instruction sets and linked into one library. Inline functions outside such
+// a namespace would be merged by the linker, and the surviving copy could hold instructions that
+// the running CPU lacks.
 #pragma once
 
 #ifndef PDD_BACKEND
@@ -13,7 +14,8 @@
 #define PDD_HD inline __attribute__((always_inline))
 #endif
 
-// A function that is compiled once, as it stands: neither inlined nor copied for arguments that are known.
+// A function that is compiled once, as it stands: neither inlined nor copied for arguments that are
+// known.
 #if defined(__clang__) || defined(__CUDACC__)
 #define PDD_ONE_COPY __attribute__((noinline))
 #else

@@ -1,4 +1,5 @@
-// Numbers that are kept in 16 bits and computed with in 32: what tensors of torch.bfloat16 and torch.float16 hold.
+// Numbers that are kept in 16 bits and computed with in 32: what tensors of torch.bfloat16 and
+// torch.float16 hold.
 #pragma once
 
 #include <cstdint>

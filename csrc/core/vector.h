@@ -1,6 +1,6 @@
-// One register of numbers as a value, by the compiler's vector extension: the formulas in ops/<op>/math.h
-// take it in place of a scalar, so a CPU kernel is vectorised by how it is written and not by what the
-// optimiser can prove.
+// One register of numbers as a value, by the compiler's vector extension: the formulas in
+// ops/<op>/math.h take it in place of a scalar, so a CPU kernel is vectorised by how it is written
+// and not by what the optimiser can prove.
 #pragma once
 
 #include <cmath>
@@ -10,9 +10,9 @@
 
 namespace pdd::PDD_BACKEND {
 
-// The width that the instruction set has: wider vectors are split by the compiler with a detour through
-// memory (3 to 5 times slower, measured with gcc 12 at 64 bytes on AVX2). The tests set 64 all the same, to run
-// AVX-512's code where there is none.
+// The width that the instruction set has: wider vectors are split by the compiler with a detour
+// through memory (3 to 5 times slower, measured with gcc 12 at 64 bytes on AVX2). The tests set 64
+// all the same, to run AVX-512's code where there is none.
 #if defined(PDD_VECTOR_BYTES)
 #elif defined(__AVX512F__)
 #define PDD_VECTOR_BYTES 64
@@ -38,8 +38,8 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// How many numbers a pack holds: a vector's lanes, or 1 for a plain number, with which the same code does the
-// tail.
+// How many numbers a pack holds: a vector's lanes, or 1 for a plain number, with which the same
+// code does the tail.
 template <class T, class Pack>
 constexpr int kLanes = sizeof(Pack) / sizeof(T);
 
@@ -60,8 +60,12 @@ struct Memory<double> {
 };
 template <>
 struct Memory<Vector<float>> {
-    PDD_HD static Vector<float> load(const float* p) { return *reinterpret_cast<const VectorOf<float>::unaligned*>(p); }
-    PDD_HD static void store(float* p, Vector<float> v) { *reinterpret_cast<VectorOf<float>::unaligned*>(p) = v; }
+    PDD_HD static Vector<float> load(const float* p) {
+        return *reinterpret_cast<const VectorOf<float>::unaligned*>(p);
+    }
+    PDD_HD static void store(float* p, Vector<float> v) {
+        *reinterpret_cast<VectorOf<float>::unaligned*>(p) = v;
+    }
     PDD_HD static Vector<float> sqrt(Vector<float> v) {
         for (int i = 0; i < kLanes<float, Vector<float>>; ++i) v[i] = std::sqrt(v[i]);
         return v;
@@ -72,7 +76,9 @@ struct Memory<Vector<double>> {
     PDD_HD static Vector<double> load(const double* p) {
         return *reinterpret_cast<const VectorOf<double>::unaligned*>(p);
     }
-    PDD_HD static void store(double* p, Vector<double> v) { *reinterpret_cast<VectorOf<double>::unaligned*>(p) = v; }
+    PDD_HD static void store(double* p, Vector<double> v) {
+        *reinterpret_cast<VectorOf<double>::unaligned*>(p) = v;
+    }
     PDD_HD static Vector<double> sqrt(Vector<double> v) {
         for (int i = 0; i < kLanes<double, Vector<double>>; ++i) v[i] = std::sqrt(v[i]);
         return v;

@@ -1,6 +1,7 @@
-// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it in its own
-// namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same order. All take float and double; with
-// PDD_HALF those of PDD_HALF_OPERATORS take bfloat16 and float16 too (on the CPU pdd_fast/ops/ converts instead).
+// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it
+// in its own namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same order.
+// All take float and double; with PDD_HALF those of PDD_HALF_OPERATORS take bfloat16 and float16
+// too (on the CPU pdd_fast/ops/ converts instead).
 #pragma once
 
 #include "core/context.h"
@@ -24,8 +25,8 @@
     X(cross_entropy_dual, CrossEntropyDual) \
     X(add_rows, AddRows)
 
-// Passes over the whole network: on a GPU pdd_fast/engines/ composes them of the operators above, and a graph takes the
-// cost out of the launches.
+// Passes over the whole network: on a GPU pdd_fast/engines/ composes them of the operators above,
+// and a graph takes the cost out of the launches.
 #define PDD_CPU_OPERATORS(X)             \
     X(convnet_forward, ConvNetForward)   \
     X(convnet_backward, ConvNetBackward) \
@@ -58,10 +59,12 @@ namespace pdd::PDD_BACKEND {
 PDD_OPERATORS(PDD_DECLARE)
 PDD_CPU_OPERATORS(PDD_DECLARE)
 
-// What the passes over the whole network need; `kept`: whether they are given a buffer for what is kept.
+// What the passes over the whole network need; `kept`: whether they are given a buffer for what is
+// kept.
 ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads);
 
-// How many images' scratch a call of dsa needs in the device's memory; number_bytes = sizeof(Compute<T>).
+// How many images' scratch a call of dsa needs in the device's memory; number_bytes =
+// sizeof(Compute<T>).
 int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
 }  // namespace pdd::PDD_BACKEND
 #endif

@@ -1,7 +1,8 @@
-"""Differentiable Siamese augmentation (DSA; Zhao and Bilen, ICML 2021, arXiv 2102.08259) with draws that can be kept.
+"""Differentiable Siamese augmentation (DSA; Zhao and Bilen, ICML 2021, arXiv 2102.08259) with draws
+that can be kept.
 
-Drawing and applying are apart: the same draws can be applied again, to other images, or transposed, which is what the
-adjoint of an unrolled training run needs.
+Drawing and applying are apart: the same draws can be applied again, to other images, or transposed,
+which is what the adjoint of an unrolled training run needs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,14 @@ from pdd_fast.ops.dsa import DRAWS, NOTHING, OPERATIONS, dsa, dsa_adjoint
 MODES = ("single", "multiple")
 _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
 _ROWS = {name: row for row, name in enumerate(DRAWS)}
-_COLOR = slice(_ROWS["brightness"], _ROWS["contrast"] + 1)  # with saturation between them: one call draws all three
-_NEUTRAL = torch.tensor([[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in DRAWS],
-                        dtype=torch.float64, device="cpu")  # fmt: skip
+_COLOR = slice(
+    _ROWS["brightness"], _ROWS["contrast"] + 1
+)  # with saturation between them: one call draws all three
+_NEUTRAL = torch.tensor(
+    [[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in DRAWS],
+    dtype=torch.float64,
+    device="cpu",
+)
 
 
 def _neutral(batch_size: int, device: torch.device) -> Tensor:
@@ -38,24 +44,32 @@ def _draw(name: str) -> Any:
     row = _ROWS[name]
     if name == "flip":
         return property(lambda p: p.values[row] != 0)
-    return property((lambda p: p.values[row].long()) if name in _INTEGERS else (lambda p: p.values[row]))
+    return property(
+        (lambda p: p.values[row].long()) if name in _INTEGERS else (lambda p: p.values[row])
+    )
 
 
 @dataclass(frozen=True, eq=False)  # an == of tensors has no truth value
 class AugmentParameters:
-    """What was drawn for a batch of b images: which operations, in which order, and every image's numbers.
+    """What was drawn for a batch of b images: which operations, in which order, and every image's
+    numbers.
 
-    Draws of operations that are not applied hold the values that change nothing. Make one by hand with :meth:`of`.
+    Draws of operations that are not applied hold the values that change nothing. Make one by hand
+    with :meth:`of`.
     """
 
     operations: tuple[str, ...]  # of color, crop, cutout, flip, scale, rotate, in the order applied
     image_size: tuple[int, int]  # (H, W) that was drawn for
     cutout_size: tuple[int, int]  # height and width of what cutout blanks
     values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS; below each row by its name
-    _packed: dict[torch.device, PackedDraws] = field(default_factory=dict, repr=False, compare=False)
+    _packed: dict[torch.device, PackedDraws] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     brightness = _draw("brightness")  # [b] float64, added
-    saturation = _draw("saturation")  # [b] float64, factor of the distance from the mean over channels
+    saturation = _draw(
+        "saturation"
+    )  # [b] float64, factor of the distance from the mean over channels
     contrast = _draw("contrast")  # [b] float64, factor of the distance from the mean of the image
     shift_h = _draw("shift_h")  # [b] int64, rows
     shift_w = _draw("shift_w")  # [b] int64, columns
@@ -68,10 +82,15 @@ class AugmentParameters:
 
     @classmethod
     def of(
-        cls, operations: tuple[str, ...], batch_size: int, image_size: int | tuple[int, int],
-        cutout_size: tuple[int, int] | None = None, **draws: Tensor,
-    ) -> AugmentParameters:  # fmt: skip
-        """Parameters with the given draws, each [batch_size], on one device; the others hold what changes nothing.
+        cls,
+        operations: tuple[str, ...],
+        batch_size: int,
+        image_size: int | tuple[int, int],
+        cutout_size: tuple[int, int] | None = None,
+        **draws: Tensor,
+    ) -> AugmentParameters:
+        """Parameters with the given draws, each [batch_size], on one device; the others hold what
+        changes nothing.
 
         Raises:
             ValueError, TypeError: an operation or a draw is unknown, or a draw has another length.
@@ -79,17 +98,28 @@ class AugmentParameters:
         size = _size("AugmentParameters", image_size)
         unknown = [name for name in operations if name not in OPERATIONS]
         if unknown:
-            raise ValueError(f"AugmentParameters: operations must be of {', '.join(OPERATIONS)}, got {unknown[0]!r}")
+            raise ValueError(
+                f"AugmentParameters: operations must be of {', '.join(OPERATIONS)}, got "
+                f"{unknown[0]!r}"
+            )
         unknown = [name for name in draws if name not in DRAWS]
         if unknown:
-            raise TypeError(f"AugmentParameters: there is no draw {unknown[0]!r}; the draws are {', '.join(DRAWS)}")
+            raise TypeError(
+                f"AugmentParameters: there is no draw {unknown[0]!r}; the draws are "
+                f"{', '.join(DRAWS)}"
+            )
         device = next((value.device for value in draws.values()), torch.device("cpu"))
         values = _neutral(batch_size, device)
         for name, value in draws.items():
             if tuple(value.shape) != (batch_size,):
-                raise ValueError(f"AugmentParameters: {name} must have shape ({batch_size},), got {tuple(value.shape)}")
+                raise ValueError(
+                    f"AugmentParameters: {name} must have shape ({batch_size},), got "
+                    f"{tuple(value.shape)}"
+                )
             value = value.detach()
-            values[_ROWS[name]] = value.long() if name in _INTEGERS else value.bool() if name == "flip" else value
+            values[_ROWS[name]] = (
+                value.long() if name in _INTEGERS else value.bool() if name == "flip" else value
+            )
         if cutout_size is None:
             cutout_size = (int(size[0] * 0.5 + 0.5), int(size[1] * 0.5 + 0.5))
         return cls(tuple(operations), size, cutout_size, values)
@@ -112,7 +142,9 @@ class AugmentParameters:
 
     def _numbers(self, count: int) -> list[int]:
         """The operations as the kernels count them, and then nothing, ``count`` in all."""
-        return [OPERATIONS.index(name) for name in self.operations] + [NOTHING] * (count - len(self.operations))
+        return [OPERATIONS.index(name) for name in self.operations] + [NOTHING] * (
+            count - len(self.operations)
+        )
 
     def packed(self, device: torch.device) -> PackedDraws:
         """What the kernels take, on ``device``; made once per device."""
@@ -122,11 +154,14 @@ class AugmentParameters:
 
 
 class PackedDraws(NamedTuple):
-    """The draws of a batch of b images as the kernels take them: tensors alone, so that a captured graph can be given
-    others of the same shape."""
+    """The draws of a batch of b images as the kernels take them: tensors alone, so that a captured
+    graph can be given others of the same shape.
+    """
 
     values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS
-    operations: Tensor  # int32 [k, b], indices into pdd_fast.ops.dsa.OPERATIONS, in the order applied
+    operations: (
+        Tensor  # int32 [k, b], indices into pdd_fast.ops.dsa.OPERATIONS, in the order applied
+    )
     cutout_size: tuple[int, int]
 
     @classmethod
@@ -139,10 +174,14 @@ class PackedDraws(NamedTuple):
         values = torch.cat([p.values for p in parameters], 1)
         length = len(first)
         if all(len(p) == length for p in parameters):
-            table = torch.tensor([numbers for numbers, _ in blocks], dtype=torch.int32, device="cpu").view(-1, most)
+            table = torch.tensor(
+                [numbers for numbers, _ in blocks], dtype=torch.int32, device="cpu"
+            ).view(-1, most)
             operations = table.t().unsqueeze(2).expand(-1, -1, length).reshape(most, -1)
         else:
-            operations = torch.cat([_columns(numbers, count, torch.device("cpu")) for numbers, count in blocks], 1)
+            operations = torch.cat(
+                [_columns(numbers, count, torch.device("cpu")) for numbers, count in blocks], 1
+            )
         return cls(values, operations.to(values.device), first.cutout_size)
 
     def to(self, device: torch.device) -> PackedDraws:
@@ -159,13 +198,14 @@ class PackedDraws(NamedTuple):
 
 @dataclass(frozen=True)
 class DSA:
-    """A strategy: which operations are drawn, and from which ranges (docs/mathematics.md, section 5).
+    """A strategy: which operations are drawn, and from which ranges (docs/mathematics.md, section
+    5).
 
-    Args:
-        strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate; "none" for no
+    Args: strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate;
+        "none" for no
             augmentation. The order is the order in which mode "multiple" applies them.
-        mode: "single" draws one of the operations per call, for the whole batch, with numbers per image; "multiple"
-            applies all.
+        mode: "single" draws one of the operations per call, for the whole batch, with numbers per
+            image; "multiple" applies all.
         brightness: width of the range of what is added, centred on 0.
         saturation: upper end of the range of the factor, from 0.
         contrast: half the width of the range of the factor, centred on 1.
@@ -175,8 +215,8 @@ class DSA:
         scale: largest factor; the smallest is its inverse.
         rotate: largest angle in degrees.
 
-    Raises:
-        ValueError: an unknown operation, one named twice, an unknown mode, or a number out of range.
+    Raises: ValueError: an unknown operation, one named twice, an unknown mode, or a number out of
+        range.
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -194,16 +234,23 @@ class DSA:
         for name in self.operations:
             if name not in OPERATIONS:
                 raise ValueError(
-                    f"DSA: strategy must join names of {', '.join(OPERATIONS)} by '_' (or be none), got {name!r}"
+                    f"DSA: strategy must join names of {', '.join(OPERATIONS)} by '_' (or be "
+                    f"none), got {name!r}"
                 )
         if len(set(self.operations)) < len(self.operations):
             raise ValueError(f"DSA: strategy must name every operation once, got {self.strategy!r}")
         if self.mode not in MODES:
             raise ValueError(f"DSA: mode must be {' or '.join(MODES)}, got {self.mode!r}")
         for name, low, high in (
-            ("brightness", 0, math.inf), ("saturation", 0, math.inf), ("contrast", 0, math.inf), ("crop", 0, 1),
-            ("cutout", 0, 1), ("flip", 0, 1), ("scale", 1, math.inf), ("rotate", 0, math.inf),
-        ):  # fmt: skip
+            ("brightness", 0, math.inf),
+            ("saturation", 0, math.inf),
+            ("contrast", 0, math.inf),
+            ("crop", 0, 1),
+            ("cutout", 0, 1),
+            ("flip", 0, 1),
+            ("scale", 1, math.inf),
+            ("rotate", 0, math.inf),
+        ):
             value = getattr(self, name)
             if not low <= value <= high or value == math.inf:
                 end = ")" if high == math.inf else "]"
@@ -215,14 +262,15 @@ class DSA:
         return () if self.strategy.lower() in ("", "none") else tuple(self.strategy.split("_"))
 
     def sample(
-        self, batch_size: int, image_size: int | tuple[int, int], generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        image_size: int | tuple[int, int],
+        generator: torch.Generator | None = None,
     ) -> AugmentParameters:
         """Draws for a batch.
 
-        Args:
-            batch_size: images, at least 1.
-            image_size: H = W, or (H, W), pixels.
-            generator: where the randomness comes from and on which device the draws are made; None: torch's global
+        Args: batch_size: images, at least 1. image_size: H = W, or (H, W), pixels. generator: where
+            the randomness comes from and on which device the draws are made; None: torch's global
                 CPU generator. CPU draws give the same augmentation on every device.
         """
         if batch_size < 1:
@@ -230,7 +278,8 @@ class DSA:
         H, W = _size("DSA", image_size)
         device = generator.device if generator is not None else torch.device("cpu")
         values = _neutral(batch_size, device)
-        # A call of torch on so few numbers takes a microsecond or two, and that is all that this function takes.
+        # A call of torch on so few numbers takes a microsecond or two, and that is all that this
+        # function takes.
         operations = self.operations
         if operations and self.mode == "single":
             index = torch.randint(len(operations), (), generator=generator, device=device)
@@ -245,7 +294,10 @@ class DSA:
                     reach = int(side * self.crop + 0.5)
                     values[row].random_(-reach, reach + 1, generator=generator)
             elif name == "cutout":
-                for row, side, cut in ((_ROWS["cutout_h"], H, cutout_size[0]), (_ROWS["cutout_w"], W, cutout_size[1])):
+                for row, side, cut in (
+                    (_ROWS["cutout_h"], H, cutout_size[0]),
+                    (_ROWS["cutout_w"], W, cutout_size[1]),
+                ):
                     values[row].random_(0, side - cut % 2 + 1, generator=generator)
             elif name == "flip":
                 values[_ROWS["flip"]].uniform_(generator=generator).lt_(self.flip)
@@ -261,9 +313,13 @@ class DSA:
     @cached_property
     def _color(self) -> Tensor:
         """Lower ends and widths of the ranges of the rows of color, [2, 3, 1]."""
-        low = torch.tensor([-self.brightness / 2, 0.0, 1 - self.contrast], dtype=torch.float64, device="cpu")
+        low = torch.tensor(
+            [-self.brightness / 2, 0.0, 1 - self.contrast], dtype=torch.float64, device="cpu"
+        )
         high = torch.tensor(
-            [self.brightness / 2, self.saturation, 1 + self.contrast], dtype=torch.float64, device="cpu"
+            [self.brightness / 2, self.saturation, 1 + self.contrast],
+            dtype=torch.float64,
+            device="cpu",
         )
         return torch.stack([low, high - low]).unsqueeze(2)
 
@@ -279,8 +335,8 @@ def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
 def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
     """Augmented images [b, C, H, W], in the memory format of ``images``.
 
-    Differentiable to any order in ``images``, in reverse and forward mode: the map is affine, and the transpose of its
-    linear part is :func:`augment_adjoint`.
+    Differentiable to any order in ``images``, in reverse and forward mode: the map is affine, and
+    the transpose of its linear part is :func:`augment_adjoint`.
 
     Args:
         images: [b, C, H, W], float32 or float64.
@@ -298,7 +354,8 @@ def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
 
 
 def augment_adjoint(grad: Tensor, parameters: AugmentParameters) -> Tensor:
-    """Aᵀ ``grad`` [b, C, H, W], with A the linear part of :func:`augment` for the same parameters."""
+    """Aᵀ ``grad`` [b, C, H, W], with A the linear part of :func:`augment` for the same
+    parameters."""
     _check("augment_adjoint", "grad", grad, parameters)
     if not parameters.operations:
         return grad
@@ -308,8 +365,12 @@ def augment_adjoint(grad: Tensor, parameters: AugmentParameters) -> Tensor:
 
 
 def _is_followed(images: Tensor) -> bool:
-    """Whether torch records what is done with ``images``: for reverse mode, or for a tangent they carry along."""
-    return (torch.is_grad_enabled() and images.requires_grad) or forward_ad.unpack_dual(images).tangent is not None
+    """Whether torch records what is done with ``images``: for reverse mode, or for a tangent they
+    carry along.
+    """
+    return (torch.is_grad_enabled() and images.requires_grad) or forward_ad.unpack_dual(
+        images
+    ).tangent is not None
 
 
 def _forward(images: Tensor, p: AugmentParameters, linear: bool) -> Tensor:
@@ -321,7 +382,11 @@ def _adjoint(grad: Tensor, p: AugmentParameters) -> Tensor:
 
 
 def _linear(tangent: Tensor, p: AugmentParameters) -> Tensor:
-    return _Augment.apply(tangent, p, True) if _is_followed(tangent) else _forward(tangent, p, linear=True)
+    return (
+        _Augment.apply(tangent, p, True)
+        if _is_followed(tangent)
+        else _forward(tangent, p, linear=True)
+    )
 
 
 class _Augment(torch.autograd.Function):

@@ -1,12 +1,14 @@
 """Multi-formation (IDC; Kim et al., ICML 2022): every stored image holds f×f smaller ones.
 
-:func:`decode` cuts an image into f×f cells and enlarges each to full size; :func:`combine` fills the cells with images.
-Both are linear: rows and columns apart, a cell X becomes R X Cᵀ (docs/mathematics.md, section 9). Two matrix products
-and, on the way back, their transposes: the same bits every time on a GPU too, where the gradient of torch's own
-``interpolate`` adds by atomics.
+:func:`decode` cuts an image into f×f cells and enlarges each to full size; :func:`combine` fills
+the cells with images. Both are linear: rows and columns apart, a cell X becomes R X Cᵀ
+(docs/mathematics.md, section 9). Two matrix products and, on the way back, their transposes: the
+same bits every time on a GPU too, where the gradient of torch's own ``interpolate`` adds by
+atomics.
 
-Sides that f does not divide have cells of unequal size, with boundaries at i·H/f rounded (halves up). IDC's published
-code pads such images with a constant instead, which costs a row of pixels of every cell there.
+Sides that f does not divide have cells of unequal size, with boundaries at i·H/f rounded (halves
+up). IDC's published code pads such images with a constant instead, which costs a row of pixels of
+every cell there.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from torch import Tensor
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
-    """The ``factor``² images that each of ``images`` holds, enlarged bilinearly as by ``interpolate(...,
-    align_corners=False)``.
+    """The ``factor``² images that each of ``images`` holds, enlarged bilinearly as by
+    ``interpolate(..., align_corners=False)``.
 
     Differentiable to any order.
 
@@ -28,9 +30,8 @@ def decode(images: Tensor, factor: int) -> Tensor:
         images: [n, C, H, W], floating-point.
         factor: f, cells along each side, in [1, min(H, W)]; with 1 the result is ``images`` itself.
 
-    Returns:
-        [n·f², C, H, W]: cell (0, 0) of all images first, then cell (0, 1) of all, ..., as in IDC's published code;
-        :func:`decode_labels` gives their labels.
+    Returns: [n·f², C, H, W]: cell (0, 0) of all images first, then cell (0, 1) of all, ..., as in
+        IDC's published code; :func:`decode_labels` gives their labels.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -41,21 +42,24 @@ def decode(images: Tensor, factor: int) -> Tensor:
     H, W = images.shape[2:]
     decoded = [
         _resampled(images[:, :, top:bottom, left:right], "bilinear", (H, W))
-        for top, bottom in _cells(H, factor) for left, right in _cells(W, factor)
-    ]  # fmt: skip
+        for top, bottom in _cells(H, factor)
+        for left, right in _cells(W, factor)
+    ]
     return torch.cat(decoded)
 
 
 def decode_labels(labels: Tensor, factor: int) -> Tensor:
-    """Labels [n·f²] or [n·f², classes] of what :func:`decode` makes of images with ``labels`` [n] or [n, classes]; with
-    ``factor`` 1 these themselves.
+    """Labels [n·f²] or [n·f², classes] of what :func:`decode` makes of images with ``labels`` [n]
+    or [n, classes]; with ``factor`` 1 these themselves.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
     _check_factor("decode_labels", factor)
     if labels.dim() not in (1, 2):
-        raise ValueError(f"decode_labels: labels must have shape [n] or [n, classes], got {tuple(labels.shape)}")
+        raise ValueError(
+            f"decode_labels: labels must have shape [n] or [n, classes], got {tuple(labels.shape)}"
+        )
     if factor == 1:
         return labels
     return labels.repeat(factor**2, *[1] * (labels.dim() - 1))
@@ -64,12 +68,11 @@ def decode_labels(labels: Tensor, factor: int) -> Tensor:
 def combine(images: Tensor, factor: int) -> Tensor:
     """Images whose cells are ``images``, shrunk: where a stage starts from real images.
 
-    Shrinking averages over areas, pixels on an edge by the part of them that lies inside. (IDC's published code takes
-    the nearest pixel.) Differentiable to any order.
+    Shrinking averages over areas, pixels on an edge by the part of them that lies inside. (IDC's
+    published code takes the nearest pixel.) Differentiable to any order.
 
-    Args:
-        images: [n·f², C, H, W], floating-point, in the order of :func:`decode`: the first n go to cell (0, 0).
-        factor: f, in [1, min(H, W)]; with 1 the result is ``images`` itself.
+    Args: images: [n·f², C, H, W], floating-point, in the order of :func:`decode`: the first n go to
+        cell (0, 0). factor: f, in [1, min(H, W)]; with 1 the result is ``images`` itself.
 
     Returns:
         [n, C, H, W].
@@ -79,15 +82,21 @@ def combine(images: Tensor, factor: int) -> Tensor:
     """
     _check("combine", images, factor)
     if len(images) % factor**2:
-        raise ValueError(f"combine: images must be a multiple of factor² = {factor**2} in number, got {len(images)}")
+        raise ValueError(
+            f"combine: images must be a multiple of factor² = {factor**2} in number, got "
+            f"{len(images)}"
+        )
     if factor == 1:
         return images
     H, W = images.shape[2:]
     groups = iter(images.unflatten(0, (factor**2, len(images) // factor**2)))
     rows = [
-        [_resampled(next(groups), "area", (bottom - top, right - left)) for left, right in _cells(W, factor)]
+        [
+            _resampled(next(groups), "area", (bottom - top, right - left))
+            for left, right in _cells(W, factor)
+        ]
         for top, bottom in _cells(H, factor)
-    ]  # fmt: skip
+    ]
     return torch.cat([torch.cat(row, 3) for row in rows], 2)
 
 
@@ -106,27 +115,41 @@ def _resampled(images: Tensor, kind: str, size: tuple[int, int]) -> Tensor:
     return rows @ (images @ columns.mT)
 
 
-# Never emptied: a captured CUDA graph reads the matrix where it lay. There are as many as pairs of sides, of kilobytes.
+# Never emptied: a captured CUDA graph reads the matrix where it lay. There are as many as pairs of
+#     sides, of kilobytes.
 @functools.cache
 def _matrix(kind: str, before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[after, before] weights of one side, whose rows sum to 1."""
-    with torch.inference_mode(False), torch.no_grad():  # the first call may be within either, the next one not
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # the first call may be within either, the next one not
         made = _bilinear(before, after) if kind == "bilinear" else _area(before, after)
         return made.to(device, dtype)
 
 
 def _bilinear(before: int, after: int) -> Tensor:
-    place = ((torch.arange(after, dtype=torch.float64, device="cpu") + 0.5) * (before / after) - 0.5).clamp_min(0)
+    place = (
+        (torch.arange(after, dtype=torch.float64, device="cpu") + 0.5) * (before / after) - 0.5
+    ).clamp_min(0)
     low = place.floor().long().clamp_max(before - 1)
     high, weight = (low + 1).clamp_max(before - 1), place - low
-    made, row = torch.zeros(after, before, dtype=torch.float64, device="cpu"), torch.arange(after, device="cpu")
+    made, row = (
+        torch.zeros(after, before, dtype=torch.float64, device="cpu"),
+        torch.arange(after, device="cpu"),
+    )
     made.index_put_((row, low), 1 - weight, accumulate=True)
     return made.index_put_((row, high), weight, accumulate=True)
 
 
 def _area(before: int, after: int) -> Tensor:
-    """The part of each pixel that lies in [i, i + 1)·before / after, of whole numbers up to the last division."""
-    pixel, cell = torch.arange(before, device="cpu") * after, torch.arange(after, device="cpu")[:, None] * before
+    """The part of each pixel that lies in [i, i + 1)·before / after, of whole numbers up to the
+    last division.
+    """
+    pixel, cell = (
+        torch.arange(before, device="cpu") * after,
+        torch.arange(after, device="cpu")[:, None] * before,
+    )
     shared = torch.minimum(pixel + after, cell + before) - torch.maximum(pixel, cell)
     return shared.clamp_min(0).double() / before
 
@@ -141,9 +164,14 @@ def _check_factor(operator: str, factor: int) -> None:
 def _check(operator: str, images: Tensor, factor: int) -> None:
     _check_factor(operator, factor)
     if images.dim() != 4:
-        raise ValueError(f"{operator}: images must have shape [n, C, H, W], got {tuple(images.shape)}")
+        raise ValueError(
+            f"{operator}: images must have shape [n, C, H, W], got {tuple(images.shape)}"
+        )
     if not images.is_floating_point():
         raise TypeError(f"{operator}: images must be floating-point, got {images.dtype}")
     H, W = images.shape[2:]
     if factor > min(H, W):
-        raise ValueError(f"{operator}: factor must be at most {min(H, W)} for images of {H}x{W} pixels, got {factor}")
+        raise ValueError(
+            f"{operator}: factor must be at most {min(H, W)} for images of {H}x{W} pixels, got "
+            f"{factor}"
+        )

@@ -12,13 +12,29 @@ from torch import Tensor
 
 from pdd_fast.data.fingerprint import difference, fingerprint
 from pdd_fast.data.normalization import Normalisation, unit
-from pdd_fast.data.splits import Fit, ImageData, Pixels, Split, normalised, prepare, require_images_per_class
+from pdd_fast.data.splits import (
+    Fit,
+    ImageData,
+    Pixels,
+    Split,
+    normalised,
+    prepare,
+    require_images_per_class,
+)
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.runtime.errors import UsageError, nearest
 from pdd_fast.runtime.paths import FOLDER, expanded, short_dataset
 from pdd_fast.settings import CHOICES
 
-__all__ = ["NAMES", "ImageData", "Normalisation", "Split", "Whitening", "load", "require_images_per_class"]
+__all__ = [
+    "NAMES",
+    "ImageData",
+    "Normalisation",
+    "Split",
+    "Whitening",
+    "load",
+    "require_images_per_class",
+]
 
 NAMES = ("digits", "cifar10", "cifar100", "mnist", "fashionmnist", "svhn")
 
@@ -34,21 +50,23 @@ def load(
 ) -> ImageData:
     """A data set by name.
 
-    Args:
-        name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and DIR/test/<class>/
+    Args: name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and
+        DIR/test/<class>/
             (or val/, valid/, validation/).
         data_dir: where torchvision's files lie.
         validation_fraction: share of every class's training images that is held out, in (0, 1).
         whitening: "none", or "zca": of pixels in [0, 1], which are not normalized before.
-        keep_whitening: a file that the whitening is read from where it is there, and written to where it is not:
-            fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and many minutes for 3×64×64. A file
-            of an earlier version is for normalized images, which it is then applied to.
-        normalization: of images that are not whitened: by constants "fitted" to all training images, or "published"
-            ones (CIFAR-10, CIFAR-100, and ImageNet's for folders of its classes, such as Tiny ImageNet).
+        keep_whitening: a file that the whitening is read from where it is there, and written to
+            where it is not: fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and
+            many minutes for 3×64×64. A file of an earlier version is for normalized images, which
+            it is then applied to.
+        normalization: of images that are not whitened: by constants "fitted" to all training
+            images, or "published" ones (CIFAR-10, CIFAR-100, and ImageNet's for folders of its
+            classes, such as Tiny ImageNet).
         whitening_epsilon: is added to every eigenvalue of the covariance, above 0.
 
-    Raises:
-        UsageError: an unknown name; files that are missing, unreadable or do not fit together; no constants were
+    Raises: UsageError: an unknown name; files that are missing, unreadable or do not fit together;
+        no constants were
             published for the dataset.
     """
     if name == "digits":
@@ -63,7 +81,8 @@ def load(
         from pdd_fast.data.imagefolder import read as read_folder
 
         pixels = read_folder(name.removeprefix(FOLDER))
-        # The name goes into distilled sets that are given away: the folder's own, not where it lies on this disk.
+        # The name goes into distilled sets that are given away: the folder's own, not where it lies
+        #     on this disk.
         name = short_dataset(name)
     else:
         known = f"{', '.join(NAMES)} or imagefolder:DIR"
@@ -72,7 +91,9 @@ def load(
         if value not in CHOICES[setting]:
             raise UsageError(f"{setting} must be {' or '.join(CHOICES[setting])}, got {value!r}")
     if not 0 < whitening_epsilon < math.inf:
-        raise UsageError(f"whitening_epsilon must be a finite number above 0, got {whitening_epsilon}")
+        raise UsageError(
+            f"whitening_epsilon must be a finite number above 0, got {whitening_epsilon}"
+        )
     mark = fingerprint(pixels)
     fit: Fit = normalised
     whose = {"data": name, "fingerprint": mark, "classes": list(pixels.classes)}
@@ -87,7 +108,8 @@ def _constants(name: str, pixels: Pixels) -> Normalisation:
     found = Normalisation.published(name, pixels.classes, pixels.train.shape[1])
     if found is None:
         raise UsageError(
-            f"normalization must be fitted for {name}, for which no constants were published, got published"
+            f"normalization must be fitted for {name}, for which no constants were published, got "
+            f"published"
         )
     return found
 
@@ -99,11 +121,15 @@ def _published(constants: Normalisation, pixels: Tensor) -> tuple[Normalisation,
 def _whitened(
     whose: dict[str, Any], file: Path | None, epsilon: float, pixels: Tensor
 ) -> tuple[Normalisation, Whitening]:
-    """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file`` for the data ``whose``
-    (:func:`pdd_fast.data.fingerprint.identity`)."""
+    """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file`` for the
+    data ``whose`` (:func:`pdd_fast.data.fingerprint.identity`).
+    """
     shape = tuple(pixels.shape[1:])
     if file is None or not file.exists():
-        unchanged, fitted = Normalisation.identity(shape[0]), Whitening.fit(pixels, epsilon, convert=unit)
+        unchanged, fitted = (
+            Normalisation.identity(shape[0]),
+            Whitening.fit(pixels, epsilon, convert=unit),
+        )
         if file is not None:
             fitted.save(file, whose | {"normalisation": unchanged.to_dict()})
         return unchanged, fitted
@@ -115,11 +141,14 @@ def _whitened(
         raise UsageError(f"{file} must be for the run's data, got one for {reason}")
     if kept.epsilon != epsilon:
         raise UsageError(
-            f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose another --run-dir"
+            f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose "
+            f"another --run-dir"
         )
     if "normalisation" not in metadata:  # of an earlier version, whose runs go on as they began
         return Normalisation.fit(pixels), kept
     try:
         return Normalisation.from_dict(metadata["normalisation"]), kept
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file} is not a whitening: its normalization is damaged ({error!r})") from error
+        raise UsageError(
+            f"{file} is not a whitening: its normalization is damaged ({error!r})"
+        ) from error

@@ -1,5 +1,6 @@
-"""Fingerprints: what tells whether two things were made of the same data, wherever these lie and whatever they are
-called."""
+"""Fingerprints: what tells whether two things were made of the same data, wherever these lie and
+whatever they are called.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +20,21 @@ if TYPE_CHECKING:
 
 
 def fingerprint(pixels: Pixels) -> str:
-    """Return a digest of decoded pixels, labels and class names, of both splits, as ``CONTENT-ORDER``.
+    """Return a digest of decoded pixels, labels and class names, of both splits, as
+    ``CONTENT-ORDER``.
 
-    CONTENT does not depend on the order of images, ORDER does on that of the training images: the same files under
-    other names differ in ORDER alone. 50,000 + 10,000 images of 3×32×32 take 0.3 s on one core.
+    CONTENT does not depend on the order of images, ORDER does on that of the training images: the
+    same files under other names differ in ORDER alone. 50,000 + 10,000 images of 3×32×32 take 0.3 s
+    on one core.
     """
-    classes = [unicodedata.normalize("NFC", name) for name in pixels.classes]  # macOS decomposes names of files
+    classes = [
+        unicodedata.normalize("NFC", name) for name in pixels.classes
+    ]  # macOS decomposes names of files
     content, order = hashlib.sha256(json.dumps(classes).encode()), hashlib.sha256()
-    train, test = _digests(pixels.train, pixels.train_labels), _digests(pixels.test, pixels.test_labels)
+    train, test = (
+        _digests(pixels.train, pixels.train_labels),
+        _digests(pixels.test, pixels.test_labels),
+    )
     for images, digests in ((pixels.train, train), (pixels.test, test)):
         content.update(f"{images.dtype} {tuple(images.shape)}".encode())
         content.update(b"".join(sorted(digests)))
@@ -50,11 +58,12 @@ def identity(data: ImageData) -> dict[str, Any]:
 
 
 def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], in_order: bool = False) -> str:
-    """Say how the data that a file was made of differ from those that are wanted, as "<found>, not <wanted>"; "" where
-    nothing shows that they do.
+    """Say how the data that a file was made of differ from those that are wanted, as "<found>, not
+    <wanted>"; "" where nothing shows that they do.
 
-    Folders are known by their fingerprint, whatever they are called; sets with a name of their own, such as cifar10, by
-    both. Files that were written before there were fingerprints are known by name and classes.
+    Folders are known by their fingerprint, whatever they are called; sets with a name of their own,
+    such as cifar10, by both. Files that were written before there were fingerprints are known by
+    name and classes.
 
     Args:
         stored, wanted: what :func:`identity` gave, or a part of it.
@@ -76,7 +85,13 @@ def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], in_order: b
         return ""
     (content, _, order), (own_content, _, own_order) = (mark.partition("-") for mark in marks)
     if content != own_content:
-        return f"{found} with other images or labels (fingerprint {content[:8]}), not {name} ({own_content[:8]})"
+        return (
+            f"{found} with other images or labels (fingerprint {content[:8]}), not {name} "
+            f"({own_content[:8]})"
+        )
     if in_order and order != own_order:
-        return f"{found} with the training images in another order, as under other file names, not {name} as it is here"
+        return (
+            f"{found} with the training images in another order, as under other file "
+            f"names, not {name} as it is here"
+        )
     return ""

@@ -1,4 +1,6 @@
-"""Images in folders, one per class: DIR/train/<class>/* and DIR/test/<class>/* (or val/, valid/, validation/)."""
+"""Images in folders, one per class: DIR/train/<class>/* and DIR/test/<class>/* (or val/, valid/,
+validation/).
+"""
 
 from __future__ import annotations
 
@@ -24,45 +26,79 @@ from pdd_fast.runtime.paths import expanded, readable
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _ANNOTATIONS = "val_annotations.txt"
-# Folders and files that systems and archives leave behind; hidden ones (.DS_Store, ._0.png, .ipynb_checkpoints) too.
+# Folders and files that systems and archives leave behind; hidden ones (.DS_Store, ._0.png,
+# .ipynb_checkpoints) too.
 _LITTER = {
-    "__macosx", "@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "$recycle.bin", "recycler",
-    "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
-}  # fmt: skip
+    "__macosx",
+    "@eadir",
+    "@recycle",
+    "#recycle",
+    "#snapshot",
+    "lost+found",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+}
 # Files that describe images. Everything else in a class's folder is read as an image or refused.
-_TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".md", ".html", ".htm", ".yaml", ".yml", ".log", ".pbtxt"}
-# These readers start other programs (Ghostscript), hand over to libraries that are not there, or are no still images.
+_TEXTS = {
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".md",
+    ".html",
+    ".htm",
+    ".yaml",
+    ".yml",
+    ".log",
+    ".pbtxt",
+}
+# These readers start other programs (Ghostscript), hand over to libraries that are not there, or
+# are no still images.
 _EXCLUDED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 # The colors that transparent images may be composed on, the preferred one first.
 _BACKGROUNDS = {"white": 255, "black": 0, "gray": 128}
-# An image whose levels all lie within this range (of 0..255) shows nothing: a white icon's edge on white paper does.
+# An image whose levels all lie within this range (of 0..255) shows nothing: a white icon's edge on
+# white paper does.
 _FLAT = 8
 # 12-bit images in 16-bit files stay below this: 8 bits of 16 would leave them at most 16 levels.
 _FULL_RANGE = 4096
 # EXIF's orientations 2 to 8, and how Pillow turns such an image upright.
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-# Files of a task: what a pool of threads keeps of one, 1.6 KB, is half of the bytes of an image of 3×32×32.
+}
+# Files of a task: what a pool of threads keeps of one, 1.6 KB, is half of the bytes of an image of
+#     3×32×32.
 _AT_ONCE = 64
 
 Levels = NDArray[np.uint8]
 
 
 def read(folder: str) -> Pixels:
-    """Read both splits into one uint8 tensor each: gray where every image of both is gray, else RGB.
+    """Read both splits into one uint8 tensor each: gray where every image of both is gray, else
+    RGB.
 
-    Images are turned upright (EXIF), the first frame of several is taken, 16-bit levels are reduced to 8 bits, and
-    transparent images are composed on white, or on the first of black and gray on which none of them vanishes; a
-    :class:`~pdd_fast.runtime.errors.PddFastWarning` says each of the last four. Class names that are not UTF-8 have
-    their odd bytes written as \\xNN.
+    Images are turned upright (EXIF), the first frame of several is taken, 16-bit levels are reduced
+    to 8 bits, and transparent images are composed on white, or on the first of black and gray on
+    which none of them vanishes; a :class:`~pdd_fast.runtime.errors.PddFastWarning` says each of the
+    last four. Class names that are not UTF-8 have their odd bytes written as \\xNN.
 
-    Raises:
-        UsageError: a folder is missing or empty, there is one class only, classes differ between the splits, a file
-            is no image that can be decoded, has floating-point or 32-bit levels, or images are not of one size; the
-            message names the first offender.
+    Raises: UsageError: a folder is missing or empty, there is one class only, classes differ
+        between the splits, a file
+            is no image that can be decoded, has floating-point or 32-bit levels, or images are not
+            of one size; the message names the first offender.
     """
     root = expanded(folder)
     if not (root / "train").is_dir():
@@ -70,19 +106,23 @@ def read(folder: str) -> Pixels:
     present = [root / name for name in TEST_FOLDERS if (root / name).is_dir()]
     if not present:
         raise UsageError(
-            f"imagefolder:{folder} must hold a folder test/ or val/ (or valid/ or validation/), got {_found(root)}"
+            f"imagefolder:{folder} must hold a folder test/ or val/ (or valid/ or validation/), "
+            f"got {_found(root)}"
         )
     texts: list[Path] = []
     train = _sorted_into_classes(root / "train", texts)
     if len(train.classes) < 2:
         raise UsageError(
-            f"{root / 'train'} must hold 2 classes or more, each in a folder, got {readable(train.classes[0])!r} alone"
+            f"{root / 'train'} must hold 2 classes or more, each in a folder, got "
+            f"{readable(train.classes[0])!r} alone"
         )
     test = _test_part(folder, present, train.classes, texts)
     if texts:
         counts = Counter(path.suffix.lower() for path in texts)
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-        _warn(f"imagefolder:{folder}: files that are no images are left out: {found}, e.g. {texts[0]}")
+        _warn(
+            f"imagefolder:{folder}: files that are no images are left out: {found}, e.g. {texts[0]}"
+        )
     files = train.files + test.files
     pixels = _Decoder(f"imagefolder:{folder}", files).run()
     classes = tuple(map(readable, train.classes))
@@ -142,7 +182,9 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Return the suffixes that Pillow reads here: its own and those of imported plug-ins, such as pillow_heif."""
+    """Return the suffixes that Pillow reads here: its own and those of imported plug-ins, such as
+    pillow_heif.
+    """
     Image.init()
     return tuple(name for name in Image.ID if name not in _EXCLUDED_FORMATS)
 
@@ -151,7 +193,9 @@ def _formats() -> tuple[str, ...]:
 def _suffixes() -> frozenset[str]:
     """Those of the images that Pillow reads."""
     formats = set(_formats())
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(
+        suffix for suffix, name in Image.registered_extensions().items() if name in formats
+    )
 
 
 def _is_image(path: Path) -> bool:
@@ -183,7 +227,8 @@ def _images(folder: Path, files: Iterator[Path], texts: list[Path]) -> list[Path
         counts = Counter(path.suffix.lower() or "no suffix" for path in odd)
         found = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(counts.items()))
         raise UsageError(
-            f"{folder} must hold images that Pillow can read, got {found}, e.g. {odd[0].name}; convert these files, to "
+            f"{folder} must hold images that Pillow can read, got {found}, e.g. {odd[0].name}; "
+            f"convert these files, to "
             "PNG for instance, or move them away"
         )
     return images
@@ -193,23 +238,27 @@ def _class_folders(folder: Path) -> list[str]:
     return [entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
-def _sorted_into_classes(folder: Path, texts: list[Path], wanted: tuple[str, ...] | None = None) -> _Part:
+def _sorted_into_classes(
+    folder: Path, texts: list[Path], wanted: tuple[str, ...] | None = None
+) -> _Part:
     """A folder that holds one per class, with its images at any depth below it.
 
-    Args:
-        texts: gets the files that describe images.
-        wanted: the classes of train/; an empty folder that is none of them is what a script left behind that sorted
+    Args: texts: gets the files that describe images. wanted: the classes of train/; an empty folder
+        that is none of them is what a script left behind that sorted
             images into the others.
     """
     classes = tuple(
-        name for name in _class_folders(folder) if wanted is None or name in wanted or any(_walk(folder / name))
+        name
+        for name in _class_folders(folder)
+        if wanted is None or name in wanted or any(_walk(folder / name))
     )
     if not classes:
         raise UsageError(f"{folder} must hold one folder per class, got {_found(folder)}")
     loose = [entry for entry in _entries(folder) if not entry.is_dir() and _is_image(entry)]
     if loose:
         raise UsageError(
-            f"{folder} must hold all images in the folders of their classes, got {len(loose)} beside them, e.g. "
+            f"{folder} must hold all images in the folders of their classes, got {len(loose)} "
+            f"beside them, e.g. "
             f"{loose[0].name}; sort them in or move them away"
         )
     part = _Part(classes, [], [])
@@ -223,8 +272,11 @@ def _sorted_into_classes(folder: Path, texts: list[Path], wanted: tuple[str, ...
     return part
 
 
-def _test_part(folder: str, present: list[Path], classes: tuple[str, ...], texts: list[Path]) -> _Part:
-    """The first of the folders ``present`` that is labeled, by an annotation file or by its own folders.
+def _test_part(
+    folder: str, present: list[Path], classes: tuple[str, ...], texts: list[Path]
+) -> _Part:
+    """The first of the folders ``present`` that is labeled, by an annotation file or by its own
+    folders.
 
     Tiny ImageNet's test/ is not: it holds no folder with the name of a class.
     """
@@ -232,7 +284,11 @@ def _test_part(folder: str, present: list[Path], classes: tuple[str, ...], texts
     validation = [path for path in present if path.name != "test"]
     for annotated in validation:
         # As it is shipped, or moved up, out of the way of a reader that sorts by folders.
-        for file in (annotated / _ANNOTATIONS, annotated / "images" / _ANNOTATIONS, root / _ANNOTATIONS):
+        for file in (
+            annotated / _ANNOTATIONS,
+            annotated / "images" / _ANNOTATIONS,
+            root / _ANNOTATIONS,
+        ):
             if file.is_file():
                 return _annotated_part(annotated, file, classes)
     # An unzipped Tiny ImageNet may have its classes in val/images/.
@@ -244,14 +300,16 @@ def _test_part(folder: str, present: list[Path], classes: tuple[str, ...], texts
         name = chosen.relative_to(root).as_posix()
         where = "train/" if odd in classes else f"{name}/"
         raise UsageError(
-            f"imagefolder:{folder}: train/ and {name}/ must hold the same classes, got {odd!r} in {where} only"
+            f"imagefolder:{folder}: train/ and {name}/ must hold the same classes, got {odd!r} in "
+            f"{where} only"
         )
     return part
 
 
 def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> _Part:
-    """Tiny ImageNet's val/: all images in one folder and their classes in a tab-separated file, as it is shipped; or
-    sorted into folders by a script that left the file behind. Where every class has images in a folder, folders decide.
+    """Tiny ImageNet's val/: all images in one folder and their classes in a tab-separated file, as
+    it is shipped; or sorted into folders by a script that left the file behind. Where every class
+    has images in a folder, folders decide.
     """
     labels = {name: label for label, name in enumerate(classes)}
     sorted_in: dict[tuple[int, str], Path] = {}
@@ -265,10 +323,13 @@ def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -
             sorted_in[label, path.name] = path
     if {label for label, _ in sorted_in} == set(labels.values()):
         names = {name for _, name in sorted_in}
-        left = [path for name, path in loose.items() if name not in names]  # others were copied, not moved
+        left = [
+            path for name, path in loose.items() if name not in names
+        ]  # others were copied, not moved
         if left:
             raise UsageError(
-                f"{folder} must hold all images in the folders of their classes or none, got {len(left)} beside them, "
+                f"{folder} must hold all images in the folders of their classes or none, got "
+                f"{len(left)} beside them, "
                 f"e.g. {left[0]}; sort them in or move them away"
             )
         files = sorted((label, path) for (label, _), path in sorted_in.items())
@@ -280,7 +341,10 @@ def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -
         part.labels.append(label)
     unnamed = sorted((set(sorted_in.values()) | set(loose.values())) - set(part.files))
     if unnamed and all(path.exists() for path in part.files):
-        raise UsageError(f"{annotations} must name every image, got none for {unnamed[0]} ({len(unnamed)} in all)")
+        raise UsageError(
+            f"{annotations} must name every image, got none for {unnamed[0]} ({len(unnamed)} in "
+            f"all)"
+        )
     return part
 
 
@@ -309,40 +373,58 @@ class _Decoded:
 
     image: Image.Image
     several: bool  # frames or pages
-    highest: int | None  # level of an image of 16 bits a channel; of one in color, which Pillow reduces, 65535
+    highest: (
+        int | None
+    )  # level of an image of 16 bits a channel; of one in color, which Pillow reduces, 65535
 
 
 def _open(path: Path) -> _Decoded:
     try:
-        # Not by its path: Pillow maps a TIFF of eight bits without regard to its orientation, which garbles it.
+        # Not by its path: Pillow maps a TIFF of eight bits without regard to its orientation, which
+        #     garbles it.
         with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
-            # Of a JPEG with several pictures (MPO: a preview, the other eye's) the first is the photograph.
+            # Of a JPEG with several pictures (MPO: a preview, the other eye's) the first is the
+            # photograph.
             several = image.format != "MPO" and getattr(image, "is_animated", False)
             highest = 65535 if any(map(_has_16_bits, getattr(image, "tile", ()))) else None
             image.load()
             upright = _upright(image)
-            # Pillow has 16-bit gray of PNG and PGM as I;16 or, in some releases, as I; an I of TIFF has 32 bits.
-            if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format in ("PNG", "PPM")):
+            # Pillow has 16-bit gray of PNG and PGM as I;16 or, in some releases, as I; an I of TIFF
+            # has 32 bits.
+            if upright.mode.startswith("I;16") or (
+                upright.mode == "I" and image.format in ("PNG", "PPM")
+            ):
                 levels = np.asarray(upright).astype(np.int64)
                 highest = int(levels.max())
                 upright = Image.fromarray((levels >> 8).astype(np.uint8))
     except UnidentifiedImageError as error:
-        raise UsageError(f"{path} cannot be decoded as an image: Pillow does not know its format") from error
-    except Exception as error:  # damaged files make Pillow's readers raise whatever they stumble over
-        raise UsageError(f"{path} cannot be decoded as an image: {first_line(error)}") from error
-    if upright.mode[0] in "IF":  # Pillow's conversion would clip all but the lowest 8 bits without a word
         raise UsageError(
-            f"{path} must have 8 or 16 bits a channel, got Pillow's mode {upright.mode!r}; convert the images first"
+            f"{path} cannot be decoded as an image: Pillow does not know its format"
+        ) from error
+    except (
+        Exception
+    ) as error:  # damaged files make Pillow's readers raise whatever they stumble over
+        raise UsageError(f"{path} cannot be decoded as an image: {first_line(error)}") from error
+    if (
+        upright.mode[0] in "IF"
+    ):  # Pillow's conversion would clip all but the lowest 8 bits without a word
+        raise UsageError(
+            f"{path} must have 8 or 16 bits a channel, got Pillow's mode {upright.mode!r}; "
+            f"convert the images first"
         )
     return _Decoded(upright, several, highest)
 
 
 def _has_16_bits(tile: tuple[Any, ...]) -> bool:
-    """Whether a decoder reads 16 bits a channel, of which Pillow keeps the high byte where there are colors."""
+    """Whether a decoder reads 16 bits a channel, of which Pillow keeps the high byte where there
+    are colors.
+    """
     decoder, arguments = tile[0], tile[3]
     if decoder.startswith("ppm"):  # layout and highest level
         return int(arguments[1]) > 255
-    return ";16" in str(arguments) and "BGR;16" not in str(arguments)  # the latter are 16 bits for all three channels
+    return ";16" in str(arguments) and "BGR;16" not in str(
+        arguments
+    )  # the latter are 16 bits for all three channels
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -356,7 +438,8 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
-    """Whether all images are gray (read off their headers), and the (width, height) of the first."""
+    """Whether all images are gray (read off their headers), and the (width, height) of the
+    first."""
     size = _open(files[0]).image.size
 
     def is_gray(path: Path) -> bool:
@@ -371,7 +454,11 @@ def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
 
 def _is_transparent(image: Image.Image) -> bool:
     palette = image.palette.mode if image.mode == "P" and image.palette is not None else ""
-    return "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBa", "RGBA") or palette.endswith("A")
+    return (
+        "transparency" in image.info
+        or image.mode in ("LA", "La", "PA", "RGBa", "RGBA")
+        or palette.endswith("A")
+    )
 
 
 def _composed(rgba: Levels, background: int) -> Levels:
@@ -386,14 +473,18 @@ def _contrast(levels: Levels) -> int:
 
 
 class _Decoder:
-    """Decodes the files of both splits, which share what images are composed on and whether they are gray."""
+    """Decodes the files of both splits, which share what images are composed on and whether they
+    are gray.
+    """
 
     def __init__(self, name: str, files: list[Path]) -> None:
         self.name, self.files = name, files
         self.gray, self.size = _look(files)
         self.background = next(iter(_BACKGROUNDS.values()))
         width, height = self.size
-        self.pixels: Levels = np.empty((len(files), 1 if self.gray else 3, height, width), dtype=np.uint8)
+        self.pixels: Levels = np.empty(
+            (len(files), 1 if self.gray else 3, height, width), dtype=np.uint8
+        )
         self.several: dict[int, bool] = {}  # by row; written by many threads at once
         self.highest: dict[int, int] = {}
         self.contrasts: dict[int, list[int]] = {}  # of transparent images, on each background
@@ -417,7 +508,8 @@ class _Decoder:
         if found.image.size != self.size:
             (width, height), (w, h) = self.size, found.image.size
             raise UsageError(
-                f"{path} must be {width}x{height} pixels like the first image, got {w}x{h}; resize the images first"
+                f"{path} must be {width}x{height} pixels like the first image, got {w}x{h}; "
+                f"resize the images first"
             )
         if found.several:
             self.several[i] = True
@@ -426,17 +518,23 @@ class _Decoder:
         try:
             if _is_transparent(found.image):
                 rgba = np.asarray(found.image.convert("RGBA"))
-                self.contrasts[i] = [_contrast(_composed(rgba, level)) for level in _BACKGROUNDS.values()]
+                self.contrasts[i] = [
+                    _contrast(_composed(rgba, level)) for level in _BACKGROUNDS.values()
+                ]
                 array = _composed(rgba, self.background)
                 array = array[..., 0] if self.gray else array
             else:
                 array = np.asarray(found.image.convert("L" if self.gray else "RGB"))
-        except ValueError as error:  # a color space that Pillow reads and cannot convert, LAB for instance
+        except (
+            ValueError
+        ) as error:  # a color space that Pillow reads and cannot convert, LAB for instance
             raise UsageError(f"{path} cannot be converted to RGB: {first_line(error)}") from error
         self.pixels[i] = array[None] if self.gray else array.transpose(2, 0, 1)
 
     def _choose_background(self) -> None:
-        """Composes transparent images anew where some of them vanish on the first background, white icons on white."""
+        """Composes transparent images anew where some of them vanish on the first background, white
+        icons on white.
+        """
         if not self.contrasts:
             return
         rows = sorted(self.contrasts)
@@ -445,18 +543,24 @@ class _Decoder:
         vanishes: NDArray[np.bool_] = (contrasts <= _FLAT) & ~empty[:, None]
         if empty.any():
             first = self.files[rows[int(empty.argmax())]]
-            _warn(f"{self.name}: some transparent images show one color throughout ({empty.sum()}), e.g. {first}")
+            _warn(
+                f"{self.name}: some transparent images show one color throughout ({empty.sum()}), "
+                f"e.g. {first}"
+            )
         titles = list(_BACKGROUNDS)
         first = self.files[rows[int(vanishes[:, 0].argmax())]]
         chosen = next((k for k in range(len(titles)) if not vanishes[:, k].any()), None)
         if chosen is None:
             raise UsageError(
-                f"{self.name}: transparent images must show something on {', '.join(titles[:-1])} or {titles[-1]}, but "
-                f"on each of them some vanish, on {titles[0]} e.g. {first}; compose the images first"
+                f"{self.name}: transparent images must show something on {', '.join(titles[:-1])} "
+                f"or {titles[-1]}, but "
+                f"on each of them some vanish, on {titles[0]} e.g. {first}; compose the images "
+                f"first"
             )
         if chosen > 0:
             _warn(
-                f"{self.name}: transparent images are composed on {titles[chosen]}, because on {titles[0]} some vanish "
+                f"{self.name}: transparent images are composed on {titles[chosen]}, because on "
+                f"{titles[0]} some vanish "
                 f"({vanishes[:, 0].sum()} of {len(rows)}), e.g. {first}"
             )
             self.background = _BACKGROUNDS[titles[chosen]]
@@ -465,12 +569,19 @@ class _Decoder:
     def _tell(self) -> None:
         if self.several:
             first = self.files[min(self.several)]
-            _warn(f"{self.name}: of images with several frames ({len(self.several)}) the first is taken, e.g. {first}")
+            _warn(
+                f"{self.name}: of images with several frames ({len(self.several)}) the first is "
+                f"taken, e.g. {first}"
+            )
         if self.highest:
             first, level = self.files[min(self.highest)], max(self.highest.values())
             if level < _FULL_RANGE:
                 raise UsageError(
-                    f"{self.name}: images of 16 bits a channel must use their range 0..65535, got none above {level}, "
+                    f"{self.name}: images of 16 bits a channel must use their range 0..65535, got "
+                    f"none above {level}, "
                     f"e.g. {first}; scale the images to 8 bits first"
                 )
-            _warn(f"{self.name}: images of 16 bits a channel ({len(self.highest)}) are reduced to 8, e.g. {first}")
+            _warn(
+                f"{self.name}: images of 16 bits a channel ({len(self.highest)}) are reduced to "
+                f"8, e.g. {first}"
+            )

@@ -18,7 +18,9 @@ _TOLERANCE = 1e-3
 
 
 def unit(pixels: Tensor) -> Tensor:
-    """Pixels [n, C, H, W] as float32 in planar memory (NCHW): bytes scaled to [0, 1], floats as they are."""
+    """Pixels [n, C, H, W] as float32 in planar memory (NCHW): bytes scaled to [0, 1], floats as
+    they are.
+    """
     floats = pixels.to(torch.float32, memory_format=torch.contiguous_format)
     return floats.div_(255) if pixels.dtype == torch.uint8 else floats
 
@@ -39,8 +41,8 @@ class Normalisation:
     def published(cls, name: str, classes: Sequence[str], channels: int) -> Normalisation | None:
         """Return the constants that published code has for a dataset, or None where it has none.
 
-        Image folders are known by their classes: CIFAR-10's names, or WordNet's numbers, as ImageNet and Tiny ImageNet
-        have them.
+        Image folders are known by their classes: CIFAR-10's names, or WordNet's numbers, as
+        ImageNet and Tiny ImageNet have them.
         """
         if channels != 3:
             return None
@@ -52,20 +54,28 @@ class Normalisation:
 
     @classmethod
     def fit(cls, pixels: Tensor) -> Normalisation:
-        """Mean and standard deviation per channel of pixels [n, C, H, W]: uint8, or floating-point in [0, 1]."""
+        """Mean and standard deviation per channel of pixels [n, C, H, W]: uint8, or floating-point
+        in [0, 1].
+        """
         if pixels.dtype == torch.uint8:
             return cls._of_bytes(pixels)
-        # Channel by channel, so that the float64 copy is 2/C of the data. Digits alone come as floats.
+        # Channel by channel, so that the float64 copy is 2/C of the data. Digits alone come as
+        # floats.
         channels = [pixels[:, c].double() for c in range(pixels.shape[1])]
         std = tuple(float(c.std(correction=0)) for c in channels)
         # A channel that is constant everywhere is only centred.
-        return cls(tuple(float(c.mean()) for c in channels), tuple(s if s > 0 else 1.0 for s in std))
+        return cls(
+            tuple(float(c.mean()) for c in channels), tuple(s if s > 0 else 1.0 for s in std)
+        )
 
     @classmethod
     def _of_bytes(cls, pixels: Tensor) -> Normalisation:
-        """From how often each of the 256 levels occurs: no floating-point copy of the pixels, and the same bits for
-        every number of threads."""
-        levels = unit(torch.arange(256, dtype=torch.uint8, device="cpu")).double()  # as float32 rounds them
+        """From how often each of the 256 levels occurs: no floating-point copy of the pixels, and
+        the same bits for every number of threads.
+        """
+        levels = unit(
+            torch.arange(256, dtype=torch.uint8, device="cpu")
+        ).double()  # as float32 rounds them
         mean, std = [], []
         for c in range(pixels.shape[1]):
             counts = torch.zeros(256, dtype=torch.int64, device="cpu")
@@ -81,7 +91,9 @@ class Normalisation:
     def __str__(self) -> str:
         if self == self.identity(len(self.mean)):
             return "none (pixels in [0, 1])"
-        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        mean, std = (
+            ", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std)
+        )
         return f"by mean {mean} and std {std}"
 
     def is_close(self, other: Normalisation) -> bool:
@@ -89,10 +101,14 @@ class Normalisation:
         if len(self.mean) != len(other.mean):
             return False
         pairs = zip(self.mean + self.std, other.mean + other.std, strict=True)
-        return all(math.isclose(one, another, rel_tol=0, abs_tol=_TOLERANCE) for one, another in pairs)
+        return all(
+            math.isclose(one, another, rel_tol=0, abs_tol=_TOLERANCE) for one, another in pairs
+        )
 
     def _vectors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, dtype=like.dtype, device=like.device) for v in (self.mean, self.std)
+        )
         return mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     def apply(self, pixels: Tensor) -> Tensor:
@@ -111,11 +127,22 @@ class Normalisation:
         return cls(tuple(map(float, stored["mean"])), tuple(map(float, stored["std"])))
 
 
-# Mean and std in the public code of DC and MTT. The std of CIFAR-10 is the mean of the images' own: 0.77 to 0.82 of the
-# std of all pixels, 0.2470, 0.2435 and 0.2616, which Normalisation.fit finds.
+# Mean and std in the public code of DC and MTT. The std of CIFAR-10 is the mean of the images' own:
+# 0.77 to 0.82 of the std of all pixels, 0.2470, 0.2435 and 0.2616, which Normalisation.fit finds.
 _PUBLISHED = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)

@@ -39,15 +39,21 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set with its training images split in two, which lie one after the other in one tensor."""
+    """A data set with its training images split in two, which lie one after the other in one
+    tensor.
+    """
 
     name: str
     classes: tuple[str, ...]
     full_train: Split  # all training images: those of ``train``, then those of ``validation``
     held_out: int  # images of ``validation``
     test: Split
-    normalisation: Normalisation  # the identity where images are whitened, but by runs of earlier versions
-    whitening: Whitening | None = None  # fitted on all normalised training images, which it then was applied to
+    normalisation: (
+        Normalisation  # the identity where images are whitened, but by runs of earlier versions
+    )
+    whitening: Whitening | None = (
+        None  # fitted on all normalised training images, which it then was applied to
+    )
     fingerprint: str = ""  # of the raw pixels, labels and classes (pdd_fast.data.fingerprint)
 
     @property
@@ -87,7 +93,8 @@ class Pixels:
     test_labels: Tensor
 
 
-# Finds from the pixels of all training images how images are made of pixels: normalised and then, or not, whitened.
+# Finds from the pixels of all training images how images are made of pixels: normalised and then,
+#     or not, whitened.
 Fit = Callable[[Tensor], tuple[Normalisation, Whitening | None]]
 
 
@@ -96,32 +103,41 @@ def normalised(pixels: Tensor) -> tuple[Normalisation, None]:
     return Normalisation.fit(pixels), None
 
 
-def prepare(name: str, pixels: Pixels, validation_fraction: float, fit: Fit = normalised) -> ImageData:
+def prepare(
+    name: str, pixels: Pixels, validation_fraction: float, fit: Fit = normalised
+) -> ImageData:
     """Checks, normalises, whitens and splits what a reader gave.
 
-    Beside the pixels and what is made of them it takes the memory of 1024 images, and of the whitening's matrices.
+    Beside the pixels and what is made of them it takes the memory of 1024 images, and of the
+    whitening's matrices.
 
-    Raises:
-        UsageError: labels or shapes do not fit, a class has too few images to hold one out, or ``validation_fraction``
+    Raises: UsageError: labels or shapes do not fit, a class has too few images to hold one out, or
+        ``validation_fraction``
             is not in (0, 1).
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
     if pixels.train.shape[1:] != pixels.test.shape[1:]:
         raise UsageError(
-            f"{name}: test images must have the shape of training images {tuple(pixels.train.shape[1:])}, got "
+            f"{name}: test images must have the shape of training images "
+            f"{tuple(pixels.train.shape[1:])}, got "
             f"{tuple(pixels.test.shape[1:])}"
         )
     for part, images, labels in (
-        ("training", pixels.train, pixels.train_labels), ("test", pixels.test, pixels.test_labels),
-    ):  # fmt: skip
+        ("training", pixels.train, pixels.train_labels),
+        ("test", pixels.test, pixels.test_labels),
+    ):
         if len(images) == 0:
             raise UsageError(f"{name}: there are no {part} images")
         if len(images) != len(labels):
-            raise UsageError(f"{name}: there are {len(images)} {part} images but {len(labels)} labels")
+            raise UsageError(
+                f"{name}: there are {len(images)} {part} images but {len(labels)} labels"
+            )
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(pixels.classes):
-            raise UsageError(f"{name}: {part} labels must lie in [0, {len(pixels.classes)}), got {low}..{high}")
+            raise UsageError(
+                f"{name}: {part} labels must lie in [0, {len(pixels.classes)}), got {low}..{high}"
+            )
     held_out = _held_out(name, pixels.train_labels, pixels.classes, validation_fraction)
     normalisation, whitening = fit(pixels.train)
     # Stable: within either part images stay in the reader's order.
@@ -138,12 +154,17 @@ def prepare(name: str, pixels: Pixels, validation_fraction: float, fit: Fit = no
 
 
 def _images(
-    pixels: Tensor, normalisation: Normalisation, whitening: Whitening | None, order: Tensor | None = None
+    pixels: Tensor,
+    normalisation: Normalisation,
+    whitening: Whitening | None,
+    order: Tensor | None = None,
 ) -> Tensor:
-    """The images [n, C, H, W] of ``pixels``, of row ``order[i]`` in place i; as they come where that is None.
+    """The images [n, C, H, W] of ``pixels``, of row ``order[i]`` in place i; as they come where
+    that is None.
 
-    Some rows at a time, each written where it belongs: a set is never there twice in floating point. Rows are taken in
-    the reader's order, in which products round them alike whatever is held out.
+    Some rows at a time, each written where it belongs: a set is never there twice in floating
+    point. Rows are taken in the reader's order, in which products round them alike whatever is held
+    out.
     """
     place = torch.arange(len(pixels), device="cpu") if order is None else order.argsort()
     images = torch.empty(pixels.shape, dtype=torch.float32, device="cpu")
@@ -154,8 +175,9 @@ def _images(
 
 
 def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor:
-    """Bool [n]: ``fraction`` of every class, at least one image and never all of them. The choice is fixed for given
-    labels, so that runs with different seeds are judged by the same images."""
+    """Bool [n]: ``fraction`` of every class, at least one image and never all of them. The choice
+    is fixed for given labels, so that runs with different seeds are judged by the same images.
+    """
     draw = torch.Generator().manual_seed(0)
     mask = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(num_classes):
@@ -167,15 +189,22 @@ def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor
 
 def _held_out(name: str, labels: Tensor, classes: tuple[str, ...], fraction: float) -> Tensor:
     """Mask of the validation images."""
-    for title, count in zip(classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True):
+    for title, count in zip(
+        classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True
+    ):
         if count < 2:
-            raise UsageError(f"{name}: class {title!r} must have at least 2 training images, got {count}")
+            raise UsageError(
+                f"{name}: class {title!r} must have at least 2 training images, got {count}"
+            )
     return stratified_mask(labels, len(classes), fraction)
 
 
-def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...], each: int = 1) -> None:
-    """Raises UsageError where a class has fewer images to start from than ``ipc`` stored ones need, ``each`` (factor²)
-    apiece."""
+def require_images_per_class(
+    split: Split, ipc: int, classes: tuple[str, ...], each: int = 1
+) -> None:
+    """Raises UsageError where a class has fewer images to start from than ``ipc`` stored ones need,
+    ``each`` (factor²) apiece.
+    """
     counts = torch.bincount(split.labels.cpu(), minlength=len(classes))
     fewest = int(counts.argmin())
     if counts[fewest] < each:
@@ -187,6 +216,7 @@ def require_images_per_class(split: Split, ipc: int, classes: tuple[str, ...], e
     if counts[fewest] < ipc * each:
         need = "" if each == 1 else f", of which every stored image needs {each}"
         raise UsageError(
-            f"ipc must be at most {int(counts[fewest]) // each}, got {ipc}: class {classes[fewest]!r} has "
+            f"ipc must be at most {int(counts[fewest]) // each}, got {ipc}: class "
+            f"{classes[fewest]!r} has "
             f"{int(counts[fewest])} training images{need}"
         )

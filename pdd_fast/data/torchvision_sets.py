@@ -38,11 +38,15 @@ def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
     split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         return kind(data_dir, download=False, **split)
-    except Exception as error:  # MNIST's files are not checksummed: a damaged one raises whatever the reader meets
+    except (
+        Exception
+    ) as error:  # MNIST's files are not checksummed: a damaged one raises whatever the reader meets
         argument = f"split={split['split']!r}" if name == "svhn" else f"train={train}"
         raise UsageError(
-            f"dataset {name!r} was not found whole in {data_dir!r} ({first_line(error)}); choose another --data-dir, "
-            f"or fetch it once with torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
+            f"dataset {name!r} was not found whole in {data_dir!r} ({first_line(error)}); choose "
+            f"another --data-dir, "
+            f"or fetch it once with torchvision.datasets.{kind.__name__}({data_dir!r}, "
+            f"{argument}, download=True)"
         ) from error
 
 

@@ -1,9 +1,10 @@
 """ZCA whitening of whole images, and its inverse for pictures.
 
-x ↦ U (Λ + ε)^−1/2 Uᵀ (x − m), with m the mean and U Λ Uᵀ the covariance (n − 1) of the training images, flattened:
-pixels become nearly uncorrelated while images stay as close to themselves as that allows (Bell and Sejnowski, 1997).
-The published sets of trajectory matching for CIFAR were made with it, at ε = 0.1 on pixels in [0, 1]. ε is in the units
-of the covariance: of images divided by their standard deviation, 0.25, eigenvalues are 16 times as large.
+x ↦ U (Λ + ε)^−1/2 Uᵀ (x − m), with m the mean and U Λ Uᵀ the covariance (n − 1) of the training
+images, flattened: pixels become nearly uncorrelated while images stay as close to themselves as
+that allows (Bell and Sejnowski, 1997). The published sets of trajectory matching for CIFAR were
+made with it, at ε = 0.1 on pixels in [0, 1]. ε is in the units of the covariance: of images divided
+by their standard deviation, 0.25, eigenvalues are 16 times as large.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _BLOCK = 512
 class Whitening:
     """A fitted transformation of images [n, C, H, W], with D = C·H·W. All float32, on the CPU.
 
-    Raises:
-        ValueError: shapes do not fit each other, numbers are not finite, or a scale or ε is not positive.
+    Raises: ValueError: shapes do not fit each other, numbers are not finite, or a scale or ε is not
+        positive.
     """
 
     mean: Tensor  # [C, H, W]
@@ -46,24 +47,32 @@ class Whitening:
         size = self.mean.numel()
         if self.mean.dim() != 3 or self.basis.shape != (size, size) or self.scale.shape != (size,):
             found = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in _NAMES)
-            raise ValueError(f"Whitening: shapes must be [C, H, W], [D, D] and [D] with D = C·H·W, got {found}")
+            raise ValueError(
+                f"Whitening: shapes must be [C, H, W], [D, D] and [D] with D = C·H·W, got {found}"
+            )
         for name in _NAMES:
             if not bool(torch.isfinite(getattr(self, name)).all()):
                 raise ValueError(f"Whitening: {name} must be finite, got NaN or infinity")
         if not bool((self.scale > 0).all()):
             raise ValueError(f"Whitening: scale must be above 0, got {float(self.scale.min())}")
         if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"Whitening: epsilon must be a finite number above 0, got {self.epsilon}")
+            raise ValueError(
+                f"Whitening: epsilon must be a finite number above 0, got {self.epsilon}"
+            )
 
     @classmethod
     def fit(
-        cls, images: Tensor, epsilon: float = EPSILON, convert: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
+        cls,
+        images: Tensor,
+        epsilon: float = EPSILON,
+        convert: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
     ) -> Whitening:
-        """Of ``images`` [n, C, H, W], n at least 2, in float64 and 40·D² bytes beside them, however many they are.
+        """Of ``images`` [n, C, H, W], n at least 2, in float64 and 40·D² bytes beside them, however
+        many they are.
 
-        Args:
-            epsilon: is added to every eigenvalue: directions in which images hardly differ are not blown up.
-            convert: what makes images of some of ``images``, 1024 at a time, where these are pixels still.
+        Args: epsilon: is added to every eigenvalue: directions in which images hardly differ are
+            not blown up. convert: what makes images of some of ``images``, 1024 at a time, where
+            these are pixels still.
         """
         count, size = len(images), images[0].numel()
         if count < 2:
@@ -88,11 +97,13 @@ class Whitening:
         return tuple(self.mean.shape)
 
     def is_close(self, other: Whitening) -> bool:
-        """Return whether both have the same ε and were fitted to the same images, but for rounding."""
+        """Return whether both have the same ε and were fitted to the same images, but for
+        rounding."""
         if self.image_shape != other.image_shape or self.epsilon != other.epsilon:
             return False
         pairs = ((self.mean, other.mean), (self.scale, other.scale))
-        # Eigenvectors are left out: only their span is the same where eigenvalues are close to each other.
+        # Eigenvectors are left out: only their span is the same where eigenvalues are close to each
+        #     other.
         return all(torch.allclose(one, another, rtol=1e-3, atol=1e-3) for one, another in pairs)
 
     def apply(self, images: Tensor) -> Tensor:
@@ -117,7 +128,9 @@ class Whitening:
     def _flat(self, images: Tensor) -> Tensor:
         if tuple(images.shape[1:]) != self.image_shape:
             expected = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"Whitening: images must have shape [n, {expected}], got {tuple(images.shape)}")
+            raise ValueError(
+                f"Whitening: images must have shape [n, {expected}], got {tuple(images.shape)}"
+            )
         return images.view(len(images), -1)
 
     def _on(self, images: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +154,9 @@ class Whitening:
     def tensors(self) -> dict[str, Tensor]:
         """By the names under which a file of a distilled set has them too."""
         found = {f"whitening_{name}": getattr(self, name) for name in _NAMES}
-        return found | {"whitening_epsilon": torch.tensor(self.epsilon, dtype=torch.float64, device="cpu")}
+        return found | {
+            "whitening_epsilon": torch.tensor(self.epsilon, dtype=torch.float64, device="cpu")
+        }
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Whitening | None:
@@ -154,9 +169,13 @@ class Whitening:
         if not any(name in tensors for name in names):
             return None
         # Older files do not hold it: every run took 0.1.
-        epsilon = tensors.get("whitening_epsilon", torch.tensor(EPSILON, dtype=torch.float64, device="cpu"))
+        epsilon = tensors.get(
+            "whitening_epsilon", torch.tensor(EPSILON, dtype=torch.float64, device="cpu")
+        )
         if epsilon.dim() != 0:
-            raise ValueError(f"Whitening: epsilon must be one number, got shape {tuple(epsilon.shape)}")
+            raise ValueError(
+                f"Whitening: epsilon must be one number, got shape {tuple(epsilon.shape)}"
+            )
         mean, basis, scale = (tensors[name] for name in names)
         return cls(mean, basis, scale, float(epsilon))
 

@@ -1,4 +1,5 @@
-"""The exact derivatives of any module by torch's own double backward, one step's graph at a time."""
+"""The exact derivatives of any module by torch's own double backward, one step's graph at a
+time."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from pdd_fast.runtime.errors import require
 
 
 class _RandomState(NamedTuple):
-    """Random state before a step that drew numbers (dropout), so that it can be taken again with the same draws."""
+    """Random state before a step that drew numbers (dropout), so that it can be taken again with
+    the same draws.
+    """
 
     cpu: Tensor
     cuda: Tensor | None
@@ -42,19 +45,33 @@ class _Graph(NamedTuple):
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each image [B].
 
-    Raises:
-        ValueError: ``logits`` are not [B, classes], or labels do not fit them. Class indices are looked at on the CPU
+    Raises: ValueError: ``logits`` are not [B, classes], or labels do not fit them. Class indices
+        are looked at on the CPU
             only, since it would take a wait for the device.
     """
     count, shape = len(labels), tuple(logits.shape)
-    require("engine", logits.dim() == 2 and len(logits) == count, "net", f"give logits [{count}, classes]", shape)
+    require(
+        "engine",
+        logits.dim() == 2 and len(logits) == count,
+        "net",
+        f"give logits [{count}, classes]",
+        shape,
+    )
     if labels.is_floating_point():
-        require("engine", labels.shape == logits.shape, "labels", f"have shape {shape}", tuple(labels.shape))
+        require(
+            "engine",
+            labels.shape == logits.shape,
+            "labels",
+            f"have shape {shape}",
+            tuple(labels.shape),
+        )
     try:
         return F.cross_entropy(logits, labels, reduction="none")
     except IndexError as error:
         low, high = int(labels.min()), int(labels.max())
-        raise ValueError(f"engine: labels must lie in [0, {shape[1]}), got {low}..{high}") from error
+        raise ValueError(
+            f"engine: labels must lie in [0, {shape[1]}), got {low}..{high}"
+        ) from error
 
 
 _CALLS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -62,16 +79,20 @@ _CALLS_LOCK = threading.Lock()
 
 
 def _only_caller_of(net: nn.Module) -> threading.RLock:
-    """Return a lock for the time in which torch puts other tensors in the place of the parameters of ``net``.
+    """Return a lock for the time in which torch puts other tensors in the place of the parameters
+    of ``net``.
 
-    Two threads that call one module in this way would see each other's parameters. Only the forward pass takes turns.
+    Two threads that call one module in this way would see each other's parameters. Only the forward
+    pass takes turns.
     """
     with _CALLS_LOCK:
         return _CALLS.setdefault(net, threading.RLock())
 
 
 def _random_state(device: torch.device) -> _RandomState:
-    return _RandomState(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+    return _RandomState(
+        torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    )
 
 
 @contextmanager
@@ -87,18 +108,21 @@ def _random_state_of(state: _RandomState | None, device: torch.device) -> Iterat
 
 
 class AutogradEngine:
-    """Engine for any module that maps images to logits. Buffers (running statistics) are read once, when the engine is
-    made, and never changed.
+    """Engine for any module that maps images to logits. Buffers (running statistics) are read once,
+    when the engine is made, and never changed.
 
-    Precision "bfloat16" is torch's autocast: it decides operation by operation, and rounds the operands of linear
-    layers too, which the fused engine keeps in float32.
+    Precision "bfloat16" is torch's autocast: it decides operation by operation, and rounds the
+    operands of linear layers too, which the fused engine keeps in float32.
     """
 
-    def __init__(self, net: nn.Module, precision: str = "float32", shape: ConvNetShape | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, precision: str = "float32", shape: ConvNetShape | None = None
+    ) -> None:
         self.net, self.shape = net, shape or kernel_shape(net)
         self.precision = precisions.check(precision)
         self._parameters = dict(net.named_parameters())
-        # A step may be computed again long after it was first: from the same buffers, and in the same mode.
+        # A step may be computed again long after it was first: from the same buffers, and in the
+        #     same mode.
         self._buffers = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
         self._modes = [module.training for module in net.modules()]
 
@@ -108,10 +132,13 @@ class AutogradEngine:
             return self._called(theta, images).to(theta.dtype)
 
     def _called(self, theta: Tensor, images: Tensor) -> Tensor:
-        parameters = dict(zip(self._parameters, views(theta, iter(self._parameters.values())), strict=True))
+        parameters = dict(
+            zip(self._parameters, views(theta, iter(self._parameters.values())), strict=True)
+        )
         if self._modes != [module.training for module in self.net.modules()]:
             raise RuntimeError(
-                "engine: net must stay in training or in evaluation mode until its steps are differentiated, got a "
+                "engine: net must stay in training or in evaluation mode until its steps are "
+                "differentiated, got a "
                 "change between them; call train() or eval() before, or after the backward pass"
             )
         buffers = {
@@ -121,7 +148,9 @@ class AutogradEngine:
         with plain_torch(), _only_caller_of(self.net):
             return torch.func.functional_call(self.net, parameters | buffers, (images,))
 
-    def _graph(self, theta: Tensor, images: Tensor, labels: Tensor, second: bool) -> tuple[Tensor, _Graph]:
+    def _graph(
+        self, theta: Tensor, images: Tensor, labels: Tensor, second: bool
+    ) -> tuple[Tensor, _Graph]:
         """Losses and the gradient; with ``second`` the gradient carries its own graph."""
         theta = theta.detach().requires_grad_()
         images = images.detach().requires_grad_(second)
@@ -138,8 +167,11 @@ class AutogradEngine:
     ) -> tuple[Tensor, Tensor, _Graph | _RandomState | None]:
         with precisions.computing_in(self.precision, theta.device):
             before = _random_state(theta.device)
-            # A copy: the caller may go on writing to the memory that theta is a view of, and a kept graph lives on.
-            losses, graph = self._graph(theta.clone() if keep else theta, images, labels, second=keep)
+            # A copy: the caller may go on writing to the memory that theta is a view of, and a kept
+            #     graph lives on.
+            losses, graph = self._graph(
+                theta.clone() if keep else theta, images, labels, second=keep
+            )
             after = _random_state(theta.device)
         unchanged = torch.equal(before.cpu, after.cpu) and (
             before.cuda is None or after.cuda is None or torch.equal(before.cuda, after.cuda)
@@ -151,7 +183,9 @@ class AutogradEngine:
         return saved.before if isinstance(saved, _Graph) else saved
 
     def kept_bytes(self, shape: PassShape) -> int:
-        """Of a module that is not a ConvNet, what a step on zeros keeps: it is made, with nothing else changed."""
+        """Of a module that is not a ConvNet, what a step on zeros keeps: it is made, with nothing
+        else changed.
+        """
         if self.shape is not None:
             return estimates.kept_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape)
         theta = torch.zeros(parameter_count(self.net), dtype=shape.dtype, device=shape.device)
@@ -174,16 +208,24 @@ class AutogradEngine:
                 note(own)
         return sum(kept.values())
 
-    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
+    def working_bytes(
+        self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
+    ) -> int:
         if self.shape is None:
             return 0
-        return estimates.working_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape, dual, kept)
+        return estimates.working_bytes(
+            estimates.AUTOGRAD, self.shape, self.precision, shape, dual, kept
+        )
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         check_side_by_side(theta, images, labels)
         with precisions.computing_in(self.precision, theta.device):
-            found = [self._graph(*one, second=False) for one in zip(theta, images, labels, strict=True)]
-        return torch.stack([losses for losses, _ in found]), torch.stack([graph.gradient for _, graph in found])
+            found = [
+                self._graph(*one, second=False) for one in zip(theta, images, labels, strict=True)
+            ]
+        return torch.stack([losses for losses, _ in found]), torch.stack(
+            [graph.gradient for _, graph in found]
+        )
 
     def dual(
         self,
@@ -199,9 +241,15 @@ class AutogradEngine:
             return self._dual(theta, images, labels, direction, saved, want_theta, rows)
 
     def _dual(
-        self, theta: Tensor, images: Tensor, labels: Tensor, direction: Tensor, saved: _Graph | _RandomState | None,
-        want_theta: bool, rows: Tensor | None,
-    ) -> DualResult:  # fmt: skip
+        self,
+        theta: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        direction: Tensor,
+        saved: _Graph | _RandomState | None,
+        want_theta: bool,
+        rows: Tensor | None,
+    ) -> DualResult:
         if isinstance(saved, _Graph):
             graph = saved
         else:
@@ -218,14 +266,18 @@ class AutogradEngine:
         with torch.enable_grad():
             slope = torch.dot(graph.gradient, direction)
         if wanted and slope.requires_grad:
-            found = torch.autograd.grad(slope, list(wanted.values()), allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                slope, list(wanted.values()), allow_unused=True, materialize_grads=True
+            )
         else:
             found = tuple(torch.zeros_like(tensor) for tensor in wanted.values())
         results = dict(zip(wanted, found, strict=True))
         images_result = results.get("images")
         if images_result is not None and rows is not None:
             images_result = images_result.index_select(0, rows)
-        return DualResult(slope.detach(), results.get("theta"), images_result, results.get("labels"))
+        return DualResult(
+            slope.detach(), results.get("theta"), images_result, results.get("labels")
+        )
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad(), precisions.computing_in(self.precision, theta.device):

@@ -11,7 +11,9 @@ from pdd_fast.ops.convnet import ConvNetShape
 
 
 class DualResult(NamedTuple):
-    """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction (docs/mathematics.md, sections 1 and 2)."""
+    """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction (docs/mathematics.md, sections 1
+    and 2).
+    """
 
     slope: Tensor  # [] s itself
     theta: Tensor | None  # [P] ∂s/∂θ, the Hessian-vector product; None where not wanted
@@ -35,9 +37,11 @@ class PassShape(NamedTuple):
 
 
 class Engine(Protocol):
-    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call records a graph.
+    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call
+    records a graph.
 
-    Tensors are float32 or float64, all of one type, whatever ``precision`` convolutions are computed in.
+    Tensors are float32 or float64, all of one type, whatever ``precision`` convolutions are
+    computed in.
     """
 
     @property
@@ -53,7 +57,9 @@ class Engine(Protocol):
         """One of pdd_fast.runtime.precision.NAMES."""
         ...
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Any]:
+    def gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
         """Losses [B], ∇_θ ℓ [P], and what :meth:`dual` needs to take this step up again.
 
         Args:
@@ -76,9 +82,8 @@ class Engine(Protocol):
     ) -> DualResult:
         """The derivatives of ∇_θ ℓ · ``direction`` at the point of :meth:`gradient`.
 
-        Args:
-            direction: [P].
-            saved: what :meth:`gradient` or :meth:`without_activations` gave for this step. Which of them decides only
+        Args: direction: [P]. saved: what :meth:`gradient` or :meth:`without_activations` gave for
+            this step. Which of them decides only
                 how results are rounded. Activations may serve once.
             want_theta: whether the Hessian-vector product is needed.
             rows: int64 indices of the images whose gradient is wanted; None: all; empty: none.
@@ -86,15 +91,20 @@ class Engine(Protocol):
         ...
 
     def without_activations(self, saved: Any) -> Any:
-        """What remains of ``saved`` where activations have to go: enough for :meth:`dual` to make the step again."""
+        """What remains of ``saved`` where activations have to go: enough for :meth:`dual` to make
+        the step again.
+        """
         ...
 
     def kept_bytes(self, shape: PassShape) -> int:
         """What :meth:`gradient` with ``keep=True`` leaves behind of one step on ``shape``."""
         ...
 
-    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
-        """Most that is alive during a pass on ``shape``, beside what it was given, parameter vectors and what is kept.
+    def working_bytes(
+        self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
+    ) -> int:
+        """Most that is alive during a pass on ``shape``, beside what it was given, parameter
+        vectors and what is kept.
 
         0 where only running it would tell.
 
@@ -110,9 +120,11 @@ class Engine(Protocol):
         ...
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`gradient` of K networks, each on images of its own: losses [K, B] and gradients [K, P].
+        """:meth:`gradient` of K networks, each on images of its own: losses [K, B] and gradients
+        [K, P].
 
-        Equal to one network at a time but for rounding; the same bits for K = 1. Nothing in it waits for the device.
+        Equal to one network at a time but for rounding; the same bits for K = 1. Nothing in it
+        waits for the device.
 
         Args:
             theta: [K, P].
@@ -133,14 +145,20 @@ class Engine(Protocol):
         ...
 
 
-def check_side_by_side(theta: Tensor, images: Tensor | None = None, labels: Tensor | None = None) -> None:
-    """Raises ValueError unless the arguments of :meth:`Engine.gradients` or :meth:`Engine.logits_of` fit together."""
+def check_side_by_side(
+    theta: Tensor, images: Tensor | None = None, labels: Tensor | None = None
+) -> None:
+    """Raises ValueError unless the arguments of :meth:`Engine.gradients` or
+    :meth:`Engine.logits_of` fit together.
+    """
     if theta.dim() != 2 or len(theta) == 0:
         raise ValueError(f"engine: theta must have shape [K, P], got {tuple(theta.shape)}")
     if images is None or labels is None:
         return
     if images.dim() != 5 or len(images) != len(theta):
-        raise ValueError(f"engine: images must have shape [{len(theta)}, B, C, H, W], got {tuple(images.shape)}")
+        raise ValueError(
+            f"engine: images must have shape [{len(theta)}, B, C, H, W], got {tuple(images.shape)}"
+        )
     hard = labels.dtype == torch.int64
     if labels.dim() != (2 if hard else 3) or labels.shape[:2] != images.shape[:2]:
         expected = ", ".join(map(str, images.shape[:2])) + ("" if hard else ", classes")

@@ -1,17 +1,20 @@
-"""The ConvNet's gradient and its dual pass (docs/mathematics.md, section 2) composed of the compiled operators and
-torch's convolutions: what the fused engine runs on a GPU, in 16 bits, and where nothing was compiled.
+"""The ConvNet's gradient and its dual pass (docs/mathematics.md, section 2) composed of the
+compiled operators and torch's convolutions: what the fused engine runs on a GPU, in 16 bits, and
+where nothing was compiled.
 
-No graph is recorded. Where values have to be made again, value and tangent are stacked along the batch, so that every
-layer needs one convolution of 2B images by w and one of B images by the direction's weights. Stacks of the forward pass
-hold the values first; those of the backward pass the tangents first, so that the weight gradient
-wgrad(dz_tangent, x) + wgrad(dz, x_tangent) is one call over 2B images.
+No graph is recorded. Where values have to be made again, value and tangent are stacked along the
+batch, so that every layer needs one convolution of 2B images by w and one of B images by the
+direction's weights. Stacks of the forward pass hold the values first; those of the backward pass
+the tangents first, so that the weight gradient wgrad(dz_tangent, x) + wgrad(dz, x_tangent) is one
+call over 2B images.
 
-Left out because the result is known: the weight gradients of the value pass, the input gradient of the images that are
-frozen, and all that concerns a convolution's bias, which the instance norm removes: its gradient is exactly zero.
+Left out because the result is known: the weight gradients of the value pass, the input gradient of
+the images that are frozen, and all that concerns a convolution's bias, which the instance norm
+removes: its gradient is exactly zero.
 
-With precision "bfloat16", images and activations, their tangents and their gradients are stored in 16 bits, and
-convolutions take their weights rounded to 16; parameters, statistics, the linear layer, the loss and all results stay
-float32.
+With precision "bfloat16", images and activations, their tangents and their gradients are stored in
+16 bits, and convolutions take their weights rounded to 16; parameters, statistics, the linear
+layer, the loss and all results stay float32.
 """
 
 from __future__ import annotations
@@ -81,7 +84,9 @@ class _Step:
 
 
 class _Pair(NamedTuple):
-    """A value and its tangent; ``stack`` is the [2B, ...] tensor that holds both, where there is one."""
+    """A value and its tangent; ``stack`` is the [2B, ...] tensor that holds both, where there is
+    one.
+    """
 
     value: Tensor
     tangent: Tensor
@@ -108,7 +113,9 @@ def _pass(
     """A method that records no graph and computes in the passes' precision."""
 
     @wraps(method)
-    def run(self: ComposedPasses, theta: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+    def run(
+        self: ComposedPasses, theta: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs
+    ) -> _Result:
         with torch.no_grad(), precisions.computing_in(self.precision, theta.device):
             return method(self, theta, *args, **kwargs)
 
@@ -133,7 +140,9 @@ class ComposedPasses:
     def _operands(self, theta: Tensor) -> _Parameters:
         """The parameters as a pass computes with them."""
         p, dtype = self._split(theta), self._storage(theta)
-        return p._replace(blocks=[block._replace(conv=operand(block.conv, dtype)) for block in p.blocks])
+        return p._replace(
+            blocks=[block._replace(conv=operand(block.conv, dtype)) for block in p.blocks]
+        )
 
     def _stored(self, theta: Tensor, images: Tensor) -> Tensor:
         return images.to(self._storage(theta)).contiguous(memory_format=torch.channels_last)
@@ -155,7 +164,9 @@ class ComposedPasses:
         return estimates.kept_bytes(estimates.COMPOSED, self._shape, self.precision, shape)
 
     def working_bytes(self, shape: PassShape, dual: bool, kept: bool, networks: int) -> int:
-        return networks * estimates.working_bytes(estimates.COMPOSED, self._shape, self.precision, shape, dual, kept)
+        return networks * estimates.working_bytes(
+            estimates.COMPOSED, self._shape, self.precision, shape, dual, kept
+        )
 
     @_pass
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
@@ -167,7 +178,9 @@ class ComposedPasses:
     ) -> tuple[Tensor, Tensor, _Step | None]:
         p, step, result = self._operands(theta), _Step(), torch.zeros_like(theta)
         grads = self._split(result)
-        losses, grad_logits = cross_entropy(self._forward(p, self._stored(theta, images), step), labels)
+        losses, grad_logits = cross_entropy(
+            self._forward(p, self._stored(theta, images), step), labels
+        )
         torch.mm(grad_logits.t(), step.features, out=grads.weight)
         torch.sum(grad_logits, 0, out=grads.bias)
         last = step.blocks[-1].z
@@ -175,8 +188,12 @@ class ComposedPasses:
         grad_out = torch.mm(grad_logits, p.weight).view(shape).to(last.dtype)
         for i in reversed(range(len(p.blocks))):
             block, grad = p.blocks[i], grads.blocks[i]
-            seen = step.blocks[i] if keep else step.blocks.pop()  # popped: freed as the pass goes down
-            grad_z, parts = norm_relu_pool_backward(grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias)
+            seen = (
+                step.blocks[i] if keep else step.blocks.pop()
+            )  # popped: freed as the pass goes down
+            grad_z, parts = norm_relu_pool_backward(
+                grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias
+            )
             grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv))
             torch.sum(parts, 1, out=grad.affine)
             if keep:
@@ -208,7 +225,8 @@ class ComposedPasses:
         result = torch.zeros_like(theta) if want_theta else None
         grads = self._split(result) if result is not None else None
 
-        # Forward: x, z and their tangents, block by block. The images have none: they are not moved.
+        # Forward: x, z and their tangents, block by block. The images have none: they are not
+        #     moved.
         x: _Pair | Tensor = self._stored(theta, images)
         seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
         for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):
@@ -217,7 +235,13 @@ class ComposedPasses:
                 x = _Pair(kept.x, x.tangent)
             z = self._convolve(x, block.conv, along.conv, kept)
             out, statistics = norm_relu_pool_dual(
-                z.value, z.tangent, block.weight, along.weight, block.bias, along.bias, tangent_only=kept is not None
+                z.value,
+                z.tangent,
+                block.weight,
+                along.weight,
+                block.bias,
+                along.bias,
+                tangent_only=kept is not None,
             )
             seen.append((x, z, statistics))
             x = _Pair(out, out) if kept else _values_first(out)
@@ -227,13 +251,19 @@ class ComposedPasses:
         features_tangent = x.tangent.flatten(1).to(theta.dtype)
         features = saved.features if saved else x.value.flatten(1).to(theta.dtype)
         logits = saved.logits if saved else torch.addmm(p.bias, features, p.weight.t())
-        logits_tangent = torch.addmm(v.bias, features, v.weight.t()).addmm_(features_tangent, p.weight.t())
-        slopes, grad_logits, grad_logits_tangent, labels_tangent = cross_entropy_dual(logits, logits_tangent, labels)
+        logits_tangent = torch.addmm(v.bias, features, v.weight.t()).addmm_(
+            features_tangent, p.weight.t()
+        )
+        slopes, grad_logits, grad_logits_tangent, labels_tangent = cross_entropy_dual(
+            logits, logits_tangent, labels
+        )
         if grads is not None:
             torch.mm(grad_logits_tangent.t(), features, out=grads.weight)
             grads.weight.addmm_(grad_logits.t(), features_tangent)
             torch.sum(grad_logits_tangent, 0, out=grads.bias)
-        grad_out = self._features_backward(p, v, grad_logits, grad_logits_tangent, seen[-1][1].value, saved)
+        grad_out = self._features_backward(
+            p, v, grad_logits, grad_logits_tangent, seen[-1][1].value, saved
+        )
 
         # Backward: gradients of z and x and their tangents, from the last block to the first.
         want_images = rows is None or rows.numel() > 0
@@ -244,13 +274,22 @@ class ComposedPasses:
             x, z, statistics = seen.pop()
             tangent_only = kept is not None or (i == 0 and not want_images)
             grad_stack, parts = norm_relu_pool_dual_backward(
-                grad_out.value, grad_out.tangent, z.value, z.tangent, statistics,
-                block.weight, along.weight, block.bias, tangent_only=tangent_only,
-            )  # fmt: skip
+                grad_out.value,
+                grad_out.tangent,
+                z.value,
+                z.tangent,
+                statistics,
+                block.weight,
+                along.weight,
+                block.bias,
+                tangent_only=tangent_only,
+            )
             if kept:
                 grad_z = _Pair(kept.grad_z, grad_stack)
             else:
-                grad_z = _Pair(grad_stack, grad_stack) if tangent_only else _tangents_first(grad_stack)
+                grad_z = (
+                    _Pair(grad_stack, grad_stack) if tangent_only else _tangents_first(grad_stack)
+                )
             if grads is not None:
                 self._weight_tangent(grad_z, x, block.conv, grads.blocks[i].conv)
                 torch.sum(parts, 1, out=grads.blocks[i].affine)
@@ -258,11 +297,20 @@ class ComposedPasses:
                 below = saved.blocks[i - 1].grad_out if saved else None
                 grad_out = self._input_backward(grad_z, block.conv, along.conv, x, below)
             elif want_images:
-                images_tangent = self._images_tangent(grad_z, block.conv, along.conv, x, rows, theta.dtype)
-        return DualResult(slopes.mean(), result, images_tangent, labels_tangent if labels.is_floating_point() else None)
+                images_tangent = self._images_tangent(
+                    grad_z, block.conv, along.conv, x, rows, theta.dtype
+                )
+        return DualResult(
+            slopes.mean(),
+            result,
+            images_tangent,
+            labels_tangent if labels.is_floating_point() else None,
+        )
 
     @staticmethod
-    def _convolve(x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None) -> _Pair:
+    def _convolve(
+        x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None
+    ) -> _Pair:
         """z = w*x and its tangent w_tangent*x + w*x_tangent."""
         if isinstance(x, Tensor):
             return _Pair(kept.z if kept else conv(x, w), conv(x, w_tangent))
@@ -276,7 +324,12 @@ class ComposedPasses:
 
     @staticmethod
     def _features_backward(
-        p: _Parameters, v: _Parameters, grad_logits: Tensor, grad_logits_tangent: Tensor, z: Tensor, saved: _Step | None
+        p: _Parameters,
+        v: _Parameters,
+        grad_logits: Tensor,
+        grad_logits_tangent: Tensor,
+        z: Tensor,
+        saved: _Step | None,
     ) -> _Pair:
         """Gradient of what the last block gave, and its tangent."""
         shape = (-1, z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
@@ -286,7 +339,9 @@ class ComposedPasses:
 
     @staticmethod
     def _weight_tangent(grad_z: _Pair, x: _Pair | Tensor, w: Tensor, out: Tensor) -> None:
-        """Writes wgrad(dz_tangent, x) + wgrad(dz, x_tangent) into ``out``, where the sum is not rounded to 16 bits."""
+        """Writes wgrad(dz_tangent, x) + wgrad(dz, x_tangent) into ``out``, where the sum is not
+        rounded to 16 bits.
+        """
         if isinstance(x, Tensor):
             out.copy_(conv_weight_grad(grad_z.tangent, x, w))
         elif grad_z.stack is not None and x.stack is not None:
@@ -296,7 +351,9 @@ class ComposedPasses:
             out.add_(conv_weight_grad(grad_z.value, x.tangent, w))
 
     @staticmethod
-    def _input_backward(grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: _Pair, kept_grad: Tensor | None) -> _Pair:
+    def _input_backward(
+        grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: _Pair, kept_grad: Tensor | None
+    ) -> _Pair:
         """dx = wᵀ*dz and its tangent wᵀ*dz_tangent + w_tangentᵀ*dz."""
         crossed = conv_input_grad(grad_z.value, w_tangent, x.value)
         if kept_grad is not None:
@@ -309,7 +366,12 @@ class ComposedPasses:
 
     @staticmethod
     def _images_tangent(
-        grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: Tensor, rows: Tensor | None, dtype: torch.dtype
+        grad_z: _Pair,
+        w: Tensor,
+        w_tangent: Tensor,
+        x: Tensor,
+        rows: Tensor | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Tangent of the gradient with respect to the images of ``rows``, in ``dtype``."""
         value, tangent = grad_z.value, grad_z.tangent

@@ -19,22 +19,28 @@ from pdd_fast.runtime import precision as precisions
 class FusedEngine:
     """Engine for the networks that the kernels compute.
 
-    Args:
-        shape: what :func:`pdd_fast.networks.convnet.kernel_shape` says of ``net``, where the caller has asked it.
+    Args: shape: what :func:`pdd_fast.networks.convnet.kernel_shape` says of ``net``, where the
+        caller has asked it.
 
     Raises:
         ValueError: ``net`` is not one of them.
     """
 
     def __init__(
-        self, net: nn.Module, precision: str = "float32", convolution: str = "auto", shape: ConvNetShape | None = None
+        self,
+        net: nn.Module,
+        precision: str = "float32",
+        convolution: str = "auto",
+        shape: ConvNetShape | None = None,
     ) -> None:
         shape = shape or kernel_shape(net)
         if shape is None:
             kind = type(net).__name__
             raise ValueError(
-                "engine 'fused' must be given a pdd_fast.ConvNet with the layers and parameters that its constructor "
-                f"made and no hooks, got {'one that was changed' if kind == 'ConvNet' else kind}; use "
+                "engine 'fused' must be given a pdd_fast.ConvNet with the layers and parameters "
+                "that its constructor "
+                f"made and no hooks, got {'one that was changed' if kind == 'ConvNet' else kind}; "
+                f"use "
                 "engine='autograd', exact for any module"
             )
         self.net, self.shape = net, shape
@@ -54,19 +60,25 @@ class FusedEngine:
             return self._whole.sizes(shape.batch).kept * shape.dtype.itemsize
         return self._composed.kept_bytes(shape)
 
-    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1) -> int:
+    def working_bytes(
+        self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
+    ) -> int:
         if not self._in_one_kernel(shape):
             return self._composed.working_bytes(shape, dual, kept, networks)
         # One workspace, whose networks take turns; a dual pass gives the images' gradient beside.
         images = shape.batch * math.prod(shape.image) if dual else 0
-        return (self._whole.sizes(shape.batch, dual, kept).workspace + images) * shape.dtype.itemsize
+        return (
+            self._whole.sizes(shape.batch, dual, kept).workspace + images
+        ) * shape.dtype.itemsize
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         if self._in_one_kernel(theta):
             return self._whole.logits(theta, images)
         return self._composed.logits(theta, images)
 
-    def gradient(self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False) -> tuple[Tensor, Tensor, Any]:
+    def gradient(
+        self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
         if self._in_one_kernel(theta):
             return self._whole.gradient(theta, images, labels, keep)
         return self._composed.gradient(theta, images, labels, keep)
@@ -102,5 +114,7 @@ class FusedEngine:
     ) -> DualResult:
         if not self._in_one_kernel(theta):
             return self._composed.dual(theta, images, labels, direction, saved, want_theta, rows)
-        slopes, *others = self._whole.dual(theta, images, labels, direction, saved, want_theta, rows)
+        slopes, *others = self._whole.dual(
+            theta, images, labels, direction, saved, want_theta, rows
+        )
         return DualResult(slopes.mean(), *others)

@@ -1,8 +1,9 @@
 """Several ConvNets in one set of launches: the gradient and the logits of K networks of one shape.
 
-The networks lie side by side along the channels: images are [B, K·C, H, W] in channels-last memory, convolutions have K
-groups, and an instance norm does not care whose channel it has. A training step of one network of width 128 on 256
-images leaves most of a large GPU idle and the host busy with launches; K networks take as many launches as one.
+The networks lie side by side along the channels: images are [B, K·C, H, W] in channels-last memory,
+convolutions have K groups, and an instance norm does not care whose channel it has. A training step
+of one network of width 128 on 256 images leaves most of a large GPU idle and the host busy with
+launches; K networks take as many launches as one.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class _Seen(NamedTuple):
 
 
 class _Networks:
-    """Views of the parameters theta [K, P] (or of their gradients): blocks, and the linear layer's ``weight``
-    [K, classes, F] and ``bias`` [K, classes]."""
+    """Views of the parameters theta [K, P] (or of their gradients): blocks, and the linear layer's
+    ``weight`` [K, classes, F] and ``bias`` [K, classes].
+    """
 
     def __init__(self, shapes: Sequence[Tensor], theta: Tensor) -> None:
         parts, start = [], 0
@@ -70,11 +72,17 @@ def _apart(images: Tensor, networks: int) -> Tensor:
     return images.unflatten(1, (networks, -1)).transpose(0, 1).flatten(2)
 
 
-def _forward(nets: _Networks, blocks: list[_Block], x: Tensor, seen: list[_Seen] | None) -> tuple[Tensor, Tensor]:
-    """Features [K, B, F] and logits [K, B, classes]. ``x``: [B, K·C, H, W], or [B, C, H, W] which all networks see."""
+def _forward(
+    nets: _Networks, blocks: list[_Block], x: Tensor, seen: list[_Seen] | None
+) -> tuple[Tensor, Tensor]:
+    """Features [K, B, F] and logits [K, B, classes]. ``x``: [B, K·C, H, W], or [B, C, H, W] which
+    all networks see.
+    """
     networks = len(nets.bias)
     for i, block in enumerate(blocks):
-        z = conv(x, block.conv, groups=1 if i == 0 and x.shape[1] == block.conv.shape[1] else networks)
+        z = conv(
+            x, block.conv, groups=1 if i == 0 and x.shape[1] == block.conv.shape[1] else networks
+        )
         out, mean, rstd = norm_relu_pool(z, block.weight, block.bias)
         if seen is not None:
             seen.append(_Seen(x, z, mean, rstd))
@@ -84,7 +92,8 @@ def _forward(nets: _Networks, blocks: list[_Block], x: Tensor, seen: list[_Seen]
 
 
 def logits_of(shapes: Sequence[Tensor], theta: Tensor, images: Tensor) -> Tensor:
-    """Logits [K, B, classes] of ``images`` [B, C, H, W], which are stored as activations are to be."""
+    """Logits [K, B, classes] of ``images`` [B, C, H, W], which are stored as activations are to
+    be."""
     nets = _Networks(shapes, theta)
     return _forward(nets, nets.operands(images.dtype), images, None)[1]
 

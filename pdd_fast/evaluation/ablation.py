@@ -1,7 +1,8 @@
-"""Ablations: the same recipe with other numbers of stages, with and without conditioning and the filter, over seeds.
+"""Ablations: the same recipe with other numbers of stages, with and without conditioning and the
+filter, over seeds.
 
-Every variant of a seed is learned from the same experts and judged by the same number of SGD steps. All are ordinary
-runs in folders of their own, so an interrupted ablation goes on where it was.
+Every variant of a seed is learned from the same experts and judged by the same number of SGD steps.
+All are ordinary runs in folders of their own, so an interrupted ablation goes on where it was.
 """
 
 from __future__ import annotations
@@ -51,10 +52,13 @@ class Variant:
         return from_dict(config.to_dict() | changes)
 
 
-def variants(stages: Sequence[int], conditioning: Sequence[str], filters: Sequence[str]) -> list[Variant]:
-    """All combinations that differ and can be. A single stage has nothing to be conditioned on, and with
-    ``filter=learned`` no networks before it that could have learned anything: it is as without. Without conditioning
-    that filter is none."""
+def variants(
+    stages: Sequence[int], conditioning: Sequence[str], filters: Sequence[str]
+) -> list[Variant]:
+    """All combinations that differ and can be. A single stage has nothing to be conditioned on, and
+    with ``filter=learned`` no networks before it that could have learned anything: it is as
+    without. Without conditioning that filter is none.
+    """
     found = [
         Variant(s, c, "none" if (s, f) == (1, "learned") else f)
         for s in stages
@@ -63,26 +67,35 @@ def variants(stages: Sequence[int], conditioning: Sequence[str], filters: Sequen
         if c == "on" or (s > 1 and f != "learned")
     ]
     if not found:
-        raise UsageError("conditioning must be on where there is a single stage or the filter is learned")
+        raise UsageError(
+            "conditioning must be on where there is a single stage or the filter is learned"
+        )
     return list(dict.fromkeys(found))
 
 
 def ablate(
-    config: Config, chosen: Sequence[Variant], seeds: Sequence[int], folder: Path, reporter: Reporter = SILENT
+    config: Config,
+    chosen: Sequence[Variant],
+    seeds: Sequence[int],
+    folder: Path,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Runs and judges every variant at every seed; writes ablation.json and ablation.png in ``folder``.
+    """Runs and judges every variant at every seed; writes ablation.json and ablation.png in
+    ``folder``.
 
-    Returns:
-        the content of ablation.json. ``accuracy`` has a row for every seed: the final test accuracy in percent, mean
-        over the repeats of that seed's evaluation; ``ci95`` is over seeds. "random" are as many random real images,
-        in as many stages as the first variant has, with labels of the variants' kind.
+    Returns: the content of ablation.json. ``accuracy`` has a row for every seed: the final test
+        accuracy in percent, mean over the repeats of that seed's evaluation; ``ci95`` is over
+        seeds. "random" are as many random real images, in as many stages as the first variant has,
+        with labels of the variants' kind.
 
     Raises:
         UsageError: a variant's settings cannot be, or a folder holds another run.
     """
     configs = [variant.of(config) for variant in chosen]  # all checked before any work
     if config.stage_ipc or config.stage_lr_img:
-        raise UsageError("stage_ipc and stage_lr_img must not be given: the number of stages is what varies")
+        raise UsageError(
+            "stage_ipc and stage_lr_img must not be given: the number of stages is what varies"
+        )
     classes = load(config.dataset, config.data_dir, config.validation_fraction).num_classes
     found: dict[str, list[float]] = {variant.name: [] for variant in chosen}
     random: list[float] = []
@@ -100,7 +113,11 @@ def ablate(
             reporter.message(f"{variant.name}, seed {seed}")
             distill(run, reporter)
             experts = path if with_experts and experts is None else experts
-            evaluation = run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)
+            evaluation = (
+                run.read_evaluation()
+                if run.evaluation_file.exists()
+                else evaluate_run(run, reporter)
+            )
             final = {result["name"]: result["mean"][-1] for result in evaluation["results"]}
             found[variant.name].append(final["pdd"])
             if first is None:
@@ -111,21 +128,33 @@ def ablate(
         for name, rows in [*found.items(), ("random", random)]
     ]
     for variant, result in zip(chosen, results, strict=False):
-        result |= {"stages": variant.stages, "conditioning": variant.conditioning, "filter": variant.filter}
+        result |= {
+            "stages": variant.stages,
+            "conditioning": variant.conditioning,
+            "filter": variant.filter,
+        }
     content = {
-        "data": config.dataset, "ipc": config.ipc, "labels": config.labels, "seeds": list(seeds), "steps": steps,
+        "data": config.dataset,
+        "ipc": config.ipc,
+        "labels": config.labels,
+        "seeds": list(seeds),
+        "steps": steps,
         "results": results,
-    }  # fmt: skip
+    }
     write_json(folder / "ablation.json", content)
     attempt(folder / "ablation.png", partial(plot, content))
     return content
 
 
 def _epochs(config: Config, configs: Sequence[Config], classes: int) -> int:
-    """Epochs on each union with which a variant takes as many steps in all, up to rounding, as the longest one."""
+    """Epochs on each union with which a variant takes as many steps in all, up to rounding, as the
+    longest one.
+    """
 
     def batches(c: Config) -> int:
-        return sum(math.ceil(images * classes / c.union_batch) for images in accumulate(c.real_by_stage))
+        return sum(
+            math.ceil(images * classes / c.union_batch) for images in accumulate(c.real_by_stage)
+        )
 
     most = max(c.union_epochs * batches(c) for c in configs)
     return max(1, round(most / batches(config)))
@@ -142,7 +171,9 @@ def _run(path: Path, config: Config) -> Run:
 
 @default_style()
 def plot(content: dict[str, Any], path: Path) -> None:
-    """Writes a PNG: final accuracy over the number of stages, a line for each combination of the other switches."""
+    """Writes a PNG: final accuracy over the number of stages, a line for each combination of the
+    other switches.
+    """
     figure = new_figure(figsize=(6.4, 4.2), dpi=150)
     axes = figure.subplots()
     results = [result for result in content["results"] if "stages" in result]
@@ -155,15 +186,22 @@ def plot(content: dict[str, Any], path: Path) -> None:
         words = ["conditioned" if conditioning == "on" else "not conditioned"]
         words += [] if filtered == "none" else [f"{filtered} filter"]
         axes.errorbar(
-            [r["stages"] for r in own], [r["mean"] for r in own], yerr=[r["ci95"] or 0 for r in own], marker="o",
-            capsize=3, color=f"C{number}", label=", ".join(words),
-        )  # fmt: skip
+            [r["stages"] for r in own],
+            [r["mean"] for r in own],
+            yerr=[r["ci95"] or 0 for r in own],
+            marker="o",
+            capsize=3,
+            color=f"C{number}",
+            label=", ".join(words),
+        )
     (random,) = (result for result in content["results"] if result["name"] == "random")
     axes.axhline(random["mean"], color="#8a8a8a", linestyle="--", label="random real images")
     axes.set_xticks(sorted({result["stages"] for result in results}))
     axes.set_xlabel("stages")
     axes.set_ylabel("test accuracy in the end, %")
-    what = f"{readable(content['data'])}, {content['ipc']} images a class, {content['labels']} labels"
+    what = (
+        f"{readable(content['data'])}, {content['ipc']} images a class, {content['labels']} labels"
+    )
     axes.set_title(f"{what}, {len(content['seeds'])} seeds", fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

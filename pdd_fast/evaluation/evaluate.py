@@ -1,4 +1,6 @@
-"""Union evaluation: what fresh networks learn from the growing union, and what they learn without it."""
+"""Union evaluation: what fresh networks learn from the growing union, and what they learn without
+it.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory
 from pdd_fast.training.sgd import accuracies
 
-# What is trained on alone, from the first step. Set beside the others it is comparable at the end only, when all have
-# taken as many steps and hold as many images.
+# What is trained on alone, from the first step. Set beside the others it is comparable at the end
+# only, when all have taken as many steps and hold as many images.
 ALONE = ("last-union", "one-stage", "against")
 
 
@@ -40,7 +42,9 @@ class Leg(NamedTuple):
     rate: float
     steps: int
     stops: list[int]  # the numbers of steps after which to test
-    rows: Tensor | None = None  # int64 [K, m] on the CPU, the images of each network; None: all, for every network
+    rows: Tensor | None = (
+        None  # int64 [K, m] on the CPU, the images of each network; None: all, for every network
+    )
 
 
 def evaluate_run(
@@ -51,37 +55,43 @@ def evaluate_run(
     networks: Sequence[str] = ("convnet",),
     subsets: bool = False,
 ) -> dict[str, Any]:
-    """Trains fresh networks on the distilled set of ``run`` and on what it is compared with; writes evaluation.json.
+    """Trains fresh networks on the distilled set of ``run`` and on what it is compared with; writes
+    evaluation.json.
 
-    Every result takes the same number of SGD steps and, repeat by repeat, the same initial networks:
+    Every result takes the same number of SGD steps and, repeat by repeat, the same initial
+    networks:
 
     - "pdd": U_1, then U_2, ..., each at its stage's learned rate, momentum carried over;
-    - "random": as many random real images, other ones in every repeat, in as many stages, at the rate that learning
-      started from;
-    - "random-soft", where the run's labels are not hard and its experts are still there: the same images, with the
-      experts' word for labels;
+    - "random": as many random real images, other ones in every repeat, in as many stages, at the
+      rate that learning started from;
+    - "random-soft", where the run's labels are not hard and its experts are still there: the same
+      images, with the experts' word for labels;
     - "last-union": U_S alone from the start, at the last stage's rate;
     - "one-stage" (or "against"): the last union of the run ``against``, at its last rate;
-    - "subsets", where asked for: at every stage another fresh network, trained on what that stage alone made.
+    - "subsets", where asked for: at every stage another fresh network, trained on what that stage
+      alone made.
 
     Args:
         repeats: fresh networks; None: what the run's configuration says.
         against: another run directory or distilled set on the same data.
         networks: names of :data:`pdd_fast.networks.zoo.TITLES`; every result is there for each.
 
-    Returns:
-        the content of evaluation.json. "labels" of a result are hard, soft or learned: accuracies by hard labels are
-        not to be compared with those by others, which lift random images too. Accuracies are percent of the test
-        images; ``std`` is the sample standard deviation over repeats, 0 for one repeat; ``ci95`` is half the width of
-        the 95 % confidence interval of the mean (Student's t), None for one repeat. "paired" has the same of the
-        differences, repeat by repeat, between "pdd" and every other result after the last step, where both have hard
-        labels, or neither.
+    Returns: the content of evaluation.json. "labels" of a result are hard, soft or learned:
+        accuracies by hard labels are not to be compared with those by others, which lift random
+        images too. Accuracies are percent of the test images; ``std`` is the sample standard
+        deviation over repeats, 0 for one repeat; ``ci95`` is half the width of the 95 % confidence
+        interval of the mean (Student's t), None for one repeat. "paired" has the same of the
+        differences, repeat by repeat, between "pdd" and every other result after the last step,
+        where both have hard labels, or neither.
 
     Raises:
         UsageError: ``run`` is not finished, or ``against`` does not fit it.
     """
     if not run.distilled_file.exists():
-        raise UsageError(f"{run.path} holds no finished distilled set; continue it with pdd-fast distill --resume")
+        raise UsageError(
+            f"{run.path} holds no finished distilled set; continue it with pdd-fast distill "
+            f"--resume"
+        )
     if repeats is not None and repeats < 1:
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     check_names(list(networks))
@@ -109,7 +119,9 @@ def evaluate_run(
     names = list(kinds)
     for network in networks:  # before any work: that they can be built
         _module(bench, network, 0)
-    found: dict[tuple[str, str], list[list[float]]] = {(net, name): [] for net in networks for name in names}
+    found: dict[tuple[str, str], list[list[float]]] = {
+        (net, name): [] for net in networks for name in names
+    }
     with reporter.task("evaluation", total=config.repeats * len(found), unit="network") as task:
         for network, group, name in product(networks, bench.groups(config.repeats), names):
             if name == "pdd":
@@ -118,7 +130,8 @@ def evaluate_run(
                 courses = [_random(bench, real_labels[name], union.stages, steps, group)]
             elif name == "subsets":
                 courses = [
-                    [Leg(*union.only(s), union.rates[s - 1], count, [count])] for s, count in enumerate(boundaries, 1)
+                    [Leg(*union.only(s), union.rates[s - 1], count, [count])]
+                    for s, count in enumerate(boundaries, 1)
                 ]
             else:
                 chosen = union if name == "last-union" else other
@@ -147,7 +160,9 @@ def evaluate_run(
             "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
             "normalisation": bench.data.normalisation.to_dict(),
             "whitening": config.whitening,
-            "whitening_epsilon": None if bench.data.whitening is None else bench.data.whitening.epsilon,
+            "whitening_epsilon": None
+            if bench.data.whitening is None
+            else bench.data.whitening.epsilon,
             "selected_on": config.select,
             "against": None if against is None else str(against),
         },
@@ -158,16 +173,26 @@ def evaluate_run(
                 "name": name,
                 "labels": kinds[name],
                 "network": TITLES[network],
-                "seeds": [bench.seed("evaluation", repeat, "parameters") for repeat in range(config.repeats)],
+                "seeds": [
+                    bench.seed("evaluation", repeat, "parameters")
+                    for repeat in range(config.repeats)
+                ],
                 "accuracy": scores,
                 "mean": [statistics.fmean(column) for column in zip(*scores, strict=True)],
-                "std": [statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*scores, strict=True)],
+                "std": [
+                    statistics.stdev(c) if len(c) > 1 else 0.0 for c in zip(*scores, strict=True)
+                ],
                 "ci95": [half_width(column) for column in zip(*scores, strict=True)],
             }
             for (network, name), scores in found.items()
         ],
         "paired": [
-            {"network": TITLES[network], "of": "pdd", "to": name, **_paired(found[network, "pdd"], scores)}
+            {
+                "network": TITLES[network],
+                "of": "pdd",
+                "to": name,
+                **_paired(found[network, "pdd"], scores),
+            }
             for (network, name), scores in found.items()
             if name != "pdd" and is_soft(kinds[name]) == is_soft(kinds["pdd"])
         ],
@@ -182,7 +207,11 @@ def half_width(values: Sequence[float]) -> float | None:
         return None
     from scipy.stats import t as student  # a second to import
 
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return (
+        float(student.ppf(0.975, len(values) - 1))
+        * statistics.stdev(values)
+        / math.sqrt(len(values))
+    )
 
 
 def _paired(scores: list[list[float]], others: list[list[float]]) -> dict[str, float | None]:
@@ -196,23 +225,29 @@ def _load_other(path: Path, bench: Workbench) -> tuple[Union, str]:
     other: DistilledSet = load_distilled(path)
     if reason := misfit(other, bench):
         expected = tuple(bench.data.test.images.shape[1:])
-        raise UsageError(f"--against must name a run on {bench.data.name} {expected}, got {path} on {reason}")
+        raise UsageError(
+            f"--against must name a run on {bench.data.name} {expected}, got {path} on {reason}"
+        )
     if not other.is_seen_as(bench.data):
         wanted, found = preprocessing(bench.data), preprocessing(other)
         found = found if found != wanted else f"{found}, but fitted to other images"
         raise UsageError(f"--against must name a run with {wanted}, got {path} with {found}")
-    kind = other.metadata.get("labels", "hard" if other.labels.dim() == 1 else "soft")  # sets of before do not say
+    kind = other.metadata.get(
+        "labels", "hard" if other.labels.dim() == 1 else "soft"
+    )  # sets of before do not say
     return Union.of(other, bench), kind
 
 
 def is_soft(kind: str) -> bool:
-    """Whether labels of this kind say more than the class: those and hard ones are reported apart."""
+    """Whether labels of this kind say more than the class: those and hard ones are reported
+    apart."""
     return kind != "hard"
 
 
 def tables(evaluation: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The results of an evaluation in groups that may be compared, one for each kind of network and of labels, and what
-    the group has that others have not, in words ("" for the only group)."""
+    """The results of an evaluation in groups that may be compared, one for each kind of network and
+    of labels, and what the group has that others have not, in words ("" for the only group).
+    """
     results = evaluation["results"]
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for result in results:
@@ -236,8 +271,12 @@ def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
 
 
 def _soft(bench: Workbench, experts: list[Trajectory]) -> Tensor:
-    """Soft labels [n, classes] of those of ``bench.train`` that are going to be drawn; zero for the others."""
-    rows = torch.cat([row for repeat in range(bench.config.repeats) for row in _random_rows(bench, repeat)]).unique()
+    """Soft labels [n, classes] of those of ``bench.train`` that are going to be drawn; zero for the
+    others.
+    """
+    rows = torch.cat(
+        [row for repeat in range(bench.config.repeats) for row in _random_rows(bench, repeat)]
+    ).unique()
     labels = bench.train.images.new_zeros(len(bench.train), bench.data.num_classes)
     labels[rows] = soft_labels(bench.engine, experts, bench.train.images[rows])
     return labels
@@ -245,16 +284,28 @@ def _soft(bench: Workbench, experts: list[Trajectory]) -> Tensor:
 
 def _in_order(union: Union, steps: list[int]) -> list[Leg]:
     return [
-        Leg(*union.up_to(stage), union.rates[stage - 1], count, [count]) for stage, count in enumerate(steps, start=1)
+        Leg(*union.up_to(stage), union.rates[stage - 1], count, [count])
+        for stage, count in enumerate(steps, start=1)
     ]
 
 
-def _random(bench: Workbench, labels: Tensor, stages: int, steps: list[int], group: range) -> list[Leg]:
-    """Real images with ``labels``, other ones for every network, in as many stages as the union has."""
+def _random(
+    bench: Workbench, labels: Tensor, stages: int, steps: list[int], group: range
+) -> list[Leg]:
+    """Real images with ``labels``, other ones for every network, in as many stages as the union
+    has.
+    """
     chosen = [_random_rows(bench, repeat) for repeat in group]
     images, rate = bench.train.images, bench.config.inner_lr
     return [
-        Leg(images, labels, rate, count, [count], torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu())
+        Leg(
+            images,
+            labels,
+            rate,
+            count,
+            [count],
+            torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu(),
+        )
         for stage, count in zip(range(1, stages + 1), steps, strict=True)
     ]
 
@@ -273,7 +324,9 @@ def _follow(bench: Workbench, course: list[Leg], group: range) -> list[list[floa
             students, leg.images, leg.labels, leg.rate, leg.steps, draws, leg.stops, leg.rows
         )
         for theta in seen:
-            for row, score in zip(scores, accuracies(bench.engine, theta, test.images, test.labels), strict=True):
+            for row, score in zip(
+                scores, accuracies(bench.engine, theta, test.images, test.labels), strict=True
+            ):
                 row.append(score)
     return scores
 
@@ -284,18 +337,35 @@ def _module(bench: Workbench, network: str, repeat: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would change the GPUs' states too.
         torch.default_generator.manual_seed(bench.seed("evaluation", repeat, "parameters", network))
-        net = build(network, data.in_channels, data.num_classes, data.image_size, config.width, config.depth)
+        net = build(
+            network, data.in_channels, data.num_classes, data.image_size, config.width, config.depth
+        )
     return net.to(bench.device)
 
 
-def _follow_modules(network: str, bench: Workbench, course: list[Leg], group: range) -> list[list[float]]:
-    """:func:`_follow` for networks of any kind, one after another, by torch's own optimiser and autograd."""
-    return [_follow_module(network, bench, course, place, repeat) for place, repeat in enumerate(group)]
+def _follow_modules(
+    network: str, bench: Workbench, course: list[Leg], group: range
+) -> list[list[float]]:
+    """:func:`_follow` for networks of any kind, one after another, by torch's own optimiser and
+    autograd.
+    """
+    return [
+        _follow_module(network, bench, course, place, repeat) for place, repeat in enumerate(group)
+    ]
 
 
-def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int, repeat: int) -> list[float]:
-    net, sgd, test, scores = _module(bench, network, repeat), bench.synthetic_sgd, bench.data.test, list[float]()
-    optimiser = torch.optim.SGD(net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay)
+def _follow_module(
+    network: str, bench: Workbench, course: list[Leg], place: int, repeat: int
+) -> list[float]:
+    net, sgd, test, scores = (
+        _module(bench, network, repeat),
+        bench.synthetic_sgd,
+        bench.data.test,
+        list[float](),
+    )
+    optimiser = torch.optim.SGD(
+        net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay
+    )
     for number, leg in enumerate(course):
         rows = torch.arange(len(leg.images), device="cpu") if leg.rows is None else leg.rows[place]
         draw, size = bench.generator("evaluation", repeat, number), bench.data.image_size
@@ -305,7 +375,9 @@ def _follow_module(network: str, bench: Workbench, course: list[Leg], place: int
             augmentation, index = sgd.dsa.sample(len(batch), size, draw), batch.to(bench.device)
             optimiser.param_groups[0]["lr"] = rate
             optimiser.zero_grad()
-            nn.functional.cross_entropy(net(augment(leg.images[index], augmentation)), leg.labels[index]).backward()
+            nn.functional.cross_entropy(
+                net(augment(leg.images[index], augmentation)), leg.labels[index]
+            ).backward()
             optimiser.step()
             if done in leg.stops:
                 scores.append(accuracy(net, test.images, test.labels))

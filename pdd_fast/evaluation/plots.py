@@ -53,8 +53,11 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
     inches = 0.45  # of one image
     width, height = inches * sum(columns) + 0.15 * len(columns) + 1.4, inches * shown * H / W + 0.9
     figure = new_figure(figsize=(max(width, 4.0), height), dpi=150, layout="compressed")
-    # In dots and not in images, because the lines between images are fewer by one: every panel then has one scale.
-    panels = figure.subplots(1, len(columns), squeeze=False, width_ratios=[n * (W + 1) - 1 for n in columns])[0]
+    # In dots and not in images, because the lines between images are fewer by one: every panel then
+    #     has one scale.
+    panels = figure.subplots(
+        1, len(columns), squeeze=False, width_ratios=[n * (W + 1) - 1 for n in columns]
+    )[0]
     for stage, (panel, count) in enumerate(zip(panels, columns, strict=True), start=1):
         canvas = np.ones((shown * (H + 1) - 1, count * (W + 1) - 1, C), dtype=np.float32)
         for k in range(shown):
@@ -62,7 +65,13 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
             for column, row in enumerate(rows.tolist()):
                 top, left = k * (H + 1), column * (W + 1)
                 canvas[top : top + H, left : left + W] = pixels[row]
-        panel.imshow(canvas.squeeze(-1) if C == 1 else canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        panel.imshow(
+            canvas.squeeze(-1) if C == 1 else canvas,
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         panel.set_title(f"stage {stage}", fontsize=9)
         panel.set_xticks([])
         panel.set_yticks([])
@@ -70,7 +79,9 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
             spine.set_visible(False)
     # Folder names become class names: a $ in them is no mathematics.
     middles = [k * (H + 1) + H / 2 for k in range(shown)]
-    panels[0].set_yticks(middles, [readable(str(n)) for n in names[:shown]], fontsize=8, parse_math=False)
+    panels[0].set_yticks(
+        middles, [readable(str(n)) for n in names[:shown]], fontsize=8, parse_math=False
+    )
     panels[0].tick_params(length=0)
     more = f", the first {shown} of {len(names)} classes" if shown < len(names) else ""
     more += f", the first {most} of a class and stage" if max(counts) > most else ""
@@ -82,8 +93,9 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
 
 @default_style()
 def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with a panel per kind of network and of labels and a curve per result: test accuracy over images per
-    class, bars of one standard deviation."""
+    """Writes a PNG with a panel per kind of network and of labels and a curve per result: test
+    accuracy over images per class, bars of one standard deviation.
+    """
     groups = tables(evaluation)
     figure = new_figure(figsize=(6.4 * len(groups), 4.2), dpi=150)
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
@@ -92,7 +104,9 @@ def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
     save_figure(figure, path, bbox_inches="tight")
 
 
-def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
+def _curves(
+    axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str
+) -> None:
     protocol = evaluation["protocol"]
     images = protocol["images_per_class"]
     for result in results:
@@ -100,16 +114,24 @@ def _curves(axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]]
         alone = name in ALONE
         x, y, e = (images[-1:], mean[-1:], std[-1:]) if alone else (images, mean, std)
         axes.errorbar(
-            x, y, yerr=e, marker="D" if alone else "o", linestyle="none" if alone else "-", markersize=5, capsize=3,
-            color=_COLOURS.get(name), label=_LABELS.get(name, name),
-        )  # fmt: skip
+            x,
+            y,
+            yerr=e,
+            marker="D" if alone else "o",
+            linestyle="none" if alone else "-",
+            markersize=5,
+            capsize=3,
+            color=_COLOURS.get(name),
+            label=_LABELS.get(name, name),
+        )
     repeats, data = len(results[0]["seeds"]), readable(protocol["data"])
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
     # Labels of 20 stages would run into each other; of the stages that have one the last is one.
     axes.set_xticks(images[::-1][:: -(-len(images) // MOST_TICKS)])
     axes.set_title(
-        f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps for all",
+        f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps "
+        f"for all",
         fontsize=10,
         parse_math=False,
     )

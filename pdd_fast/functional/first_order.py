@@ -13,12 +13,14 @@ Backward = Callable[..., tuple[Any, ...]]
 
 
 def first_order_only(operator: str) -> Callable[[Backward], Backward]:
-    """Make a second derivative through ``operator`` an error, on every path to what it was computed from.
+    """Make a second derivative through ``operator`` an error, on every path to what it was computed
+    from.
 
-    For the ``backward`` of a :class:`torch.autograd.Function` that saves every input it differentiates with respect to
-    (``save_for_backward``); it is called with ``ctx``, the saved tensors and the incoming gradients. torch's own
-    ``once_differentiable`` raises only where the incoming gradient requires gradients. Where that is a constant, as
-    under ``theta_N.sum()``, or where the input is reached by another path too, it leaves a term out without a word.
+    For the ``backward`` of a :class:`torch.autograd.Function` that saves every input it
+    differentiates with respect to (``save_for_backward``); it is called with ``ctx``, the saved
+    tensors and the incoming gradients. torch's own ``once_differentiable`` raises only where the
+    incoming gradient requires gradients. Where that is a constant, as under ``theta_N.sum()``, or
+    where the input is reached by another path too, it leaves a term out without a word.
     """
 
     def decorate(backward: Backward) -> Backward:
@@ -31,7 +33,8 @@ def first_order_only(operator: str) -> Callable[[Backward], Backward]:
                 return found
             causes = [t for t in (*grads, *saved) if t is not None and t.requires_grad]
             return tuple(
-                _Barrier.apply(operator, part, *causes) if isinstance(part, Tensor) else part for part in found
+                _Barrier.apply(operator, part, *causes) if isinstance(part, Tensor) else part
+                for part in found
             )
 
         return run
@@ -50,7 +53,8 @@ class _Barrier(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
-            f"{ctx.operator}: second derivatives must not be asked for, got a gradient through its gradient; where one "
+            f"{ctx.operator}: second derivatives must not be asked for, got a gradient through "
+            f"its gradient; where one "
             "is needed, differentiate plain torch operators with create_graph=True, within "
             "pdd_fast.networks.kernels.plain_torch()"
         )

@@ -1,8 +1,9 @@
-"""Gradient matching: the distance between the parameter gradients of synthetic and of real images, and its gradient
-with respect to the synthetic ones (docs/mathematics.md, section 8).
+"""Gradient matching: the distance between the parameter gradients of synthetic and of real images,
+and its gradient with respect to the synthetic ones (docs/mathematics.md, section 8).
 
-With g = ∇_θ ℓ on the synthetic images and v = ∂D/∂g, the gradient of D with respect to the images is the tangent of
-∇_x ℓ along v: one dual pass without its Hessian-vector product, in the place of a double backward pass.
+With g = ∇_θ ℓ on the synthetic images and v = ∂D/∂g, the gradient of D with respect to the images
+is the tangent of ∇_x ℓ along v: one dual pass without its Hessian-vector product, in the place of a
+double backward pass.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from pdd_fast.runtime.errors import require
 _NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")
 # By the least number of dimensions of a parameter that counts. IDC's published code
-# (snu-mllab/Efficient-Dataset-Condensation, `matchloss` of condense.py) leaves out those of one unless it is told
-# `--bias true`, and those of two unless `--fc true`; both are false if not given. DC's and DSA's
-# (VICO-UoE/DatasetCondensation, `distance_wb` of utils.py) takes two or more.
+# (snu-mllab/Efficient-Dataset-Condensation, `matchloss` of condense.py) leaves out those of one
+# unless it is told `--bias true`, and those of two unless `--fc true`; both are false if not given.
+# DC's and DSA's (VICO-UoE/DatasetCondensation, `distance_wb` of utils.py) takes two or more.
 PARAMETERS = {"convolutions": 3, "weights": 2, "all": 0}
 _AUTO = {"squared": "convolutions", "cosine": "weights"}
 COSINE_EPS = 1e-6  # added to the product of two norms, as in both codes
@@ -49,53 +50,70 @@ def gradient_matching(
     precision: str = "float32",
     convolution: str = "auto",
 ) -> Tensor:
-    """D(∇_θ ℓ(θ, X, y), ∇_θ ℓ(θ, X_real, y_real)), or the sum of such distances over K pairs of batches, one a class.
+    """D(∇_θ ℓ(θ, X, y), ∇_θ ℓ(θ, X_real, y_real)), or the sum of such distances over K pairs of
+    batches, one a class.
 
-    ℓ is the mean cross-entropy over a batch. Zhao et al., "Dataset condensation with gradient matching" (DC, ICLR
-    2021), and Kim et al., "Dataset condensation via efficient synthetic-data parameterization" (IDC, ICML 2022). The
-    gradient is exact, that of autograd with ``create_graph=True``. It is computed with the value, and nothing else is
-    kept for the way back.
+    ℓ is the mean cross-entropy over a batch. Zhao et al., "Dataset condensation with gradient
+    matching" (DC, ICLR 2021), and Kim et al., "Dataset condensation via efficient synthetic-data
+    parameterization" (IDC, ICML 2022). The gradient is exact, that of autograd with
+    ``create_graph=True``. It is computed with the value, and nothing else is kept for the way back.
 
-    Args:
-        net: the network; its own parameters are not read and its buffers are not changed. Parameters that do not
+    Args: net: the network; its own parameters are not read and its buffers are not changed.
+        Parameters that do not
             require gradients are frozen and do not count.
         theta: [P] parameters, float32 or float64, a constant; fixes the precision and the device.
-        real_images: [B, C, H, W], of the type and device of ``theta``; constants. For K pairs [K, B, C, H, W], whose
-            gradients a GPU takes side by side, or a sequence of K tensors [B_k, C, H, W].
-        real_labels: class indices [B], or weights [B, classes], converted as for :func:`pdd_fast.unroll`; for K pairs
-            [K, B], [K, B, classes] or a sequence.
+        real_images: [B, C, H, W], of the type and device of ``theta``; constants. For K pairs [K,
+            B, C, H, W], whose gradients a GPU takes side by side, or a sequence of K tensors [B_k,
+            C, H, W].
+        real_labels: class indices [B], or weights [B, classes], converted as for
+            :func:`pdd_fast.unroll`; for K pairs [K, B], [K, B, classes] or a sequence.
         images: synthetic ones, [n, C, H, W], [K, n, C, H, W] or K tensors [n_k, C, H, W].
         labels: theirs, likewise.
-        distance: of two gradients g and t. "squared": the sum of (g − t)². "cosine": for every weight the sum over its
-            output rows, each flattened, of 1 − g·t / (‖g‖‖t‖ + 1e-6), so that a row of zeros counts 1 and the distance
-            of a gradient from itself is 0 but for the 1e-6.
-        parameters: which of the network's count: "convolutions" (of three dimensions or more), "weights" (of two or
-            more: linear layers too), "all" (biases and norms too; of "squared" alone), or "auto": "convolutions" for
-            "squared", as IDC has it, and "weights" for "cosine", as DC and DSA have it.
-        keep: keep the activations of the pass that gives g for the dual pass that follows it, which then does not make
-            them again. Only one batch's are alive at a time. The gradient differs by rounding.
+        distance: of two gradients g and t. "squared": the sum of (g − t)². "cosine": for every
+            weight the sum over its output rows, each flattened, of 1 − g·t / (‖g‖‖t‖ + 1e-6), so
+            that a row of zeros counts 1 and the distance of a gradient from itself is 0 but for the
+            1e-6.
+        parameters: which of the network's count: "convolutions" (of three dimensions or more),
+            "weights" (of two or more: linear layers too), "all" (biases and norms too; of "squared"
+            alone), or "auto": "convolutions" for "squared", as IDC has it, and "weights" for
+            "cosine", as DC and DSA have it.
+        keep: keep the activations of the pass that gives g for the dual pass that follows it, which
+            then does not make them again. Only one batch's are alive at a time. The gradient
+            differs by rounding.
         engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
         precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
         convolution: how the fused engine convolves on the CPU: "direct", "winograd" or "auto".
 
-    Returns:
-        0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A second derivative raises
-        RuntimeError.
+    Returns: 0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A
+        second derivative raises RuntimeError.
 
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
+    Raises: ValueError, TypeError: an argument does not fit; the message names it, what it must be
+        and what it is.
     """
     given = (real_images, real_labels, images, labels)
-    each = (tensor for part in given for tensor in (part if isinstance(part, list | tuple) else [part]))
+    each = (
+        tensor for part in given for tensor in (part if isinstance(part, list | tuple) else [part])
+    )
     require_plain_call(_NAME, [theta, *each])
     chosen = engines.choose(net, engine, precision, convolution)
     measured = GradientDistance(net, distance, parameters)
     check_theta(_NAME, net, theta)
-    require(_NAME, not theta.requires_grad, "theta", "be a constant", "one that requires a gradient; detach it")
+    require(
+        _NAME,
+        not theta.requires_grad,
+        "theta",
+        "be a constant",
+        "one that requires a gradient; detach it",
+    )
     real = _pairs(chosen.shape, theta, real_images, real_labels, ("real_images", "real_labels"))
     synthetic = _pairs(chosen.shape, theta, images, labels, ("images", "labels"))
-    require(_NAME, len(real) == len(synthetic), "images", f"hold {len(real)} batches, as real_images does",
-            len(synthetic))  # fmt: skip
+    require(
+        _NAME,
+        len(real) == len(synthetic),
+        "images",
+        f"hold {len(real)} batches, as real_images does",
+        len(synthetic),
+    )
     if len(real) == 1:
         _, target, _ = chosen.gradient(theta, real[0].images.detach(), real[0].labels.detach())
         targets = target[None]
@@ -104,13 +122,14 @@ def gradient_matching(
     tensors = [*(each.images for each in synthetic), *(each.labels for each in synthetic)]
     wanted = [torch.is_grad_enabled() and each.images.requires_grad for each in synthetic]
     follow = [
-        torch.is_grad_enabled() and (each.images.requires_grad or each.labels.requires_grad) for each in synthetic
+        torch.is_grad_enabled() and (each.images.requires_grad or each.labels.requires_grad)
+        for each in synthetic
     ]
     spec = _Spec(chosen, measured, theta, targets, keep, wanted, follow)
     return _GradientMatching.apply(spec, *tensors)
 
 
-# ---- without autograd: what a base method calls ---------------------------------------------------------------------
+# ---- without autograd: what a base method calls ----
 
 
 class GradientDistance:
@@ -125,11 +144,21 @@ class GradientDistance:
     """
 
     def __init__(self, net: nn.Module, distance: str = "squared", parameters: str = "auto") -> None:
-        require(_NAME, distance in DISTANCES, "distance", f"be {' or '.join(DISTANCES)}", repr(distance))
+        require(
+            _NAME, distance in DISTANCES, "distance", f"be {' or '.join(DISTANCES)}", repr(distance)
+        )
         allowed = ["auto", *(name for name in PARAMETERS if distance == "squared" or name != "all")]
-        require(_NAME, parameters in allowed, "parameters",
-                f"be one of {', '.join(allowed)} where distance is {distance!r}", repr(parameters))  # fmt: skip
-        self.distance, self.parameters = distance, _AUTO[distance] if parameters == "auto" else parameters
+        require(
+            _NAME,
+            parameters in allowed,
+            "parameters",
+            f"be one of {', '.join(allowed)} where distance is {distance!r}",
+            repr(parameters),
+        )
+        self.distance, self.parameters = (
+            distance,
+            _AUTO[distance] if parameters == "auto" else parameters,
+        )
         self._parts: list[tuple[slice, int]] = []  # of the vector, and how many rows lie in each
         start = 0
         for parameter in net.parameters():
@@ -138,24 +167,34 @@ class GradientDistance:
                 self._parts.append((slice(start, stop), len(parameter) if parameter.dim() else 1))
             start = stop
         least = PARAMETERS[self.parameters]
-        require(_NAME, bool(self._parts), "parameters",
-                f"be such that the network has some (of {least} dimensions or more) that require gradients",
-                repr(parameters))  # fmt: skip
+        require(
+            _NAME,
+            bool(self._parts),
+            "parameters",
+            f"be such that the network has some (of {least} dimensions or more) that require "
+            f"gradients",
+            repr(parameters),
+        )
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """D [] and ∂D/∂gradient [P] (zero where a parameter does not count) of two gradients [P]."""
+        """D [] and ∂D/∂gradient [P] (zero where a parameter does not count) of two gradients
+        [P]."""
         direction = torch.zeros_like(gradient)
         if self.distance == "squared":
             for part, _ in self._parts:
                 torch.sub(gradient[part], target[part], out=direction[part])
             return direction.square().sum(), direction.mul_(2)
-        values = [_cosine(gradient[part], target[part], rows, direction[part]) for part, rows in self._parts]
+        values = [
+            _cosine(gradient[part], target[part], rows, direction[part])
+            for part, rows in self._parts
+        ]
         return torch.stack(values).sum(), direction
 
 
 def _cosine(gradient: Tensor, target: Tensor, rows: int, direction: Tensor) -> Tensor:
-    """Σ over rows of 1 − g·t / (‖g‖‖t‖ + ε); its derivative is written into ``direction``. All three [rows · columns].
+    """Σ over rows of 1 − g·t / (‖g‖‖t‖ + ε); its derivative is written into ``direction``. All
+    three [rows · columns].
 
     Where g = 0 the derivative of ‖g‖ is taken to be 0, as torch does.
     """
@@ -191,12 +230,10 @@ def matched_gradients(
 
     Records no graph, checks nothing, and nothing in it waits for the device.
 
-    Args:
-        theta, target: [P]; ``target`` is the gradient of the real images (:func:`class_gradients`).
-        images: [n, C, H, W].
-        labels: int64 [n] or weights [n, classes].
-        keep: as for :func:`gradient_matching`.
-        rows: int64, of the images whose derivative is wanted, which :class:`Matched` has alone; None: all; empty: none.
+    Args: theta, target: [P]; ``target`` is the gradient of the real images
+        (:func:`class_gradients`). images: [n, C, H, W]. labels: int64 [n] or weights [n, classes].
+        keep: as for :func:`gradient_matching`. rows: int64, of the images whose derivative is
+        wanted, which :class:`Matched` has alone; None: all; empty: none.
     """
     with torch.no_grad():
         _, gradient, saved = engine.gradient(theta, images, labels, keep=keep)
@@ -205,11 +242,13 @@ def matched_gradients(
     return Matched(loss, dual.images, dual.labels)
 
 
-def class_gradients(engine: engines.Engine, theta: Tensor, images: Batches, labels: Batches) -> Tensor:
+def class_gradients(
+    engine: engines.Engine, theta: Tensor, images: Batches, labels: Batches
+) -> Tensor:
     """∇_θ ℓ [K, P] of K batches, at the same parameters.
 
-    Batches of one size are taken side by side on a GPU, as many as fit in half of its memory, and otherwise one by one.
-    Equal to one at a time but for rounding. Records no graph.
+    Batches of one size are taken side by side on a GPU, as many as fit in half of its memory, and
+    otherwise one by one. Equal to one at a time but for rounding. Records no graph.
 
     Args:
         theta: [P].
@@ -230,7 +269,7 @@ def class_gradients(engine: engines.Engine, theta: Tensor, images: Batches, labe
         return torch.cat([engine.gradients(theta.repeat(len(a), 1), a, b)[1] for a, b in groups])
 
 
-# ---- with autograd --------------------------------------------------------------------------------------------------
+# ---- with autograd ----
 
 
 class _Pair(NamedTuple):
@@ -261,45 +300,76 @@ class _GradientMatching(torch.autograd.Function):
                 _, gradient, _ = spec.engine.gradient(spec.theta, images, labels)
                 total = total + spec.distance(gradient, spec.targets[k])[0]
                 continue
-            # The loss itself is the scalar that is differentiated, so its gradient is known but for a factor.
+            # The loss itself is the scalar that is differentiated, so its gradient is known but for
+            # a factor.
             loss, found[k], found[pairs + k] = matched_gradients(
-                spec.engine, spec.theta, spec.targets[k], images, labels, spec.distance,
-                keep=spec.keep, rows=None if spec.wanted[k] else images.new_empty(0, dtype=torch.int64),
-            )  # fmt: skip
+                spec.engine,
+                spec.theta,
+                spec.targets[k],
+                images,
+                labels,
+                spec.distance,
+                keep=spec.keep,
+                rows=None if spec.wanted[k] else images.new_empty(0, dtype=torch.int64),
+            )
             total = total + loss
         # The inputs are saved only so that a second derivative through them is an error.
         ctx.save_for_backward(
-            *found, *(t if need else None for t, need in zip(tensors, ctx.needs_input_grad[1:], strict=True))
+            *found,
+            *(
+                t if need else None
+                for t, need in zip(tensors, ctx.needs_input_grad[1:], strict=True)
+            ),
         )
         ctx.derivatives = len(found)
         return total
 
     @staticmethod
     @first_order_only(_NAME)
-    def backward(ctx: Any, saved: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, saved: tuple[Tensor | None, ...], grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         found = saved[: ctx.derivatives]
         return None, *(None if each is None else grad * each for each in found)
 
 
 def _pairs(
-    known: ConvNetShape | None, theta: Tensor, images: Batches, labels: Batches, names: tuple[str, str]
+    known: ConvNetShape | None,
+    theta: Tensor,
+    images: Batches,
+    labels: Batches,
+    names: tuple[str, str],
 ) -> list[_Pair]:
-    """The batches of one side, each checked. Tensors of one dimension more than a batch hold K of them."""
+    """The batches of one side, each checked. Tensors of one dimension more than a batch hold K of
+    them.
+    """
     images_name, labels_name = names
     for name, given in zip(names, (images, labels), strict=True):
         tensors = [given] if isinstance(given, Tensor) else given
-        if not isinstance(tensors, Sequence) or not all(isinstance(each, Tensor) for each in tensors):
-            raise TypeError(f"{_NAME}: {name} must be a tensor or a sequence of tensors, got {type(given).__name__}")
+        if not isinstance(tensors, Sequence) or not all(
+            isinstance(each, Tensor) for each in tensors
+        ):
+            raise TypeError(
+                f"{_NAME}: {name} must be a tensor or a sequence of tensors, got "
+                f"{type(given).__name__}"
+            )
     if isinstance(images, Tensor) and images.dim() != 5:
         if not isinstance(labels, Tensor):
-            raise TypeError(f"{_NAME}: {labels_name} must be a tensor, as {images_name} is, got a sequence")
+            raise TypeError(
+                f"{_NAME}: {labels_name} must be a tensor, as {images_name} is, got a sequence"
+            )
         labels = as_labels(_NAME, labels, theta.dtype, labels_name)
         check_batch(_NAME, known, theta, images, labels, names)
         return [_Pair(images, labels)]
     count = len(images)
     require(_NAME, count > 0, images_name, "hold a batch at least", "none")
-    require(_NAME, (labels.dim() > 0 if isinstance(labels, Tensor) else True) and len(labels) == count, labels_name,
-            f"hold {count} batches, as {images_name} does", _size(labels))  # fmt: skip
+    require(
+        _NAME,
+        (labels.dim() > 0 if isinstance(labels, Tensor) else True) and len(labels) == count,
+        labels_name,
+        f"hold {count} batches, as {images_name} does",
+        _size(labels),
+    )
     found = [
         _Pair(x, as_labels(_NAME, y, theta.dtype, f"{labels_name}[{k}]"))
         for k, (x, y) in enumerate(zip(images, labels, strict=True))

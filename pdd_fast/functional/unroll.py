@@ -1,5 +1,6 @@
-"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P numbers, or of more
-where that saves passes."""
+"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P
+numbers, or of more where that saves passes.
+"""
 
 from __future__ import annotations
 
@@ -48,43 +49,49 @@ def unroll(
     precision: str = "float32",
     convolution: str = "auto",
 ) -> Tensor:
-    """Parameters after N = ``len(batches)`` SGD steps θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i], y[b_i]).
+    """Parameters after N = ``len(batches)`` SGD steps θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i],
+    y[b_i]).
 
-    ℓ is the mean cross-entropy over the batch. The gradient is exact: it equals what autograd gets through all N steps
-    with ``create_graph=True``, while only θ_0..θ_N are kept (docs/mathematics.md, section 1).
+    ℓ is the mean cross-entropy over the batch. The gradient is exact: it equals what autograd gets
+    through all N steps with ``create_graph=True``, while only θ_0..θ_N are kept
+    (docs/mathematics.md, section 1).
 
-    Args:
-        net: the network; its own parameters are not read and its buffers are not changed. Parameters that do not
-            require gradients are frozen: the steps leave their elements of ``theta`` as they are. Layers and hooks
-            must stay as they are until the backward pass, which computes the steps again.
+    Args: net: the network; its own parameters are not read and its buffers are not changed.
+        Parameters that do not
+            require gradients are frozen: the steps leave their elements of ``theta`` as they are.
+            Layers and hooks must stay as they are until the backward pass, which computes the steps
+            again.
         theta: [P] start parameters, float32 or float64; fixes the precision and the device.
         images: [n, C, H, W], of the type and device of ``theta``.
-        labels: class indices [n], or weights [n, classes] of the type of ``theta``. Integers of any type, whole numbers
-            in a floating-point vector [n], and one-hot rows of integers or bools are converted.
+        labels: class indices [n], or weights [n, classes] of the type of ``theta``. Integers of any
+            type, whole numbers in a floating-point vector [n], and one-hot rows of integers or
+            bools are converted.
         learning_rate: one rate (0-d or a number) or one per step [N].
-        batches: N vectors of indices into ``images``, tensors or lists; an image may occur more than once. Keep them on
-            the CPU.
+        batches: N vectors of indices into ``images``, tensors or lists; an image may occur more
+            than once. Keep them on the CPU.
         augmentations: None, or N draws, each for as many images as its batch has.
-        engine: "fused" (a ConvNet with the layers and parameters that its constructor made), "autograd" (any module),
-            or "auto": "fused" where it can.
-        memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps them, and each
-            step's go as soon as the backward pass has used them; "auto" keeps those of as many steps as fit in
-            ``memory_limit``, the last ones, which the backward pass uses first. The gradient differs by rounding. The
-            fused engine's memory on the CPU then waits for the next call (:func:`pdd_fast.free_buffers`).
-        memory_limit: bytes that kept activations may take, with "auto"; None: half of what is free at the moment, so
-            that how results are rounded depends on what else runs. What does not depend on the number of steps kept,
-            θ_0..θ_N and what one pass works in, comes on top.
-        frozen: None, or bool [n]: images whose gradient is neither needed nor computed (their rows of it are zero).
+        engine: "fused" (a ConvNet with the layers and parameters that its constructor made),
+            "autograd" (any module), or "auto": "fused" where it can.
+        memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps
+            them, and each step's go as soon as the backward pass has used them; "auto" keeps those
+            of as many steps as fit in ``memory_limit``, the last ones, which the backward pass uses
+            first. The gradient differs by rounding. The fused engine's memory on the CPU then waits
+            for the next call (:func:`pdd_fast.free_buffers`).
+        memory_limit: bytes that kept activations may take, with "auto"; None: half of what is free
+            at the moment, so that how results are rounded depends on what else runs. What does not
+            depend on the number of steps kept, θ_0..θ_N and what one pass works in, comes on top.
+        frozen: None, or bool [n]: images whose gradient is neither needed nor computed (their rows
+            of it are zero).
         precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
-        convolution: how the fused engine convolves on the CPU: "direct", "winograd" (F(4×4, 3×3), fewer operations and
-            a larger rounding error), or "auto", whichever is faster layer by layer.
+        convolution: how the fused engine convolves on the CPU: "direct", "winograd" (F(4×4, 3×3),
+            fewer operations and a larger rounding error), or "auto", whichever is faster layer by
+            layer.
 
-    Returns:
-        θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate. A second derivative
-        raises RuntimeError.
+    Returns: θ_N [P], differentiable once with respect to theta, images, float labels and
+        learning_rate. A second derivative raises RuntimeError.
 
-    Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it must be and what it is.
+    Raises: ValueError, TypeError: an argument does not fit; the message names it, what it must be
+        and what it is.
     """
     require_plain_call("unroll", (theta, images, labels, learning_rate))
     chosen = engines.choose(net, engine, precision, convolution)
@@ -94,19 +101,31 @@ def unroll(
     # Also where nothing is going to be kept: a wrong argument is one with or without gradients.
     shapes = [engines.PassShape.of(images, len(batch)) for batch in indices]
     keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
-    if isinstance(learning_rate, list | tuple):  # of tensors, perhaps, whose gradients as_tensor would lose
-        each = [torch.as_tensor(rate, dtype=theta.dtype, device=theta.device) for rate in learning_rate]
+    if isinstance(
+        learning_rate, list | tuple
+    ):  # of tensors, perhaps, whose gradients as_tensor would lose
+        each = [
+            torch.as_tensor(rate, dtype=theta.dtype, device=theta.device) for rate in learning_rate
+        ]
         learning_rate = torch.stack(each) if each else theta.new_empty(0)
     rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
-    _require(rates.dim() == 0 or tuple(rates.shape) == (len(indices),),
-             "learning_rate", f"be a number or have shape ({len(indices)},)", tuple(rates.shape))  # fmt: skip
+    _require(
+        rates.dim() == 0 or tuple(rates.shape) == (len(indices),),
+        "learning_rate",
+        f"be a number or have shape ({len(indices)},)",
+        tuple(rates.shape),
+    )
     if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, rates)):
         spec = replace(spec, keep=keep)
     return _Unroll.apply(theta, images, labels, rates, spec)
 
 
 def kept_steps(
-    operator: str, engine: engines.Engine, shapes: Sequence[engines.PassShape], memory: str, limit: int | None
+    operator: str,
+    engine: engines.Engine,
+    shapes: Sequence[engines.PassShape],
+    memory: str,
+    limit: int | None,
 ) -> int:
     """How many steps keep their activations, counted from the last.
 
@@ -122,16 +141,25 @@ def kept_steps(
         raise ValueError(f"{operator}: memory must be {' or '.join(MEMORY)}, got {memory!r}")
     if limit is not None:
         if not isinstance(limit, int) or isinstance(limit, bool):
-            raise TypeError(f"{operator}: memory_limit must be a whole number of bytes or None, got {limit!r}")
+            raise TypeError(
+                f"{operator}: memory_limit must be a whole number of bytes or None, got {limit!r}"
+            )
         if limit < 0:
             raise ValueError(f"{operator}: memory_limit must be at least 0, got {limit}")
         if memory == "cache":
-            raise ValueError(f"{operator}: memory_limit must be None where memory is 'cache', got {limit}; use 'auto'")
+            raise ValueError(
+                f"{operator}: memory_limit must be None where memory is 'cache', got {limit}; use "
+                f"'auto'"
+            )
     if memory != "auto":
         return len(shapes) if memory == "cache" else 0
     if not shapes:
         return 0
-    left = device_memory.free(shapes[0].device, reclaimable=convnet.idle_bytes()) // 2 if limit is None else limit
+    left = (
+        device_memory.free(shapes[0].device, reclaimable=convnet.idle_bytes()) // 2
+        if limit is None
+        else limit
+    )
     of_one = {shape: engine.kept_bytes(shape) for shape in set(shapes)}
     for count, shape in enumerate(reversed(shapes)):
         left -= of_one[shape]
@@ -140,20 +168,26 @@ def kept_steps(
     return len(shapes)
 
 
-# ---- the two passes: tensors of fixed shapes, no autograd, no wait for the device ------------------------------------
+# ---- the two passes: tensors of fixed shapes, no autograd, no wait for the device ----
 
 
 @dataclass(frozen=True)
 class UnrollSpec:
-    """What is fixed for one unroll: for each of its N steps one entry of every list. All tensors on its device."""
+    """What is fixed for one unroll: for each of its N steps one entry of every list. All tensors on
+    its device.
+    """
 
     engine: engines.Engine
     batches: Sequence[Tensor]  # int64 [b]
     draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
-    rows: Sequence[Tensor | None]  # int64, rows of the batch whose image gradient is wanted; None: all
+    rows: Sequence[
+        Tensor | None
+    ]  # int64, rows of the batch whose image gradient is wanted; None: all
     moving: Tensor | None = None  # bool [P], the elements that steps change; None: all change
     keep: int = 0  # so many of the last steps keep their activations for the way back
-    frozen: int = 0  # so many images in front are in none of ``rows``, and the images' gradient is that of the others
+    # so many images in front are in none of ``rows``, and the images' gradient is that of the
+    # others
+    frozen: int = 0
 
 
 class Wanted(NamedTuple):
@@ -211,9 +245,10 @@ def adjoint(
 ) -> Gradients:
     """The way back from λ_N = ``grad`` [P], one dual pass a step.
 
-    Args:
-        path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels`` and ``alphas``. Of
-            ``kept`` the activations are dropped one step after another; a second call makes them again.
+    Args: path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``,
+        ``labels`` and ``alphas``. Of
+            ``kept`` the activations are dropped one step after another; a second call makes them
+            again.
         wanted: what to compute. Labels that are class indices have no gradient.
     """
     steps = len(spec.batches)
@@ -230,13 +265,18 @@ def adjoint(
         # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
         saved, kept[i] = kept[i], spec.engine.without_activations(kept[i])
         direction = carried if spec.moving is None else carried.masked_fill(~spec.moving, 0)
-        dual = spec.engine.dual(path[i], x, y, direction, saved, want_theta=i > 0 or wanted.theta, rows=rows)
+        dual = spec.engine.dual(
+            path[i], x, y, direction, saved, want_theta=i > 0 or wanted.theta, rows=rows
+        )
         del saved  # what it keeps of the step makes room for the next
         slopes[i] = dual.slope
         if images_grad is not None and dual.images is not None:
             batch, draws, part = spec.batches[i], spec.draws[i], dual.images
             if rows is not None:
-                batch, draws = batch.index_select(0, rows), None if draws is None else _part(draws, rows)
+                batch, draws = (
+                    batch.index_select(0, rows),
+                    None if draws is None else _part(draws, rows),
+                )
             if draws is not None:
                 part = draws.adjoint(part)
             for (piece,) in in_pieces(part):
@@ -254,13 +294,16 @@ def _parameter_rows(like: Tensor, rows: int) -> Tensor:
     """Uninitialised [rows, P]."""
     if like.device.type != "cuda":
         return like.new_empty(rows, like.numel())
-    # P is rarely a multiple of 4, and convolutions by weights that do not lie on 16 bytes take slower kernels.
+    # P is rarely a multiple of 4, and convolutions by weights that do not lie on 16 bytes take
+    # slower kernels.
     padded = -(-like.numel() // 64) * 64
     return like.new_empty(rows, padded)[:, : like.numel()]
 
 
 def learned_rows(learned: Tensor) -> Tensor | None:
-    """Rows of a batch whose images are learned, from bool [b]; None where all are, as :class:`UnrollSpec` takes it."""
+    """Rows of a batch whose images are learned, from bool [b]; None where all are, as
+    :class:`UnrollSpec` takes it.
+    """
     rows = learned.nonzero().flatten()
     return None if len(rows) == len(learned) else rows
 
@@ -274,17 +317,25 @@ def _step_input(spec: UnrollSpec, i: int, images: Tensor, labels: Tensor) -> tup
 
 def _part(draws: PackedDraws, rows: Tensor) -> PackedDraws:
     """The draws of some of the images."""
-    return PackedDraws(draws.values.index_select(1, rows), draws.operations.index_select(1, rows), draws.cutout_size)
+    return PackedDraws(
+        draws.values.index_select(1, rows),
+        draws.operations.index_select(1, rows),
+        draws.cutout_size,
+    )
 
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: UnrollSpec) -> Tensor:
+    def forward(
+        ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: UnrollSpec
+    ) -> Tensor:
         path, kept = forward_path(spec, theta, images, labels, rates.expand(len(spec.batches)))
         ctx.spec, ctx.kept = spec, kept
-        # θ_0 is saved only so that a second derivative through it is an error: path holds a copy of its values. A
-        # caller may go on to write to a constant one.
-        ctx.save_for_backward(theta if ctx.needs_input_grad[0] else None, images, labels, rates, path)
+        # θ_0 is saved only so that a second derivative through it is an error: path holds a copy of
+        # its values. A caller may go on to write to a constant one.
+        ctx.save_for_backward(
+            theta if ctx.needs_input_grad[0] else None, images, labels, rates, path
+        )
         return path[-1].clone()
 
     @staticmethod
@@ -301,7 +352,7 @@ class _Unroll(torch.autograd.Function):
         return found.theta, found.images, found.labels, rates_grad, None
 
 
-# ---- checks ----------------------------------------------------------------------------------------------------------
+# ---- checks ----
 
 
 def _check(
@@ -318,19 +369,38 @@ def _check(
     n = len(images)
     for i, batch in enumerate(batches):
         low, high = int(batch.min()), int(batch.max())
-        _require(low >= 0 and high < n, f"batches[{i}]", f"hold indices in [0, {n})", f"{low}..{high}")
+        _require(
+            low >= 0 and high < n, f"batches[{i}]", f"hold indices in [0, {n})", f"{low}..{high}"
+        )
 
     draws: list[PackedDraws | None] = [None] * len(batches)
     if augmentations is not None:
-        _require(len(augmentations) == len(batches), "augmentations", f"hold {len(batches)} draws", len(augmentations))
+        _require(
+            len(augmentations) == len(batches),
+            "augmentations",
+            f"hold {len(batches)} draws",
+            len(augmentations),
+        )
         H, W = images.shape[2:]
         for i, (draw, batch) in enumerate(zip(augmentations, batches, strict=True)):
-            _require(len(draw) == len(batch), f"augmentations[{i}]", f"be drawn for {len(batch)} images", len(draw))
+            _require(
+                len(draw) == len(batch),
+                f"augmentations[{i}]",
+                f"be drawn for {len(batch)} images",
+                len(draw),
+            )
             drawn = draw.image_size
-            _require(drawn == (H, W), f"augmentations[{i}]", f"be drawn for images of {H}x{W} pixels", drawn)
+            _require(
+                drawn == (H, W),
+                f"augmentations[{i}]",
+                f"be drawn for images of {H}x{W} pixels",
+                drawn,
+            )
             if draw.operations:
                 packed = draw.packed(theta.device)
-                draws[i] = packed._replace(values=packed.values.clone())  # The caller may go on to write to its own.
+                draws[i] = packed._replace(
+                    values=packed.values.clone()
+                )  # The caller may go on to write to its own.
 
     rows: list[Tensor | None] = [None] * len(batches)
     if frozen is not None:

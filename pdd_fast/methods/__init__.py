@@ -9,11 +9,20 @@ from pdd_fast.methods.idc import GradientMatching
 from pdd_fast.methods.mtt.method import TrajectoryMatching
 
 __all__ = [
-    "METHODS", "BaseMethod", "DistributionMatching", "GradientMatching", "StageProblem", "TrajectoryMatching",
+    "METHODS",
+    "BaseMethod",
+    "DistributionMatching",
+    "GradientMatching",
+    "StageProblem",
+    "TrajectoryMatching",
     "register",
-]  # fmt: skip
+]
 
-METHODS: dict[str, type[BaseMethod]] = {"mtt": TrajectoryMatching, "idc": GradientMatching, "dm": DistributionMatching}
+METHODS: dict[str, type[BaseMethod]] = {
+    "mtt": TrajectoryMatching,
+    "idc": GradientMatching,
+    "dm": DistributionMatching,
+}
 
 
 def register(name: str, method: type[BaseMethod]) -> None:
@@ -23,5 +32,7 @@ def register(name: str, method: type[BaseMethod]) -> None:
         ValueError: the name is another method's.
     """
     if METHODS.setdefault(name, method) is not method:
-        raise ValueError(f"register: name must be new, got {name!r}, which is {METHODS[name].__name__}")
+        raise ValueError(
+            f"register: name must be new, got {name!r}, which is {METHODS[name].__name__}"
+        )
     config.CHOICES["base"] = tuple(METHODS)

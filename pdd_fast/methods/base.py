@@ -26,10 +26,12 @@ class StageProblem:
     bench: Workbench  # configuration, data, network, augmentation, and where draws come from
     stage: int  # 1-based
     rows: Tensor | None  # of bench.train, the real examples that the stage is made from; None: all
-    union: Union  # of the earlier stages, frozen; empty where stages are not conditioned on one another
+    # of the earlier stages, frozen; empty where stages are not conditioned on one another
+    union: Union
     trajectories: list[Trajectory]  # none where the method does without
     images: Tensor  # [n, C, H, W] that the stage's start from, of real ones, as they are stored
-    labels: Tensor  # [n], or probabilities [n, classes], which are learned or not as the configuration says
+    # [n], or probabilities [n, classes], which are learned or not as the configuration says
+    labels: Tensor
 
     @property
     def config(self) -> Config:
@@ -48,11 +50,14 @@ class StageProblem:
 class BaseMethod(ABC):
     """A way to learn a stage's images, one iteration at a time.
 
-    Everything random in an iteration derives from the run's seed, the stage and the iteration's number
-    (``problem.bench.generator(...)``), so that :meth:`state` is all that a continued run needs.
+    Everything random in an iteration derives from the run's seed, the stage and the iteration's
+    number (``problem.bench.generator(...)``), so that :meth:`state` is all that a continued run
+    needs.
     """
 
-    needs_trajectories: ClassVar[bool] = False  # the run then trains experts, and its stages have transitions
+    needs_trajectories: ClassVar[bool] = (
+        False  # the run then trains experts, and its stages have transitions
+    )
 
     def __init__(self, problem: StageProblem) -> None:
         self.problem = problem
@@ -79,7 +84,8 @@ class BaseMethod(ABC):
 
     @abstractmethod
     def step(self) -> dict[str, float]:
-        """One iteration. Its numbers, "loss" among them. Until it returns, :meth:`state` is that of before.
+        """One iteration. Its numbers, "loss" among them. Until it returns, :meth:`state` is that of
+        before.
 
         Raises:
             RunError: the loss or the images left the range in which going on makes sense.

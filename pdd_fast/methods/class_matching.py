@@ -1,4 +1,6 @@
-"""Methods that learn pixels in [0, 1] by comparing synthetic with real images of a class, without trajectories."""
+"""Methods that learn pixels in [0, 1] by comparing synthetic with real images of a class, without
+trajectories.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,17 @@ class Synthetic(NamedTuple):
 
 
 class PixelMethod(BaseMethod):
-    """What they have in common: start networks, batches of every class, and what is kept. Each has its own
-    :meth:`iterate`."""
+    """What they have in common: start networks, batches of every class, and what is kept. Each has
+    its own :meth:`iterate`.
+    """
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
         self.starts = Starts(problem.bench, problem.union)
         self.batches = ClassBatches(problem)
         pixels = self.batches.pixels(problem.images)
-        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
+        # one.
         self.done = Learned(torch.tensor(0, device="cpu"), pixels, torch.zeros_like(pixels))
 
     @property
@@ -61,9 +65,13 @@ class PixelMethod(BaseMethod):
         """An iteration, which ends with :meth:`finish`."""
 
     def step(self) -> dict[str, float]:
-        config, where = self.problem.config, f"stage {self.problem.stage}, iteration {self.iteration + 1}"
+        config, where = (
+            self.problem.config,
+            f"stage {self.problem.stage}, iteration {self.iteration + 1}",
+        )
         lower = (
-            f"real_batch (now {config.real_batch}), synthetic_batch (now {config.synthetic_batch}) or width (now "
+            f"real_batch (now {config.real_batch}), synthetic_batch (now "
+            f"{config.synthetic_batch}) or width (now "
             f"{config.width})"
         )
         with device_memory.explained(self.problem.bench.device, where, lower):
@@ -78,11 +86,17 @@ class PixelMethod(BaseMethod):
         number = self.iteration + 1
         if not math.isfinite(loss) or not bool(pixels.isfinite().all()):
             raise RunError(
-                f"stage {self.problem.stage}, iteration {number}: the matching loss is {loss:g} and the images are no "
+                f"stage {self.problem.stage}, iteration {number}: the matching loss is {loss:g} "
+                f"and the images are no "
                 f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
             )
-        # As they come back from a file: in another order of memory products are summed in another order.
-        self.done = Learned(torch.tensor(number, device="cpu"), pixels.clamp(0, 1).contiguous(), velocity.contiguous())
+        # As they come back from a file: in another order of memory products are summed in another
+        #     order.
+        self.done = Learned(
+            torch.tensor(number, device="cpu"),
+            pixels.clamp(0, 1).contiguous(),
+            velocity.contiguous(),
+        )
         return {"loss": loss}
 
     def state(self) -> dict[str, Tensor]:
@@ -97,8 +111,8 @@ class PixelMethod(BaseMethod):
 class ClassBatches:
     """Draws, for every class, real images and synthetic ones of the whole union, augmented alike.
 
-    Within a class every image gets the same augmentation, as in the published codes of DSA, DM and IDC: what is
-    compared is then the images' content.
+    Within a class every image gets the same augmentation, as in the published codes of DSA, DM and
+    IDC: what is compared is then the images' content.
     """
 
     def __init__(self, problem: StageProblem) -> None:
@@ -121,8 +135,9 @@ class ClassBatches:
         return self._normalisation.apply(pixels)
 
     def drawn(self, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Synthetic]]:
-        """For every class ``real_batch`` real images [b, C, H, W] and at most ``synthetic_batch`` synthetic ones,
-        enlarged and of all stages so far; the latter differentiable with respect to ``pixels`` of this stage's.
+        """For every class ``real_batch`` real images [b, C, H, W] and at most ``synthetic_batch``
+        synthetic ones, enlarged and of all stages so far; the latter differentiable with respect to
+        ``pixels`` of this stage's.
 
         Real ones are as many as there are where a class has fewer.
         """
@@ -132,8 +147,11 @@ class ClassBatches:
         shared = self._bench.dsa.sample(len(real), self._bench.data.image_size, draw)
         index = torch.cat(synthetic)
         own = index >= len(frozen)
-        # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy them every time.
-        learned = decode(self.images(pixels), self._factor)[(index[own] - len(frozen)).to(pixels.device)]
+        # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy
+        #     them every time.
+        learned = decode(self.images(pixels), self._factor)[
+            (index[own] - len(frozen)).to(pixels.device)
+        ]
         chosen = frozen.new_empty(len(index), *frozen.shape[1:])
         chosen[(~own).nonzero().flatten().to(frozen.device)] = frozen[index[~own].to(frozen.device)]
         chosen = chosen.index_copy(0, own.nonzero().flatten().to(frozen.device), learned)
@@ -141,11 +159,17 @@ class ClassBatches:
         found = []
         for images, rows in ((real_images, real), (chosen, synthetic)):
             sizes = [len(each) for each in rows]
-            whose = torch.repeat_interleave(torch.arange(len(rows), device="cpu"), torch.tensor(sizes, device="cpu"))
+            whose = torch.repeat_interleave(
+                torch.arange(len(rows), device="cpu"), torch.tensor(sizes, device="cpu")
+            )
             found.append(augment(images, shared[whose]).split(sizes))
         learns = [(rows >= len(frozen)).nonzero().flatten().to(frozen.device) for rows in synthetic]
         return list(found[0]), [Synthetic(*both) for both in zip(found[1], learns, strict=True)]
 
 
 def _some(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
-    return rows if len(rows) <= most else rows[torch.randperm(len(rows), generator=draw, device="cpu")[:most]]
+    return (
+        rows
+        if len(rows) <= most
+        else rows[torch.randperm(len(rows), generator=draw, device="cpu")[:most]]
+    )

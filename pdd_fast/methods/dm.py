@@ -11,10 +11,11 @@ from pdd_fast.runtime import precision
 
 
 class DistributionMatching(PixelMethod):
-    """DM as a base method: in a network's last features real and synthetic images of a class have the same mean.
+    """DM as a base method: in a network's last features real and synthetic images of a class have
+    the same mean.
 
-    The network of an iteration is freshly drawn and, which is what makes stages of it, was trained through the earlier
-    unions; the mean is that of all stages' images.
+    The network of an iteration is freshly drawn and, which is what makes stages of it, was trained
+    through the earlier unions; the mean is that of all stages' images.
     """
 
     def iterate(self) -> dict[str, float]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdd_fast.functional.gradient_matching import GradientDistance, class_gradients, matched_gradients
+from pdd_fast.functional.gradient_matching import (
+    GradientDistance,
+    class_gradients,
+    matched_gradients,
+)
 from pdd_fast.methods.base import StageProblem
 from pdd_fast.methods.class_matching import PixelMethod
 from pdd_fast.progressive.start_networks import NetworkSgd
@@ -15,14 +19,16 @@ from pdd_fast.training.sgd import Students
 class GradientMatching(PixelMethod):
     """IDC as a base method.
 
-    An iteration takes a network that was trained through the earlier unions and ``inner_loops`` times does two things:
-    it moves the images along the gradient of the distance, summed over classes, between the network's gradients on
-    real and on synthetic images of a class; and it trains the network on ``network_images`` real images. Pixels
-    are clamped to [0, 1] after every iteration.
+    An iteration takes a network that was trained through the earlier unions and ``inner_loops``
+    times does two things: it moves the images along the gradient of the distance, summed over
+    classes, between the network's gradients on real and on synthetic images of a class; and it
+    trains the network on ``network_images`` real images. Pixels are clamped to [0, 1] after every
+    iteration.
 
-    The published code gives the classes their turns one after another, and momentum moves all images in each. Images of
-    a class are in no other class's distance. So from one turn of theirs to the next they move by lr·v·(1 − mᶜ)/(1 − m)
-    with C classes, and mᶜ of their velocity v stays: here that is done at once, for all classes.
+    The published code gives the classes their turns one after another, and momentum moves all
+    images in each. Images of a class are in no other class's distance. So from one turn of theirs
+    to the next they move by lr·v·(1 − mᶜ)/(1 − m) with C classes, and mᶜ of their velocity v stays:
+    here that is done at once, for all classes.
     """
 
     def __init__(self, problem: StageProblem) -> None:
@@ -48,18 +54,25 @@ class GradientMatching(PixelMethod):
             self._train(students, draw)
         return self.finish(float(torch.stack(losses).mean()), pixels, velocity)
 
-    def _matched(self, theta: Tensor, pixels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _matched(
+        self, theta: Tensor, pixels: Tensor, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """The distance, summed over classes [], and its gradient with respect to ``pixels``."""
         engine = self.problem.bench.engine
         leaf = pixels.detach().requires_grad_()
         real, synthetic = self.batches.drawn(leaf, draw)
         labels = [
-            [torch.full((len(images),), c, device=pixels.device) for c, images in enumerate(batches)]
+            [
+                torch.full((len(images),), c, device=pixels.device)
+                for c, images in enumerate(batches)
+            ]
             for batches in (real, [each.images for each in synthetic])
         ]
         targets = class_gradients(engine, theta, real, labels[0])
         found = [
-            matched_gradients(engine, theta, target, x.images.detach(), y, self._distance, rows=x.learned)
+            matched_gradients(
+                engine, theta, target, x.images.detach(), y, self._distance, rows=x.learned
+            )
             for target, x, y in zip(targets, synthetic, labels[1], strict=True)
         ]
         # Where a class's draw has none of this stage's images there is nothing to follow.
@@ -76,6 +89,10 @@ class GradientMatching(PixelMethod):
         problem, config = self.problem, self.problem.config
         if not config.network_images:
             return
-        order = torch.randperm(len(problem.real), generator=draw, device="cpu")[: config.network_images]
+        order = torch.randperm(len(problem.real), generator=draw, device="cpu")[
+            : config.network_images
+        ]
         for rows in order.split(config.union_batch):
-            self._sgd.step(students, problem.real.images, self._real_weights, [rows], config.inner_lr, [draw])
+            self._sgd.step(
+                students, problem.real.images, self._real_weights, [rows], config.inner_lr, [draw]
+            )

@@ -10,15 +10,17 @@ from pdd_fast.ops.convnet import ConvNetShape
 
 
 class ConvNet(nn.Module):
-    """``depth`` × [3×3 convolution, instance norm with affine, ReLU, 2×2 average pooling], then one linear layer.
+    """``depth`` × [3×3 convolution, instance norm with affine, ReLU, 2×2 average pooling], then one
+    linear layer.
 
-    The order of ``parameters()`` is (convolution weight, convolution bias, norm weight, norm bias) per block, then
-    linear weight and bias, so flat vectors are interchangeable with those of MTT's expert files (Cazenavette et al.
-    2022).
+    The order of ``parameters()`` is (convolution weight, convolution bias, norm weight, norm bias)
+    per block, then linear weight and bias, so flat vectors are interchangeable with those of MTT's
+    expert files (Cazenavette et al. 2022).
 
-    Differentiable to any order. On the CPU the forward pass and its first gradient run on a compiled kernel, in float32
-    and float64 alike, two to three times as fast as the layers one by one; on a GPU, in transforms, and within
-    :func:`pdd_fast.networks.kernels.plain_torch` the layers run as they are.
+    Differentiable to any order. On the CPU the forward pass and its first gradient run on a
+    compiled kernel, in float32 and float64 alike, two to three times as fast as the layers one by
+    one; on a GPU, in transforms, and within :func:`pdd_fast.networks.kernels.plain_torch` the
+    layers run as they are.
 
     Args:
         in_channels: channels of an image, at least 1.
@@ -32,7 +34,12 @@ class ConvNet(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, image_size: int | tuple[int, int], width: int = 128, depth: int = 3
+        self,
+        in_channels: int,
+        num_classes: int,
+        image_size: int | tuple[int, int],
+        width: int = 128,
+        depth: int = 3,
     ) -> None:
         super().__init__()
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
@@ -40,15 +47,24 @@ class ConvNet(nn.Module):
             raise ValueError(f"ConvNet: image_size must be one number or two, got {sides}")
         height, width_px = sides
         for name, value in (
-            ("in_channels", in_channels), ("num_classes", num_classes), ("width", width), ("depth", depth),
-        ):  # fmt: skip
+            ("in_channels", in_channels),
+            ("num_classes", num_classes),
+            ("width", width),
+            ("depth", depth),
+        ):
             if value < 1:
                 raise ValueError(f"ConvNet: {name} must be at least 1, got {value}")
         if min(height, width_px) < 2**depth:
             raise ValueError(
-                f"ConvNet: image_size must be at least 2**depth = {2**depth} pixels, got {height}x{width_px}"
+                f"ConvNet: image_size must be at least 2**depth = {2**depth} pixels, got "
+                f"{height}x{width_px}"
             )
-        self.in_channels, self.num_classes, self.width, self.depth = in_channels, num_classes, width, depth
+        self.in_channels, self.num_classes, self.width, self.depth = (
+            in_channels,
+            num_classes,
+            width,
+            depth,
+        )
         self.image_size = (height, width_px)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -76,11 +92,13 @@ _FORWARD = ConvNet.forward
 
 
 def kernel_shape(net: nn.Module) -> ConvNetShape | None:
-    """Return the shape that the kernels compute ``net`` by from its flat parameters; None where they cannot.
+    """Return the shape that the kernels compute ``net`` by from its flat parameters; None where
+    they cannot.
 
-    They can where ``net`` is a ConvNet with the layers and parameters that its constructor makes: no subclass (it may
-    have another ``forward``), no exchanged, pruned, parametrized or watched layer, no parameter added, missing or
-    shared. This check alone decides between the fused and the autograd engine.
+    They can where ``net`` is a ConvNet with the layers and parameters that its constructor makes:
+    no subclass (it may have another ``forward``), no exchanged, pruned, parametrized or watched
+    layer, no parameter added, missing or shared. This check alone decides between the fused and the
+    autograd engine.
     """
     if type(net) is not ConvNet or kernels.is_patched(net) or kernels.is_watched(net):
         return None
@@ -88,6 +106,10 @@ def kernel_shape(net: nn.Module) -> ConvNetShape | None:
         return None
     shape, parameters = kernels.recognized(net)
     own = list(net.parameters())
-    if shape is None or len(own) != len(parameters) or any(a is not b for a, b in zip(own, parameters, strict=True)):
+    if (
+        shape is None
+        or len(own) != len(parameters)
+        or any(a is not b for a, b in zip(own, parameters, strict=True))
+    ):
         return None
     return shape

@@ -1,8 +1,9 @@
 """ConvNet's forward pass and its gradient on the compiled kernel, under ordinary autograd.
 
-The kernel runs on plain values for plain gradients. Anything else runs the network's own layers: transforms, forward
-mode, compilation, tracing, autocast, dispatch modes, hooks, exchanged layers. The gradient of a gradient does too: the
-kernel has given the logits by then, and the layers compute them once more.
+The kernel runs on plain values for plain gradients. Anything else runs the network's own layers:
+transforms, forward mode, compilation, tracing, autocast, dispatch modes, hooks, exchanged layers.
+The gradient of a gradient does too: the kernel has given the logits by then, and the layers compute
+them once more.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ _PLAIN: ContextVar[bool] = ContextVar("plain_torch", default=False)
 def plain_torch() -> Iterator[None]:
     """Run ConvNet's layers in plain torch inside the block.
 
-    It serves as an oracle, and where the gradient is differentiated again and again by hand (``create_graph=True``);
-    :func:`pdd_fast.unroll` is the faster way to do that.
+    It serves as an oracle, and where the gradient is differentiated again and again by hand
+    (``create_graph=True``); :func:`pdd_fast.unroll` is the faster way to do that.
     """
     token = _PLAIN.set(True)
     try:
@@ -45,7 +46,9 @@ def plain_torch() -> Iterator[None]:
 
 
 def logits(net: ConvNet, images: Tensor) -> Tensor | None:
-    """Return logits [B, classes] of ``images`` [B, C, H, W], differentiable; None where the kernel does not fit."""
+    """Return logits [B, classes] of ``images`` [B, C, H, W], differentiable; None where the kernel
+    does not fit.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _PLAIN.get():  # type: ignore[attr-defined]
         return None
     shape, parameters = recognized(net)
@@ -60,58 +63,81 @@ def logits(net: ConvNet, images: Tensor) -> Tensor | None:
 def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
     """Return the shape that the kernels are to compute, and the parameters in their order.
 
-    Both are read off the layers, not off the attributes that the constructor set: layers may have been exchanged since.
+    Both are read off the layers, not off the attributes that the constructor set: layers may have
+        been exchanged since.
 
     Args:
         net: a ConvNet whose ``forward`` is the class's own.
 
-    Returns:
-        None and no parameters where a layer is not as ConvNet makes it, or somebody wants to be told when it is called.
+    Returns: None and no parameters where a layer is not as ConvNet makes it, or somebody wants to
+        be told when it is called.
     """
     blocks: list[Any] = list(net.blocks)
     last = net.classifier
     nothing: tuple[None, list[Tensor]] = None, []
-    if not blocks or not all(_is_block(block) for block in blocks) or not _is_unwatched(last, nn.Linear):
+    if (
+        not blocks
+        or not all(_is_block(block) for block in blocks)
+        or not _is_unwatched(last, nn.Linear)
+    ):
         return nothing
     if torch_is_patched():
         return nothing
     first = blocks[0][0]
-    shape = ConvNetShape(first.in_channels, *_pair(net.image_size), first.out_channels, len(blocks), last.out_features)
+    shape = ConvNetShape(
+        first.in_channels,
+        *_pair(net.image_size),
+        first.out_channels,
+        len(blocks),
+        last.out_features,
+    )
     found: list[Tensor] = []
     for inputs, block in zip(shape.block_inputs, blocks, strict=True):
         conv, norm = block[0], block[1]
-        if (conv.in_channels, conv.out_channels, norm.num_channels) != (inputs, shape.channels, shape.channels):
+        if (conv.in_channels, conv.out_channels, norm.num_channels) != (
+            inputs,
+            shape.channels,
+            shape.channels,
+        ):
             return nothing
         found += [conv.weight, conv.bias, norm.weight, norm.bias]
     found += [last.weight, last.bias]
     expected = [size for i in shape.block_inputs for size in _block_sizes(i, shape.channels)]
     expected += [(shape.num_classes, shape.features), (shape.num_classes,)]
-    if min(shape.height, shape.width) < 2**shape.depth or [_size(tensor) for tensor in found] != expected:
+    if (
+        min(shape.height, shape.width) < 2**shape.depth
+        or [_size(tensor) for tensor in found] != expected
+    ):
         return nothing
     return shape, found
 
 
 def _is_block(block: Any) -> bool:
-    """Whether ``block`` computes what ConvNet's blocks do: the same layers with the same constants, none watched."""
+    """Whether ``block`` computes what ConvNet's blocks do: the same layers with the same constants,
+    none watched.
+    """
     if not _is_unwatched(block, nn.Sequential) or len(block) != 4:
         return False
     conv, norm, relu, pool = block
     return (
         _is_unwatched(conv, nn.Conv2d)
-        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+        and (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        == ((3, 3), (1, 1), (1, 1), (1, 1))
         and (conv.groups, conv.padding_mode) == (1, "zeros")
         and _is_unwatched(norm, nn.GroupNorm)
         and (norm.num_groups, norm.eps) == (norm.num_channels, EPS)
         and _is_unwatched(relu, nn.ReLU)
         and _is_unwatched(pool, nn.AvgPool2d)
-        and (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) == ((2, 2), (2, 2), (0, 0))
+        and (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
+        == ((2, 2), (2, 2), (0, 0))
         and not pool.ceil_mode
         and pool.divisor_override is None
     )
 
 
 def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of exactly this class, is called as the class says, and has no hooks."""
+    """Whether ``module`` is of exactly this class, is called as the class says, and has no
+    hooks."""
     return type(module) is kind and not is_patched(module) and not is_watched(module)
 
 
@@ -135,14 +161,19 @@ _OWN_METHODS = _methods()
 
 
 def torch_is_patched() -> bool:
-    """Whether a class of layers, or a function that they call, was replaced since this module was imported."""
+    """Whether a class of layers, or a function that they call, was replaced since this module was
+    imported.
+    """
     return any(now is not then for now, then in zip(_methods(), _OWN_METHODS, strict=True))
 
 
 def is_watched(module: nn.Module) -> bool:
     """Whether ``module`` has hooks that see, or change, what goes in and comes out."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -183,33 +214,42 @@ def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool
         and operators.available()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None  # a transform, perhaps of something else
+        and torch._C._functorch.peek_interpreter_stack()
+        is None  # a transform, perhaps of something else
         and not _is_observed()
         and not all_watched()
     )
 
 
 def _is_observed() -> bool:
-    """Whether a mode is on that sees torch's operators (counters, fake tensors, loggers) and no kernel of ours."""
+    """Whether a mode is on that sees torch's operators (counters, fake tensors, loggers) and no
+    kernel of ours.
+    """
     return torch._C._len_torch_dispatch_stack() > 0 or is_overridden()
 
 
 def is_overridden() -> bool:
-    """Whether a mode is on that may give torch's functions another meaning; a default device is none."""
+    """Whether a mode is on that may give torch's functions another meaning; a default device is
+    none.
+    """
     return torch._C._len_torch_function_stack() > 0 and not all(
         type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
     )
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a tensor in the CPU's memory and nothing else; tracers and subclasses are more."""
+    """Whether ``tensor`` is a tensor in the CPU's memory and nothing else; tracers and subclasses
+    are more.
+    """
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._has_storage(tensor)
-        and (tensor.data_ptr() != 0 or tensor.numel() == 0)  # zeros that take no memory; memory that was freed
+        and (
+            tensor.data_ptr() != 0 or tensor.numel() == 0
+        )  # zeros that take no memory; memory that was freed
     )
 
 
@@ -232,27 +272,42 @@ class _Logits(torch.autograd.Function):
         passes = ConvNetPasses(ctx.shape)
         theta, found = passes.backward(ctx.theta, images, ctx.kept, grad, want_images=wanted[0])
         each = views(theta, iter(parameters))
-        return None, found, *(part if want else None for part, want in zip(each, wanted[1:], strict=True))
+        return (
+            None,
+            found,
+            *(part if want else None for part, want in zip(each, wanted[1:], strict=True)),
+        )
 
 
 def _by_layers(
-    shape: ConvNetShape, images: Tensor, parameters: list[Tensor], grad: Tensor, wanted: tuple[bool, ...]
+    shape: ConvNetShape,
+    images: Tensor,
+    parameters: list[Tensor],
+    grad: Tensor,
+    wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Return the gradients by torch's own layers, with a graph of their own where gradients are being recorded."""
+    """Return the gradients by torch's own layers, with a graph of their own where gradients are
+    being recorded.
+    """
     again = torch.is_grad_enabled()
     # The forward pass was computed without autocast, whatever surrounds the backward pass.
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        # Each input gets an alias of its own. A parameter that was computed from the images, or that serves two layers,
-        # would otherwise be reached twice, and its part be counted in the images' or in the other layer's gradient too.
+        # Each input gets an alias of its own. A parameter that was computed from the images, or
+        # that serves two layers, would otherwise be reached twice, and its part be counted in the
+        # images' or in the other layer's gradient too.
         inputs = [tensor.view_as(tensor) for tensor in (images, *parameters)]
         result = plain_logits(shape, inputs[0], inputs[1:])
         chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(result, chosen, grad, create_graph=again, materialize_grads=True))
+        found = iter(
+            torch.autograd.grad(result, chosen, grad, create_graph=again, materialize_grads=True)
+        )
     return [next(found) if want else None for want in wanted]
 
 
 def plain_logits(shape: ConvNetShape, images: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Return logits [B, classes] by torch's operators, in the order in which ConvNet's layers call them."""
+    """Return logits [B, classes] by torch's operators, in the order in which ConvNet's layers call
+    them.
+    """
     *blocks, weight, bias = parameters
     for i in range(0, len(blocks), 4):
         conv, conv_bias, norm, norm_bias = blocks[i : i + 4]

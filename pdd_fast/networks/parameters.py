@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 
 def flatten_parameters(net: nn.Module) -> Tensor:
-    """The parameters of ``net`` as one new vector [P], detached, in the order of ``net.parameters()``.
+    """The parameters of ``net`` as one new vector [P], detached, in the order of
+    ``net.parameters()``.
 
     Raises:
         ValueError: ``net`` has no parameters.
@@ -36,8 +37,8 @@ def load_parameters(net: nn.Module, theta: Tensor) -> None:
 def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
     """Slices of ``theta`` [P] with the shapes of ``like``, P numbers in all, sharing memory.
 
-    Of one split, whose backward pass is one concatenation. A slice's own fills a vector of P numbers: of ResNet-18's 62
-    parameters, a step took four times as long as plain autograd.
+    Of one split, whose backward pass is one concatenation. A slice's own fills a vector of P
+    numbers: of ResNet-18's 62 parameters, a step took four times as long as plain autograd.
     """
     shapes = [tensor.shape for tensor in like]
     parts = theta.split([shape.numel() for shape in shapes])
@@ -57,14 +58,17 @@ def check_parameters(operator: str, net: nn.Module, theta: Tensor) -> None:
 
 
 def initial_parameters(net: nn.Module, seed: int) -> Tensor:
-    """Freshly drawn parameters [P] for a module like ``net``, from ``seed`` alone: the same on every device.
+    """Freshly drawn parameters [P] for a module like ``net``, from ``seed`` alone: the same on
+    every device.
 
-    Every submodule of a copy is asked to ``reset_parameters()``, as its constructor did. ``net``, its buffers included,
-    and the global random states are left alone.
+    Every submodule of a copy is asked to ``reset_parameters()``, as its constructor did. ``net``,
+    its buffers included, and the global random states are left alone.
     """
     fresh = copy.deepcopy(net).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the GPUs' states too
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would change the GPUs' states too
         for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):

@@ -1,7 +1,7 @@
 """Networks that a distilled set is judged by beside the one it was made for.
 
-torchvision's where it has them, brought to the sizes of small images; as in the literature's comparisons, normalised by
-instance unless the name says otherwise.
+torchvision's where it has them, brought to the sizes of small images; as in the literature's
+comparisons, normalised by instance unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ from pdd_fast.runtime.errors import UsageError, nearest
 from pdd_fast.runtime.torchvision_import import load
 
 _MLP_WIDTH = 128
-# Of the last normalised plane, which has to have more than one pixel: an instance norm makes zeros of one.
+# Of the last normalised plane, which has to have more than one pixel: an instance norm makes zeros
+#     of one.
 _LEAST_SIDE = {"resnet18": 16, "resnet18-batchnorm": 8, "vgg11": 32, "alexnet": 8}
 
 
 def build(
-    name: str, in_channels: int, num_classes: int, image_size: tuple[int, int], width: int = 128, depth: int = 3
+    name: str,
+    in_channels: int,
+    num_classes: int,
+    image_size: tuple[int, int],
+    width: int = 128,
+    depth: int = 3,
 ) -> nn.Module:
     """A network by name, freshly drawn from torch's global random state.
 
@@ -31,25 +37,34 @@ def build(
         image_size: height and width, pixels.
         width, depth: of "convnet"; the others are as published.
 
-    Raises:
-        UsageError: an unknown name, images that are too small, or torchvision is needed and does not import.
+    Raises: UsageError: an unknown name, images that are too small, or torchvision is needed and
+        does not import.
     """
     check_names([name])
     least = _LEAST_SIDE.get(name, 1)
     if min(image_size) < least:
-        raise UsageError(f"network {name!r} must be given images of at least {least} pixels a side, got {image_size}")
+        raise UsageError(
+            f"network {name!r} must be given images of at least {least} pixels a side, got "
+            f"{image_size}"
+        )
     if name == "convnet":
         return ConvNet(in_channels, num_classes, image_size, width, depth)
     return _MAKERS[name](in_channels, num_classes, image_size)
 
 
 def check_names(names: list[str]) -> None:
-    """Raises UsageError where one of ``names`` is no network's, or where there is none, or one twice."""
+    """Raises UsageError where one of ``names`` is no network's, or where there is none, or one
+    twice.
+    """
     for name in names:
         if name not in TITLES:
-            raise UsageError(f"networks must be of {', '.join(TITLES)}, got {name!r}{nearest(name, TITLES)}")
+            raise UsageError(
+                f"networks must be of {', '.join(TITLES)}, got {name!r}{nearest(name, TITLES)}"
+            )
     if not names or len(set(names)) < len(names):
-        raise UsageError(f"networks must be one or more, each named once, got {', '.join(names) or 'none'}")
+        raise UsageError(
+            f"networks must be one or more, each named once, got {', '.join(names) or 'none'}"
+        )
 
 
 TITLES = {
@@ -67,9 +82,14 @@ def _instance_norm(channels: int) -> nn.Module:
 
 
 def _resnet18(
-    in_channels: int, num_classes: int, _: tuple[int, int], norm: Callable[[int], nn.Module] = _instance_norm
+    in_channels: int,
+    num_classes: int,
+    _: tuple[int, int],
+    norm: Callable[[int], nn.Module] = _instance_norm,
 ) -> nn.Module:
-    """torchvision's, with a first convolution of 3×3 pixels at full resolution and no pooling after it."""
+    """torchvision's, with a first convolution of 3×3 pixels at full resolution and no pooling after
+    it.
+    """
     net = load("models", "network 'resnet18'").resnet18(num_classes=num_classes, norm_layer=norm)
     net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -98,18 +118,29 @@ def _alexnet(in_channels: int, num_classes: int, image_size: tuple[int, int]) ->
 
     H, W = (side // 8 for side in image_size)
     return nn.Sequential(
-        *conv(in_channels, 128, 5), *pool(), *conv(128, 192, 5), *pool(),
-        *conv(192, 256, 3), *conv(256, 192, 3), *conv(192, 192, 3), *pool(),
-        nn.Flatten(), nn.Linear(192 * H * W, num_classes),
-    )  # fmt: skip
+        *conv(in_channels, 128, 5),
+        *pool(),
+        *conv(128, 192, 5),
+        *pool(),
+        *conv(192, 256, 3),
+        *conv(256, 192, 3),
+        *conv(192, 192, 3),
+        *pool(),
+        nn.Flatten(),
+        nn.Linear(192 * H * W, num_classes),
+    )
 
 
 def _mlp(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     numbers = in_channels * image_size[0] * image_size[1]
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(numbers, _MLP_WIDTH), nn.ReLU(), nn.Linear(_MLP_WIDTH, _MLP_WIDTH), nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(numbers, _MLP_WIDTH),
+        nn.ReLU(),
+        nn.Linear(_MLP_WIDTH, _MLP_WIDTH),
+        nn.ReLU(),
         nn.Linear(_MLP_WIDTH, num_classes),
-    )  # fmt: skip
+    )
 
 
 _MAKERS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
@@ -122,13 +153,15 @@ _MAKERS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch: int = 1000) -> float:
-    """Percent of ``images`` [n, C, H, W] that ``net``, as it is when it is used and not trained, puts in the class of
-    ``labels`` [n]."""
+    """Percent of ``images`` [n, C, H, W] that ``net``, as it is when it is used and not trained,
+    puts in the class of ``labels`` [n].
+    """
     was_training = net.training
     net.eval()
     with torch.no_grad():
         right = sum(
-            int((net(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+            int((net(x).argmax(1) == y).sum())
+            for x, y in zip(images.split(batch), labels.split(batch), strict=True)
         )
     net.train(was_training)
     return 100.0 * right / len(images)

@@ -1,1 +1,3 @@
-"""Operators: one file each, with schema, checks, plain-torch reference and back ends. Nothing else takes an address."""
+"""Operators: one file each, with schema, checks, plain-torch reference and back ends. Nothing else
+takes an address.
+"""

@@ -12,7 +12,9 @@ from pdd_fast.ops import _native
 
 
 class Buffer:
-    """Memory for ``size`` elements of one type. It goes back to its pool when nobody holds the buffer any more."""
+    """Memory for ``size`` elements of one type. It goes back to its pool when nobody holds the
+    buffer any more.
+    """
 
     def __init__(self, pool: BufferPool, size: int, dtype: torch.dtype) -> None:
         self._pool, self._dtype, self.elements = pool, dtype, size
@@ -38,12 +40,13 @@ class Buffer:
 class BufferPool:
     """Pieces of CPU memory that are handed out and come back, from and to any thread.
 
-    Reuse pays because mapping memory anew is slow: of the 25 MB that a step of 50 images saves at width 128, mapping
-    takes 25 ms, half of what the step takes.
+    Reuse pays because mapping memory anew is slow: of the 25 MB that a step of 50 images saves at
+    width 128, mapping takes 25 ms, half of what the step takes.
     """
 
     def __init__(self) -> None:
-        # Reentrant: a garbage collection inside the lock may run Buffer.__del__, which takes it again.
+        # Reentrant: a garbage collection inside the lock may run Buffer.__del__, which takes it
+        #     again.
         self._lock = threading.RLock()
         self._idle: list[Tensor] = []
 
@@ -57,7 +60,9 @@ class BufferPool:
             return sum(memory.numel() for memory in self._idle)
 
     def unlock(self) -> None:
-        """Make the lock anew in a child process, where the thread that may have held it does not exist."""
+        """Make the lock anew in a child process, where the thread that may have held it does not
+        exist.
+        """
         self._lock = threading.RLock()
 
     def free(self) -> None:
@@ -66,17 +71,25 @@ class BufferPool:
             self._idle.clear()
 
     def _taken(self, size: int) -> Tensor:
-        """Return uint8 memory of ``size`` bytes or more: the smallest idle piece that is large enough, or a new one."""
-        with self._lock:  # Search and removal are one step: otherwise two threads take the same piece.
+        """Return uint8 memory of ``size`` bytes or more: the smallest idle piece that is large
+        enough, or a new one.
+        """
+        with (
+            self._lock
+        ):  # Search and removal are one step: otherwise two threads take the same piece.
             best, least = -1, 0
-            for place in reversed(range(len(self._idle))):  # The last one of a size is still in the processor's cache.
+            for place in reversed(
+                range(len(self._idle))
+            ):  # The last one of a size is still in the processor's cache.
                 found = self._idle[place].numel()
                 if found >= size and (best < 0 or found < least):
                     best, least = place, found
             if best >= 0:
                 return self._idle.pop(best)
             if self._idle:  # Pieces grow in size, not in number.
-                self._idle.pop(min(range(len(self._idle)), key=lambda place: self._idle[place].numel()))
+                self._idle.pop(
+                    min(range(len(self._idle)), key=lambda place: self._idle[place].numel())
+                )
         return _allocated(size)
 
     def _give_back(self, memory: Tensor) -> None:

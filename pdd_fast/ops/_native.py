@@ -1,4 +1,6 @@
-"""Finds the compiled kernels and calls them: the one place that reads streams, threads and return codes."""
+"""Finds the compiled kernels and calls them: the one place that reads streams, threads and return
+codes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import torch
 
 from pdd_fast.ops._threads import threads
 
-# csrc/bind/module.cpp numbers them alike. The last two are stored in 16 bits and computed with in 32.
+# csrc/bind/module.cpp numbers them alike. The last two are stored in 16 bits and computed with in
+# 32.
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,7 +24,9 @@ class MissingKernelsWarning(UserWarning):
 
 
 def load(device_type: str) -> ModuleType | None:
-    """The library with the kernels for ``"cpu"`` or ``"cuda"``; None where it was not built or does not load."""
+    """The library with the kernels for ``"cpu"`` or ``"cuda"``; None where it was not built or does
+    not load.
+    """
     return _load(device_type)[0]
 
 
@@ -53,7 +58,8 @@ def _load(device_type: str) -> tuple[ModuleType | None, str | None]:
 def explain_missing(device_type: str) -> None:
     """Warns, once per device type, that the reference is used and how to get the kernels."""
     warnings.warn(
-        f"pdd_fast runs its plain-torch reference on {device_type!r}: {load_error(device_type)}. Results are the same, "
+        f"pdd_fast runs its plain-torch reference on {device_type!r}: {load_error(device_type)}. "
+        f"Results are the same, "
         "slower. `pdd-fast env` says what to do.",
         MissingKernelsWarning,
         stacklevel=4,
@@ -63,34 +69,47 @@ def explain_missing(device_type: str) -> None:
 def address(tensor: torch.Tensor | None, device: torch.device) -> int:
     """Return the address of the first element of ``tensor``, 0 for None.
 
-    Raises:
-        TypeError: ``tensor`` does not lie in the memory of ``device``, or has no memory of its own (wrappers of torch's
+    Raises: TypeError: ``tensor`` does not lie in the memory of ``device``, or has no memory of its
+        own (wrappers of torch's
             transforms, fake tensors), or its memory holds the negative of its values.
     """
     if tensor is None:
         return 0
     elsewhere = tensor.device != device
-    found = 0 if elsewhere or tensor.is_neg() or not torch._C._has_storage(tensor) else tensor.data_ptr()
-    if found == 0 and (elsewhere or tensor.numel() > 0):  # memory that was freed, or zeros that take none
-        kind = f"one on {tensor.device}" if elsewhere else f"a {type(tensor).__name__} without memory of its own"
+    found = (
+        0
+        if elsewhere or tensor.is_neg() or not torch._C._has_storage(tensor)
+        else tensor.data_ptr()
+    )
+    if found == 0 and (
+        elsewhere or tensor.numel() > 0
+    ):  # memory that was freed, or zeros that take none
+        kind = (
+            f"one on {tensor.device}"
+            if elsewhere
+            else f"a {type(tensor).__name__} without memory of its own"
+        )
         raise TypeError(f"a kernel must be given tensors in the memory of {device}, got {kind}")
     return found
 
 
 def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
-    """Runs kernel ``name`` on the device of ``like``, on its current stream, in the precision of ``like``.
+    """Runs kernel ``name`` on the device of ``like``, on its current stream, in the precision of
+    ``like``.
 
-    Args:
-        arguments: numbers, and tensors on that device, of which the kernel gets the addresses; None: absent.
+    Args: arguments: numbers, and tensors on that device, of which the kernel gets the addresses;
+        None: absent.
 
-    Raises:
-        TypeError: a tensor lies elsewhere.
-        RuntimeError: the kernel could not be launched; the message names the operator and the CUDA error.
-        ValueError: a value that only the kernel sees is out of range.
+    Raises: TypeError: a tensor lies elsewhere. RuntimeError: the kernel could not be launched; the
+        message names the operator and the CUDA error. ValueError: a value that only the kernel sees
+        is out of range.
     """
     library = loaded(like.device.type)
     number = TYPES.index(like.dtype)
-    given = [address(a, like.device) if a is None or isinstance(a, torch.Tensor) else a for a in arguments]
+    given = [
+        address(a, like.device) if a is None or isinstance(a, torch.Tensor) else a
+        for a in arguments
+    ]
     function = getattr(library, name)
     if like.device.type == "cuda":
         with torch.cuda.device(like.device):
@@ -105,7 +124,9 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
 
 
 def scratch_images(images: torch.Tensor, number_bytes: int) -> int:
-    """How many images' scratch the dsa kernel of the device of ``images`` [B, C, H, W] wants to be given."""
+    """How many images' scratch the dsa kernel of the device of ``images`` [B, C, H, W] wants to be
+    given.
+    """
     library = loaded(images.device.type)
     if images.device.type == "cpu":
         return library.dsa_scratch_images(*images.shape, number_bytes)

@@ -1,4 +1,6 @@
-"""Registers an operator with torch's dispatcher from its four parts, and the checks that all operators share."""
+"""Registers an operator with torch's dispatcher from its four parts, and the checks that all
+operators share.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,14 @@ def operator(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Defines ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and returns the function that calls it.
+    """Defines ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and returns the function that
+    calls it.
 
-    Args:
-        schema: name, arguments and results, in torch's schema language.
-        check: takes the arguments, raises ValueError or TypeError; runs before anything takes an address.
-        allocate: takes the arguments, gives the uninitialised results; also the fake kernel.
-        kernel: takes the arguments, gives the results of the compiled kernel.
-        reference: the same in plain torch: the oracle of the tests and the fallback where nothing was compiled.
+    Args: schema: name, arguments and results, in torch's schema language. check: takes the
+        arguments, raises ValueError or TypeError; runs before anything takes an address. allocate:
+        takes the arguments, gives the uninitialised results; also the fake kernel. kernel: takes
+        the arguments, gives the results of the compiled kernel. reference: the same in plain torch:
+        the oracle of the tests and the fallback where nothing was compiled.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -38,7 +40,9 @@ def operator(
         if _native.load(device_type) is None:
             _native.explain_missing(device_type)
             return computed_in_32_bits(reference, *arguments)
-        return kernel(*arguments) if device_type == "cuda" else computed_in_32_bits(kernel, *arguments)
+        return (
+            kernel(*arguments) if device_type == "cuda" else computed_in_32_bits(kernel, *arguments)
+        )
 
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, run, key)
@@ -54,7 +58,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-def require_floating(operator: str, argument: str, tensor: torch.Tensor, half: bool = False) -> None:
+def require_floating(
+    operator: str, argument: str, tensor: torch.Tensor, half: bool = False
+) -> None:
     allowed = (torch.float32, torch.float64, *(HALF if half else ()))
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[:-1])
@@ -77,14 +83,17 @@ def require_like(
     if tensor.device != like.device:
         raise ValueError(f"{operator}: {argument} must be on {like.device}, got {tensor.device}")
     if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{operator}: {argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        raise ValueError(
+            f"{operator}: {argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
+        )
 
 
 def computed_in_32_bits(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function`` on 16-bit tensors converted to float32; those of its results that are images rounded back.
+    """``function`` on 16-bit tensors converted to float32; those of its results that are images
+    rounded back.
 
-    What the CUDA kernels do in registers, for where there is no kernel: the CPU, and the references. Where images have
-    16 bits, the first argument has.
+    What the CUDA kernels do in registers, for where there is no kernel: the CPU, and the
+    references. Where images have 16 bits, the first argument has.
     """
     half = arguments[0].dtype
     if half not in HALF:

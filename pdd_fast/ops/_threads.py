@@ -1,7 +1,8 @@
-"""How many threads the kernels on the CPU may use: torch's number, and no more than the container's quota allows.
+"""How many threads the kernels on the CPU may use: torch's number, and no more than the container's
+quota allows.
 
-The processors that a thread may run on (its affinity) can change at any time: csrc/core/threads.cpp asks for them when
-it is about to use more than one.
+The processors that a thread may run on (its affinity) can change at any time: csrc/core/threads.cpp
+asks for them when it is about to use more than one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def threads() -> int:
-    """The most threads of a kernel: ``torch.get_num_threads()``, or the quota, rounded up, where that is less."""
+    """The most threads of a kernel: ``torch.get_num_threads()``, or the quota, rounded up, where
+    that is less.
+    """
     limit = _limit()
     return torch.get_num_threads() if limit is None else min(torch.get_num_threads(), limit)
 
@@ -30,12 +33,13 @@ def _limit() -> int | None:
 
 
 def cgroup_quota(groups: Path = _GROUPS, root: Path = _ROOT) -> float | None:
-    """Processors whose time this process may use, by its control groups; None where there is no quota.
+    """Processors whose time this process may use, by its control groups; None where there is no
+    quota.
 
-    Args:
-        groups: lines "id:controllers:path", without controllers in version 2.
-        root: where version 2, or a folder for each controller of version 1, is mounted. Within a container ``path`` may
-            be the host's name for what is the root there, so the root counts too, and every group above.
+    Args: groups: lines "id:controllers:path", without controllers in version 2. root: where version
+        2, or a folder for each controller of version 1, is mounted. Within a container ``path`` may
+            be the host's name for what is the root there, so the root counts too, and every group
+            above.
     """
     found: list[float] = []
     for line in _read(groups).splitlines():
@@ -48,7 +52,11 @@ def cgroup_quota(groups: Path = _GROUPS, root: Path = _ROOT) -> float | None:
             continue
         for mount in mounts:
             group = mount / path.lstrip("/")
-            for folder in {mount, group, *(parent for parent in group.parents if mount in parent.parents)}:
+            for folder in {
+                mount,
+                group,
+                *(parent for parent in group.parents if mount in parent.parents),
+            }:
                 quota = quota_of(folder)
                 if quota is not None:
                     found.append(quota)
@@ -71,15 +79,18 @@ def _ratio(words: list[str]) -> float | None:
     return int(words[0]) / int(words[1])
 
 
-# torch shares an operation on more numbers than this among OpenMP's threads. Those then spin for 5 ms, waiting for the
-# next one, on the cores that the kernels' own threads want meanwhile: a step of width 128 took 1.1 times as long.
+# torch shares an operation on more numbers than this among OpenMP's threads. Those then spin for 5
+# ms, waiting for the next one, on the cores that the kernels' own threads want meanwhile: a step of
+# width 128 took 1.1 times as long.
 _SHARED_BY_TORCH = 32768
 _PIECE = 32000  # whole vectors, so that the bits are those of one thread
 
 
 def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same parts of contiguous tensors of one size, too small for torch to share among threads; on a GPU, or where
-    one is not contiguous, the tensors themselves. For operations element by element that write to one of them."""
+    """The same parts of contiguous tensors of one size, too small for torch to share among threads;
+    on a GPU, or where one is not contiguous, the tensors themselves. For operations element by
+    element that write to one of them.
+    """
     whole = tensors[0].numel() <= _SHARED_BY_TORCH or tensors[0].device.type != "cpu"
     if whole or not all(tensor.is_contiguous() for tensor in tensors):
         yield tensors
@@ -90,7 +101,11 @@ def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """``tensor.index_select(0, index)``, without OpenMP's threads on a CPU."""
     numbers = tensor[:1].numel()
-    if tensor.device.type != "cpu" or len(index) * numbers <= _SHARED_BY_TORCH or not 0 < numbers <= _SHARED_BY_TORCH:
+    if (
+        tensor.device.type != "cpu"
+        or len(index) * numbers <= _SHARED_BY_TORCH
+        or not 0 < numbers <= _SHARED_BY_TORCH
+    ):
         return tensor.index_select(0, index)
     result = tensor.new_empty(len(index), *tensor.shape[1:])
     rows = _SHARED_BY_TORCH // numbers

@@ -1,4 +1,6 @@
-"""Rows added where an index says, the same bits every time: the transpose of gathering a batch from a set of images."""
+"""Rows added where an index says, the same bits every time: the transpose of gathering a batch from
+a set of images.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from pdd_fast.runtime.errors import require
 def _check(target: Tensor, index: Tensor, rows: Tensor) -> None:
     name = "add_rows"
     require_floating(name, "target", target)
-    require(name, target.dim() >= 1 and target.numel() > 0, "target", "have rows and not be empty", tuple(target.shape))
+    require(
+        name,
+        target.dim() >= 1 and target.numel() > 0,
+        "target",
+        "have rows and not be empty",
+        tuple(target.shape),
+    )
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: index must be torch.int64, got {index.dtype}")
     require(name, index.dim() == 1, "index", "be a vector", tuple(index.shape))
@@ -25,36 +33,39 @@ def _kernel(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     target, index, rows = target.contiguous(), index.contiguous(), rows.contiguous()
     out = torch.empty_like(target)
     _native.call(
-        "add_rows", target, len(target), len(index), target[0].numel(),
-        target, index, rows, out,
-    )  # fmt: skip
+        "add_rows", target, len(target), len(index), target[0].numel(), target, index, rows, out
+    )
     return out
 
 
 def add_rows_reference(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Plain-torch :func:`add_rows`; on CUDA its order of additions, and so its last bits, are any."""
+    """Plain-torch :func:`add_rows`; on CUDA its order of additions, and so its last bits, are
+    any."""
     return target.index_add(0, index, rows).contiguous()
 
 
 _add_rows = operator(
     "add_rows(Tensor target, Tensor index, Tensor rows) -> Tensor",
     check=_check,
-    allocate=lambda target, index, rows: torch.empty_like(target, memory_format=torch.contiguous_format),
+    allocate=lambda target, index, rows: torch.empty_like(
+        target, memory_format=torch.contiguous_format
+    ),
     kernel=_kernel,
     reference=add_rows_reference,
 )
 
 
 def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """A new tensor with ``target[j]`` + the sum of ``rows[r]`` over all r with ``index[r] == j``, in the order of r.
+    """A new tensor with ``target[j]`` + the sum of ``rows[r]`` over all r with ``index[r] == j``,
+    in the order of r.
 
     Args:
         target: [n, ...], float32 or float64.
         index: int64 [b] in [0, n), any of them more than once.
         rows: [b, ...], of the type of ``target``.
 
-    Raises:
-        ValueError, TypeError: a shape, type or device does not fit; an index is out of range (CPU; on CUDA such a row
+    Raises: ValueError, TypeError: a shape, type or device does not fit; an index is out of range
+        (CPU; on CUDA such a row
             is left out).
     """
     return _add_rows(target, index, rows)

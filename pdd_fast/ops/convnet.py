@@ -1,9 +1,11 @@
-"""The ConvNet's passes as one call each, on the CPU: forward, backward, gradient, dual (csrc/ops/convnet/params.h).
+"""The ConvNet's passes as one call each, on the CPU: forward, backward, gradient, dual
+(csrc/ops/convnet/params.h).
 
-What :mod:`pdd_fast.engines.composed` puts together from operators and torch's convolutions, in one kernel that keeps a
-plane's way through convolution, norm, ReLU and pooling in the cache, works in one buffer from step to step, and shares
-the transforms of Winograd's convolutions between a value and its tangent. There is no CUDA kernel: a GPU has no use for
-it, and there the composed passes run as one graph.
+What :mod:`pdd_fast.engines.composed` puts together from operators and torch's convolutions, in one
+kernel that keeps a plane's way through convolution, norm, ReLU and pooling in the cache, works in
+one buffer from step to step, and shares the transforms of Winograd's convolutions between a value
+and its tangent. There is no CUDA kernel: a GPU has no use for it, and there the composed passes run
+as one graph.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pdd_fast.runtime.errors import require
 
 CONVOLUTIONS = ("auto", "direct", "winograd")  # csrc/ops/convnet/params.h numbers them alike
 
-# Images whose logits are computed at once: a few chunks of every layer for two threads, and a workspace that does not
-# grow with a test set.
+# Images whose logits are computed at once: a few chunks of every layer for two threads, and a
+# workspace that does not grow with a test set.
 _LOGITS_AT_ONCE = 128
 
 
@@ -41,7 +43,9 @@ class _Sizes(NamedTuple):
 
 
 class ConvNetShape(NamedTuple):
-    """The network that the passes compute, in numbers, as csrc/ops/convnet/params.h has them after the batch."""
+    """The network that the passes compute, in numbers, as csrc/ops/convnet/params.h has them after
+    the batch.
+    """
 
     in_channels: int
     height: int  # of an image, pixels
@@ -80,7 +84,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def free_buffers() -> None:
-    """Give back the memory that passes on the CPU hold between calls: workspaces, and as much as was saved at once.
+    """Give back the memory that passes on the CPU hold between calls: workspaces, and as much as
+    was saved at once.
 
     Most is held with ``memory="cache"`` of :func:`pdd_fast.unroll`. Later calls allocate anew.
     """
@@ -94,11 +99,11 @@ def idle_bytes() -> int:
 
 
 class ConvNetPasses:
-    """The passes of networks of one shape. Everything is float32 or float64, all of one type, on the CPU.
+    """The passes of networks of one shape. Everything is float32 or float64, all of one type, on
+    the CPU.
 
-    Args:
-        shape: of the network.
-        convolution: of the blocks after the first: "direct", "winograd" (F(4×4, 3×3); rounding errors four times as
+    Args: shape: of the network. convolution: of the blocks after the first: "direct", "winograd"
+        (F(4×4, 3×3); rounding errors four times as
             large), or "auto", whichever is faster for a block's shape.
     """
 
@@ -109,14 +114,18 @@ class ConvNetPasses:
     def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
         """What a pass on ``batch`` images works in and keeps, in numbers of its type."""
         shape = [batch, *self.shape]
-        return _Sizes(*_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, threads()))
+        return _Sizes(
+            *_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, threads())
+        )
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""
         parts = [self.forward(theta, part)[0] for part in images.split(_LOGITS_AT_ONCE)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def forward(self, theta: Tensor, images: Tensor, keep: bool = False) -> tuple[Tensor, Buffer | None]:
+    def forward(
+        self, theta: Tensor, images: Tensor, keep: bool = False
+    ) -> tuple[Tensor, Buffer | None]:
         """Logits [B, classes], and what :meth:`backward` goes on from if ``keep``."""
         logits = theta.new_empty(len(images), self.shape.num_classes)
         kept = self._new_kept(theta, len(images)) if keep else None
@@ -132,9 +141,14 @@ class ConvNetPasses:
             kept: from :meth:`forward`; of any number of calls, one at a time.
             grad_logits: [B, classes].
         """
-        require_like("convnet", "grad_logits", grad_logits, theta, (len(images), self.shape.num_classes))
+        require_like(
+            "convnet", "grad_logits", grad_logits, theta, (len(images), self.shape.num_classes)
+        )
         self._check_kept(theta, len(images), kept)
-        grad_theta, grad_images = theta.new_empty(theta.shape), theta.new_empty(images.shape) if want_images else None
+        grad_theta, grad_images = (
+            theta.new_empty(theta.shape),
+            theta.new_empty(images.shape) if want_images else None,
+        )
         with kept.lock:  # The gradients of activations are written beside them.
             self._run("backward", theta, images, kept, _plain(grad_logits), grad_theta, grad_images)
         return grad_theta, grad_images
@@ -142,7 +156,9 @@ class ConvNetPasses:
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, Buffer | None]:
-        """Losses [B], the gradient of their mean [P], and what :meth:`dual` goes on from if ``keep``."""
+        """Losses [B], the gradient of their mean [P], and what :meth:`dual` goes on from if
+        ``keep``.
+        """
         losses, grad_theta = theta.new_empty(len(images)), theta.new_empty(theta.shape)
         kept = self._new_kept(theta, len(images)) if keep else None
         hard, soft = self._labels(theta, len(images), labels)
@@ -159,8 +175,9 @@ class ConvNetPasses:
         want_theta: bool,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Tangents along ``direction`` [P] of the losses [B], of the gradient [P], of the gradient with respect to the
-        images of ``rows`` (None: all) and of that with respect to soft labels [B, classes]; None where not wanted.
+        """Tangents along ``direction`` [P] of the losses [B], of the gradient [P], of the gradient
+        with respect to the images of ``rows`` (None: all) and of that with respect to soft labels
+        [B, classes]; None where not wanted.
 
         Args:
             kept: from :meth:`gradient` at the same point; None: its values are made again.
@@ -204,7 +221,9 @@ class ConvNetPasses:
     def _check_kept(self, theta: Tensor, batch: int, kept: Buffer) -> None:
         require_like("convnet", "kept", kept.numbers, theta, (self.sizes(batch).kept,))
 
-    def _labels(self, theta: Tensor, batch: int, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _labels(
+        self, theta: Tensor, batch: int, labels: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Class indices or weights, whichever they are."""
         hard = labels.dtype == torch.int64
         shape = (batch,) if hard else (batch, self.shape.num_classes)
@@ -212,7 +231,14 @@ class ConvNetPasses:
         labels = _plain(labels)
         return (labels, None) if hard else (None, labels)
 
-    def _run(self, name: str, theta: Tensor, images: Tensor, kept: Buffer | None, *arguments: Tensor | None) -> None:
+    def _run(
+        self,
+        name: str,
+        theta: Tensor,
+        images: Tensor,
+        kept: Buffer | None,
+        *arguments: Tensor | None,
+    ) -> None:
         """Run pass ``name`` on what every pass takes, and on ``arguments``.
 
         Args:
@@ -223,10 +249,18 @@ class ConvNetPasses:
         require_floating("convnet", "theta", theta)
         require("convnet", theta.device.type == "cpu", "theta", "be on cpu", theta.device)
         expected = (self.shape.parameters,)
-        require("convnet", tuple(theta.shape) == expected, "theta", f"have shape {expected}", tuple(theta.shape))
+        require(
+            "convnet",
+            tuple(theta.shape) == expected,
+            "theta",
+            f"have shape {expected}",
+            tuple(theta.shape),
+        )
         require_like("convnet", "images", images, theta, (batch, *self.shape.image))
         require("convnet", batch > 0, "images", "not be empty", tuple(images.shape))
-        workspace = _WORKSPACES.buffer(self.sizes(batch, name == "dual", kept is not None).workspace, theta.dtype)
+        workspace = _WORKSPACES.buffer(
+            self.sizes(batch, name == "dual", kept is not None).workspace, theta.dtype
+        )
         theta, images = _plain(theta), images.resolve_neg()
         common = _native.loaded("cpu").ConvNetArguments(
             [batch, *self.shape],
@@ -242,10 +276,13 @@ class ConvNetPasses:
 
 
 def _piece(buffer: Buffer | None) -> tuple[int, int]:
-    """Return a buffer's address and elements, which the binding holds against what the pass needs."""
+    """Return a buffer's address and elements, which the binding holds against what the pass
+    needs."""
     return (0, 0) if buffer is None else (buffer.address, buffer.elements)
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as a kernel reads it: dense, and not marked as the negative of what its memory holds."""
+    """Return ``tensor`` as a kernel reads it: dense, and not marked as the negative of what its
+    memory holds.
+    """
     return tensor.contiguous().resolve_neg()

@@ -1,8 +1,9 @@
-"""Softmax cross-entropy with hard or soft labels: losses and gradient in one call, and both on dual numbers.
+"""Softmax cross-entropy with hard or soft labels: losses and gradient in one call, and both on dual
+numbers.
 
-For one sample with logits l, label weights y and p = softmax(l): loss = -Σ_k y_k log p_k. Gradients are those of the
-mean over the batch, as in ``torch.nn.functional.cross_entropy``. On dual numbers, with tangent l̇,
-the tangent of log p is l̇ - Σ_j p_j l̇_j.
+For one sample with logits l, label weights y and p = softmax(l): loss = -Σ_k y_k log p_k. Gradients
+are those of the mean over the batch, as in ``torch.nn.functional.cross_entropy``. On dual numbers,
+with tangent l̇, the tangent of log p is l̇ - Σ_j p_j l̇_j.
 """
 
 from __future__ import annotations
@@ -18,10 +19,24 @@ from pdd_fast.runtime.errors import require
 def _check_labels(name: str, logits: Tensor, labels: Tensor) -> None:
     require_floating(name, "logits", logits)
     require(name, logits.dim() == 2, "logits", "have shape [B, K]", tuple(logits.shape))
-    require(name, logits.shape[0] > 0 and logits.shape[1] > 0, "logits", "not be empty", tuple(logits.shape))
+    require(
+        name,
+        logits.shape[0] > 0 and logits.shape[1] > 0,
+        "logits",
+        "not be empty",
+        tuple(logits.shape),
+    )
     if labels.dtype == torch.int64:
-        require(name, labels.shape == logits.shape[:1], "labels", f"have shape ({len(logits)},)", tuple(labels.shape))
-        require(name, labels.device == logits.device, "labels", f"be on {logits.device}", labels.device)
+        require(
+            name,
+            labels.shape == logits.shape[:1],
+            "labels",
+            f"have shape ({len(logits)},)",
+            tuple(labels.shape),
+        )
+        require(
+            name, labels.device == logits.device, "labels", f"be on {logits.device}", labels.device
+        )
     else:
         require_like(name, "labels", labels, logits, tuple(logits.shape))
 
@@ -39,7 +54,7 @@ def _weights(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
 
 
-# ---- cross_entropy ----------------------------------------------------------------------------------------------
+# ---- cross_entropy ----
 
 
 def _allocate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,10 +65,7 @@ def _kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.contiguous()
     hard, soft = _split_labels(labels)
     losses, grad = _allocate(logits, labels)
-    _native.call(
-        "cross_entropy", logits, *logits.shape,
-        logits, hard, soft, losses, grad,
-    )  # fmt: skip
+    _native.call("cross_entropy", logits, *logits.shape, logits, hard, soft, losses, grad)
     return losses, grad
 
 
@@ -77,29 +89,32 @@ _cross_entropy = operator(
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Losses of a batch and the gradient of their mean.
 
-    Args:
-        logits: [B, K], float32 or float64.
-        labels: int64 [B] class indices in [0, K), or [B, K] weights of the type of ``logits`` (any real numbers).
+    Args: logits: [B, K], float32 or float64. labels: int64 [B] class indices in [0, K), or [B, K]
+        weights of the type of ``logits`` (any real numbers).
 
     Returns:
         losses [B] and the gradient of ``losses.mean()`` with respect to the logits [B, K].
 
-    Raises:
-        ValueError, TypeError: a shape, type or device does not fit; a class index is out of range (CPU; on CUDA the
+    Raises: ValueError, TypeError: a shape, type or device does not fit; a class index is out of
+        range (CPU; on CUDA the
             loss of that sample is NaN).
     """
     return _cross_entropy(logits, labels)
 
 
-# ---- cross_entropy_dual -----------------------------------------------------------------------------------------
+# ---- cross_entropy_dual ----
 
 
 def _check_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> None:
     _check_labels("cross_entropy_dual", logits, labels)
-    require_like("cross_entropy_dual", "logits_tangent", logits_tangent, logits, tuple(logits.shape))
+    require_like(
+        "cross_entropy_dual", "logits_tangent", logits_tangent, logits, tuple(logits.shape)
+    )
 
 
-def _allocate_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _allocate_dual(
+    logits: Tensor, logits_tangent: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     label_rows = 0 if labels.dtype == torch.int64 else logits.shape[0]
     return (
         logits.new_empty(logits.shape[0]),
@@ -109,16 +124,27 @@ def _allocate_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tu
     )
 
 
-def _kernel_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _kernel_dual(
+    logits: Tensor, logits_tangent: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, logits_tangent = logits.contiguous(), logits_tangent.contiguous()
     hard, soft = _split_labels(labels)
-    losses_tangent, grad, grad_tangent, labels_tangent = _allocate_dual(logits, logits_tangent, labels)
+    losses_tangent, grad, grad_tangent, labels_tangent = _allocate_dual(
+        logits, logits_tangent, labels
+    )
     _native.call(
-        "cross_entropy_dual", logits, *logits.shape,
-        logits, logits_tangent, hard, soft,
-        losses_tangent, grad, grad_tangent,
+        "cross_entropy_dual",
+        logits,
+        *logits.shape,
+        logits,
+        logits_tangent,
+        hard,
+        soft,
+        losses_tangent,
+        grad,
+        grad_tangent,
         None if soft is None else labels_tangent,
-    )  # fmt: skip
+    )
     return losses_tangent, grad, grad_tangent, labels_tangent
 
 
@@ -140,7 +166,8 @@ def cross_entropy_dual_reference(
 
 
 _cross_entropy_dual = operator(
-    "cross_entropy_dual(Tensor logits, Tensor logits_tangent, Tensor labels) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cross_entropy_dual(Tensor logits, Tensor logits_tangent, Tensor labels) -> (Tensor, Tensor, "
+    "Tensor, Tensor)",
     check=_check_dual,
     allocate=_allocate_dual,
     kernel=_kernel_dual,
@@ -148,15 +175,17 @@ _cross_entropy_dual = operator(
 )
 
 
-def cross_entropy_dual(logits: Tensor, logits_tangent: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cross_entropy_dual(
+    logits: Tensor, logits_tangent: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`cross_entropy` on dual numbers (labels carry no tangent).
 
     Args:
         logits, logits_tangent: [B, K].
         labels: as for :func:`cross_entropy`.
 
-    Returns:
-        tangents of the losses [B]; gradient of the mean loss with respect to the logits [B, K]; its tangent [B, K];
-        tangent of the gradient with respect to soft labels [B, K] ([0, K] for hard labels).
+    Returns: tangents of the losses [B]; gradient of the mean loss with respect to the logits [B,
+        K]; its tangent [B, K]; tangent of the gradient with respect to soft labels [B, K] ([0, K]
+        for hard labels).
     """
     return _cross_entropy_dual(logits, logits_tangent, labels)

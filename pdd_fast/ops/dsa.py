@@ -1,4 +1,5 @@
-"""Differentiable Siamese augmentation as two operators: an image's affine map (or its linear part), and its transpose.
+"""Differentiable Siamese augmentation as two operators: an image's affine map (or its linear part),
+and its transpose.
 
 Operations and draws travel as numbers; :mod:`pdd_fast.augmentation.dsa` gives them names. Formulas:
 ``csrc/ops/dsa/math.h``.
@@ -21,9 +22,18 @@ from pdd_fast.runtime.errors import require
 # csrc/ops/dsa/params.h holds the same two lists.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 DRAWS = (
-    "brightness", "saturation", "contrast", "shift_h", "shift_w", "cutout_h", "cutout_w", "flip", "scale_h", "scale_w",
+    "brightness",
+    "saturation",
+    "contrast",
+    "shift_h",
+    "shift_w",
+    "cutout_h",
+    "cutout_w",
+    "flip",
+    "scale_h",
+    "scale_w",
     "angle",
-)  # fmt: skip
+)
 NOTHING = -1  # an operation that leaves its image alone
 
 
@@ -47,7 +57,8 @@ _TYPES = (torch.float32, torch.float64, *HALF)
 
 
 def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> None:
-    # Conditions first, and what a message is made of only where one fails: 2 microseconds a call instead of 10.
+    # Conditions first, and what a message is made of only where one fails: 2 microseconds a call
+    #     instead of 10.
     shape, device = images.shape, images.device
     if images.dtype not in _TYPES:
         require_floating(name, "images", images, half=True)
@@ -76,22 +87,38 @@ def _empty(images: Tensor) -> Tensor:
     if images.is_contiguous():
         return torch.empty_like(images, memory_format=torch.contiguous_format)
     last = images.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(images, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.empty_like(
+        images, memory_format=torch.channels_last if last else torch.contiguous_format
+    )
 
 
-def _launch(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool) -> Tensor:
+def _launch(
+    name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool
+) -> Tensor:
     draws, operations, output = draws.contiguous(), operations.contiguous(), _empty(images)
     number = compute_dtype(images.dtype)
     count = _native.scratch_images(images, number.itemsize)
     scratch = images.new_empty((count, 2, images[0].numel()), dtype=number) if count else None
     _native.call(
-        name, images, images.shape, *cutout, len(operations), operations, linear,
-        draws, images, images.stride(), output, output.stride(), scratch, count,
-    )  # fmt: skip
+        name,
+        images,
+        images.shape,
+        *cutout,
+        len(operations),
+        operations,
+        linear,
+        draws,
+        images,
+        images.stride(),
+        output,
+        output.stride(),
+        scratch,
+        count,
+    )
     return output
 
 
-# ---- reference ----------------------------------------------------------------------------------------------------
+# ---- reference ----
 
 
 def _shift(images: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -101,7 +128,9 @@ def _shift(images: Tensor, u: Tensor, v: Tensor) -> Tensor:
     columns = torch.arange(W, device=images.device) + v.view(B, 1).long()
     inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
     batch = torch.arange(B, device=images.device)[:, None, None]
-    picked = images.permute(0, 2, 3, 1)[batch, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]]
+    picked = images.permute(0, 2, 3, 1)[
+        batch, rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]
+    ]
     return picked.permute(0, 3, 1, 2) * inside[:, None]
 
 
@@ -115,9 +144,13 @@ def _cut(images: Tensor, centre_h: Tensor, centre_w: Tensor, size: list[int]) ->
 
 def _sample(images: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> Tensor:
     zero = torch.zeros_like(xx)
-    matrix = torch.stack([torch.stack([xx, xy, zero], -1), torch.stack([yx, yy, zero], -1)], -2).reshape(-1, 2, 3)
+    matrix = torch.stack(
+        [torch.stack([xx, xy, zero], -1), torch.stack([yx, yy, zero], -1)], -2
+    ).reshape(-1, 2, 3)
     grid = F.affine_grid(matrix, list(images.shape), align_corners=True)
-    sampled = F.grid_sample(images.double(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    sampled = F.grid_sample(
+        images.double(), grid, mode="bilinear", padding_mode="zeros", align_corners=True
+    )
     return sampled.to(images.dtype)
 
 
@@ -126,7 +159,9 @@ def _apply(number: int, images: Tensor, d: Draws, cutout: list[int], linear: boo
     if number == NOTHING:
         return images
     if not 0 <= number < len(OPERATIONS):
-        raise ValueError(f"dsa: operations must be numbers in [{NOTHING}, {len(OPERATIONS)}), got {number}")
+        raise ValueError(
+            f"dsa: operations must be numbers in [{NOTHING}, {len(OPERATIONS)}), got {number}"
+        )
     operation = OPERATIONS[number]
     if operation == "color":
         if not linear:
@@ -148,10 +183,14 @@ def _apply(number: int, images: Tensor, d: Draws, cutout: list[int], linear: boo
     return _sample(images, cosine, -sine, sine, cosine)
 
 
-def dsa_reference(images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool) -> Tensor:
+def dsa_reference(
+    images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool
+) -> Tensor:
     """Plain-torch :func:`dsa`; differentiable in ``images``."""
     like, parts = images, []
-    for numbers in operations.unique(dim=1).t().tolist():  # images that go through the same operations go together
+    for numbers in (
+        operations.unique(dim=1).t().tolist()
+    ):  # images that go through the same operations go together
         rows = (operations == operations.new_tensor(numbers)[:, None]).all(0).nonzero().flatten()
         part = images.index_select(0, rows)
         d = Draws(*(row.view(-1, 1, 1, 1) for row in draws.index_select(1, rows)))
@@ -163,7 +202,9 @@ def dsa_reference(images: Tensor, draws: Tensor, operations: Tensor, cutout: lis
     return _empty(like).copy_(images) if not images.requires_grad else images
 
 
-def dsa_adjoint_reference(grad: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> Tensor:
+def dsa_adjoint_reference(
+    grad: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]
+) -> Tensor:
     """Plain-torch :func:`dsa_adjoint`, by autograd through :func:`dsa_reference`."""
     with torch.enable_grad():
         images = torch.zeros_like(grad, requires_grad=True)
@@ -172,21 +213,29 @@ def dsa_adjoint_reference(grad: Tensor, draws: Tensor, operations: Tensor, cutou
     return _empty(grad).copy_(result)
 
 
-# ---- operators ------------------------------------------------------------------------------------------------------
+# ---- operators ----
 
 _dsa = operator(
     "dsa(Tensor images, Tensor draws, Tensor operations, int[] cutout, bool linear) -> Tensor",
-    check=lambda images, draws, operations, cutout, linear: _check("dsa", images, draws, operations, cutout),
+    check=lambda images, draws, operations, cutout, linear: _check(
+        "dsa", images, draws, operations, cutout
+    ),
     allocate=lambda images, draws, operations, cutout, linear: _empty(images),
-    kernel=lambda images, draws, operations, cutout, linear: _launch("dsa", images, draws, operations, cutout, linear),
+    kernel=lambda images, draws, operations, cutout, linear: _launch(
+        "dsa", images, draws, operations, cutout, linear
+    ),
     reference=dsa_reference,
 )
 
 _dsa_adjoint = operator(
     "dsa_adjoint(Tensor grad, Tensor draws, Tensor operations, int[] cutout) -> Tensor",
-    check=lambda grad, draws, operations, cutout: _check("dsa_adjoint", grad, draws, operations, cutout),
+    check=lambda grad, draws, operations, cutout: _check(
+        "dsa_adjoint", grad, draws, operations, cutout
+    ),
     allocate=lambda grad, draws, operations, cutout: _empty(grad),
-    kernel=lambda grad, draws, operations, cutout: _launch("dsa_adjoint", grad, draws, operations, cutout, True),
+    kernel=lambda grad, draws, operations, cutout: _launch(
+        "dsa_adjoint", grad, draws, operations, cutout, True
+    ),
     reference=dsa_adjoint_reference,
 )
 
@@ -198,20 +247,28 @@ def _keys(*names: str) -> int:
     return keys.raw_repr()
 
 
-_PLAIN = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")  # a tensor on the CPU and nothing else besides
+_PLAIN = _keys(
+    "CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"
+)  # a tensor on the CPU and nothing else besides
 _NUMBERS = {dtype: _native.TYPES.index(dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def _straight(
-    name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int], linear: bool
+    name: str,
+    images: Tensor,
+    draws: Tensor,
+    operations: Tensor,
+    cutout: Sequence[int],
+    linear: bool,
 ) -> Tensor | None:
-    """The operator where all is as in a training step on the CPU: its kernel, without the way through the dispatcher.
+    """The operator where all is as in a training step on the CPU: its kernel, without the way
+    through the dispatcher.
 
-    8 microseconds a call instead of 20, and each twice to three times that where other code runs between calls; the
-    kernel takes 5 for 20 flipped images of 3x32x32.
+    8 microseconds a call instead of 20, and each twice to three times that where other code runs
+    between calls; the kernel takes 5 for 20 flipped images of 3x32x32.
 
-    Returns:
-        None where anything is unusual (a mode, a transform, a trace, a gradient, a mistake): call the operator.
+    Returns: None where anything is unusual (a mode, a transform, a trace, a gradient, a mistake):
+        call the operator.
     """
     if torch.compiler.is_compiling():
         return None
@@ -239,20 +296,35 @@ def _straight(
         return None
     output = torch.empty_like(images) if images.is_contiguous() else _empty(images)
     status = getattr(library, name)(
-        number, 0, threads(), shape, *cutout, count[0], operations.data_ptr(), linear, draws.data_ptr(),
-        images.data_ptr(), images.stride(), output.data_ptr(), output.stride(), 0, 0,
-    )  # fmt: skip
+        number,
+        0,
+        threads(),
+        shape,
+        *cutout,
+        count[0],
+        operations.data_ptr(),
+        linear,
+        draws.data_ptr(),
+        images.data_ptr(),
+        images.stride(),
+        output.data_ptr(),
+        output.stride(),
+        0,
+        0,
+    )
     return output if status == 0 else None
 
 
-def dsa(images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int], linear: bool = False) -> Tensor:
+def dsa(
+    images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int], linear: bool = False
+) -> Tensor:
     """Applies ``operations`` in order to every image, each with its own draws.
 
-    Args:
-        images: [B, C, H, W], float32, float64, bfloat16 or float16, any strides.
-        draws: float64 [11, B], rows as in :data:`DRAWS`.
-        operations: int32 [k, B], for every image the indices into :data:`OPERATIONS` of what it goes through, or
-            :data:`NOTHING`. On CUDA they are read by the kernel alone: an image with another number becomes NaN.
+    Args: images: [B, C, H, W], float32, float64, bfloat16 or float16, any strides. draws: float64
+        [11, B], rows as in :data:`DRAWS`. operations: int32 [k, B], for every image the indices
+        into :data:`OPERATIONS` of what it goes through, or
+            :data:`NOTHING`. On CUDA they are read by the kernel alone: an image with another number
+            becomes NaN.
         cutout: height and width of what cutout blanks, pixels.
         linear: leave out the constant that brightness adds.
 
@@ -264,6 +336,8 @@ def dsa(images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int]
 
 
 def dsa_adjoint(grad: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int]) -> Tensor:
-    """Aᵀ ``grad``, with A the linear part of :func:`dsa` for the same draws; arguments and result as there."""
+    """Aᵀ ``grad``, with A the linear part of :func:`dsa` for the same draws; arguments and result
+    as there.
+    """
     output = _straight("dsa_adjoint", grad, draws, operations, cutout, True)
     return _dsa_adjoint(grad, draws, operations, list(cutout)) if output is None else output

@@ -1,10 +1,13 @@
-"""Instance norm + affine + ReLU + 2×2 average pool as one operator: forward, backward, and both on dual numbers.
+"""Instance norm + affine + ReLU + 2×2 average pool as one operator: forward, backward, and both on
+dual numbers.
 
-One block of the ConvNet after its convolution. Formulas stand in ``csrc/ops/norm_relu_pool/math.h``. Kernels read and
-write channels-last memory; other layouts are converted on the way in. Results are channels-last.
+One block of the ConvNet after its convolution. Formulas stand in
+``csrc/ops/norm_relu_pool/math.h``. Kernels read and write channels-last memory; other layouts are
+converted on the way in. Results are channels-last.
 
-Images [B, C, H, W] may be float32, float64, bfloat16 or float16. With the two last, everything that is not an image
-(statistics, per-channel vectors and their gradients) is float32, and so is all arithmetic.
+Images [B, C, H, W] may be float32, float64, bfloat16 or float16. With the two last, everything that
+is not an image (statistics, per-channel vectors and their gradients) is float32, and so is all
+arithmetic.
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ def _check_images(name: str, z: Tensor) -> tuple[tuple[int, ...], tuple[int, ...
 def _check_all(name: str, z: Tensor, shapes: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
     for argument, (tensor, shape) in shapes.items():
         is_images = len(shape) == 4
-        require_like(name, argument, tensor, z, shape, z.dtype if is_images else compute_dtype(z.dtype))
+        require_like(
+            name, argument, tensor, z, shape, z.dtype if is_images else compute_dtype(z.dtype)
+        )
 
 
 def _new(z: Tensor, *shape: int) -> Tensor:
@@ -50,7 +55,7 @@ def _new(z: Tensor, *shape: int) -> Tensor:
     return z.new_empty(shape, dtype=compute_dtype(z.dtype))
 
 
-# ---- norm_relu_pool ---------------------------------------------------------------------------------------------
+# ---- norm_relu_pool ----
 
 
 def _check(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -66,10 +71,7 @@ def _allocate(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tens
 def _kernel(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     z, weight, bias = _dense(z), weight.contiguous(), bias.contiguous()
     out, mean, rstd = _allocate(z, weight, bias, eps)
-    _native.call(
-        "norm_relu_pool", z, *z.shape, eps,
-        z, weight, bias, out, mean, rstd,
-    )  # fmt: skip
+    _native.call("norm_relu_pool", z, *z.shape, eps, z, weight, bias, out, mean, rstd)
     return out, mean, rstd
 
 
@@ -83,7 +85,9 @@ def _images(vector: Tensor) -> Tensor:
     return vector[..., None, None]
 
 
-def norm_relu_pool_reference(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_relu_pool_reference(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch :func:`norm_relu_pool`."""
     mean, rstd = _statistics(z, eps)
     a = (z - _images(mean)) * _images(rstd) * _images(weight) + _images(bias)
@@ -99,13 +103,13 @@ _norm_relu_pool = operator(
 )
 
 
-def norm_relu_pool(z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor, Tensor]:
+def norm_relu_pool(
+    z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor]:
     """avg_pool2d(relu(instance_norm(z) * weight + bias), 2).
 
-    Args:
-        z: [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not pooled.
-        weight, bias: [C].
-        eps: added to the variance.
+    Args: z: [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not
+        pooled. weight, bias: [C]. eps: added to the variance.
 
     Returns:
         out [B, C, H//2, W//2], mean [B, C], rstd [B, C] = 1/sqrt(variance + eps).
@@ -113,10 +117,12 @@ def norm_relu_pool(z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) ->
     return _norm_relu_pool(z, weight, bias, eps)
 
 
-# ---- norm_relu_pool_backward ------------------------------------------------------------------------------------
+# ---- norm_relu_pool_backward ----
 
 
-def _check_backward(grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> None:
+def _check_backward(
+    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
+) -> None:
     name = "norm_relu_pool_backward"
     (B, C, _, _), pooled, vector = _check_images(name, z)
     _check_all(
@@ -141,10 +147,19 @@ def _kernel_backward(
     mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
     grad_z, parts = _allocate_backward(grad_out, z, mean, rstd, weight, bias)
     _native.call(
-        "norm_relu_pool_backward", z, *z.shape,
-        grad_out, z, mean, rstd, weight, bias,
-        grad_z, parts[0], parts[1],
-    )  # fmt: skip
+        "norm_relu_pool_backward",
+        z,
+        *z.shape,
+        grad_out,
+        z,
+        mean,
+        rstd,
+        weight,
+        bias,
+        grad_z,
+        parts[0],
+        parts[1],
+    )
     return grad_z, parts
 
 
@@ -172,7 +187,8 @@ def norm_relu_pool_backward_reference(
 
 
 _norm_relu_pool_backward = operator(
-    "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor weight, Tensor bias)"
+    "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor weight, "
+    "Tensor bias)"
     " -> (Tensor, Tensor)",
     check=_check_backward,
     allocate=_allocate_backward,
@@ -191,66 +207,103 @@ def norm_relu_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """The backward pass of :func:`norm_relu_pool`.
 
-    Returns:
-        grad_z: gradient with respect to z [B, C, H, W].
-        parts: [2, B, C], every image's term of the gradients with respect to weight and bias. The sums over B are the
+    Returns: grad_z: gradient with respect to z [B, C, H, W]. parts: [2, B, C], every image's term
+        of the gradients with respect to weight and bias. The sums over B are the
             caller's, who knows where they belong: the two are neighbours in a flat vector.
     """
     return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
 
 
-# ---- norm_relu_pool_dual ----------------------------------------------------------------------------------------
+# ---- norm_relu_pool_dual ----
 
 
 def _check_dual(
-    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
-    eps: float, tangent_only: bool,
-) -> None:  # fmt: skip
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> None:
     name = "norm_relu_pool_dual"
     images, _, vector = _check_images(name, z)
     _check_all(
         name,
         z,
-        {"z_tangent": (z_tangent, images), "weight": (weight, vector), "weight_tangent": (weight_tangent, vector)}
+        {
+            "z_tangent": (z_tangent, images),
+            "weight": (weight, vector),
+            "weight_tangent": (weight_tangent, vector),
+        }
         | {"bias": (bias, vector), "bias_tangent": (bias_tangent, vector)},
     )
 
 
 def _allocate_dual(
-    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
-    eps: float, tangent_only: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
     B, C, H, W = z.shape
     return _empty(z, B if tangent_only else 2 * B, H // 2, W // 2), _new(z, 4, B, C)
 
 
 def _kernel_dual(
-    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
-    eps: float, tangent_only: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
     z, z_tangent = _dense(z), _dense(z_tangent)
     vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias, bias_tangent))
-    out, statistics = _allocate_dual(z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only)
+    out, statistics = _allocate_dual(
+        z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only
+    )
     _native.call(
-        "norm_relu_pool_dual", z, *z.shape, eps,
-        z, z_tangent, *vectors,
-        None if tangent_only else out, out if tangent_only else out[len(z) :],
+        "norm_relu_pool_dual",
+        z,
+        *z.shape,
+        eps,
+        z,
+        z_tangent,
+        *vectors,
+        None if tangent_only else out,
+        out if tangent_only else out[len(z) :],
         *statistics,
-    )  # fmt: skip
+    )
     return out, statistics
 
 
 def norm_relu_pool_dual_reference(
-    z: Tensor, z_tangent: Tensor, weight: Tensor, weight_tangent: Tensor, bias: Tensor, bias_tangent: Tensor,
-    eps: float, tangent_only: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
     """Plain-torch :func:`norm_relu_pool_dual`."""
     mean, rstd = _statistics(z, eps)
     x_hat = (z - _images(mean)) * _images(rstd)
     mean_tangent, kappa = z_tangent.mean((2, 3)), (x_hat * z_tangent).mean((2, 3))
     x_hat_tangent = _images(rstd) * (z_tangent - _images(mean_tangent) - x_hat * _images(kappa))
     a = x_hat * _images(weight) + _images(bias)
-    a_tangent = x_hat * _images(weight_tangent) + x_hat_tangent * _images(weight) + _images(bias_tangent)
+    a_tangent = (
+        x_hat * _images(weight_tangent) + x_hat_tangent * _images(weight) + _images(bias_tangent)
+    )
     value = torch.nn.functional.avg_pool2d(a.relu(), 2)
     derivative = torch.nn.functional.avg_pool2d(a_tangent * (a > 0), 2)
     out = derivative if tangent_only else torch.cat([value, derivative])
@@ -258,7 +311,8 @@ def norm_relu_pool_dual_reference(
 
 
 _norm_relu_pool_dual = operator(
-    "norm_relu_pool_dual(Tensor z, Tensor z_tangent, Tensor weight, Tensor weight_tangent, Tensor bias,"
+    "norm_relu_pool_dual(Tensor z, Tensor z_tangent, Tensor weight, Tensor weight_tangent, Tensor "
+    "bias,"
     " Tensor bias_tangent, float eps, bool tangent_only) -> (Tensor, Tensor)",
     check=_check_dual,
     allocate=_allocate_dual,
@@ -279,21 +333,31 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor]:
     """:func:`norm_relu_pool` on dual numbers (docs/mathematics.md, section 2).
 
-    Returns:
-        out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next convolution is one call;
+    Returns: out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next
+        convolution is one call;
             with ``tangent_only`` the tangents alone, [B, C, H//2, W//2].
-        statistics: [4, B, C]: mean, rstd, tangent of mean, kappa = mean(x_hat * z_tangent), for the backward pass.
+        statistics: [4, B, C]: mean, rstd, tangent of mean, kappa = mean(x_hat * z_tangent), for the
+            backward pass.
     """
-    return _norm_relu_pool_dual(z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only)
+    return _norm_relu_pool_dual(
+        z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only
+    )
 
 
-# ---- norm_relu_pool_dual_backward -------------------------------------------------------------------------------
+# ---- norm_relu_pool_dual_backward ----
 
 
 def _check_dual_backward(
-    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
-    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> None:  # fmt: skip
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> None:
     name = "norm_relu_pool_dual_backward"
     images, pooled, vector = _check_images(name, z)
     _check_all(
@@ -301,39 +365,71 @@ def _check_dual_backward(
         z,
         {"grad_out": (grad_out, pooled), "grad_out_tangent": (grad_out_tangent, pooled)}
         | {"z_tangent": (z_tangent, images), "statistics": (statistics, (4, *images[:2]))}
-        | {"weight": (weight, vector), "weight_tangent": (weight_tangent, vector), "bias": (bias, vector)},
+        | {
+            "weight": (weight, vector),
+            "weight_tangent": (weight_tangent, vector),
+            "bias": (bias, vector),
+        },
     )
 
 
 def _allocate_dual_backward(
-    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
-    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
     B, C, H, W = z.shape
     return _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
 
 
 def _kernel_dual_backward(
-    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
-    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
     images = tuple(_dense(t) for t in (grad_out, grad_out_tangent, z, z_tangent))
     vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias))
     statistics = statistics.contiguous()
     B, C, H, W = z.shape
     grad_z, parts = _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
     _native.call(
-        "norm_relu_pool_dual_backward", z, *z.shape,
-        *images, *statistics, *vectors,
-        None if tangent_only else grad_z[B:], grad_z, parts[0], parts[1],
-    )  # fmt: skip
+        "norm_relu_pool_dual_backward",
+        z,
+        *z.shape,
+        *images,
+        *statistics,
+        *vectors,
+        None if tangent_only else grad_z[B:],
+        grad_z,
+        parts[0],
+        parts[1],
+    )
     return grad_z, parts
 
 
 def norm_relu_pool_dual_backward_reference(
-    grad_out: Tensor, grad_out_tangent: Tensor, z: Tensor, z_tangent: Tensor, statistics: Tensor,
-    weight: Tensor, weight_tangent: Tensor, bias: Tensor, tangent_only: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
     """Plain-torch :func:`norm_relu_pool_dual_backward`."""
     mean, rstd, mean_tangent, kappa = map(_images, statistics)
     x_hat = (z - mean) * rstd
@@ -343,9 +439,11 @@ def norm_relu_pool_dual_backward_reference(
     product, product_tangent = grad * x_hat, grad_tangent * x_hat + grad * x_hat_tangent
     centred = grad - _plane_mean(grad) - x_hat * _plane_mean(product)
     centred_tangent = (
-        grad_tangent - _plane_mean(grad_tangent) - x_hat_tangent * _plane_mean(product)
+        grad_tangent
+        - _plane_mean(grad_tangent)
+        - x_hat_tangent * _plane_mean(product)
         - x_hat * _plane_mean(product_tangent)
-    )  # fmt: skip
+    )
     factor = rstd * _images(weight)
     factor_tangent = rstd * _images(weight_tangent) - rstd * rstd * kappa * _images(weight)
     derivative = factor_tangent * centred + factor * centred_tangent
@@ -354,7 +452,8 @@ def norm_relu_pool_dual_backward_reference(
 
 
 _norm_relu_pool_dual_backward = operator(
-    "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, Tensor z_tangent,"
+    "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, Tensor "
+    "z_tangent,"
     " Tensor statistics, Tensor weight, Tensor weight_tangent, Tensor bias, bool tangent_only)"
     " -> (Tensor, Tensor)",
     check=_check_dual_backward,
@@ -377,11 +476,21 @@ def norm_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor]:
     """:func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
 
-    Returns:
-        grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of the convolution before
-            pairs tangents of gradients with values of inputs; with ``tangent_only`` the tangents alone [B, C, H, W].
-        parts: [2, B, C], every image's term of the tangents of the gradients with respect to weight and bias.
+    Returns: grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of
+        the convolution before
+            pairs tangents of gradients with values of inputs; with ``tangent_only`` the tangents
+            alone [B, C, H, W].
+        parts: [2, B, C], every image's term of the tangents of the gradients with respect to weight
+            and bias.
     """
     return _norm_relu_pool_dual_backward(
-        grad_out, grad_out_tangent, z, z_tangent, statistics, weight, weight_tangent, bias, tangent_only
+        grad_out,
+        grad_out_tangent,
+        z,
+        z_tangent,
+        statistics,
+        weight,
+        weight_tangent,
+        bias,
+        tangent_only,
     )

@@ -1,4 +1,6 @@
-"""What every part of a run works with: data, network, augmentation and device, set up once from its configuration."""
+"""What every part of a run works with: data, network, augmentation and device, set up once from its
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ from pdd_fast.storage.run import Run
 from pdd_fast.training.memory import training_bytes
 from pdd_fast.training.sgd import Sgd, Students
 
-# Of networks trained side by side on a GPU. A step of 16 of width 128 on 256 images of 32×32 is 1.2 TFLOP, milliseconds
-# on any of them: launches no longer count, and more networks would only make an interruption lose more.
+# Of networks trained side by side on a GPU. A step of 16 of width 128 on 256 images of 32×32 is 1.2
+# TFLOP, milliseconds on any of them: launches no longer count, and more networks would only make an
+# interruption lose more.
 _MOST_SIDE_BY_SIDE = 16
 
 
@@ -44,13 +47,14 @@ class Workbench:
 
     @classmethod
     def prepare(cls, config: Config, folder: Path | None = None) -> Workbench:
-        """Loads the data, builds the network, and sets the process's number of threads where the configuration has one.
+        """Loads the data, builds the network, and sets the process's number of threads where the
+        configuration has one.
 
         Args:
             folder: of the run, where the whitening is kept once it was fitted.
 
-        Raises:
-            UsageError: data are missing or do not fit the configuration, or the device cannot be used.
+        Raises: UsageError: data are missing or do not fit the configuration, or the device cannot
+            be used.
         """
         where = resolve_device(config.device)
         if config.threads:
@@ -67,25 +71,36 @@ class Workbench:
         side = min(images.image_size)
         if side < 2**config.depth:
             raise UsageError(
-                f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got {config.depth}"
+                f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got "
+                f"{config.depth}"
             )
         if config.factor > side:
-            raise UsageError(f"factor must be at most {side} for images of {side} pixels, got {config.factor}")
+            raise UsageError(
+                f"factor must be at most {side} for images of {side} pixels, got {config.factor}"
+            )
         with torch.device("cpu"):  # whatever the caller's default device is
-            net = ConvNet(images.in_channels, images.num_classes, images.image_size, config.width, config.depth)
+            net = ConvNet(
+                images.in_channels,
+                images.num_classes,
+                images.image_size,
+                config.width,
+                config.depth,
+            )
         net = net.to(where)
-        engine = engines.choose(net, config.engine, precision.resolve(config.precision, where), config.convolution)
+        engine = engines.choose(
+            net, config.engine, precision.resolve(config.precision, where), config.convolution
+        )
         dsa = DSA(config.augment, mode=config.augment_mode)
         together = config.side_by_side or _fitting(config, net, engine, where)
         return cls(config, where, images.to(where), engine, dsa, together)
 
     @classmethod
     def of_run(cls, run: Run, config: Config | None = None, to_judge: bool = False) -> Workbench:
-        """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they lie now.
+        """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they
+        lie now.
 
-        Args:
-            config: in place of the run's own.
-            to_judge: the run is finished: nothing in it is written, and its images may lie in another order.
+        Args: config: in place of the run's own. to_judge: the run is finished: nothing in it is
+            written, and its images may lie in another order.
 
         Raises:
             UsageError: as :meth:`prepare`; or the data are others.
@@ -93,7 +108,8 @@ class Workbench:
         bench = cls.prepare(config or run.config, run.path)
         if reason := difference(run.data, identity(bench.data), in_order=not to_judge):
             raise UsageError(
-                f"dataset must be what {run.path} was begun with, got another in its place: {reason}; say with "
+                f"dataset must be what {run.path} was begun with, got another in its place: "
+                f"{reason}; say with "
                 f"--dataset {FOLDER}DIR or --data-dir DIR where it lies now"
             )
         if not to_judge:
@@ -123,8 +139,9 @@ class Workbench:
         }
 
     def groups(self, count: int) -> list[range]:
-        """The numbers below ``count`` in groups that are trained side by side: always the same, because networks in a
-        group of another size are rounded differently."""
+        """The numbers below ``count`` in groups that are trained side by side: always the same,
+        because networks in a group of another size are rounded differently.
+        """
         size = self.side_by_side
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -140,20 +157,30 @@ class Workbench:
 
     def initial_students(self, purpose: str, numbers: Sequence[int]) -> Students:
         """Freshly drawn networks at rest, each by its own number."""
-        return Students.start(torch.stack([self.initial_parameters(purpose, number) for number in numbers]))
+        return Students.start(
+            torch.stack([self.initial_parameters(purpose, number) for number in numbers])
+        )
 
     @property
     def real_sgd(self) -> Sgd:
         """How networks are trained on real data."""
         config = self.config
-        return Sgd(self.engine, self.dsa, config.expert_batch, config.expert_momentum, graph=config.graph != "off")
+        return Sgd(
+            self.engine,
+            self.dsa,
+            config.expert_batch,
+            config.expert_momentum,
+            graph=config.graph != "off",
+        )
 
     @property
     def synthetic_sgd(self) -> Sgd:
         """How networks are trained on a union: transition, selection and evaluation alike."""
         config = self.config
         momentum, decay = config.union_momentum, config.union_weight_decay
-        return Sgd(self.engine, self.dsa, config.union_batch, momentum, decay, graph=config.graph != "off")
+        return Sgd(
+            self.engine, self.dsa, config.union_batch, momentum, decay, graph=config.graph != "off"
+        )
 
     def train_on_union(
         self,
@@ -164,25 +191,32 @@ class Workbench:
         epochs: int,
         generators: Sequence[torch.Generator],
     ) -> None:
-        """``epochs`` epochs of :attr:`synthetic_sgd` at ``rate``, a tenth of it in the second half."""
+        """``epochs`` epochs of :attr:`synthetic_sgd` at ``rate``, a tenth of it in the second
+        half."""
         sgd = self.synthetic_sgd
         steps = epochs * sgd.steps_per_epoch(len(images))
         sgd.run(students, images, labels, rate, steps, generators)
 
     def random_real_rows(self, per_class: Sequence[int], *purpose: str | int) -> list[Tensor]:
-        """For every group of ``per_class`` images a class: rows of :attr:`train`, class by class, no image twice."""
+        """For every group of ``per_class`` images a class: rows of :attr:`train`, class by class,
+        no image twice.
+        """
         draw = self.generator(*purpose)
         groups: list[list[Tensor]] = [[] for _ in per_class]
         for label in range(self.data.num_classes):
             rows = self.train.rows_of(label).cpu()
             order = rows[torch.randperm(len(rows), generator=draw, device="cpu")]
-            for group, part in zip(groups, order[: sum(per_class)].split(list(per_class)), strict=True):
+            for group, part in zip(
+                groups, order[: sum(per_class)].split(list(per_class)), strict=True
+            ):
                 group.append(part)
         return [torch.cat(group).to(self.device) for group in groups]
 
 
 def _whitening_file(folder: Path) -> Path:
-    """Return where the whitening of a run is kept: also in its distilled sets, for a run that has lost the file."""
+    """Return where the whitening of a run is kept: also in its distilled sets, for a run that has
+    lost the file.
+    """
     names = ("whitening.safetensors", "distilled.safetensors", "stage-1/distilled.safetensors")
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
@@ -190,12 +224,16 @@ def _whitening_file(folder: Path) -> Path:
 def _fitting(config: Config, net: ConvNet, engine: engines.Engine, device: torch.device) -> int:
     """How many networks to train side by side where nobody said.
 
-    1 on the CPU, where it pays for images as small as digits alone: a step of four took 0.6 of their time one by one at
-    width 32 on 8×8, 1.0 at width 128 on 32×32, and 1.7 at width 32 on 32×32 (one thread).
+    1 on the CPU, where it pays for images as small as digits alone: a step of four took 0.6 of
+    their time one by one at width 32 on 8×8, 1.0 at width 128 on 32×32, and 1.7 at width 32 on
+    32×32 (one thread).
     """
     batch = max(config.expert_batch, config.union_batch)
     shape = engines.PassShape(batch, (net.in_channels, *net.image_size), torch.float32, device)
     size = training_bytes(engine, shape)
-    # Libraries count a tensor's numbers in 32 bits: 16 networks of width 128 on 256 images of 64×64 are one too many.
+    # Libraries count a tensor's numbers in 32 bits: 16 networks of width 128 on 256 images of 64×64
+    # are one too many.
     largest = batch * config.width * math.prod(net.image_size)
-    return device_memory.largest_group(size, device, max(1, min(_MOST_SIDE_BY_SIDE, (2**31 - 1) // largest)))
+    return device_memory.largest_group(
+        size, device, max(1, min(_MOST_SIDE_BY_SIDE, (2**31 - 1) // largest))
+    )

@@ -1,4 +1,6 @@
-"""Training trajectories on real data: the experts, and those that start from networks trained on a union."""
+"""Training trajectories on real data: the experts, and those that start from networks trained on a
+union.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def stored_experts(run: Run) -> list[Trajectory]:
     found = found or list_trajectories(folder)
     require_alike(found)
     if len(found) < config.experts:
-        raise UsageError(f"experts must be at most {len(found)}, as many as {folder} holds, got {config.experts}")
+        raise UsageError(
+            f"experts must be at most {len(found)}, as many as {folder} holds, got {config.experts}"
+        )
     return found[: config.experts]
 
 
@@ -94,16 +98,16 @@ def record_trajectories(
     title: str,
     rows: Tensor | None = None,
 ) -> None:
-    """Trains one network per expert on real data (``rows`` of ``bench.train``, on the CPU, or all of it), keeping the
-    weights of every epoch.
+    """Trains one network per expert on real data (``rows`` of ``bench.train``, on the CPU, or all
+    of it), keeping the weights of every epoch.
 
-    Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K, P]. Epoch e of
-    network k draws from a generator of its own, so an interrupted group goes on with the same bits. Where some of a
-    group are finished and others are not, all are trained, and the missing ones written.
+    Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K,
+    P]. Epoch e of network k draws from a generator of its own, so an interrupted group goes on with
+    the same bits. Where some of a group are finished and others are not, all are trained, and the
+    missing ones written.
 
-    Raises:
-        UsageError: a trajectory that is there already is of another network, length or data set, or not finite.
-        RunError: a network diverges.
+    Raises: UsageError: a trajectory that is there already is of another network, length or data
+        set, or not finite. RunError: a network diverges.
     """
     config, train = bench.config, bench.train
     groups, there = bench.groups(config.experts), set[int]()
@@ -119,7 +123,9 @@ def record_trajectories(
     if len(there) == config.experts:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with reporter.task(title, total=config.experts * epochs, unit="epoch", done=len(there) * epochs) as task:
+    with reporter.task(
+        title, total=config.experts * epochs, unit="epoch", done=len(there) * epochs
+    ) as task:
         for group in groups:
             missing = [k for k in group if k not in there]
             if not missing:
@@ -140,11 +146,15 @@ def record_trajectories(
                     write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
                     saved = time.monotonic()
             del loop  # and the memory of its graphs, before the next group's start is trained
-            reached = accuracies(bench.engine, students.theta, bench.held_out.images, bench.held_out.labels)
+            reached = accuracies(
+                bench.engine, students.theta, bench.held_out.images, bench.held_out.labels
+            )
             for k in missing:
                 place = k - group[0]
                 own = [checkpoint[place] for checkpoint in checkpoints]
-                write_trajectory(trajectory_path(folder, k), own, _metadata(bench, k, purpose, reached[place]))
+                write_trajectory(
+                    trajectory_path(folder, k), own, _metadata(bench, k, purpose, reached[place])
+                )
                 task.advance(0, accuracy=reached[place])
             _forget(folder, group)  # only now: what is missing of a group is made from it
 
@@ -152,13 +162,16 @@ def record_trajectories(
 def keep_starts(
     bench: Workbench, folder: Path, start: Callable[[range], Tensor], reporter: Reporter, title: str
 ) -> None:
-    """Makes the starts that trajectories in ``folder`` still lack, by ``start(group)`` [K, P], and keeps those of each
-    group as trajectories of no epoch yet, from which :func:`record_trajectories` goes on."""
+    """Makes the starts that trajectories in ``folder`` still lack, by ``start(group)`` [K, P], and
+    keeps those of each group as trajectories of no epoch yet, from which
+    :func:`record_trajectories` goes on.
+    """
     config, groups = bench.config, bench.groups(bench.config.experts)
     missing = [
         group
         for group in groups
-        if not all(trajectory_path(folder, k).exists() for k in group) and _unfinished(bench, folder, group) is None
+        if not all(trajectory_path(folder, k).exists() for k in group)
+        and _unfinished(bench, folder, group) is None
     ]
     if not missing:
         return
@@ -189,7 +202,11 @@ def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[st
         **identity(bench.data),
         "normalisation": bench.data.normalisation.to_dict(),
         "whitening": bench.config.whitening,
-        **({} if bench.data.whitening is None else {"whitening_epsilon": bench.data.whitening.epsilon}),
+        **(
+            {}
+            if bench.data.whitening is None
+            else {"whitening_epsilon": bench.data.whitening.epsilon}
+        ),
         "seed": bench.config.seed,
         "index": k,
         "purpose": purpose,
@@ -204,24 +221,41 @@ def _in_words(numbers: Sequence[int]) -> int | str:
 
 
 def _forget(folder: Path, group: range) -> None:
-    for k in group:  # the first one's is the group's; the others may have been left by groups of another size
+    for k in (
+        group
+    ):  # the first one's is the group's; the others may have been left by groups of another size
         partial_path(folder, k).unlink(missing_ok=True)
 
 
-def _require_converging(theta: Tensor, group: range, epoch: int, title: str, config: Config) -> None:
-    """Raises RunError where a network of ``group``, at ``theta`` [K, P] after ``epoch`` epochs, is no longer finite:
-    all that follows would be NaN, and be blamed on the images."""
+def _require_converging(
+    theta: Tensor, group: range, epoch: int, title: str, config: Config
+) -> None:
+    """Raises RunError where a network of ``group``, at ``theta`` [K, P] after ``epoch`` epochs, is
+    no longer finite: all that follows would be NaN, and be blamed on the images.
+    """
     for k, own in zip(group, theta, strict=True):
         if not is_finite(own):
             when = f"in epoch {epoch}" if epoch else "on the images of the stages before"
-            advice = f"lower expert_lr (now {config.expert_lr:g})" if epoch else "lower inner_lr or lr_lr"
-            raise RunError(f"{title}: network {k + 1} diverged {when}, its weights are NaN or infinite; {advice}")
+            advice = (
+                f"lower expert_lr (now {config.expert_lr:g})"
+                if epoch
+                else "lower inner_lr or lr_lr"
+            )
+            raise RunError(
+                f"{title}: network {k + 1} diverged {when}, its weights are NaN or infinite; "
+                f"{advice}"
+            )
 
 
 def _check_finite(trajectory: Trajectory, config: Config) -> None:
-    """Raises UsageError at the first checkpoint that is not finite, of those that the run can come to read: else an
-    iteration might draw it after hours."""
-    last = trajectory.epochs if config.filter == "forgetting" else config.max_start_epoch + config.expert_epochs
+    """Raises UsageError at the first checkpoint that is not finite, of those that the run can come
+    to read: else an iteration might draw it after hours.
+    """
+    last = (
+        trajectory.epochs
+        if config.filter == "forgetting"
+        else config.max_start_epoch + config.expert_epochs
+    )
     epochs = [*range(last + 1), trajectory.epochs]  # the last one gives soft labels
     for epoch in epochs if config.labels != "hard" else epochs[:-1]:
         trajectory.checkpoint(epoch)
@@ -240,7 +274,8 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
     )
     if trajectory.epochs < reach:
         raise UsageError(
-            f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs ({reach}), got "
+            f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs "
+            f"({reach}), got "
             f"{trajectory.epochs}"
         )
     if isinstance(trajectory, BufferTrajectory):
@@ -248,20 +283,33 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
 
 
 def _made_of_pixels(metadata: dict[str, Any], bench: Workbench) -> dict[str, tuple[Any, Any]]:
-    """Return pairs for :func:`_require_same`: how the images of a trajectory that says so were made of pixels."""
+    """Return pairs for :func:`_require_same`: how the images of a trajectory that says so were made
+    of pixels.
+    """
     if "whitening" not in metadata:
         return {}
-    pairs: dict[str, tuple[Any, Any]] = {"whitening": (metadata["whitening"], bench.config.whitening)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        "whitening": (metadata["whitening"], bench.config.whitening)
+    }
     if bench.data.whitening is not None:
-        pairs["whitening_epsilon"] = (metadata.get("whitening_epsilon", EPSILON), bench.data.whitening.epsilon)
+        pairs["whitening_epsilon"] = (
+            metadata.get("whitening_epsilon", EPSILON),
+            bench.data.whitening.epsilon,
+        )
     wanted = bench.data.normalisation
     if "normalisation" in metadata:
         stored = Normalisation.from_dict(metadata["normalisation"])
         found, same = str(stored), stored.is_close(wanted)
     else:  # Earlier versions took fitted constants alone, and whitened what they had normalized.
         found = "by constants fitted to the images"
-        found += ", which earlier versions whitened then; train them again" if bench.data.whitening is not None else ""
-        same = bench.config.normalization == "fitted" and wanted != Normalisation.identity(len(wanted.mean))
+        found += (
+            ", which earlier versions whitened then; train them again"
+            if bench.data.whitening is not None
+            else ""
+        )
+        same = bench.config.normalization == "fitted" and wanted != Normalisation.identity(
+            len(wanted.mean)
+        )
     return pairs | {"normalization": (str(wanted) if same else found, str(wanted))}
 
 
@@ -281,19 +329,30 @@ def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
     """Raises UsageError at the first of ``pairs`` in which what was found is not what is wanted."""
     for name, (found, wanted) in pairs.items():
         if found != wanted:
-            raise UsageError(f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got {found}")
+            raise UsageError(
+                f"{trajectory.path}: {name} must be {wanted} as in the run's configuration, got "
+                f"{found}"
+            )
 
 
-def _unfinished(bench: Workbench, folder: Path, group: range) -> tuple[list[Tensor], Students] | None:
-    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the device), where they are kept."""
+def _unfinished(
+    bench: Workbench, folder: Path, group: range
+) -> tuple[list[Tensor], Students] | None:
+    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the device), where
+    they are kept.
+    """
     partial = read_partial(folder, group[0])
     if partial is None:
         return None
     checkpoints, state = partial
     # Work of a group of another size (on another device, say) is no beginning of this one's.
-    if checkpoints[-1].shape != state["velocity"].shape or checkpoints[-1].shape[:-1] != (len(group),):
+    if checkpoints[-1].shape != state["velocity"].shape or checkpoints[-1].shape[:-1] != (
+        len(group),
+    ):
         return None
-    return checkpoints, Students(*(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"])))
+    return checkpoints, Students(
+        *(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"]))
+    )
 
 
 def _begin(theta: Tensor) -> tuple[list[Tensor], Students]:

@@ -1,14 +1,17 @@
-"""Which real examples a stage is made from: easy ones first, harder ones later (Chen et al., ICLR 2024).
+"""Which real examples a stage is made from: easy ones first, harder ones later (Chen et al., ICLR
+2024).
 
-With ``filter=forgetting`` by how often networks forget them. An example is forgotten at an epoch after which a network
-gets it wrong that got it right an epoch before (Toneva et al., ICLR 2019, arXiv 1812.05159). Stage s takes the examples
-of scores in [w(s − 1), ws), the last stage all from there on.
+With ``filter=forgetting`` by how often networks forget them. An example is forgotten at an epoch
+after which a network gets it wrong that got it right an epoch before (Toneva et al., ICLR 2019,
+arXiv 1812.05159). Stage s takes the examples of scores in [w(s − 1), ws), the last stage all from
+there on.
 
-With ``filter=learned`` by what the earlier stages have taught. A stage drops the examples that all networks get right
-from which its trajectories start, those that were trained on the earlier stages' images; the first stage drops none.
+With ``filter=learned`` by what the earlier stages have taught. A stage drops the examples that all
+networks get right from which its trajectories start, those that were trained on the earlier stages'
+images; the first stage drops none.
 
-Everything of a stage is made from its examples: the images it starts from, and the real epochs of the trajectories that
-it matches.
+Everything of a stage is made from its examples: the images it starts from, and the real epochs of
+the trajectories that it matches.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory
 from pdd_fast.training.sgd import logits_in_parts
 
-# Of every class a stage has at least so many examples; where a filter leaves fewer, those nearest to staying join.
+# Of every class a stage has at least so many examples; where a filter leaves fewer, those nearest
+# to staying join.
 _FEWEST = 10
 
 
@@ -42,10 +46,16 @@ def gets_right(engine: Engine, theta: Tensor, split: Split) -> Tensor:
     return (logits_in_parts(engine, theta, split.images).argmax(1) == split.labels).cpu()
 
 
-def times_forgotten(engine: Engine, trajectory: Trajectory, split: Split, device: torch.device) -> Tensor:
-    """How often the network of ``trajectory`` forgot each example, float32 [n] on the CPU; as often as it had epochs,
-    which is more than any, where it never got it right."""
-    count, before = torch.zeros(len(split), device="cpu"), torch.zeros(len(split), dtype=torch.bool, device="cpu")
+def times_forgotten(
+    engine: Engine, trajectory: Trajectory, split: Split, device: torch.device
+) -> Tensor:
+    """How often the network of ``trajectory`` forgot each example, float32 [n] on the CPU; as often
+    as it had epochs, which is more than any, where it never got it right.
+    """
+    count, before = (
+        torch.zeros(len(split), device="cpu"),
+        torch.zeros(len(split), dtype=torch.bool, device="cpu"),
+    )
     ever = before.clone()
     for epoch in range(trajectory.epochs + 1):
         right = gets_right(engine, trajectory.checkpoint(epoch).to(device), split)
@@ -55,9 +65,12 @@ def times_forgotten(engine: Engine, trajectory: Trajectory, split: Split, device
     return torch.where(ever, count, float(trajectory.epochs))
 
 
-def forgetting_scores(bench: Workbench, experts: Sequence[Trajectory], file: Path, reporter: Reporter) -> Tensor:
-    """The mean over all experts of :func:`times_forgotten`, [n] of the examples of ``bench.train``; kept in ``file``,
-    errors as :func:`_summed`."""
+def forgetting_scores(
+    bench: Workbench, experts: Sequence[Trajectory], file: Path, reporter: Reporter
+) -> Tensor:
+    """The mean over all experts of :func:`times_forgotten`, [n] of the examples of ``bench.train``;
+    kept in ``file``, errors as :func:`_summed`.
+    """
 
     def each(number: int) -> Tensor:
         return times_forgotten(bench.engine, experts[number], bench.train, bench.device)
@@ -69,8 +82,9 @@ def forgetting_scores(bench: Workbench, experts: Sequence[Trajectory], file: Pat
 def times_learned(
     bench: Workbench, start: Callable[[int], Tensor], networks: int, file: Path, reporter: Reporter
 ) -> Tensor:
-    """How many of the ``networks`` at ``start(number)`` [P] get each example of ``bench.train`` right, float64 [n];
-    kept in ``file``, errors as :func:`_summed`."""
+    """How many of the ``networks`` at ``start(number)`` [P] get each example of ``bench.train``
+    right, float64 [n]; kept in ``file``, errors as :func:`_summed`.
+    """
 
     def each(number: int) -> Tensor:
         return gets_right(bench.engine, start(number).to(bench.device), bench.train)
@@ -79,9 +93,15 @@ def times_learned(
 
 
 def _summed(
-    bench: Workbench, each: Callable[[int], Tensor], networks: int, file: Path, title: str, reporter: Reporter
+    bench: Workbench,
+    each: Callable[[int], Tensor],
+    networks: int,
+    file: Path,
+    title: str,
+    reporter: Reporter,
 ) -> Tensor:
-    """The sum over networks of ``each(number)``, [n] of the examples of ``bench.train``, as float64 [n].
+    """The sum over networks of ``each(number)``, [n] of the examples of ``bench.train``, as float64
+    [n].
 
     Args:
         file: where it is kept, network by network, so that no work is lost.
@@ -89,14 +109,21 @@ def _summed(
     Raises:
         UsageError: what is kept is of other examples or networks.
     """
-    split, total, done = bench.train, torch.zeros(len(bench.train), dtype=torch.float64, device="cpu"), 0
+    split, total, done = (
+        bench.train,
+        torch.zeros(len(bench.train), dtype=torch.float64, device="cpu"),
+        0,
+    )
     whose, data = {"experts": networks, "select": bench.config.select}, identity(bench.data)
     if file.exists():
         tensors, metadata = read_tensors(file)
         total, done = tensors.get("total", total[:0]), int(metadata.get("done", 0))
         found = {key: metadata.get(key) for key in whose}
         if found != whose or total.shape != (len(split),):
-            raise UsageError(f"{file} must be for {len(split)} examples and {whose}, got {len(total)} and {found}")
+            raise UsageError(
+                f"{file} must be for {len(split)} examples and {whose}, got {len(total)} and "
+                f"{found}"
+            )
         if reason := difference(metadata, data, in_order=True):
             raise UsageError(f"{file} must be for the run's data, got one for {reason}")
     if done == networks:
@@ -109,23 +136,30 @@ def _summed(
     return total
 
 
-def band(scores: Tensor, labels: Tensor, stage: int, stages: int, width: float, least: int) -> Tensor:
-    """The examples of a stage, bool [n]: of scores in [width·(stage − 1), width·stage), in the last stage all from
-    there on, and in classes with fewer than ``least`` of them as many more as are missing, by how far off they are."""
+def band(
+    scores: Tensor, labels: Tensor, stage: int, stages: int, width: float, least: int
+) -> Tensor:
+    """The examples of a stage, bool [n]: of scores in [width·(stage − 1), width·stage), in the last
+    stage all from there on, and in classes with fewer than ``least`` of them as many more as are
+    missing, by how far off they are.
+    """
     low, high = width * (stage - 1), float("inf") if stage == stages else width * stage
     inside = (scores >= low) & (scores < high)
     return _filled(inside, torch.where(scores < low, low - scores, scores - high), labels, least)
 
 
 def unlearned(right: Tensor, networks: int, labels: Tensor, least: int) -> Tensor:
-    """The examples that not all of ``networks`` get right, bool [n], of how many get each right, [n]; in classes with
-    fewer than ``least`` of them as many more as are missing. Those are right for all networks alike: the first rows."""
+    """The examples that not all of ``networks`` get right, bool [n], of how many get each right,
+    [n]; in classes with fewer than ``least`` of them as many more as are missing. Those are right
+    for all networks alike: the first rows.
+    """
     return _filled(right < networks, right, labels, least)
 
 
 def _filled(inside: Tensor, distance: Tensor, labels: Tensor, least: int) -> Tensor:
-    """``inside``, bool [n], and in classes with fewer than ``least`` of them as many more as are missing, the least
-    ``distance`` [n] first, and of equals the first rows."""
+    """``inside``, bool [n], and in classes with fewer than ``least`` of them as many more as are
+    missing, the least ``distance`` [n] first, and of equals the first rows.
+    """
     inside = inside.clone()
     for label in labels.unique().tolist():
         of_class = labels == label
@@ -141,21 +175,27 @@ def stage_bands(bench: Workbench, scores: Tensor) -> list[Tensor]:
     """The examples of every stage, bool [n] each."""
     config, labels, least = bench.config, bench.train.labels.cpu(), _least(bench)
     return [
-        band(scores, labels, stage, config.stages, config.filter_band, least) for stage in range(1, config.stages + 1)
+        band(scores, labels, stage, config.stages, config.filter_band, least)
+        for stage in range(1, config.stages + 1)
     ]
 
 
 def _least(bench: Workbench) -> int:
-    """Examples that a stage has of every class, at least: enough for images that no other stage starts from."""
+    """Examples that a stage has of every class, at least: enough for images that no other stage
+    starts from.
+    """
     return max(_FEWEST, sum(bench.config.real_by_stage))
 
 
 def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
-    """For every stage that has a band here, from the first on: rows of ``bench.train`` to start from, class by class,
-    out of its band; no image twice."""
+    """For every stage that has a band here, from the first on: rows of ``bench.train`` to start
+    from, class by class, out of its band; no image twice.
+    """
     labels, found = bench.train.labels.cpu(), []
     free = torch.ones(len(labels), dtype=torch.bool, device="cpu")
-    for stage, (count, inside) in enumerate(zip(bench.config.real_by_stage[: len(bands)], bands, strict=True), start=1):
+    for stage, (count, inside) in enumerate(
+        zip(bench.config.real_by_stage[: len(bands)], bands, strict=True), start=1
+    ):
         draw, own = bench.generator("initial images", stage), list[Tensor]()
         for label in range(bench.data.num_classes):
             rows = (inside & free & (labels == label)).nonzero().flatten()
@@ -166,8 +206,10 @@ def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Examples(ABC):
-    """The real examples of ``bench.train`` that stages are made from. Asked stage by stage, because a stage's may
-    follow from what those before it have made; the answer is the same however often a run was interrupted."""
+    """The real examples of ``bench.train`` that stages are made from. Asked stage by stage, because
+    a stage's may follow from what those before it have made; the answer is the same however often a
+    run was interrupted.
+    """
 
     # Whether a stage's examples can be told only when the starts of its trajectories are there.
     follow_from_starts = False
@@ -177,11 +219,15 @@ class Examples(ABC):
 
     @abstractmethod
     def rows(self, stage: int) -> Tensor | None:
-        """Rows of ``bench.train`` that ``stage`` is made from, on the CPU; None where these are all."""
+        """Rows of ``bench.train`` that ``stage`` is made from, on the CPU; None where these are
+        all.
+        """
 
     @abstractmethod
     def initial_rows(self, stage: int) -> Tensor:
-        """Rows of ``bench.train`` that the images of ``stage`` start from, class by class; no image in two stages."""
+        """Rows of ``bench.train`` that the images of ``stage`` start from, class by class; no image
+        in two stages.
+        """
 
 
 class AllExamples(Examples):
@@ -191,7 +237,9 @@ class AllExamples(Examples):
         return None
 
     def initial_rows(self, stage: int) -> Tensor:
-        return self._bench.random_real_rows(self._bench.config.real_by_stage, "initial images")[stage - 1]
+        return self._bench.random_real_rows(self._bench.config.real_by_stage, "initial images")[
+            stage - 1
+        ]
 
 
 class FilteredExamples(Examples):
@@ -205,7 +253,9 @@ class FilteredExamples(Examples):
         return self.inside(stage).nonzero().flatten()
 
     def initial_rows(self, stage: int) -> Tensor:
-        return initial_rows(self._bench, [self.inside(earlier) for earlier in range(1, stage + 1)])[-1]
+        return initial_rows(self._bench, [self.inside(earlier) for earlier in range(1, stage + 1)])[
+            -1
+        ]
 
 
 class ForgottenExamples(FilteredExamples):
@@ -214,7 +264,10 @@ class ForgottenExamples(FilteredExamples):
     @cached_property
     def _bands(self) -> list[Tensor]:
         run, bench = self._run, self._bench
-        return stage_bands(bench, forgetting_scores(bench, stored_experts(run), run.forgetting_file, self._reporter))
+        return stage_bands(
+            bench,
+            forgetting_scores(bench, stored_experts(run), run.forgetting_file, self._reporter),
+        )
 
     def inside(self, stage: int) -> Tensor:
         return self._bands[stage - 1]
@@ -231,7 +284,11 @@ class UnlearnedExamples(FilteredExamples):
             return torch.ones(len(bench.train), dtype=torch.bool, device="cpu")
         folder, networks = run.stage_trajectories_dir(stage), bench.config.experts
         right = times_learned(
-            bench, lambda k: stored_start(bench, folder, k), networks, run.learned_file(stage), self._reporter
+            bench,
+            lambda k: stored_start(bench, folder, k),
+            networks,
+            run.learned_file(stage),
+            self._reporter,
         )
         return unlearned(right, networks, bench.train.labels.cpu(), _least(bench))
 

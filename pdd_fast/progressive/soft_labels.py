@@ -12,10 +12,11 @@ from pdd_fast.training.sgd import logits_in_parts
 
 
 def soft_labels(engine: Engine, experts: Sequence[Trajectory], images: Tensor) -> Tensor:
-    """What the ``experts``, each after its last epoch, make of ``images`` [n, C, H, W]: the mean of their probabilities
-    [n, classes], of the type and on the device of the images.
+    """What the ``experts``, each after its last epoch, make of ``images`` [n, C, H, W]: the mean of
+    their probabilities [n, classes], of the type and on the device of the images.
 
-    The mean of several is nearer to right than one network's word, and costs next to nothing beside training them.
+    The mean of several is nearer to right than one network's word, and costs next to nothing beside
+    training them.
 
     Raises:
         ValueError: there are no experts.

@@ -1,7 +1,9 @@
-"""The stages of progressive dataset distillation (Chen et al., ICLR 2024, arXiv 2310.06982), whatever the method.
+"""The stages of progressive dataset distillation (Chen et al., ICLR 2024, arXiv 2310.06982),
+whatever the method.
 
-Everything random derives from the run's seed and from what it is drawn for (pdd_fast.runtime.seeds), so the state of a run
-is what lies in its directory: a run that was killed goes on with the same bits.
+Everything random derives from the run's seed and from what it is drawn for
+(pdd_fast.runtime.seeds), so the state of a run is what lies in its directory: a run that was killed
+goes on with the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from pdd_fast.augmentation.multi_formation import combine
 from pdd_fast.data import require_images_per_class
 from pdd_fast.methods import METHODS, BaseMethod, StageProblem
 from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.experts import ensure_experts, keep_starts, record_trajectories, stored_experts
+from pdd_fast.progressive.experts import (
+    ensure_experts,
+    keep_starts,
+    record_trajectories,
+    stored_experts,
+)
 from pdd_fast.progressive.filters import FILTERS, Examples
 from pdd_fast.progressive.soft_labels import soft_labels
 from pdd_fast.progressive.union import Union
@@ -34,17 +41,21 @@ from pdd_fast.training.sgd import Students, accuracies
 def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors``.
 
-    Raises:
-        UsageError: data are missing or too few; the configuration does not fit them; its base method is unknown here.
-        RunError: the optimisation left the range in which going on makes sense. What was computed is kept.
+    Raises: UsageError: data are missing or too few; the configuration does not fit them; its base
+        method is unknown here. RunError: the optimisation left the range in which going on makes
+        sense. What was computed is kept.
     """
     with run.lock():
         config = run.config
         if config.base not in METHODS:
-            raise UsageError(f"base must be {' or '.join(METHODS)}, got {config.base!r}; register it first")
+            raise UsageError(
+                f"base must be {' or '.join(METHODS)}, got {config.base!r}; register it first"
+            )
         bench, recorded = Workbench.of_run(run), METHODS[config.base].needs_trajectories
         if config.filter == "learned" and not recorded:
-            raise UsageError(f"filter must be none or forgetting where base is {config.base}, got learned")
+            raise UsageError(
+                f"filter must be none or forgetting where base is {config.base}, got learned"
+            )
         require_images_per_class(bench.train, config.ipc, bench.data.classes, each=config.factor**2)
         if recorded or config.filter == "forgetting" or config.labels != "hard":
             ensure_experts(run, bench, reporter)
@@ -67,7 +78,9 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
 
 
 def _records(config: Config, stage: int) -> bool:
-    """Whether a stage matches trajectories of its own: on other examples than the experts', or from other starts."""
+    """Whether a stage matches trajectories of its own: on other examples than the experts', or from
+    other starts.
+    """
     return config.filter == "forgetting" or (stage > 1 and config.conditioning == "on")
 
 
@@ -78,19 +91,29 @@ def _trajectories(run: Run, stage: int) -> list[Trajectory]:
     return list_trajectories(run.stage_trajectories_dir(stage))
 
 
-def transition(run: Run, bench: Workbench, union: Union, examples: Examples, reporter: Reporter) -> None:
-    """Trajectories for the stage after ``union``: each start network is trained on the union, where there is one, and
-    then, recorded, on the stage's real ``examples``. Starts are chained: they are those of the stage before, trained
-    further."""
+def transition(
+    run: Run, bench: Workbench, union: Union, examples: Examples, reporter: Reporter
+) -> None:
+    """Trajectories for the stage after ``union``: each start network is trained on the union, where
+    there is one, and then, recorded, on the stage's real ``examples``. Starts are chained: they are
+    those of the stage before, trained further.
+    """
     config, stage = bench.config, union.stages + 1
     conditioned = config.conditioning == "on" and union.stages > 0
-    starts, folder = _trajectories(run, stage - 1 if conditioned else 0), run.stage_trajectories_dir(stage)
+    starts, folder = (
+        _trajectories(run, stage - 1 if conditioned else 0),
+        run.stage_trajectories_dir(stage),
+    )
 
     def start(group: range) -> Tensor:
-        students = Students.start(torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device))
+        students = Students.start(
+            torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device)
+        )
         if conditioned:
             draws = [bench.generator("transition", stage, k) for k in group]
-            bench.train_on_union(students, *union.up_to(), union.rates[-1], config.transition_epochs, draws)
+            bench.train_on_union(
+                students, *union.up_to(), union.rates[-1], config.transition_epochs, draws
+            )
         return students.theta
 
     if examples.follow_from_starts:
@@ -120,8 +143,9 @@ class _Best:
 
 
 class _Selection:
-    """Judges a stage's images as the final evaluation will: networks that were trained through the earlier unions are
-    trained on this one and scored on held-out images."""
+    """Judges a stage's images as the final evaluation will: networks that were trained through the
+    earlier unions are trained on this one and scored on held-out images.
+    """
 
     def __init__(self, bench: Workbench, union: Union) -> None:
         self._bench, self._union = bench, union
@@ -132,25 +156,45 @@ class _Selection:
                 self._train(group, students, *union.up_to(stage), union.rates[stage - 1], stage)
             self._students.append((group, students))
 
-    def _train(self, group: range, students: Students, images: Tensor, labels: Tensor, rate: float, stage: int) -> None:
+    def _train(
+        self,
+        group: range,
+        students: Students,
+        images: Tensor,
+        labels: Tensor,
+        rate: float,
+        stage: int,
+    ) -> None:
         draws = [self._bench.generator("selection", j, stage) for j in group]
-        self._bench.train_on_union(students, images, labels, rate, self._bench.config.eval_epochs, draws)
+        self._bench.train_on_union(
+            students, images, labels, rate, self._bench.config.eval_epochs, draws
+        )
 
     def score(self, union: Union) -> float:
-        """Mean held-out accuracy in percent; the same draws for every candidate, so that candidates are compared."""
+        """Mean held-out accuracy in percent; the same draws for every candidate, so that candidates
+        are compared.
+        """
         held_out, scores = self._bench.held_out, list[float]()
         for group, carried in self._students:
             students = carried.copy()
             self._train(group, students, *union.up_to(), union.rates[-1], union.stages)
-            scores += accuracies(self._bench.engine, students.theta, held_out.images, held_out.labels)
+            scores += accuracies(
+                self._bench.engine, students.theta, held_out.images, held_out.labels
+            )
         return sum(scores) / len(scores)
 
 
 def _run_stage(
-    run: Run, bench: Workbench, union: Union, trajectories: list[Trajectory], examples: Examples, reporter: Reporter
+    run: Run,
+    bench: Workbench,
+    union: Union,
+    trajectories: list[Trajectory],
+    examples: Examples,
+    reporter: Reporter,
 ) -> Union:
-    """Learns the images of the stage after ``union`` from ``examples``, matching ``trajectories`` where the method
-    does."""
+    """Learns the images of the stage after ``union`` from ``examples``, matching ``trajectories``
+    where the method does.
+    """
     config, stage = bench.config, union.stages + 1
     images, labels = _initial(run, bench, examples.initial_rows(stage))
     conditions = union if config.conditioning == "on" else Union.empty(bench)
@@ -163,7 +207,10 @@ def _run_stage(
     row: dict[str, Any] = {}  # of metrics.jsonl, the last iteration's
     try:
         with reporter.task(
-            f"stage {stage}/{config.stages}", total=config.iterations, unit="iteration", done=method.iteration
+            f"stage {stage}/{config.stages}",
+            total=config.iterations,
+            unit="iteration",
+            done=method.iteration,
         ) as task:
             saved = time.monotonic()
             while True:
@@ -185,7 +232,8 @@ def _run_stage(
                     saved = time.monotonic()
     except BaseException:
         _checkpoint(run, stage, method, best)
-        # An interrupt may come between an iteration, which the checkpoint holds, and its line, or just after the line.
+        # An interrupt may come between an iteration, which the checkpoint holds, and its line, or
+        # just after the line.
         if row and row not in run.metrics.read():
             run.metrics.append(**row)
         raise
@@ -194,11 +242,15 @@ def _run_stage(
 
 
 def _initial(run: Run, bench: Workbench, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Images as they are stored, which hold the real ones in ``rows`` of ``bench.train`` (so many of each class, class
-    by class), and their labels."""
+    """Images as they are stored, which hold the real ones in ``rows`` of ``bench.train`` (so many
+    of each class, class by class), and their labels.
+    """
     config, each = bench.config, bench.config.factor**2
     groups = rows.view(-1, each).T  # [each, n]: of every stored image what its cells hold
-    images, labels = combine(bench.train.images[groups.flatten()], config.factor), bench.train.labels[groups[0]]
+    images, labels = (
+        combine(bench.train.images[groups.flatten()], config.factor),
+        bench.train.labels[groups[0]],
+    )
     if config.labels != "hard":
         labels = soft_labels(bench.engine, stored_experts(run), images)
     return images, labels
@@ -208,14 +260,23 @@ def _is_judged(every: int, iteration: int, last: int) -> bool:
     return iteration == last or (every > 0 and iteration % every == 0)
 
 
-def _judge(run: Run, selection: _Selection, union: Union, method: BaseMethod, best: _Best | None, task: Task) -> _Best:
+def _judge(
+    run: Run,
+    selection: _Selection,
+    union: Union,
+    method: BaseMethod,
+    best: _Best | None,
+    task: Task,
+) -> _Best:
     stage, rate = union.stages + 1, method.learning_rate
     score = selection.score(union.extended(method.images, method.labels, rate))
     run.metrics.append(stage=stage, iteration=method.iteration, held_out_accuracy=score)
     task.advance(0, accuracy=score)
     # Of equals the later, which were learned from longer: few held-out images make equals common.
     if best is None or score >= best.accuracy:
-        return _Best(method.images.clone(), method.labels, rate, score, method.iteration, method.iteration)
+        return _Best(
+            method.images.clone(), method.labels, rate, score, method.iteration, method.iteration
+        )
     return replace(best, judged=method.iteration)
 
 
@@ -224,7 +285,12 @@ def _checkpoint(run: Run, stage: int, method: BaseMethod, best: _Best | None) ->
     state: dict[str, float] = {}
     if best is not None:
         tensors |= {"best.images": best.images.cpu(), "best.labels": best.labels.cpu()}
-        state = {"rate": best.rate, "accuracy": best.accuracy, "iteration": best.iteration, "judged": best.judged}
+        state = {
+            "rate": best.rate,
+            "accuracy": best.accuracy,
+            "iteration": best.iteration,
+            "judged": best.judged,
+        }
     run.save_checkpoint(stage, tensors, state)
 
 
@@ -235,13 +301,25 @@ def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
         return None
     tensors, state = loaded
     try:
-        method.load_state({name[7:]: tensor for name, tensor in tensors.items() if name.startswith("method.")})
+        method.load_state(
+            {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("method.")}
+        )
     except KeyError as error:
         file = run.checkpoint_file(stage)
         raise UsageError(
-            f"{file} must hold {error}, but another version wrote it; remove it to begin stage {stage} again"
+            f"{file} must hold {error}, but another version wrote it; remove it to begin stage "
+            f"{stage} again"
         ) from error
     if "best.images" not in tensors:
         return None
-    images, labels = (tensors[f"best.{name}"].to(method.images.device) for name in ("images", "labels"))
-    return _Best(images, labels, state["rate"], state["accuracy"], int(state["iteration"]), int(state["judged"]))
+    images, labels = (
+        tensors[f"best.{name}"].to(method.images.device) for name in ("images", "labels")
+    )
+    return _Best(
+        images,
+        labels,
+        state["rate"],
+        state["accuracy"],
+        int(state["iteration"]),
+        int(state["judged"]),
+    )

@@ -1,7 +1,9 @@
-"""Networks that a stage's images are matched on: freshly drawn, then trained on every earlier union in turn.
+"""Networks that a stage's images are matched on: freshly drawn, then trained on every earlier union
+in turn.
 
-As IDC's and PDD's published codes train them: SGD, the rate cut to a fifth after two and after five sixths of each
-union's steps, and CutMix (Yun et al., ICCV 2019, arXiv 1905.04899) in some of the steps.
+As IDC's and PDD's published codes train them: SGD, the rate cut to a fifth after two and after five
+sixths of each union's steps, and CutMix (Yun et al., ICCV 2019, arXiv 1905.04899) in some of the
+steps.
 """
 
 from __future__ import annotations
@@ -19,15 +21,19 @@ from pdd_fast.training.sgd import Students, descent
 
 
 def cut_mixed(images: Tensor, labels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``images`` [b, C, H, W] with one box of each replaced by that of another image of the batch, and ``labels`` [b,
-    classes] mixed by the area that is left. The box is the same for all, its share of the image uniform in [0, 1]
-    before it is cut at the border."""
+    """``images`` [b, C, H, W] with one box of each replaced by that of another image of the batch,
+    and ``labels`` [b, classes] mixed by the area that is left. The box is the same for all, its
+    share of the image uniform in [0, 1] before it is cut at the border.
+    """
     H, W = images.shape[2:]
     side = float((1 - torch.rand((), generator=draw, device="cpu")).sqrt())
     centre = [int(torch.randint(size, (), generator=draw, device="cpu")) for size in (H, W)]
     halves = [int(size * side) // 2 for size in (H, W)]
     (top, left), (bottom, right) = (
-        [min(max(c + sign * half, 0), size) for c, half, size in zip(centre, halves, (H, W), strict=True)]
+        [
+            min(max(c + sign * half, 0), size)
+            for c, half, size in zip(centre, halves, (H, W), strict=True)
+        ]
         for sign in (-1, 1)
     )
     others = torch.randperm(len(images), generator=draw, device="cpu").to(images.device)
@@ -38,7 +44,9 @@ def cut_mixed(images: Tensor, labels: Tensor, draw: torch.Generator) -> tuple[Te
 
 
 class NetworkSgd:
-    """SGD of K networks on augmented batches, some of them mixed; ``union_momentum`` and ``union_weight_decay``."""
+    """SGD of K networks on augmented batches, some of them mixed; ``union_momentum`` and
+    ``union_weight_decay``.
+    """
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
@@ -50,14 +58,23 @@ class NetworkSgd:
         return F.one_hot(labels, self._bench.data.num_classes).to(self._bench.train.images.dtype)
 
     def step(
-        self, students: Students, images: Tensor, weights: Tensor, rows: Sequence[Tensor], rate: float,
+        self,
+        students: Students,
+        images: Tensor,
+        weights: Tensor,
+        rows: Sequence[Tensor],
+        rate: float,
         draws: Sequence[torch.Generator],
-    ) -> None:  # fmt: skip
-        """A step of every network on its own ``rows`` of ``images`` [n, C, H, W] and ``weights`` [n, classes]."""
+    ) -> None:
+        """A step of every network on its own ``rows`` of ``images`` [n, C, H, W] and ``weights``
+        [n, classes].
+        """
         config, batches = self._bench.config, list[tuple[Tensor, Tensor]]()
         for own, draw in zip(rows, draws, strict=True):
             index = own.to(images.device)
-            x = augment(images[index], self._bench.dsa.sample(len(own), self._bench.data.image_size, draw))
+            x = augment(
+                images[index], self._bench.dsa.sample(len(own), self._bench.data.image_size, draw)
+            )
             y = weights[index]
             if float(torch.rand((), generator=draw, device="cpu")) < config.cutmix:
                 x, y = cut_mixed(x, y, draw)
@@ -65,11 +82,14 @@ class NetworkSgd:
         x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
         _, gradient = self._bench.engine.gradients(students.theta, x, y)
         momentum, decay = config.union_momentum, config.union_weight_decay
-        students.theta.sub_(descent(students.theta, students.velocity, gradient, momentum, decay), alpha=rate)
+        students.theta.sub_(
+            descent(students.theta, students.velocity, gradient, momentum, decay), alpha=rate
+        )
 
 
 class Starts:
-    """The start networks of a stage: number i has been trained on U_1, ..., U_{s-1}, whichever stage asks for it.
+    """The start networks of a stage: number i has been trained on U_1, ..., U_{s-1}, whichever
+    stage asks for it.
 
     Args:
         union: of the earlier stages.
@@ -80,7 +100,9 @@ class Starts:
         self._made: dict[int, Tensor] = {}
 
     def parameters(self, iteration: int) -> Tensor:
-        """[P] of the network that ``iteration`` takes, on the run's device. Networks are trained in groups, ahead."""
+        """[P] of the network that ``iteration`` takes, on the run's device. Networks are trained in
+        groups, ahead.
+        """
         pool = self._bench.config.start_networks
         number = iteration % pool if pool else iteration
         if number not in self._made:
@@ -102,7 +124,9 @@ class Starts:
             students.velocity.zero_()  # an optimiser of its own for every union
             for epoch in range(config.transition_epochs):
                 orders = [
-                    torch.randperm(len(images), generator=draw, device="cpu").split(config.union_batch)
+                    torch.randperm(len(images), generator=draw, device="cpu").split(
+                        config.union_batch
+                    )
                     for draw in draws
                 ]
                 passed = (6 * epoch) // config.transition_epochs  # sixths

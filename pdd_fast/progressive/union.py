@@ -17,7 +17,9 @@ from pdd_fast.storage.distilled import DistilledSet, labels_outside, load_distil
 
 
 def misfit(stored: DistilledSet, bench: Workbench) -> str:
-    """Say what of ``stored`` does not fit the data of ``bench``, e.g. the shape of an image; "" where all does."""
+    """Say what of ``stored`` does not fit the data of ``bench``, e.g. the shape of an image; ""
+    where all does.
+    """
     shape, expected = tuple(stored.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
     name = stored.metadata.get("data", "unknown data")
     reason = difference(stored.metadata | {"data": name}, identity(bench.data))
@@ -35,9 +37,7 @@ class Union:
     labels: Tensor  # [n], or probabilities [n, classes]
     stage: Tensor  # [n], 1-based
     rates: list[float] = field(default_factory=list)
-    factor: int = (
-        1  # every stored image holds factor² (pdd_fast.augmentation.multi_formation)
-    )
+    factor: int = 1  # every stored image holds factor² (pdd_fast.augmentation.multi_formation)
 
     @classmethod
     def empty(cls, bench: Workbench) -> Union:
@@ -51,8 +51,8 @@ class Union:
     def load(cls, path: Path, bench: Workbench) -> Union:
         """Return the union in a file of the run that ``bench`` is of.
 
-        Raises:
-            UsageError: it is missing or damaged, or its images were made of other data than the run's, or in another
+        Raises: UsageError: it is missing or damaged, or its images were made of other data than the
+            run's, or in another
                 way than the run's data are now.
         """
         stored = load_distilled(path)
@@ -60,15 +60,19 @@ class Union:
             raise UsageError(f"{path} must be for the run's data, got one for {reason}")
         if not stored.is_seen_as(bench.data):
             raise UsageError(
-                f"{path} must hold images with {preprocessing(bench.data)}, as the run's data are now, got "
-                f"{preprocessing(stored)}; bring back the run's whitening.safetensors and data, or make the run again"
+                f"{path} must hold images with {preprocessing(bench.data)}, as the run's data are "
+                f"now, got "
+                f"{preprocessing(stored)}; bring back the run's whitening.safetensors and data, "
+                f"or make the run again"
             )
         return cls.of(stored, bench)
 
     @classmethod
     def of(cls, stored: DistilledSet, bench: Workbench) -> Union:
         """What ``stored`` holds, on the device of ``bench``."""
-        images, labels, stage = (t.to(bench.device) for t in (stored.images, stored.labels, stored.stage))
+        images, labels, stage = (
+            t.to(bench.device) for t in (stored.images, stored.labels, stored.stage)
+        )
         return cls(images, labels, stage, stored.learning_rates.tolist(), stored.factor)
 
     @property
@@ -84,13 +88,15 @@ class Union:
     def up_to(self, stage: int | None = None) -> tuple[Tensor, Tensor]:
         """Images and labels of stages 1..``stage`` (None: all), as networks are trained on them.
 
-        Views where nothing has to be decoded, because an evaluation holds those of every stage at once: as copies, half
-        as many images as all stages' number of them times the union.
+        Views where nothing has to be decoded, because an evaluation holds those of every stage at
+        once: as copies, half as many images as all stages' number of them times the union.
         """
         return self._seen(self.stage <= (self.stages if stage is None else stage))
 
     def only(self, stage: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of stage ``stage`` alone, as networks are trained on them; views like :meth:`up_to`."""
+        """Images and labels of stage ``stage`` alone, as networks are trained on them; views like
+        :meth:`up_to`.
+        """
         return self._seen(self.stage == stage)
 
     def _seen(self, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +113,10 @@ class Union:
             torch.cat([self.images, images]),
             torch.cat([self.labels, labels]),
             torch.cat([self.stage, number]),
-            [*self.rates, torch.tensor(rate, dtype=torch.float32, device="cpu").item()],  # as it is stored
+            [
+                *self.rates,
+                torch.tensor(rate, dtype=torch.float32, device="cpu").item(),
+            ],  # as it is stored
             self.factor,
         )
 

@@ -22,7 +22,8 @@ def available(device: torch.device) -> int | None:
 
 
 def free(device: torch.device, reclaimable: int = 0) -> int:
-    """Return the bytes that nobody uses at the moment, on the CPU too; 0 where the system does not say.
+    """Return the bytes that nobody uses at the moment, on the CPU too; 0 where the system does not
+    say.
 
     Args:
         reclaimable: bytes of host memory that this process holds and can use again.
@@ -32,8 +33,14 @@ def free(device: torch.device, reclaimable: int = 0) -> int:
 
 
 def total(device: torch.device) -> int:
-    """Bytes that ``device`` has in all, used or not: the same at every call; 0 where the system does not say."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory.total()
+    """Bytes that ``device`` has in all, used or not: the same at every call; 0 where the system
+    does not say.
+    """
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else host_memory.total()
+    )
 
 
 def require(device: torch.device, size: int, what: str, lower: str) -> None:
@@ -49,15 +56,16 @@ def require(device: torch.device, size: int, what: str, lower: str) -> None:
     there = available(device)
     if there is not None and size > there:
         raise UsageError(
-            f"{what} would take about {format_bytes(size)} and {device} has {format_bytes(there)}; lower {lower}"
+            f"{what} would take about {format_bytes(size)} and {device} has "
+            f"{format_bytes(there)}; lower {lower}"
         )
 
 
 def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
     """How many networks of ``bytes_each`` fit side by side, in [1, ``most``]; 1 on the CPU.
 
-    They get half of the device's whole memory, not of what is free at the moment: the same machine gives the same
-    number, and so the same bits, whatever else runs on it.
+    They get half of the device's whole memory, not of what is free at the moment: the same machine
+    gives the same number, and so the same bits, whatever else runs on it.
     """
     if device.type != "cuda":
         return 1
@@ -81,7 +89,8 @@ def explained(device: torch.device, what: str, lower: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"{what}: {device} is out of memory, at {format_bytes(peak_memory(device))} taken at the most"
+            f"{what}: {device} is out of memory, at {format_bytes(peak_memory(device))} taken at "
+            f"the most"
             f"{_whole(device)}; lower {lower}"
         ) from error
 
@@ -94,9 +103,12 @@ def _whole(device: torch.device) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory could not be had, on whatever device."""
-    # Of torch's allocators only that of a GPU has a class for it, and CUDA's libraries have texts of their own.
+    # Of torch's allocators only that of a GPU has a class for it, and CUDA's libraries have texts
+    # of their own.
     texts = "out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error) for text in texts
+    )
 
 
 def format_bytes(size: int) -> str:

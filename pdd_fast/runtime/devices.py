@@ -31,7 +31,9 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")  # without the index of "cpu:0", as tensors report it
     if not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} cannot be used: torch finds no GPU; `pdd-fast env` says more")
+        raise UsageError(
+            f"device {name!r} cannot be used: torch finds no GPU; `pdd-fast env` says more"
+        )
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise UsageError(f"device must be below cuda:{count}, got {name!r}")
@@ -39,7 +41,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on the device for CUDA, resident in this process otherwise (0 where unknown)."""
+    """Most bytes so far: allocated on the device for CUDA, resident in this process otherwise (0
+    where unknown).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

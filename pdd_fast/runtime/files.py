@@ -29,10 +29,14 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes
+    when it does not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)  # the system applies the umask
+    handle = os.open(
+        temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666
+    )  # the system applies the umask
     mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
     try:
@@ -78,16 +82,21 @@ def read_json(path: Path) -> Any:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes a safetensors file whose bytes depend on its content alone.
 
-    All metadata go into one entry, as JSON: safetensors keeps entries in a hash map whose order changes from process to
-    process.
+    All metadata go into one entry, as JSON: safetensors keeps entries in a hash map whose order
+    changes from process to process.
     """
     text = json.dumps(metadata, sort_keys=True)
     # Copies, because safetensors refuses tensors that share memory.
-    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    copies = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
     with atomic_path(path) as temporary:
         try:
             save_file(copies, temporary, metadata={_METADATA: text})
-        except SafetensorError as error:  # the system's refusal, e.g. of a full disk, in words alone
+        except (
+            SafetensorError
+        ) as error:  # the system's refusal, e.g. of a full disk, in words alone
             raise OSError(errno.EIO, str(error), str(path)) from error
 
 
@@ -105,7 +114,9 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         with torch.device("cpu"), safe_open(path, framework="pt") as file:
             yield file, _metadata_of(path, file)
     except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is damaged or is not a safetensors file: {stand_in(path) or error}") from error
+        raise UsageError(
+            f"{path} is damaged or is not a safetensors file: {stand_in(path) or error}"
+        ) from error
 
 
 def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
@@ -122,8 +133,9 @@ def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
 
 
 def stand_in(path: Path) -> str:
-    """Say what lies in the place of a file that was never copied or downloaded whole, and what to do; "" where the file
-    is none of these: an empty file, a pointer of Git LFS, a web page."""
+    """Say what lies in the place of a file that was never copied or downloaded whole, and what to
+    do; "" where the file is none of these: an empty file, a pointer of Git LFS, a web page.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -132,17 +144,21 @@ def stand_in(path: Path) -> str:
     if not head:
         return "it is empty; copy or download it again"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return "it is a pointer of Git LFS, not the file that it stands for; fetch that with `git lfs pull`"
+        return (
+            "it is a pointer of Git LFS, not the file that it stands for; fetch that with "
+            "`git lfs pull`"
+        )
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         return "it is a web page, not the file that was asked for; download it again"
     return ""
 
 
 def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
-    """What ``torch.save`` wrote, of tensors, lists and dictionaries alone: no code in a file is run.
+    """What ``torch.save`` wrote, of tensors, lists and dictionaries alone: no code in a file is
+    run.
 
-    Args:
-        mapped: leave the numbers in the file until they are used. Files of the format before torch 1.6, which cannot
+    Args: mapped: leave the numbers in the file until they are used. Files of the format before
+        torch 1.6, which cannot
             be mapped, are read whole.
 
     Raises:
@@ -156,7 +172,11 @@ def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
         raise UsageError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
         reason = stand_in(path)
-        said = f"cannot be read: {reason}" if reason else "is refused: it holds more than tensors, which could be code"
+        said = (
+            f"cannot be read: {reason}"
+            if reason
+            else "is refused: it holds more than tensors, which could be code"
+        )
         raise UsageError(f"{path} {said}") from error
     except Exception as error:  # damaged files make the reader raise whatever it stumbles over
         raise UsageError(f"{path} cannot be read: {stand_in(path) or first_line(error)}") from error

@@ -1,4 +1,6 @@
-"""The memory of the machine, or of the control group (container, job) that this process may not leave."""
+"""The memory of the machine, or of the control group (container, job) that this process may not
+leave.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,16 @@ from pathlib import Path
 
 # Where Linux tells; tests have it elsewhere.
 ROOT = Path("/")
-# Of a control group, by version: where groups lie, the limit's file, the usage's, and in memory.stat what the usage
-# counts and the system takes back before it refuses anything.
+# Of a control group, by version: where groups lie, the limit's file, the usage's, and in
+# memory.stat what the usage counts and the system takes back before it refuses anything.
 _VERSIONS = {
     2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    1: (
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
 }
 
 
@@ -25,7 +32,8 @@ def total() -> int:
 
 
 def free() -> int:
-    """Bytes that can be had now without taking them from others; 0 where the system does not say."""
+    """Bytes that can be had now without taking them from others; 0 where the system does not
+    say."""
     machine = _meminfo("MemAvailable")
     if machine is None:
         machine = _pages()
@@ -55,8 +63,8 @@ def _limits() -> Iterator[tuple[int, int]]:
             continue
         base, limit_name, used_name, cache = _VERSIONS[version]
         group = Path(path.lstrip("/"))
-        # A limit holds for all groups below. Inside of a container the path may be one that only the host knows; the
-        # top is then the container's own.
+        # A limit holds for all groups below. Inside of a container the path may be one that only
+        # the host knows; the top is then the container's own.
         for part in dict.fromkeys([group, *group.parents, Path()]):
             folder = ROOT / base / part
             limit, used = _number(folder / limit_name), _number(folder / used_name)

@@ -23,15 +23,19 @@ except ImportError:  # not a POSIX system: directories are not locked there
 
 LOCK, OWNER = ".lock", ".lock-owner"  # the second where the file system has no locks
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_ATTEMPTS, _PAUSE = 5, 0.05  # of processes that come at the same time, and seconds between them, at most
+_ATTEMPTS, _PAUSE = (
+    5,
+    0.05,
+)  # of processes that come at the same time, and seconds between them, at most
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of ``folder`` while the block runs; a process that ended, however it ended, keeps nobody
-    out.
+    """Keep other processes out of ``folder`` while the block runs; a process that ended, however it
+    ended, keeps nobody out.
 
-    Where the file system has no locks, a file that is made exclusively names the process in their place.
+    Where the file system has no locks, a file that is made exclusively names the process in their
+    place.
 
     Raises:
         UsageError: another process works in this directory.
@@ -50,7 +54,8 @@ def locked(folder: Path) -> Iterator[None]:
             yield
             return
     warnings.warn(
-        f"the file system of {folder} has no locks ({reason}): {OWNER}-* in it keeps other processes out",
+        f"the file system of {folder} has no locks ({reason}): {OWNER}-* in it keeps other "
+        f"processes out",
         PddFastWarning,
         stacklevel=3,
     )
@@ -62,9 +67,10 @@ def locked(folder: Path) -> Iterator[None]:
 def _owned(folder: Path) -> Iterator[None]:
     """:func:`locked` by a file whose name is the process that works there.
 
-    Each process first makes its own file and then looks for those of others, so of two at least one sees the other and
-    goes back. Nobody removes the file of a process that may be alive, and a name never comes again: there is no moment
-    in which a file that was left over could be mistaken for a new one.
+    Each process first makes its own file and then looks for those of others, so of two at least one
+    sees the other and goes back. Nobody removes the file of a process that may be alive, and a name
+    never comes again: there is no moment in which a file that was left over could be mistaken for a
+    new one.
     """
     own = _Owner.this()
     path = folder / own.name
@@ -110,7 +116,9 @@ class _Owner(NamedTuple):
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended. False where that cannot be known, because it runs on another machine."""
+        """Whether the process has ended. False where that cannot be known, because it runs on
+        another machine.
+        """
         if self.host != _host():
             return False
         if self.boot != _boot():
@@ -139,7 +147,8 @@ def _other(folder: Path, own: _Owner) -> tuple[Path, _Owner] | None:
 def _in_use(path: Path, owner: _Owner) -> UsageError:
     where = "" if owner.host == _host() else f" on {owner.host}"
     return UsageError(
-        f"{path.parent} is in use by another process, {owner.pid}{where}; if that has ended, remove {path}"
+        f"{path.parent} is in use by another process, {owner.pid}{where}; if that has ended, "
+        f"remove {path}"
     )
 
 
@@ -156,10 +165,12 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; "" where the system does not say, or the process is a
-    zombie, which has ended but was not waited for."""
+    """When a process began, in ticks since the machine did; "" where the system does not say, or
+    the process is a zombie, which has ended but was not waited for.
+    """
     with suppress(OSError, IndexError):
-        # The name in parentheses may hold anything; 0 and 19 fields after it come the state and the start.
+        # The name in parentheses may hold anything; 0 and 19 fields after it come the state and the
+        # start.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     return ""

@@ -1,4 +1,6 @@
-"""Convert paths as people write them to paths that hold from any working directory. Imports no torch."""
+"""Convert paths as people write them to paths that hold from any working directory. Imports no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,16 @@ def expanded(path: str | Path) -> Path:
 
 
 def readable(name: str) -> str:
-    """A file's name as text that can be drawn and encoded: bytes that are not UTF-8 as \\xNN, so that names that differ
-    still do."""
+    """A file's name as text that can be drawn and encoded: bytes that are not UTF-8 as \\xNN, so
+    that names that differ still do.
+    """
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
 
 def absolute(path: str | Path) -> str:
-    """Return ``path`` as it holds from any working directory. Symbolic links stay, unless a ``..`` follows them."""
+    """Return ``path`` as it holds from any working directory. Symbolic links stay, unless a ``..``
+    follows them.
+    """
     whole = Path.cwd() / expanded(path)
     return str(whole.resolve() if ".." in whole.parts else whole)
 
@@ -31,7 +36,9 @@ def absolute_dataset(name: str) -> str:
 
 
 def short_dataset(name: str) -> str:
-    """Return the name of a dataset with the last part of its folder alone, which does not say where it lies."""
+    """Return the name of a dataset with the last part of its folder alone, which does not say where
+    it lies.
+    """
     if not name.startswith(FOLDER):
         return name
     return FOLDER + readable(Path(absolute(name.removeprefix(FOLDER))).resolve().name)

@@ -1,7 +1,7 @@
 """In which precision convolutions are computed, and how cuDNN is told (docs/precision.md).
 
-The flags belong to the process. They are set around a pass and put back, so that what a user has set for other work
-stays; CUDA graphs keep what held while they were captured.
+The flags belong to the process. They are set around a pass and put back, so that what a user has
+set for other work stays; CUDA graphs keep what held while they were captured.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def storage(name: str, dtype: torch.dtype) -> torch.dtype:
 def computing_in(name: str, device: torch.device) -> Iterator[None]:
     """Compute in precision ``name`` inside the block, whatever the caller has set.
 
-    cuDNN's convolutions of float32 tensors use TF32 exactly where ``name`` is "tf32", matrix products never do, and
-    both give the same bits every time. The caller's autocast is off.
+    cuDNN's convolutions of float32 tensors use TF32 exactly where ``name`` is "tf32", matrix
+    products never do, and both give the same bits every time. The caller's autocast is off.
     """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False), computing_in(name, device):
@@ -64,9 +64,10 @@ def computing_in(name: str, device: torch.device) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     kept = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    # The older switch, allow_tf32, would change recurrent networks' flag too, and reading it fails where a user has set
-    # the two apart; this one is in every torch from 2.9 on. "none" means ieee where nothing else was asked for. A flag
-    # that says the right thing is left alone, because one that was never set cannot be put back to that.
+    # The older switch, allow_tf32, would change recurrent networks' flag too, and reading it fails
+    # where a user has set the two apart; this one is in every torch from 2.9 on. "none" means ieee
+    # where nothing else was asked for. A flag that says the right thing is left alone, because one
+    # that was never set cannot be put back to that.
     changed = []
     for flag, allowed in ((cudnn.conv, name == "tf32"), (matmul, False)):
         if (flag.fp32_precision == "tf32") != allowed:

@@ -11,7 +11,9 @@ class Task:
     """One countable piece of work, e.g. the iterations of a stage."""
 
     def advance(self, count: int = 1, **values: Any) -> None:
-        """``count`` more units are done; ``values`` (loss, accuracy, ...) are worth showing beside the bar."""
+        """``count`` more units are done; ``values`` (loss, accuracy, ...) are worth showing beside
+        the bar.
+        """
 
 
 class Reporter:

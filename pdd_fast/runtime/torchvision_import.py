@@ -1,4 +1,6 @@
-"""The one place that imports torchvision: for data sets and for networks, and only when one of them is asked for."""
+"""The one place that imports torchvision: for data sets and for networks, and only when one of them
+is asked for.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ def load(part: str, what: str, instead: str = "") -> ModuleType:
     try:
         return getattr(import_module("torchvision"), part)
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms does not exist, and
-        # at a second attempt with AttributeError: partially initialized module.
+        # A torchvision built for another torch fails with RuntimeError: operator torchvision::nms
+        # does not exist, and at a second attempt with AttributeError: partially initialized module.
         raise UsageError(
-            f"{what} needs torchvision, which does not import here ({first_line(error)}); install the torchvision "
+            f"{what} needs torchvision, which does not import here ({first_line(error)}); install "
+            f"the torchvision "
             f"release that belongs to torch {torch.__version__}{instead}"
         ) from error

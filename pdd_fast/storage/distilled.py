@@ -36,13 +36,15 @@ _SLACK = 1e-3  # by which rounding may take probabilities out of [0, 1]
 
 @dataclass(frozen=True, eq=False)  # field by field, == would ask for the truth of a tensor
 class DistilledSet:
-    """All stages of a distilled set. Labels of other types that mean class indices are converted to int64 [n].
+    """All stages of a distilled set. Labels of other types that mean class indices are converted to
+    int64 [n].
 
-    Raises:
-        ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates not positive.
+    Raises: ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or
+        rates not positive.
     """
 
-    images: Tensor  # [n, C, H, W] float32, normalised (and whitened) as training data are, as they are stored
+    # [n, C, H, W] float32, normalised (and whitened) as training data are, as they are stored
+    images: Tensor
     labels: Tensor  # int64 [n], or float [n, classes]
     stage: Tensor  # int64 [n], 1-based
     learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
@@ -50,19 +52,26 @@ class DistilledSet:
     # data, fingerprint, classes, augmentation, network, labels, base, seed
     metadata: dict[str, Any] = field(default_factory=dict)
     whitening: Whitening | None = None  # None: images are not whitened
-    factor: int = 1  # every stored image holds factor² smaller ones, which networks are trained on once enlarged
+    # every stored image holds factor² smaller ones, which networks are trained on once enlarged
+    factor: int = 1
 
     def __post_init__(self) -> None:
         if self.images.dim() != 4:
-            raise ValueError(f"DistilledSet: images must have shape [n, C, H, W], got {tuple(self.images.shape)}")
+            raise ValueError(
+                f"DistilledSet: images must have shape [n, C, H, W], got {tuple(self.images.shape)}"
+            )
         n, channels = self.images.shape[:2]
         _check_normalized(self.images)
         labels = as_labels("DistilledSet", self.labels, torch.float32)
         hard = labels.dtype == torch.int64 and labels.dim() == 1
         if not hard and not (labels.is_floating_point() and labels.dim() == 2):
             found = f"{labels.dtype} of shape {tuple(labels.shape)}"
-            raise ValueError(f"DistilledSet: labels must be int64 [n] or floating-point [n, classes], got {found}")
-        if not hard:  # one-hot rows of integers say no more than the class, and are reported among hard labels
+            raise ValueError(
+                f"DistilledSet: labels must be int64 [n] or floating-point [n, classes], got "
+                f"{found}"
+            )
+        # one-hot rows of integers say no more than the class, and are reported among hard labels
+        if not hard:
             labels = labels.float() if self.labels.is_floating_point() else labels.argmax(1)
         object.__setattr__(self, "images", self.images.float())
         object.__setattr__(self, "labels", labels)
@@ -72,27 +81,41 @@ class DistilledSet:
                 raise ValueError(f"DistilledSet: {name} must be a vector, got {found}")
         for name in ("labels", "stage"):
             if len(getattr(self, name)) != n:
-                raise ValueError(f"DistilledSet: {name} must have {n} rows, got {len(getattr(self, name))}")
+                raise ValueError(
+                    f"DistilledSet: {name} must have {n} rows, got {len(getattr(self, name))}"
+                )
         for name in ("mean", "std"):
             if len(getattr(self.normalisation, name)) != channels:
                 found = getattr(self.normalisation, name)
-                raise ValueError(f"DistilledSet: normalisation {name} must have {channels} numbers, got {found}")
-        if self.whitening is not None and self.whitening.image_shape != tuple(self.images.shape[1:]):
+                raise ValueError(
+                    f"DistilledSet: normalisation {name} must have {channels} numbers, got {found}"
+                )
+        if self.whitening is not None and self.whitening.image_shape != tuple(
+            self.images.shape[1:]
+        ):
             expected = tuple(self.images.shape[1:])
-            raise ValueError(f"DistilledSet: whitening must be for {expected}, got {self.whitening.image_shape}")
+            raise ValueError(
+                f"DistilledSet: whitening must be for {expected}, got {self.whitening.image_shape}"
+            )
         if not 1 <= self.factor <= min(self.images.shape[2:]):
             most = min(self.images.shape[2:])
             raise ValueError(f"DistilledSet: factor must lie in [1, {most}], got {self.factor}")
         present = sorted(set(self.stage.tolist()))
         if present != list(range(1, self.stages + 1)):
-            raise ValueError(f"DistilledSet: stage must number 1..{self.stages} without gaps, got {present}")
+            raise ValueError(
+                f"DistilledSet: stage must number 1..{self.stages} without gaps, got {present}"
+            )
         for name in ("images", "labels", "learning_rates"):
             if not bool(torch.isfinite(getattr(self, name)).all()):
                 raise ValueError(f"DistilledSet: {name} must be finite, got NaN or infinity")
         if not bool((self.learning_rates > 0).all()):
-            raise ValueError(f"DistilledSet: learning_rates must be above 0, got {self.learning_rates.tolist()}")
+            raise ValueError(
+                f"DistilledSet: learning_rates must be above 0, got {self.learning_rates.tolist()}"
+            )
         classes = self.metadata.get("classes")
-        if reason := labels_outside(self.labels, len(classes) if isinstance(classes, list) else None):
+        if reason := labels_outside(
+            self.labels, len(classes) if isinstance(classes, list) else None
+        ):
             raise ValueError(f"DistilledSet: {reason}")
 
     def __repr__(self) -> str:
@@ -105,10 +128,11 @@ class DistilledSet:
         return len(self.learning_rates)
 
     def union(self, stage: int | None = None, raw: bool = False) -> DistilledUnion:
-        """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with ``learning_rate``.
+        """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with
+        ``learning_rate``.
 
-        Args:
-            raw: the images as they are stored. Otherwise, where ``factor`` is not 1, the factor² enlarged ones that
+        Args: raw: the images as they are stored. Otherwise, where ``factor`` is not 1, the factor²
+            enlarged ones that
                 each of them holds, which are what to train on.
         """
         last = self._check_stage(self.stages if stage is None else stage)
@@ -129,18 +153,23 @@ class DistilledSet:
         return stage
 
     def pixels(self) -> Tensor:
-        """Images [n, C, H, W] as they are stored, with whitening and normalisation undone, clipped to [0, 1]."""
+        """Images [n, C, H, W] as they are stored, with whitening and normalisation undone, clipped
+        to [0, 1].
+        """
         images = self.images if self.whitening is None else self.whitening.invert(self.images)
         return self.normalisation.invert(images).clamp(0, 1)
 
     def transform(self, pixels: Tensor) -> Tensor:
-        """Pixels [n, C, H, W] in [0, 1], of the test set say, as a network sees them that is trained on the images:
-        normalised and, where the images are, whitened."""
+        """Pixels [n, C, H, W] in [0, 1], of the test set say, as a network sees them that is
+        trained on the images: normalised and, where the images are, whitened.
+        """
         images = self.normalisation.apply(pixels)
         return images if self.whitening is None else self.whitening.apply(images)
 
     def is_seen_as(self, data: ImageData) -> bool:
-        """Return whether :meth:`transform` makes of pixels what ``data`` holds of them, but for rounding."""
+        """Return whether :meth:`transform` makes of pixels what ``data`` holds of them, but for
+        rounding.
+        """
         if not self.normalisation.is_close(data.normalisation):
             return False
         if self.whitening is None or data.whitening is None:
@@ -161,33 +190,49 @@ class DistilledSet:
 
 
 def _check_normalized(images: Tensor) -> None:
-    """Raises ValueError where ``images`` are pixels from 0 to 255, as integers or as whole floating-point numbers."""
+    """Raises ValueError where ``images`` are pixels from 0 to 255, as integers or as whole
+    floating-point numbers.
+    """
     kind = "" if images.is_floating_point() else str(images.dtype)
-    if not kind and images.numel() > 0 and float(images.amin()) >= 0 and _LARGEST < float(images.amax()) < math.inf:
+    if (
+        not kind
+        and images.numel() > 0
+        and float(images.amin()) >= 0
+        and _LARGEST < float(images.amax()) < math.inf
+    ):
         kind = "whole numbers from 0 on" if bool((images == images.round()).all()) else ""
     if kind:
         raise ValueError(
-            f"DistilledSet: images must be floating-point and normalized as training data are, got {kind}; divide "
-            "pixels by 255, then apply the normalisation (Normalisation.apply) and, where there is one, the whitening"
+            f"DistilledSet: images must be floating-point and normalized as training data are, "
+            f"got {kind}; divide "
+            "pixels by 255, then apply the normalisation (Normalisation.apply) and, where there "
+            "is one, the whitening"
         )
 
 
 def labels_outside(labels: Tensor, classes: int | None) -> str:
-    """Say what is wrong with labels as :func:`~pdd_fast.networks.arguments.as_labels` gives them; "" where nothing is.
+    """Say what is wrong with labels as :func:`~pdd_fast.networks.arguments.as_labels` gives them;
+    "" where nothing is.
 
-    Class indices must be in range, probabilities in [0, 1] and as many as there are ``classes`` (None: unknown).
+    Class indices must be in range, probabilities in [0, 1] and as many as there are ``classes``
+    (None: unknown).
     """
     if len(labels) == 0:
         return ""
     low, high = labels.amin().item(), labels.amax().item()
     if labels.dim() == 1:
         bound = "from 0 on" if classes is None else f"in [0, {classes})"
-        return "" if low >= 0 and (classes is None or high < classes) else f"labels must lie {bound}, got {low}..{high}"
+        return (
+            ""
+            if low >= 0 and (classes is None or high < classes)
+            else f"labels must lie {bound}, got {low}..{high}"
+        )
     if classes is not None and labels.shape[1] != classes:
         return f"labels must have {classes} columns, one for each class, got {labels.shape[1]}"
     if low < -_SLACK or high > 1 + _SLACK:
         return (
-            f"labels must be probabilities in [0, 1], got {low:.4g}..{high:.4g}; if they are logits, give their "
+            f"labels must be probabilities in [0, 1], got {low:.4g}..{high:.4g}; if they are "
+            f"logits, give their "
             'softmax (labels="logits" of read_mtt)'
         )
     return ""
@@ -202,7 +247,8 @@ def preprocessing(images: DistilledSet | ImageData) -> str:
 
 
 def load_distilled(path: str | Path) -> DistilledSet:
-    """Reads a distilled set from its file, or from a run directory that holds ``distilled.safetensors``.
+    """Reads a distilled set from its file, or from a run directory that holds
+    ``distilled.safetensors``.
 
     Raises:
         UsageError: there is none, or the file is damaged.
@@ -221,6 +267,8 @@ def load_distilled(path: str | Path) -> DistilledSet:
         factor = int(metadata.pop("factor", 1))  # sets of before have none
         images, labels, stage, rates = (tensors[name] for name in names)
         whitening = Whitening.of_tensors(tensors)
-        return DistilledSet(images, labels, stage, rates, normalisation, metadata, whitening, factor)
+        return DistilledSet(
+            images, labels, stage, rates, normalisation, metadata, whitening, factor
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a distilled set: {error}") from error

@@ -1,8 +1,8 @@
-"""Distilled images as MTT's scripts store them: images_best.pt [n, C, H, W] and labels_best.pt [n]; here a folder for
-each stage.
+"""Distilled images as MTT's scripts store them: images_best.pt [n, C, H, W] and labels_best.pt [n];
+here a folder for each stage.
 
-Those files say nothing of how the images are to be used, so that people got other accuracies out of them than were
-published. What is written here says it beside them, in settings.json.
+Those files say nothing of how the images are to be used, so that people got other accuracies out of
+them than were published. What is written here says it beside them, in settings.json.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
 def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) -> list[Path]:
     """Writes stage-1/images_best.pt, stage-1/labels_best.pt, ... and settings.json; the files.
 
-    Images are as networks see them (normalised and, where the set is, whitened), which is what the scripts expect.
+    Images are as networks see them (normalised and, where the set is, whitened), which is what the
+    scripts expect.
 
-    Args:
-        folder: is made where it is missing.
-        raw: images that hold several as they are stored. Otherwise what they hold, enlarged, as the scripts need them.
+    Args: folder: is made where it is missing. raw: images that hold several as they are stored.
+        Otherwise what they hold, enlarged, as the scripts need them.
 
     Raises:
         UsageError: there is something in it already.
@@ -45,7 +45,9 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
         for name, tensor in ((IMAGES, subset.images), (LABELS, subset.labels)):
             path = folder / f"stage-{stage}" / name
             with atomic_path(path) as temporary:
-                torch.save(tensor.clone(), temporary)  # a part of a larger tensor would be stored with all of it
+                torch.save(
+                    tensor.clone(), temporary
+                )  # a part of a larger tensor would be stored with all of it
             written.append(path)
     settings: dict[str, Any] = {
         "learning_rates": distilled.learning_rates.tolist(),
@@ -69,20 +71,22 @@ def read_mtt(
     factor: int = 1,
     labels: str = "auto",
 ) -> DistilledSet:
-    """A distilled set of what MTT's scripts stored, one folder with images_best.pt and labels_best.pt for each stage.
+    """A distilled set of what MTT's scripts stored, one folder with images_best.pt and
+    labels_best.pt for each stage.
 
-    Args:
-        learning_rates: that were learned with each stage's images; the scripts print them.
-        normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for the same data. Those
-            that the scripts of MTT and PDD made are with ``whitening="zca"`` where they used ZCA, else with
-            ``normalization="published"``.
-        metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared by.
+    Args: learning_rates: that were learned with each stage's images; the scripts print them.
+        normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for
+        the same data. Those
+            that the scripts of MTT and PDD made are with ``whitening="zca"`` where they used ZCA,
+            else with ``normalization="published"``.
+        metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared
+            by.
         factor: of settings.json, for images that were written as they are stored.
-        labels: what labels_best.pt holds: "auto" for class indices or probabilities, "logits" for logits, whose softmax
-            is taken.
+        labels: what labels_best.pt holds: "auto" for class indices or probabilities, "logits" for
+            logits, whose softmax is taken.
 
-    Raises:
-        UsageError: a file is missing or damaged, or holds something else (code is never run); or the parts do not fit.
+    Raises: UsageError: a file is missing or damaged, or holds something else (code is never run);
+        or the parts do not fit.
     """
     if labels not in ("auto", "logits"):
         raise UsageError(f"labels must be auto or logits, got {labels!r}")
@@ -95,11 +99,19 @@ def read_mtt(
     rates = torch.tensor(list(learning_rates), device="cpu").float()
     try:
         return DistilledSet(
-            torch.cat(images), torch.cat(targets), torch.cat(stages), rates,
-            normalisation, dict(metadata or {}), whitening, factor,
-        )  # fmt: skip
+            torch.cat(images),
+            torch.cat(targets),
+            torch.cat(stages),
+            rates,
+            normalisation,
+            dict(metadata or {}),
+            whitening,
+            factor,
+        )
     except (ValueError, RuntimeError) as error:  # torch.cat: of different shapes, or of nothing
-        raise UsageError(f"{', '.join(map(str, folders)) or 'no folders'} hold no distilled set: {error}") from error
+        raise UsageError(
+            f"{', '.join(map(str, folders)) or 'no folders'} hold no distilled set: {error}"
+        ) from error
 
 
 def _targets(path: Path, kind: str) -> Tensor:
@@ -109,12 +121,17 @@ def _targets(path: Path, kind: str) -> Tensor:
         return found
     if found.dim() != 2 or not found.is_floating_point() or found.shape[1] < 2:
         shape = tuple(found.shape)
-        raise UsageError(f"{path} must hold logits, floating-point [n, classes], got {found.dtype} of shape {shape}")
+        raise UsageError(
+            f"{path} must hold logits, floating-point [n, classes], got {found.dtype} of shape "
+            f"{shape}"
+        )
     return found.float().softmax(1)
 
 
 def _tensor(path: Path) -> Tensor:
     found = read_pickled_tensors(path)
     if not isinstance(found, Tensor) or found.dim() == 0:
-        raise UsageError(f"{path} must hold a tensor with a row for each image, got {type(found).__name__}")
+        raise UsageError(
+            f"{path} must hold a tensor with a row for each image, got {type(found).__name__}"
+        )
     return found.detach()

@@ -1,8 +1,9 @@
 """Expert trajectories as MTT's scripts store them.
 
-A file replay_buffer_N.pt is a list of trajectories, each of these a list of checkpoints, each of these the list of a
-network's parameters in the order of ``parameters()``. Checkpoints that are state dicts are taken for the lists of their
-parameters, and a list of state dicts for one trajectory.
+A file replay_buffer_N.pt is a list of trajectories, each of these a list of checkpoints, each of
+these the list of a network's parameters in the order of ``parameters()``. Checkpoints that are
+state dicts are taken for the lists of their parameters, and a list of state dicts for one
+trajectory.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class BufferTrajectory(Trajectory):
-    """One trajectory of a buffer. Its numbers stay in the file, mapped into memory, until a checkpoint is asked for."""
+    """One trajectory of a buffer. Its numbers stay in the file, mapped into memory, until a
+    checkpoint is asked for.
+    """
 
     def __init__(self, path: Path, number: int, checkpoints: Sequence[Any]) -> None:
         self.path, self.metadata = path, {}
         self.names, self.statistics = _names(checkpoints[0])
-        self._number, self._checkpoints = number, [_parameters(checkpoint) for checkpoint in checkpoints]
+        self._number, self._checkpoints = (
+            number,
+            [_parameters(checkpoint) for checkpoint in checkpoints],
+        )
         self.epochs = len(checkpoints) - 1
         self.shapes = [tuple(tensor.shape) for tensor in self._checkpoints[0]]
         self.parameters = sum(tensor.numel() for tensor in self._checkpoints[0])
@@ -40,30 +46,40 @@ class BufferTrajectory(Trajectory):
         return f"{self.path}: trajectory {self._number}"
 
     def _read(self, epoch: int) -> Tensor:
-        return torch.cat([tensor.detach().reshape(-1) for tensor in self._checkpoints[epoch]]).float()
+        return torch.cat(
+            [tensor.detach().reshape(-1) for tensor in self._checkpoints[epoch]]
+        ).float()
 
     def require_fits(self, net: nn.Module) -> None:
-        """Raise UsageError unless the stored tensors are, one by one, of the shapes of the parameters of ``net``.
+        """Raise UsageError unless the stored tensors are, one by one, of the shapes of the
+        parameters of ``net``.
 
-        Networks with as many parameters in another order have another meaning for the same vector. Names are compared
-        too where the buffer has them, because many tensors of a ConvNet are of one shape.
+        Networks with as many parameters in another order have another meaning for the same vector.
+        Names are compared too where the buffer has them, because many tensors of a ConvNet are of
+        one shape.
         """
         kind = type(net).__name__
         if self.statistics:
             raise UsageError(
-                f"{self.path}: checkpoints must be of the run's {kind}, which has instance norm, got one with batch "
+                f"{self.path}: checkpoints must be of the run's {kind}, which has instance norm, "
+                f"got one with batch "
                 f"norm ({self.statistics[0]})"
             )
         wanted = [(name, tuple(parameter.shape)) for name, parameter in net.named_parameters()]
         found = list(zip(self.names or [""] * len(self.shapes), self.shapes, strict=True))
-        for place, ((name, shape), (own, expected)) in enumerate(zip_longest(found, wanted, fillvalue=("", ()))):
+        for place, ((name, shape), (own, expected)) in enumerate(
+            zip_longest(found, wanted, fillvalue=("", ()))
+        ):
             role, own_role = (each.rpartition(".")[2] for each in (name, own))
-            if shape == expected and (not role or role == own_role or {role, own_role} != {"weight", "bias"}):
+            if shape == expected and (
+                not role or role == own_role or {role, own_role} != {"weight", "bias"}
+            ):
                 continue
+            got = f"{name + ' ' if name else ''}{shape if place < len(found) else 'none'}"
             raise UsageError(
-                f"{self.path}: tensor {place} of a checkpoint must be {own or 'absent'} {expected} as in the run's "
-                f"{kind}, got {name + ' ' if name else ''}{shape if place < len(found) else 'none'}: the experts must "
-                "be networks of its width, depth and order of parameters"
+                f"{self.path}: tensor {place} of a checkpoint must be {own or 'absent'} "
+                f"{expected} as in the run's {kind}, got {got}: the experts must be networks of "
+                "its width, depth and order of parameters"
             )
 
 
@@ -78,29 +94,44 @@ def buffer_files(folder: Path) -> list[Path]:
 
 
 def read_buffer(path: Path) -> list[BufferTrajectory]:
-    """The trajectories of one file. Only tensors, lists and dictionaries are unpickled, and no numbers are read.
+    """The trajectories of one file. Only tensors, lists and dictionaries are unpickled, and no
+    numbers are read.
 
-    Raises:
-        UsageError: the file holds other things (code among them) or is damaged; its checkpoints are not of one shape,
+    Raises: UsageError: the file holds other things (code among them) or is damaged; its checkpoints
+        are not of one shape,
             or are one and the same.
     """
     content = read_pickled_tensors(path, mapped=True)
     if _is_list(content) and all(isinstance(each, Mapping) for each in content):
         content = [content]  # one trajectory of state dicts
-    if not _is_list(content) or not all(_is_list(t) and all(map(_is_checkpoint, t)) for t in content):
+    if not _is_list(content) or not all(
+        _is_list(t) and all(map(_is_checkpoint, t)) for t in content
+    ):
         raise UsageError(
-            f"{path} is no replay buffer: it must hold a list of trajectories of lists of tensors (or of state dicts)"
+            f"{path} is no replay buffer: it must hold a list of trajectories of lists of tensors "
+            f"(or of state dicts)"
         )
-    found = [BufferTrajectory(path, number, trajectory) for number, trajectory in enumerate(content)]
+    found = [
+        BufferTrajectory(path, number, trajectory) for number, trajectory in enumerate(content)
+    ]
     shapes, names = found[0].shapes, found[0].names
     for trajectory, checkpoints in zip(found, content, strict=True):
-        alike = all([tuple(t.shape) for t in _parameters(c)] == shapes and _names(c)[0] == names for c in checkpoints)
+        alike = all(
+            [tuple(t.shape) for t in _parameters(c)] == shapes and _names(c)[0] == names
+            for c in checkpoints
+        )
         if trajectory.epochs != found[0].epochs or not alike:
-            raise UsageError(f"{path}: all checkpoints must be of one network and all trajectories of one length")
-        # Stored from a network on the CPU without a copy, every checkpoint is the memory of the last.
+            raise UsageError(
+                f"{path}: all checkpoints must be of one network and all trajectories of one length"
+            )
+        # Stored from a network on the CPU without a copy, every checkpoint is the memory of the
+        # last.
         first, last = (_parameters(checkpoints[place])[0] for place in (0, -1))
         if trajectory.epochs > 0 and first.data_ptr() == last.data_ptr():
-            raise UsageError(f"{path}: the checkpoints of a trajectory are one and the same: they were stored uncopied")
+            raise UsageError(
+                f"{path}: the checkpoints of a trajectory are one and the same: they were stored "
+                f"uncopied"
+            )
     return found
 
 
@@ -110,12 +141,16 @@ def _is_list(value: Any) -> bool:
 
 def _is_checkpoint(value: Any) -> bool:
     if isinstance(value, Mapping):
-        if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()):
+        if not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+        ):
             return False
     elif not _is_list(value):
         return False
     parameters = _parameters(value)
-    return len(parameters) > 0 and all(isinstance(t, Tensor) and t.is_floating_point() for t in parameters)
+    return len(parameters) > 0 and all(
+        isinstance(t, Tensor) and t.is_floating_point() for t in parameters
+    )
 
 
 def _parameters(checkpoint: Any) -> list[Tensor]:

@@ -75,19 +75,26 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> Run:
-        """A new run directory with its config.json, in which paths are absolute: it is opened from anywhere.
+        """A new run directory with its config.json, in which paths are absolute: it is opened from
+        anywhere.
 
         Raises:
             UsageError: something is there already.
         """
         path = expanded(path)
         if (path / "config.json").exists():
-            raise UsageError(f"{path} exists; continue it with --resume or choose another --run-dir")
+            raise UsageError(
+                f"{path} exists; continue it with --resume or choose another --run-dir"
+            )
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path} exists and is not a run directory; choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         absolute = configuration.absolute(config)
-        versions = {"pdd_fast": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        versions = {
+            "pdd_fast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
         write_json(path / "config.json", {"config": absolute.to_dict(), "versions": versions})
         return cls(path, config)
 
@@ -111,11 +118,16 @@ class Run:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data that the run was begun with (:func:`pdd_fast.data.fingerprint.identity`); of runs that did not note
-        them, the name."""
+        """The data that the run was begun with (:func:`pdd_fast.data.fingerprint.identity`); of
+        runs that did not note them, the name.
+        """
         stored = read_json(self.path / "config.json")
         noted = stored.get("data")
-        return noted if isinstance(noted, dict) else {"data": short_dataset(stored["config"].get("dataset", ""))}
+        return (
+            noted
+            if isinstance(noted, dict)
+            else {"data": short_dataset(stored["config"].get("dataset", ""))}
+        )
 
     def note_data(self, identity: dict[str, Any]) -> None:
         """Writes into config.json what data the run is begun with, unless it is there."""
@@ -181,7 +193,9 @@ class Run:
 
     # ---- content ----
 
-    def save_checkpoint(self, stage: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def save_checkpoint(
+        self, stage: int, tensors: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
         save_tensors(self.checkpoint_file(stage), tensors, state)
 
     def load_checkpoint(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -189,8 +203,9 @@ class Run:
         return read_tensors(path) if path.exists() else None
 
     def truncate_metrics(self, stage: int, iteration: int, judged: int) -> None:
-        """Drops what a continued run measures again: all after ``iteration`` of ``stage``, and the held-out accuracies
-        after its iteration ``judged``."""
+        """Drops what a continued run measures again: all after ``iteration`` of ``stage``, and the
+        held-out accuracies after its iteration ``judged``.
+        """
 
         def is_kept(row: dict[str, Any]) -> bool:
             last = judged if "held_out_accuracy" in row else iteration
@@ -207,7 +222,12 @@ class Run:
     def read_evaluation(self) -> dict[str, Any]:
         """Raises UsageError where the run was not evaluated, or the file is not an evaluation."""
         evaluation = read_json(self.evaluation_file)
-        missing = {"protocol", "stages", "steps", "results"} - set(evaluation if isinstance(evaluation, dict) else ())
+        missing = {"protocol", "stages", "steps", "results"} - set(
+            evaluation if isinstance(evaluation, dict) else ()
+        )
         if missing:
-            raise UsageError(f"{self.evaluation_file} is not an evaluation: it lacks {', '.join(sorted(missing))}")
+            raise UsageError(
+                f"{self.evaluation_file} is not an evaluation: it lacks "
+                f"{', '.join(sorted(missing))}"
+            )
         return evaluation

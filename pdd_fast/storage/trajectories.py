@@ -38,7 +38,9 @@ class Trajectory:
                 raise UsageError(f"{path} is not a trajectory: it holds no tensor 'checkpoints'")
             shape = file.get_slice("checkpoints").get_shape()
             if len(shape) != 2 or shape[0] < 1:
-                raise UsageError(f"{path}: checkpoints must have shape [epochs + 1, P], got {shape}")
+                raise UsageError(
+                    f"{path}: checkpoints must have shape [epochs + 1, P], got {shape}"
+                )
             self.metadata: dict[str, Any] = metadata
             self.epochs: int = shape[0] - 1
             self.parameters: int = shape[1]
@@ -59,7 +61,8 @@ class Trajectory:
         theta = self._read(epoch)
         if not is_finite(theta):
             raise UsageError(
-                f"{self.title}: checkpoint {epoch} must be finite, got NaN or infinity: this network diverged in "
+                f"{self.title}: checkpoint {epoch} must be finite, got NaN or infinity: this "
+                f"network diverged in "
                 "training; train it again at a lower learning rate, or take it out"
             )
         return theta
@@ -74,7 +77,9 @@ class Trajectory:
 
 
 def is_finite(theta: Tensor) -> bool:
-    """Whether all numbers are finite: their sum in float64 is then, and only then. One pass and no mask."""
+    """Whether all numbers are finite: their sum in float64 is then, and only then. One pass and no
+    mask.
+    """
     return math.isfinite(float(theta.sum(dtype=torch.float64)))
 
 
@@ -85,7 +90,9 @@ def list_trajectories(folder: Path) -> list[Trajectory]:
         UsageError: there are none, or they are not of one shape.
     """
     # The thousandth name has a digit more, hence length first.
-    paths = sorted(folder.glob("trajectory-*.safetensors"), key=lambda path: (len(path.name), path.name))
+    paths = sorted(
+        folder.glob("trajectory-*.safetensors"), key=lambda path: (len(path.name), path.name)
+    )
     found = [Trajectory(path) for path in paths]
     if not found:
         raise UsageError(f"{folder} holds no trajectories")
@@ -99,19 +106,28 @@ def require_alike(found: Sequence[Trajectory]) -> None:
     for other in found[1:]:
         if (other.epochs, other.parameters) != (first.epochs, first.parameters):
             raise UsageError(
-                f"{other.path} must have {first.epochs} epochs of {first.parameters} parameters like the first "
+                f"{other.path} must have {first.epochs} epochs of {first.parameters} parameters "
+                f"like the first "
                 f"trajectory beside it, got {other.epochs} of {other.parameters}"
             )
 
 
-def write_partial(folder: Path, index: int, checkpoints: list[Tensor], state: dict[str, Tensor]) -> None:
-    """Keeps a trajectory that is still being made: its checkpoints and what training needs to go on."""
-    tensors = {"checkpoints": torch.stack(checkpoints), **{f"state.{name}": t for name, t in state.items()}}
+def write_partial(
+    folder: Path, index: int, checkpoints: list[Tensor], state: dict[str, Tensor]
+) -> None:
+    """Keeps a trajectory that is still being made: its checkpoints and what training needs to go
+    on.
+    """
+    tensors = {
+        "checkpoints": torch.stack(checkpoints),
+        **{f"state.{name}": t for name, t in state.items()},
+    }
     save_tensors(partial_path(folder, index), tensors, {})
 
 
 def read_partial_start(folder: Path, index: int, place: int) -> Tensor:
-    """Weights [P] after no epoch of network ``place`` of those in the group's partial file; reads these and no others.
+    """Weights [P] after no epoch of network ``place`` of those in the group's partial file; reads
+    these and no others.
 
     Raises:
         UsageError: the file is missing or damaged.

@@ -1,7 +1,8 @@
-"""Plain training: the SGD that experts, transitions, selection and evaluation share, on flat parameter vectors.
+"""Plain training: the SGD that experts, transitions, selection and evaluation share, on flat
+parameter vectors.
 
-Networks are trained side by side, K at a time, each on batches and draws of its own, those that it would have had
-alone.
+Networks are trained side by side, K at a time, each on batches and draws of its own, those that it
+would have had alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Students:
 
 @dataclass(frozen=True)
 class Sgd:
-    """SGD as ``torch.optim.SGD`` defines it, with DSA on every batch and, on request, the rate cut at half time."""
+    """SGD as ``torch.optim.SGD`` defines it, with DSA on every batch and, on request, the rate cut
+    at half time.
+    """
 
     engine: Engine
     dsa: DSA
@@ -63,13 +66,12 @@ class Sgd:
     ) -> list[Tensor]:
         """``steps`` steps, epoch after epoch, at ``rate`` and from half time on at a tenth of it.
 
-        Args:
-            images, labels: [n, C, H, W], and [n] or [n, classes].
-            generators: one for each student.
-            rows: int64 [K, m] on the CPU, the images that each student is trained on; None: all, for every student.
+        Args: images, labels: [n, C, H, W], and [n] or [n, classes]. generators: one for each
+            student. rows: int64 [K, m] on the CPU, the images that each student is trained on;
+            None: all, for every student.
 
-        Returns:
-            the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0, ``steps``]).
+        Returns: the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0,
+            ``steps``]).
         """
         seen = [students.theta.clone()] if 0 in stops else []
         loop = Loop(self, students, images, labels, steps, rows)
@@ -90,9 +92,10 @@ class Sgd:
 class Loop:
     """K students on one set of images, step after step.
 
-    Everything random in a number of steps is drawn before the first of them, and what a step reads lies in memory that
-    stays in place. So on CUDA a step is one launch of a graph (two graphs where the last batch of an epoch is smaller),
-    and the host, which waits for none of them, draws the next steps meanwhile.
+    Everything random in a number of steps is drawn before the first of them, and what a step reads
+    lies in memory that stays in place. So on CUDA a step is one launch of a graph (two graphs where
+    the last batch of an epoch is smaller), and the host, which waits for none of them, draws the
+    next steps meanwhile.
 
     Args:
         images, labels, rows: as for :meth:`Sgd.run`.
@@ -100,9 +103,21 @@ class Loop:
     """
 
     def __init__(
-        self, sgd: Sgd, students: Students, images: Tensor, labels: Tensor, steps: int = 0, rows: Tensor | None = None
+        self,
+        sgd: Sgd,
+        students: Students,
+        images: Tensor,
+        labels: Tensor,
+        steps: int = 0,
+        rows: Tensor | None = None,
     ) -> None:
-        self._sgd, self._students, self._images, self._labels, self._rows = sgd, students, images, labels, rows
+        self._sgd, self._students, self._images, self._labels, self._rows = (
+            sgd,
+            students,
+            images,
+            labels,
+            rows,
+        )
         self._count = len(images) if rows is None else rows.shape[1]
         self._full = min(sgd.batch, self._count)
         self._steps_per_epoch = sgd.steps_per_epoch(self._count)
@@ -114,25 +129,34 @@ class Loop:
         for _ in self.advance([rate] * self._steps_per_epoch, generators):
             pass
 
-    def advance(self, rates: Sequence[float], generators: Sequence[torch.Generator]) -> Iterator[int]:
-        """A step at each of ``rates``, every network from a new epoch on; the number of steps done, after each."""
+    def advance(
+        self, rates: Sequence[float], generators: Sequence[torch.Generator]
+    ) -> Iterator[int]:
+        """A step at each of ``rates``, every network from a new epoch on; the number of steps done,
+        after each.
+        """
         source, done = self._draw(generators), 0
         while done < len(rates):
             drawn = list(islice(source, min(self._capacity, len(rates) - done)))
             for size in {step.size for step in drawn}:
                 chosen = [i for i, step in enumerate(drawn) if step.size == size]
-                self._lane(size)[0].write([drawn[i] for i in chosen], [rates[done + i] for i in chosen])
+                self._lane(size)[0].write(
+                    [drawn[i] for i in chosen], [rates[done + i] for i in chosen]
+                )
             for step in drawn:
                 self._lane(step.size)[1]()
                 done += 1
                 yield done
 
     def _draw(self, generators: Sequence[torch.Generator]) -> Iterator[Drawn]:
-        """What every network draws, in the order in which it would alone: an epoch's order, then batch by batch."""
+        """What every network draws, in the order in which it would alone: an epoch's order, then
+        batch by batch.
+        """
         size = (self._images.shape[2], self._images.shape[3])
         while True:
             orders = [
-                torch.randperm(self._count, generator=draw, device="cpu").split(self._sgd.batch) for draw in generators
+                torch.randperm(self._count, generator=draw, device="cpu").split(self._sgd.batch)
+                for draw in generators
             ]
             for batches in zip(*orders, strict=True):
                 augmentations = [
@@ -140,7 +164,9 @@ class Loop:
                     for batch, draw in zip(batches, generators, strict=True)
                 ]
                 if self._rows is not None:
-                    batches = tuple(row[batch] for row, batch in zip(self._rows, batches, strict=True))
+                    batches = tuple(
+                        row[batch] for row, batch in zip(self._rows, batches, strict=True)
+                    )
                 yield Drawn(torch.stack(batches), augmentations)
 
     def _lane(self, size: int) -> tuple[Tape, Replay]:
@@ -148,36 +174,56 @@ class Loop:
         if size not in self._lanes:
             sgd, theta = self._sgd, self._students.theta
             # An epoch has one smaller batch at most.
-            capacity = self._capacity if size == self._full else -(-self._capacity // self._steps_per_epoch)
+            capacity = (
+                self._capacity
+                if size == self._full
+                else -(-self._capacity // self._steps_per_epoch)
+            )
             counted = theta.device.type == "cuda"
             tape = Tape(capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted)
-            # Not a method of this object, which holds the Replay: the memory of a graph is to go when its loop does.
-            step = partial(_step, sgd, theta, self._students.velocity, self._images, self._labels, tape)
+            # Not a method of this object, which holds the Replay: the memory of a graph is to go
+            #     when its loop does.
+            step = partial(
+                _step, sgd, theta, self._students.velocity, self._images, self._labels, tape
+            )
             self._lanes[size] = tape, Replay(step, theta.device, enabled=sgd.graph)
         return self._lanes[size]
 
 
-def descent(theta: Tensor, velocity: Tensor, gradient: Tensor, momentum: float, weight_decay: float) -> Tensor:
-    """What a step of ``torch.optim.SGD`` subtracts, times the rate. Changes ``velocity`` and ``gradient`` in place."""
+def descent(
+    theta: Tensor, velocity: Tensor, gradient: Tensor, momentum: float, weight_decay: float
+) -> Tensor:
+    """What a step of ``torch.optim.SGD`` subtracts, times the rate. Changes ``velocity`` and
+    ``gradient`` in place.
+    """
     if weight_decay:
         gradient.add_(theta, alpha=weight_decay)
     return velocity.mul_(momentum).add_(gradient) if momentum else gradient
 
 
-def _step(sgd: Sgd, theta: Tensor, velocity: Tensor, images: Tensor, labels: Tensor, tape: Tape) -> None:
+def _step(
+    sgd: Sgd, theta: Tensor, velocity: Tensor, images: Tensor, labels: Tensor, tape: Tape
+) -> None:
     index = tape.indices()
     x = tape.augment(images.index_select(0, index)).unflatten(0, (len(theta), -1))
-    _, gradient = sgd.engine.gradients(theta, x, labels.index_select(0, index).unflatten(0, (len(theta), -1)))
-    theta.addcmul_(descent(theta, velocity, gradient, sgd.momentum, sgd.weight_decay), tape.rate(), value=-1)
+    _, gradient = sgd.engine.gradients(
+        theta, x, labels.index_select(0, index).unflatten(0, (len(theta), -1))
+    )
+    theta.addcmul_(
+        descent(theta, velocity, gradient, sgd.momentum, sgd.weight_decay), tape.rate(), value=-1
+    )
     tape.advance()
 
 
 _BATCH = 1000  # images whose logits are made at once
 
 
-def accuracies(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = _BATCH) -> list[float]:
-    """For each of the networks at ``theta`` [K, P] the percent of ``images`` [n, C, H, W] that it puts in the class of
-    ``labels`` [n]; ``batch`` images at a time, of all networks together."""
+def accuracies(
+    engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = _BATCH
+) -> list[float]:
+    """For each of the networks at ``theta`` [K, P] the percent of ``images`` [n, C, H, W] that it
+    puts in the class of ``labels`` [n]; ``batch`` images at a time, of all networks together.
+    """
     right = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
     each = max(1, batch // len(theta))
     for x, y in zip(images.split(each), labels.split(each), strict=True):
@@ -186,5 +232,6 @@ def accuracies(engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, ba
 
 
 def logits_in_parts(engine: Engine, theta: Tensor, images: Tensor) -> Tensor:
-    """Logits [n, classes] of the network at ``theta`` [P] on any number of ``images`` [n, C, H, W]."""
+    """Logits [n, classes] of the network at ``theta`` [P] on any number of ``images`` [n, C, H,
+    W]."""
     return torch.cat([engine.logits(theta, part) for part in images.split(_BATCH)])

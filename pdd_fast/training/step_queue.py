@@ -1,4 +1,5 @@
-"""What a number of training steps read, written once and then read step by step without the host."""
+"""What a number of training steps read, written once and then read step by step without the
+host."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from pdd_fast.augmentation.dsa import DSA, AugmentParameters, PackedDraws
 from pdd_fast.ops.dsa import DRAWS
 from pdd_fast.training.cuda_graphs import Upload
 
-# A tape is written while a GPU still works on the one before, but for the first, which it waits for: 0.3 ms for a
-# network and step, so 0.05 seconds for the 11 steps of 16 networks on 256 images that 4 MB hold.
+# A tape is written while a GPU still works on the one before, but for the first, which it waits
+# for: 0.3 ms for a network and step, so 0.05 seconds for the 11 steps of 16 networks on 256 images
+# that 4 MB hold.
 _STEPS = 32
 _BYTES = 1 << 22
 
@@ -37,17 +39,23 @@ def steps_per_tape(steps: int, columns: int) -> int:
 
 
 class Tape:
-    """Indices, draws and rates of up to ``capacity`` steps on ``columns`` images each, and the place that is read next.
+    """Indices, draws and rates of up to ``capacity`` steps on ``columns`` images each, and the
+    place that is read next.
 
-    Args:
-        dtype: of the rates.
-        device: of what is read.
-        counted: whether the place is a number on the device, so that a captured step reads on when it is replayed.
-            Otherwise the host counts, and reading is taking a view, which saves 0.07 ms a step on the CPU.
+    Args: dtype: of the rates. device: of what is read. counted: whether the place is a number on
+        the device, so that a captured step reads on when it is replayed.
+            Otherwise the host counts, and reading is taking a view, which saves 0.07 ms a step on
+            the CPU.
     """
 
     def __init__(
-        self, capacity: int, columns: int, dsa: DSA, dtype: torch.dtype, device: torch.device, counted: bool
+        self,
+        capacity: int,
+        columns: int,
+        dsa: DSA,
+        dtype: torch.dtype,
+        device: torch.device,
+        counted: bool,
     ) -> None:
         shapes: dict[str, tuple[Sequence[int], torch.dtype]] = {
             "position": ((1,), torch.int64),
@@ -59,7 +67,10 @@ class Tape:
             applied = 1 if dsa.mode == "single" else len(dsa.operations)
             shapes["values"] = (capacity, len(DRAWS), columns), torch.float64
             shapes["operations"] = (capacity, applied, columns), torch.int32
-        self._host = {name: torch.zeros(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in shapes.items()}
+        self._host = {
+            name: torch.zeros(shape, dtype=dtype, device="cpu")
+            for name, (shape, dtype) in shapes.items()
+        }
         self._upload = Upload(shapes, device)
         self._cutout = (0, 0)
         self._counted, self._place = counted, 0
@@ -95,7 +106,9 @@ class Tape:
         """``images`` [columns, C, H, W] with the step's draws."""
         if not self._augments:
             return images
-        return PackedDraws(self._read("values"), self._read("operations"), self._cutout).apply(images)
+        return PackedDraws(self._read("values"), self._read("operations"), self._cutout).apply(
+            images
+        )
 
     def advance(self) -> None:
         """On to the next step."""

@@ -22,7 +22,15 @@ from pdd_fast.ops import dsa as dsa_ops
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 EVERYTHING = "color_crop_cutout_flip_scale_rotate"
-SHAPES = [(3, 1, 8, 8), (2, 3, 7, 5), (1, 3, 9, 17), (3, 2, 1, 6), (2, 1, 6, 1), (4, 1, 1, 1), (2, 3, 16, 16)]
+SHAPES = [
+    (3, 1, 8, 8),
+    (2, 3, 7, 5),
+    (1, 3, 9, 17),
+    (3, 2, 1, 6),
+    (2, 1, 6, 1),
+    (4, 1, 1, 1),
+    (2, 3, 16, 16),
+]
 # Of the largest pixel. The reference is in float64, so float32 is held to the truth.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
@@ -42,7 +50,7 @@ RANGES: list[tuple[str, str, float | int, float | int]] = [
 DRAWN = {draw for _, draw, _, _ in RANGES} | {"flip"}
 
 
-# ---- a reference, one image and (but for the sampling) one pixel at a time --------------------------------------
+# ---- a reference, one image and (but for the sampling) one pixel at a time ----
 
 
 def colour(image: Tensor, brightness: float, saturation: float, contrast: float) -> Tensor:
@@ -70,8 +78,12 @@ def moved(image: Tensor, source: Callable[[int, int], tuple[int, int] | None]) -
 
 
 def sampled(image: Tensor, matrix: list[list[float]]) -> Tensor:
-    grid = F.affine_grid(torch.tensor([matrix], dtype=torch.float64), [1, *image.shape], align_corners=True)
-    return F.grid_sample(image[None], grid, mode="bilinear", padding_mode="zeros", align_corners=True)[0]
+    grid = F.affine_grid(
+        torch.tensor([matrix], dtype=torch.float64), [1, *image.shape], align_corners=True
+    )
+    return F.grid_sample(
+        image[None], grid, mode="bilinear", padding_mode="zeros", align_corners=True
+    )[0]
 
 
 def augmented(image: Tensor, operations: tuple[str, ...], p: AugmentParameters, b: int) -> Tensor:
@@ -88,7 +100,9 @@ def augmented(image: Tensor, operations: tuple[str, ...], p: AugmentParameters, 
             high, wide = int(H / 2 + 0.5), int(W / 2 + 0.5)
             top, left = draw["cutout_h"] - high // 2, draw["cutout_w"] - wide // 2
             rows, columns = range(top, top + high), range(left, left + wide)
-            image = moved(image, lambda i, j, r=rows, c=columns: None if i in r and j in c else (i, j))
+            image = moved(
+                image, lambda i, j, r=rows, c=columns: None if i in r and j in c else (i, j)
+            )
         elif operation == "flip":
             if draw["flip"]:
                 image = moved(image, lambda i, j, w=W: (i, w - 1 - j))
@@ -111,11 +125,13 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# ---- what is applied --------------------------------------------------------------------------------------------
+# ---- what is applied ----
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("strategy", [*OPERATIONS, EVERYTHING, "rotate_scale_flip_cutout_crop_color"])
+@pytest.mark.parametrize(
+    "strategy", [*OPERATIONS, EVERYTHING, "rotate_scale_flip_cutout_crop_color"]
+)
 def test_every_operation_equals_the_formula_in_every_layout(
     strategy: str, shape: tuple[int, int, int, int], device: torch.device
 ) -> None:
@@ -132,14 +148,27 @@ def test_every_operation_equals_the_formula_in_every_layout(
 
 
 @pytest.mark.parametrize("strategy", ["scale", "rotate", "crop", "cutout"])
-def test_draws_far_out_of_the_usual_ranges_follow_the_formula_too(strategy: str, device: torch.device) -> None:
+def test_draws_far_out_of_the_usual_ranges_follow_the_formula_too(
+    strategy: str, device: torch.device
+) -> None:
     values: list[dict[str, float]] = [
         {"scale_h": 0.0, "scale_w": 0.0, "angle": math.pi / 2, "shift_h": 7, "cutout_h": -3},
         {"scale_h": -1.0, "scale_w": 1e-3, "angle": math.pi, "shift_w": -5, "cutout_w": 30},
-        {"scale_h": 0.1, "scale_w": 30.0, "angle": -1.1, "shift_h": -100, "cutout_h": 6, "cutout_w": 4},
+        {
+            "scale_h": 0.1,
+            "scale_w": 30.0,
+            "angle": -1.1,
+            "shift_h": -100,
+            "cutout_h": 6,
+            "cutout_w": 4,
+        },
         {"scale_h": 3.7, "scale_w": -0.4, "angle": 1e3, "shift_w": 1000, "cutout_w": -9},
     ]
-    draws = {name: torch.tensor([value.get(name, 0) for value in values]) for name in DRAWN if name != "flip"}
+    draws = {
+        name: torch.tensor([value.get(name, 0) for value in values])
+        for name in DRAWN
+        if name != "flip"
+    }
     p = AugmentParameters.of((strategy,), len(values), (7, 5), **draws)
     images = torch.randn(len(values), 3, 7, 5, dtype=torch.float64)
     expected = torch.stack([augmented(image, (strategy,), p, b) for b, image in enumerate(images)])
@@ -148,13 +177,19 @@ def test_draws_far_out_of_the_usual_ranges_follow_the_formula_too(strategy: str,
     units = torch.eye(35, dtype=torch.float64).view(35, 1, 7, 5)
     for b in range(len(values)):
         repeated = p[torch.full((35,), b)]
-        matrix = torch.stack([augmented(unit, (strategy,), repeated, 0).flatten() for unit in units])  # rows: A e_k
+        matrix = torch.stack(
+            [augmented(unit, (strategy,), repeated, 0).flatten() for unit in units]
+        )  # rows: A e_k
         transposed = augment_adjoint(units.to(device), repeated).view(35, 35)
         assert worst(transposed, matrix.t()) <= 1e-12
 
 
-@pytest.mark.parametrize("draw", ["scale_h", "scale_w", "angle", "shift_h", "shift_w", "cutout_h", "cutout_w"])
-def test_draws_that_fit_no_integer_move_everything_out_of_sight(draw: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "draw", ["scale_h", "scale_w", "angle", "shift_h", "shift_w", "cutout_h", "cutout_w"]
+)
+def test_draws_that_fit_no_integer_move_everything_out_of_sight(
+    draw: str, device: torch.device
+) -> None:
     operation = next(strategy for strategy, name, _, _ in RANGES if name == draw)
     whole = draw.startswith(("shift", "cutout"))
     limits = torch.iinfo(torch.int64)
@@ -189,11 +224,15 @@ def test_the_memory_format_of_the_images_is_kept(channels: int, device: torch.de
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 5, 4), (3, 4, 1, 1), (1, 3, 5, 4), (3, 1, 1, 1)], ids=str)
-def test_strides_of_sides_of_one_do_not_matter(shape: tuple[int, int, int, int], device: torch.device) -> None:
+def test_strides_of_sides_of_one_do_not_matter(
+    shape: tuple[int, int, int, int], device: torch.device
+) -> None:
     # torch calls such tensors contiguous in both formats, whatever stride the single element has.
     p = DSA(EVERYTHING, mode="multiple").sample(shape[0], (shape[2], shape[3]))
     images = torch.randn(shape, device=device)
-    strides = [999 if side == 1 else stride for side, stride in zip(shape, images.stride(), strict=True)]
+    strides = [
+        999 if side == 1 else stride for side, stride in zip(shape, images.stride(), strict=True)
+    ]
     odd = torch.as_strided(images, shape, strides)
     assert torch.equal(augment(odd, p), augment(images, p))
     assert torch.equal(augment_adjoint(odd, p), augment_adjoint(images, p))
@@ -210,13 +249,26 @@ def test_expanded_and_negated_views_are_read_right(device: torch.device) -> None
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[Tensor, AugmentParameters]:
-    """Sizes around those of vectors, of four pixels and of four channels: the kernels have code of its own for each."""
-    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 21)), draw(st.integers(1, 37)))
+    """Sizes around those of vectors, of four pixels and of four channels: the kernels have code of
+    its own for each.
+    """
+    shape = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 9)),
+        draw(st.integers(1, 21)),
+        draw(st.integers(1, 37)),
+    )
     operations = draw(st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=3))
-    p = DSA("_".join(dict.fromkeys(operations)), mode="multiple", crop=draw(st.sampled_from([0.125, 1.0])))
+    p = DSA(
+        "_".join(dict.fromkeys(operations)),
+        mode="multiple",
+        crop=draw(st.sampled_from([0.125, 1.0])),
+    )
     seed = draw(st.integers(0, 2**32))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    return torch.randn(shape, generator=generator(seed), dtype=dtype), p.sample(shape[0], shape[2:], generator(seed))
+    return torch.randn(shape, generator=generator(seed), dtype=dtype), p.sample(
+        shape[0], shape[2:], generator(seed)
+    )
 
 
 @given(batches())
@@ -275,14 +327,18 @@ def test_no_operation_leaves_the_images_alone() -> None:
 def test_draws_of_operations_that_are_not_applied_change_nothing() -> None:
     p = DSA("flip").sample(4, 6)
     images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    # Cutout blanks whatever its centre is; all others do nothing with what "flip" leaves in their draws.
+    # Cutout blanks whatever its centre is; all others do nothing with what "flip" leaves in their
+    # draws.
     others = AugmentParameters.of(
-        ("color", "crop", "scale", "rotate"), 4, 6, **{name: getattr(p, name) for name in DRAWN if name != "flip"}
+        ("color", "crop", "scale", "rotate"),
+        4,
+        6,
+        **{name: getattr(p, name) for name in DRAWN if name != "flip"},
     )
     torch.testing.assert_close(augment(images, others), images, rtol=1e-12, atol=1e-12)
 
 
-# ---- its derivative ---------------------------------------------------------------------------------------------
+# ---- its derivative ----
 
 
 @st.composite
@@ -290,14 +346,22 @@ def problems(draw: st.DrawFn) -> tuple[tuple[int, int, int, int], AugmentParamet
     shape = tuple(draw(st.integers(1, most)) for most in (3, 4, 9, 9))
     operations = draw(st.lists(st.sampled_from(OPERATIONS), min_size=1, max_size=6, unique=True))
     seed = draw(st.integers(0, 2**32))
-    wide = {"crop": draw(st.sampled_from([0.125, 1.0])), "cutout": draw(st.sampled_from([0.5, 0.0, 1.0]))}
-    wide |= {"scale": draw(st.sampled_from([1.2, 1.0, 9.0])), "rotate": draw(st.sampled_from([15.0, 0.0, 180.0]))}
+    wide = {
+        "crop": draw(st.sampled_from([0.125, 1.0])),
+        "cutout": draw(st.sampled_from([0.5, 0.0, 1.0])),
+    }
+    wide |= {
+        "scale": draw(st.sampled_from([1.2, 1.0, 9.0])),
+        "rotate": draw(st.sampled_from([15.0, 0.0, 180.0])),
+    }
     dsa = DSA("_".join(operations), mode="multiple", **wide)
     return shape, dsa.sample(shape[0], (shape[2], shape[3]), generator(seed)), seed  # type: ignore[return-value]
 
 
 @given(problems())
-def test_the_adjoint_is_the_transpose(problem: tuple[tuple[int, int, int, int], AugmentParameters, int]) -> None:
+def test_the_adjoint_is_the_transpose(
+    problem: tuple[tuple[int, int, int, int], AugmentParameters, int],
+) -> None:
     shape, p, seed = problem
     x, y = torch.randn(2, *shape, dtype=torch.float64, generator=generator(seed)).unbind()
     zero = augment(torch.zeros_like(x), p)  # what brightness adds
@@ -308,8 +372,12 @@ def test_the_adjoint_is_the_transpose(problem: tuple[tuple[int, int, int, int], 
 
 @pytest.mark.parametrize("strategy", [*OPERATIONS, EVERYTHING])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["planar", "channels-last"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward-mode rules use it
-def test_gradients_of_first_and_second_order(strategy: str, channels_last: bool, device: torch.device) -> None:
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # torch's own forward-mode rules use it
+def test_gradients_of_first_and_second_order(
+    strategy: str, channels_last: bool, device: torch.device
+) -> None:
     p = DSA(strategy, mode="multiple").sample(2, (4, 3), generator(2))
     images = torch.randn(2, 2, 4, 3, dtype=torch.float64)
     if channels_last:
@@ -320,7 +388,9 @@ def test_gradients_of_first_and_second_order(strategy: str, channels_last: bool,
         return augment(x, p) ** 3 + augment_adjoint(x, p) ** 2
 
     assert torch.autograd.gradcheck(cubed, (images,), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(cubed, (images,), check_fwd_over_rev=True, check_rev_over_rev=True)
+    assert torch.autograd.gradgradcheck(
+        cubed, (images,), check_fwd_over_rev=True, check_rev_over_rev=True
+    )
 
 
 def test_gradients_do_not_see_brightness() -> None:
@@ -333,7 +403,9 @@ def test_gradients_do_not_see_brightness() -> None:
     assert torch.allclose(second, torch.tensor(2.0, dtype=torch.float64))
     # The transpose of the transpose is the linear part alone.
     images = torch.full_like(images, 0.3).requires_grad_()
-    (back,) = torch.autograd.grad((augment_adjoint(images, p) ** 2).sum(), images, create_graph=True)
+    (back,) = torch.autograd.grad(
+        (augment_adjoint(images, p) ** 2).sum(), images, create_graph=True
+    )
     assert torch.allclose(back, torch.tensor(0.6, dtype=torch.float64))
 
 
@@ -347,10 +419,13 @@ def test_tangents_are_carried_along_where_no_gradient_is_asked_for() -> None:
         _, adjoint = torch.autograd.forward_ad.unpack_dual(augment_adjoint(dual, p))
     assert torch.equal(value, augment(images, p))
     assert derivative is not None
-    torch.testing.assert_close(derivative, augment(tangent, p) - augment(zero, p), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        derivative, augment(tangent, p) - augment(zero, p), rtol=1e-12, atol=1e-12
+    )
     assert adjoint is not None
     assert torch.equal(adjoint, augment_adjoint(tangent, p))
-    # torch.func wants another kind of function: it must say so and not take the derivative for zero.
+    # torch.func wants another kind of function: it must say so and not take the derivative for
+    # zero.
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.jvp(lambda x: augment(x, p), (images,), (tangent,))
 
@@ -364,11 +439,15 @@ def test_no_graph_is_recorded_where_none_is_wanted() -> None:
     assert augment(images, p).requires_grad
 
 
-# ---- what is drawn ----------------------------------------------------------------------------------------------
+# ---- what is drawn ----
 
 
-@pytest.mark.parametrize(("strategy", "draw", "low", "high"), RANGES, ids=[draw for _, draw, _, _ in RANGES])
-def test_draws_fill_their_ranges(strategy: str, draw: str, low: float | int, high: float | int) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "draw", "low", "high"), RANGES, ids=[draw for _, draw, _, _ in RANGES]
+)
+def test_draws_fill_their_ranges(
+    strategy: str, draw: str, low: float | int, high: float | int
+) -> None:
     count = 20_000
     values = getattr(DSA(strategy).sample(count, (16, 11), generator(3)), draw)
     assert values.shape == (count,)
@@ -384,7 +463,9 @@ def test_draws_fill_their_ranges(strategy: str, draw: str, low: float | int, hig
         assert float(values.max()) <= high
         # Kolmogorov-Smirnov: a uniform sample exceeds 2.5 / sqrt(n) once in 130,000 times.
         positions = ((values - low) / (high - low)).sort().values
-        assert float((positions - (torch.arange(count) + 0.5) / count).abs().max()) < 2.5 / math.sqrt(count)
+        assert float(
+            (positions - (torch.arange(count) + 0.5) / count).abs().max()
+        ) < 2.5 / math.sqrt(count)
 
 
 def test_a_cutout_of_odd_size_leaves_the_last_centre_out() -> None:
@@ -404,12 +485,23 @@ def test_the_share_of_mirrored_images(probability: float) -> None:
 
 def test_settings_change_the_ranges() -> None:
     dsa = DSA(
-        EVERYTHING, "multiple", brightness=0.2, saturation=1, contrast=0.1, crop=0.5, cutout=1, scale=1, rotate=90
+        EVERYTHING,
+        "multiple",
+        brightness=0.2,
+        saturation=1,
+        contrast=0.1,
+        crop=0.5,
+        cutout=1,
+        scale=1,
+        rotate=90,
     )
     p = dsa.sample(5000, 6, generator(5))
     for draw, low, high in (
-        ("brightness", -0.1, 0.1), ("saturation", 0, 1), ("contrast", 0.9, 1.1), ("angle", -math.pi / 2, math.pi / 2),
-    ):  # fmt: skip
+        ("brightness", -0.1, 0.1),
+        ("saturation", 0, 1),
+        ("contrast", 0.9, 1.1),
+        ("angle", -math.pi / 2, math.pi / 2),
+    ):
         values, slack = getattr(p, draw), (high - low) / 200
         assert low <= float(values.min()) <= low + slack
         assert high - slack <= float(values.max()) <= high
@@ -421,7 +513,11 @@ def test_settings_change_the_ranges() -> None:
 @pytest.mark.parametrize("batch_size", [1, 20])
 def test_a_seed_keeps_its_draws(batch_size: int) -> None:
     """Results that were recorded depend on them: these calls, in this order."""
-    height, width, p = 32, 20, DSA(EVERYTHING, mode="multiple").sample(batch_size, (32, 20), generator(12))
+    height, width, p = (
+        32,
+        20,
+        DSA(EVERYTHING, mode="multiple").sample(batch_size, (32, 20), generator(12)),
+    )
     g = generator(12)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -432,13 +528,18 @@ def test_a_seed_keeps_its_draws(batch_size: int) -> None:
 
     most = math.radians(15)
     for name, expected in (
-        ("brightness", uniform(-0.5, 0.5)), ("saturation", uniform(0, 2)), ("contrast", uniform(0.5, 1.5)),
-        ("shift_h", integer(-4, 4)), ("shift_w", integer(-3, 3)),
-        ("cutout_h", integer(0, height)), ("cutout_w", integer(0, width)),
+        ("brightness", uniform(-0.5, 0.5)),
+        ("saturation", uniform(0, 2)),
+        ("contrast", uniform(0.5, 1.5)),
+        ("shift_h", integer(-4, 4)),
+        ("shift_w", integer(-3, 3)),
+        ("cutout_h", integer(0, height)),
+        ("cutout_w", integer(0, width)),
         ("flip", uniform(0, 1) < 0.5),
-        ("scale_w", uniform(1 / 1.2, 1.2)), ("scale_h", uniform(1 / 1.2, 1.2)),
+        ("scale_w", uniform(1 / 1.2, 1.2)),
+        ("scale_h", uniform(1 / 1.2, 1.2)),
         ("angle", uniform(-most, most)),
-    ):  # fmt: skip
+    ):
         found = getattr(p, name)
         assert found.dtype == expected.dtype
         assert torch.equal(found, expected), name
@@ -451,7 +552,9 @@ def test_a_seed_keeps_its_draws(batch_size: int) -> None:
 def test_a_draw_leaves_the_neutral_values_of_the_next_alone(batch_size: int) -> None:
     for strategy in OPERATIONS:
         p = DSA(strategy).sample(batch_size, 8, generator(14))
-        for draw in DRAWN - {name for operation, name, _, _ in RANGES if operation == strategy} - {strategy}:
+        for draw in (
+            DRAWN - {name for operation, name, _, _ in RANGES if operation == strategy} - {strategy}
+        ):
             neutral = float(draw in ("saturation", "contrast", "scale_h", "scale_w"))
             assert getattr(p, draw).double().tolist() == [neutral] * batch_size
 
@@ -474,11 +577,15 @@ def test_every_image_has_numbers_of_its_own(strategy: str) -> None:
         assert (len(getattr(p, draw).unique()) > 1) == (draw in drawn), draw
     if len(drawn) > 1:
         a, b = (getattr(p, draw).double() for draw in sorted(drawn)[:2])
-        assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.6  # height and width are drawn apart
+        assert (
+            abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.6
+        )  # height and width are drawn apart
 
 
 @pytest.mark.parametrize("mode", ["single", "multiple"])
-def test_a_generator_makes_the_draws_reproducible_and_leaves_the_global_one_alone(mode: str) -> None:
+def test_a_generator_makes_the_draws_reproducible_and_leaves_the_global_one_alone(
+    mode: str,
+) -> None:
     dsa = DSA(EVERYTHING, mode=mode)
     torch.manual_seed(1)
     first = dsa.sample(5, 8, generator(8))
@@ -510,7 +617,7 @@ def test_draws_made_on_a_device_stay_there(device: torch.device) -> None:
         assert augment(torch.randn(3, 2, 8, 8), p).device.type == "cpu"
 
 
-# ---- parameters as values ---------------------------------------------------------------------------------------
+# ---- parameters as values ----
 
 
 @pytest.mark.parametrize(
@@ -518,20 +625,29 @@ def test_draws_made_on_a_device_stay_there(device: torch.device) -> None:
     [torch.tensor([2, 0, 2]), torch.tensor([True, False, True, True]), slice(1, 3)],
     ids=["numbers", "mask", "slice"],
 )
-def test_a_subset_of_the_parameters_augments_a_subset_of_the_images(rows: Tensor | slice, device: torch.device) -> None:
+def test_a_subset_of_the_parameters_augments_a_subset_of_the_images(
+    rows: Tensor | slice, device: torch.device
+) -> None:
     p = DSA(EVERYTHING, mode="multiple").sample(4, (6, 5)).to(device)
     images = torch.randn(4, 3, 6, 5, device=device)
     part = p[rows]
     expected = augment(images, p)[rows]
     assert len(part) == len(expected)
     assert torch.equal(augment(images[rows], part), expected)
-    assert (part.operations, part.image_size, part.cutout_size) == (p.operations, p.image_size, p.cutout_size)
+    assert (part.operations, part.image_size, part.cutout_size) == (
+        p.operations,
+        p.image_size,
+        p.cutout_size,
+    )
 
 
 @pytest.mark.parametrize("lengths", [(2, 3, 1), (2, 2, 2), (4,)], ids=str)
 def test_batches_packed_one_after_another(lengths: tuple[int, ...], device: torch.device) -> None:
     strategies = ("crop_color_flip", "rotate", "none")
-    parts = [DSA(strategy, "multiple").sample(n, (6, 5)) for strategy, n in zip(strategies, lengths, strict=False)]
+    parts = [
+        DSA(strategy, "multiple").sample(n, (6, 5))
+        for strategy, n in zip(strategies, lengths, strict=False)
+    ]
     packed = PackedDraws.of(parts).to(device)
     images = torch.randn(sum(lengths), 3, 6, 5, device=device)
     expected = [augment(part, p) for part, p in zip(images.split(lengths), parts, strict=True)]
@@ -551,8 +667,15 @@ def test_parameters_on_another_device(device: torch.device) -> None:
 
 
 def test_parameters_made_by_hand() -> None:
-    p = AugmentParameters.of(("flip", "rotate"), 2, (5, 4), flip=torch.tensor([1, 0]), angle=torch.tensor([0.5, 0.0]))
-    assert (p.operations, p.image_size, p.cutout_size, len(p)) == (("flip", "rotate"), (5, 4), (3, 2), 2)
+    p = AugmentParameters.of(
+        ("flip", "rotate"), 2, (5, 4), flip=torch.tensor([1, 0]), angle=torch.tensor([0.5, 0.0])
+    )
+    assert (p.operations, p.image_size, p.cutout_size, len(p)) == (
+        ("flip", "rotate"),
+        (5, 4),
+        (3, 2),
+        2,
+    )
     assert p.flip.tolist() == [True, False]
     assert p.angle.tolist() == [0.5, 0.0]
     assert p.scale_h.tolist() == [1.0, 1.0]
@@ -571,7 +694,7 @@ def test_parameters_can_be_compared_and_hashed() -> None:
     assert (a == b, len({a, b, a})) == (False, 2)
 
 
-# ---- with and without the dispatcher ----------------------------------------------------------------------------
+# ---- with and without the dispatcher ----
 
 
 class Seen(TorchDispatchMode):
@@ -587,7 +710,9 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if _native.load("cpu") is None:
         pytest.skip("no kernels")
     packed = DSA(EVERYTHING, mode="multiple").sample(2, 5).packed(torch.device("cpu"))
@@ -620,44 +745,89 @@ def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(monkeyp
     assert len(taken) == 10
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------
+# ---- what is refused ----
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: DSA("color_blur"), ValueError, "DSA: strategy must join names of color, crop, cutout, flip, scale, "
-         "rotate by '_' (or be none), got 'blur'"),
-        (lambda: DSA("crop_flip_crop"), ValueError, "DSA: strategy must name every operation once, got "
-         "'crop_flip_crop'"),
+        (
+            lambda: DSA("color_blur"),
+            ValueError,
+            "DSA: strategy must join names of color, crop, cutout, flip, scale, "
+            "rotate by '_' (or be none), got 'blur'",
+        ),
+        (
+            lambda: DSA("crop_flip_crop"),
+            ValueError,
+            "DSA: strategy must name every operation once, got 'crop_flip_crop'",
+        ),
         (lambda: DSA(mode="both"), ValueError, "DSA: mode must be single or multiple, got 'both'"),
         (lambda: DSA(flip=1.5), ValueError, "DSA: flip must lie in [0, 1], got 1.5"),
         (lambda: DSA(scale=0.9), ValueError, "DSA: scale must lie in [1, inf), got 0.9"),
         (lambda: DSA(rotate=math.inf), ValueError, "DSA: rotate must lie in [0, inf), got inf"),
         (lambda: DSA(crop=math.nan), ValueError, "DSA: crop must lie in [0, 1], got nan"),
         (lambda: DSA().sample(0, 8), ValueError, "DSA: batch_size must be at least 1, got 0"),
-        (lambda: DSA().sample(1, (8, 0)), ValueError, "DSA: image_size must be at least 1 pixel, got 8x0"),
-        (lambda: DSA().sample(1, (3, 8, 8)), ValueError, "DSA: image_size must be one number or two, got (3, 8, 8)"),
-        (lambda: AugmentParameters.of(("blur",), 1, 4), ValueError, "AugmentParameters: operations must be of color, "
-         "crop, cutout, flip, scale, rotate, got 'blur'"),
-        (lambda: AugmentParameters.of(("crop",), 1, 4, shift=torch.zeros(1)), TypeError,
-         "AugmentParameters: there is no draw 'shift'; the draws are brightness"),
-        (lambda: AugmentParameters.of(("crop",), 2, 4, shift_h=torch.zeros(3)), ValueError,
-         "AugmentParameters: shift_h must have shape (2,), got (3,)"),
-        (lambda: augment(torch.zeros(2, 1, 4, 4), DSA().sample(3, 4)), ValueError,
-         "augment: images must have shape [3, C, 4, 4], got (2, 1, 4, 4)"),
-        (lambda: augment(torch.zeros(1, 4, 4), DSA().sample(1, 4)), ValueError,
-         "augment: images must have shape [1, C, 4, 4], got (1, 4, 4)"),
-        (lambda: augment(torch.zeros(1, 1, 4, 5), DSA("none").sample(1, 4)), ValueError,
-         "augment: images must have shape [1, C, 4, 4], got (1, 1, 4, 5)"),
-        (lambda: augment(torch.zeros(1, 1, 4, 4).half(), DSA().sample(1, 4)), TypeError,
-         "augment: images must be float32 or float64, got torch.float16"),
-        (lambda: augment_adjoint(torch.zeros(2, 1, 4, 4), DSA().sample(3, 4)), ValueError,
-         "augment_adjoint: grad must have shape [3, C, 4, 4], got (2, 1, 4, 4)"),
-        (lambda: augment_adjoint(torch.zeros(1, 1, 4, 4).long(), DSA().sample(1, 4)), TypeError,
-         "augment_adjoint: grad must be float32 or float64, got torch.int64"),
+        (
+            lambda: DSA().sample(1, (8, 0)),
+            ValueError,
+            "DSA: image_size must be at least 1 pixel, got 8x0",
+        ),
+        (
+            lambda: DSA().sample(1, (3, 8, 8)),
+            ValueError,
+            "DSA: image_size must be one number or two, got (3, 8, 8)",
+        ),
+        (
+            lambda: AugmentParameters.of(("blur",), 1, 4),
+            ValueError,
+            "AugmentParameters: operations must be of color, "
+            "crop, cutout, flip, scale, rotate, got 'blur'",
+        ),
+        (
+            lambda: AugmentParameters.of(("crop",), 1, 4, shift=torch.zeros(1)),
+            TypeError,
+            "AugmentParameters: there is no draw 'shift'; the draws are brightness",
+        ),
+        (
+            lambda: AugmentParameters.of(("crop",), 2, 4, shift_h=torch.zeros(3)),
+            ValueError,
+            "AugmentParameters: shift_h must have shape (2,), got (3,)",
+        ),
+        (
+            lambda: augment(torch.zeros(2, 1, 4, 4), DSA().sample(3, 4)),
+            ValueError,
+            "augment: images must have shape [3, C, 4, 4], got (2, 1, 4, 4)",
+        ),
+        (
+            lambda: augment(torch.zeros(1, 4, 4), DSA().sample(1, 4)),
+            ValueError,
+            "augment: images must have shape [1, C, 4, 4], got (1, 4, 4)",
+        ),
+        (
+            lambda: augment(torch.zeros(1, 1, 4, 5), DSA("none").sample(1, 4)),
+            ValueError,
+            "augment: images must have shape [1, C, 4, 4], got (1, 1, 4, 5)",
+        ),
+        (
+            lambda: augment(torch.zeros(1, 1, 4, 4).half(), DSA().sample(1, 4)),
+            TypeError,
+            "augment: images must be float32 or float64, got torch.float16",
+        ),
+        (
+            lambda: augment_adjoint(torch.zeros(2, 1, 4, 4), DSA().sample(3, 4)),
+            ValueError,
+            "augment_adjoint: grad must have shape [3, C, 4, 4], got (2, 1, 4, 4)",
+        ),
+        (
+            lambda: augment_adjoint(torch.zeros(1, 1, 4, 4).long(), DSA().sample(1, 4)),
+            TypeError,
+            "augment_adjoint: grad must be float32 or float64, got torch.int64",
+        ),
     ],
-)  # fmt: skip
-def test_wrong_calls_are_told_what_is_wrong(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+)
+def test_wrong_calls_are_told_what_is_wrong(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         call()

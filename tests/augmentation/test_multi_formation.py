@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import pdd_fast
 from pdd_fast.augmentation.multi_formation import combine, decode, decode_labels
 
-SIZES = pytest.mark.parametrize("size", [(8, 8), (12, 6), (9, 7), (13, 32), (5, 5), (3, 4)], ids=str)
+SIZES = pytest.mark.parametrize(
+    "size", [(8, 8), (12, 6), (9, 7), (13, 32), (5, 5), (3, 4)], ids=str
+)
 FACTORS = pytest.mark.parametrize("factor", [1, 2, 3])
 
 
@@ -28,14 +30,19 @@ def bounds(side: int, factor: int) -> list[int]:
 def cells(images: Tensor, factor: int) -> list[Tensor]:
     rows, columns = (bounds(side, factor) for side in images.shape[2:])
     return [
-        images[:, :, rows[i] : rows[i + 1], columns[j] : columns[j + 1]] for i in range(factor) for j in range(factor)
-    ]  # fmt: skip
+        images[:, :, rows[i] : rows[i + 1], columns[j] : columns[j + 1]]
+        for i in range(factor)
+        for j in range(factor)
+    ]
 
 
 def by_torch(images: Tensor, factor: int) -> Tensor:
     size = images.shape[2:]
     return torch.cat(
-        [F.interpolate(cell, size=size, mode="bilinear", align_corners=False) for cell in cells(images, factor)]
+        [
+            F.interpolate(cell, size=size, mode="bilinear", align_corners=False)
+            for cell in cells(images, factor)
+        ]
     )
 
 
@@ -54,10 +61,16 @@ def test_decoding_is_torchs_interpolation_of_every_cell(
 
 
 @given(
-    n=st.integers(0, 3), channels=st.integers(1, 3), height=st.integers(1, 40), width=st.integers(1, 40),
-    factor=st.integers(1, 6), seed=st.integers(0, 1000),
-)  # fmt: skip
-def test_whatever_the_sizes(n: int, channels: int, height: int, width: int, factor: int, seed: int) -> None:
+    n=st.integers(0, 3),
+    channels=st.integers(1, 3),
+    height=st.integers(1, 40),
+    width=st.integers(1, 40),
+    factor=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+)
+def test_whatever_the_sizes(
+    n: int, channels: int, height: int, width: int, factor: int, seed: int
+) -> None:
     assume(factor <= min(height, width))
     draw = torch.Generator().manual_seed(seed)
 
@@ -81,7 +94,9 @@ def test_whatever_the_sizes(n: int, channels: int, height: int, width: int, fact
 @SIZES
 @FACTORS
 @pytest.mark.parametrize("function", [decode, combine])
-def test_the_way_back_is_the_transpose(function: Any, size: tuple[int, int], factor: int, device: torch.device) -> None:
+def test_the_way_back_is_the_transpose(
+    function: Any, size: tuple[int, int], factor: int, device: torch.device
+) -> None:
     n = 2 if function is decode else 2 * factor**2
     x = torch.randn(n, 3, *size, dtype=torch.float64).to(device).requires_grad_()
     out = function(x, factor)
@@ -101,7 +116,9 @@ def test_gradcheck_twice(function: Any) -> None:
 def test_the_gradient_is_that_of_torchs_interpolation(device: torch.device) -> None:
     images = torch.randn(3, 2, 9, 7, dtype=torch.float64).to(device).requires_grad_()
     grad = torch.randn(12, 2, 9, 7, dtype=torch.float64).to(device)
-    found, expected = (torch.autograd.grad(f(images, 2), images, grad)[0] for f in (decode, by_torch))
+    found, expected = (
+        torch.autograd.grad(f(images, 2), images, grad)[0] for f in (decode, by_torch)
+    )
     assert relative_error(found, expected) <= 1e-12
 
 
@@ -147,7 +164,10 @@ def test_decoding_what_was_combined(size: tuple[int, int], factor: int) -> None:
     smooth = 3 + slopes[:, :, 0] * y[:, None] + slopes[:, :, 1] * x
     found = decode(combine(smooth, factor), factor)
     # Of a slope only half a pixel of a cell's is lost at its edges.
-    lost = [max(1 / (b - a) for a, b in itertools.pairwise(at)) for at in (bounds(s, factor) for s in size)]
+    lost = [
+        max(1 / (b - a) for a, b in itertools.pairwise(at))
+        for at in (bounds(s, factor) for s in size)
+    ]
     allowed = sum(slopes[:, :, i].abs() * lost[i] for i in range(2))
     assert ((found - smooth).abs() <= allowed + 1e-12).all()
 
@@ -160,7 +180,11 @@ def test_combining_averages_over_areas() -> None:
     # 5 pixels in cells of 3 and 2: weights in fifths, by hand.
     ramp = torch.arange(5, dtype=torch.float64).expand(4, 1, 5, 5)
     row = combine(ramp, 2)[0, 0, 0]
-    thirds = [(0 + 2 / 3 * 1) / (5 / 3), (1 / 3 * 1 + 2 + 1 / 3 * 3) / (5 / 3), (2 / 3 * 3 + 4) / (5 / 3)]
+    thirds = [
+        (0 + 2 / 3 * 1) / (5 / 3),
+        (1 / 3 * 1 + 2 + 1 / 3 * 3) / (5 / 3),
+        (2 / 3 * 3 + 4) / (5 / 3),
+    ]
     halves = [(0 + 1 + 0.5 * 2) / 2.5, (0.5 * 2 + 3 + 4) / 2.5]
     assert torch.allclose(row, torch.tensor(thirds + halves, dtype=torch.float64), rtol=1e-12)
 
@@ -200,23 +224,55 @@ def test_a_first_call_in_inference_mode_leaves_the_next_one_differentiable() -> 
 IMAGES = torch.zeros(4, 1, 3, 5)
 WRONG: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
     "factor 0": (decode, (IMAGES, 0), ValueError, "decode: factor must be at least 1, got 0"),
-    "half a factor": (decode, (IMAGES, 1.5), TypeError, "decode: factor must be a whole number, got 1.5"),
-    "a truth": (combine, (IMAGES, True), TypeError, "combine: factor must be a whole number, got True"),
-    "more cells than pixels": (
-        decode, (IMAGES, 4), ValueError, "decode: factor must be at most 3 for images of 3x5 pixels, got 4",
+    "half a factor": (
+        decode,
+        (IMAGES, 1.5),
+        TypeError,
+        "decode: factor must be a whole number, got 1.5",
     ),
-    "planes": (decode, (IMAGES[0], 2), ValueError, r"decode: images must have shape \[n, C, H, W\], got \(1, 3, 5\)"),
-    "whole numbers": (decode, (IMAGES.long(), 2), TypeError, "decode: images must be floating-point, got torch.int64"),
+    "a truth": (
+        combine,
+        (IMAGES, True),
+        TypeError,
+        "combine: factor must be a whole number, got True",
+    ),
+    "more cells than pixels": (
+        decode,
+        (IMAGES, 4),
+        ValueError,
+        "decode: factor must be at most 3 for images of 3x5 pixels, got 4",
+    ),
+    "planes": (
+        decode,
+        (IMAGES[0], 2),
+        ValueError,
+        r"decode: images must have shape \[n, C, H, W\], got \(1, 3, 5\)",
+    ),
+    "whole numbers": (
+        decode,
+        (IMAGES.long(), 2),
+        TypeError,
+        "decode: images must be floating-point, got torch.int64",
+    ),
     "too few images": (
-        combine, (IMAGES[:3], 2), ValueError, "combine: images must be a multiple of factor² = 4 in number, got 3",
+        combine,
+        (IMAGES[:3], 2),
+        ValueError,
+        "combine: images must be a multiple of factor² = 4 in number, got 3",
     ),
     "labels of labels": (
-        decode_labels, (torch.zeros(1, 2, 3), 2), ValueError, r"decode_labels: labels must have shape \[n\] or",
+        decode_labels,
+        (torch.zeros(1, 2, 3), 2),
+        ValueError,
+        r"decode_labels: labels must have shape \[n\] or",
     ),
     "labels, factor -1": (
-        decode_labels, (torch.zeros(3), -1), ValueError, "decode_labels: factor must be at least 1, got -1",
+        decode_labels,
+        (torch.zeros(3), -1),
+        ValueError,
+        "decode_labels: factor must be at least 1, got -1",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

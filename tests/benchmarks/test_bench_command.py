@@ -1,5 +1,7 @@
-"""`pdd-fast bench`: which cases and contenders it takes, what it writes, prints and answers, and what an interruption
-leaves. Measurements are made up but for two tests; those themselves are tested in test_benchmarks.py."""
+"""`pdd-fast bench`: which cases and contenders it takes, what it writes, prints and answers, and
+what an interruption leaves. Measurements are made up but for two tests; those themselves are tested
+in test_benchmarks.py.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,18 @@ from pdd_fast.benchmarks.cases import SUITES, parse
 from pdd_fast.benchmarks.contenders import FLOOR, TRUTH
 from pdd_fast.runtime.errors import UsageError
 
-MACHINE = {"cpu": "a processor", "cores": 2, "torch": "2", "python": "3", "pdd_fast": "0", "commit": "abc"}
+MACHINE = {
+    "cpu": "a processor",
+    "cores": 2,
+    "torch": "2",
+    "python": "3",
+    "pdd_fast": "0",
+    "commit": "abc",
+}
 Answer = Callable[[str, str], dict[str, Any]]  # to a case's name and a contender's
 
 
-# ---- cases ----------------------------------------------------------------------------------------------------------
+# ---- cases ----
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -55,7 +64,11 @@ def test_the_full_suite_has_all_that_was_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "canonical", "expected"),
     [
-        ("unroll", "unroll-b50-n20-w128-s32", {"batch": 50, "steps": 20, "depth": 3, "augment": False}),
+        (
+            "unroll",
+            "unroll-b50-n20-w128-s32",
+            {"batch": 50, "steps": 20, "depth": 3, "augment": False},
+        ),
         ("unroll-s64-b3", "unroll-b3-n20-w128-s64", {"size": 64, "depth": 4}),
         ("unroll-w4-s8-n3-b4-d3-dsa", "unroll-b4-n3-w4-s8-d3-dsa", {"depth": 3, "augment": True}),
         (
@@ -63,7 +76,11 @@ def test_the_full_suite_has_all_that_was_asked_for() -> None:
             "gradient-matching-b128-r64-k10-w128-s32",
             {"batch": 128, "real": 64, "classes": 10, "depth": 3},
         ),
-        ("gradient-matching-s8-k2-r3", "gradient-matching-b128-r3-k2-w128-s8", {"real": 3, "classes": 2, "depth": 2}),
+        (
+            "gradient-matching-s8-k2-r3",
+            "gradient-matching-b128-r3-k2-w128-s8",
+            {"real": 3, "classes": 2, "depth": 2},
+        ),
         ("dsa-flip-b20-s8", "dsa-flip-b20-s8", {"operation": "flip", "size": 8}),
         ("dsa", "dsa-single-b256", {"operation": "single"}),
         ("evaluate-w4-s16-e2", "evaluate-w4-s16-e2", {"epochs": 2, "size": 16}),
@@ -82,15 +99,25 @@ def test_a_name_says_what_a_case_is(name: str, canonical: str, expected: dict[st
     [
         (
             "unrol-b5",
-            "a case must begin with one of unroll, gradient-matching, step, dsa, evaluate, stage, got 'unrol-b5'; did",
+            "a case must begin with one of unroll, gradient-matching, step, dsa, evaluate, stage, "
+            "got 'unrol-b5'; did",
         ),
-        ("unroll-x5", "'x5' is not a part of it; its parts look like b50, n20, w128, s32, d3 and dsa"),
+        (
+            "unroll-x5",
+            "'x5' is not a part of it; its parts look like b50, n20, w128, s32, d3 and dsa",
+        ),
         ("gradient-mathcing", "got 'gradient-mathcing'; did you mean 'gradient-matching'"),
-        ("gradient-matching-n5", "'n5' is not a part of it; its parts look like b128, r64, k10, w128, s32, d3"),
+        (
+            "gradient-matching-n5",
+            "'n5' is not a part of it; its parts look like b128, r64, k10, w128, s32, d3",
+        ),
         ("gradient-matchings", "a case must begin with one of"),
         ("unroll-b0", "'b0' is not a part of it"),
         ("step-n5", "'n5' is not a part of it"),
-        ("dsa-twist", "'twist' is not a part of it; its parts look like b256, s32, and one of color, crop"),
+        (
+            "dsa-twist",
+            "'twist' is not a part of it; its parts look like b256, s32, and one of color, crop",
+        ),
         ("stage-dsa", "'dsa' is not a part of it"),
         ("unroll-b5-b6", "gives its batch twice"),
         ("unroll-s8-d4", "4 blocks need images of 16 pixels at least, got 8"),
@@ -111,8 +138,12 @@ def test_patterns_choose_cases() -> None:
     assert names(only=["evaluate", "stage"]) == ["evaluate", "stage"]
     assert names(only=["step-b*-dsa"]) == ["step-b20-w32-s32-dsa"]
     assert names(skip=["unroll"]) == [name for name in every if not name.startswith("unroll")]
-    assert names(named=["stage", "unroll", "stage"], skip=["none*"] and ["stage"]) == ["unroll-b50-n20-w128-s32"]
-    with pytest.raises(UsageError, match="no case in the quick suite matches 'w128'; pdd-fast bench --list"):
+    assert names(named=["stage", "unroll", "stage"], skip=["none*"] and ["stage"]) == [
+        "unroll-b50-n20-w128-s32"
+    ]
+    with pytest.raises(
+        UsageError, match="no case in the quick suite matches 'w128'; pdd-fast bench --list"
+    ):
         names(only=["w128"])
     with pytest.raises(UsageError, match="no case named by --case matches 'dsa'"):
         names(named=["stage"], skip=["dsa"])
@@ -138,16 +169,21 @@ def test_listing_names_every_case_and_needs_no_torch() -> None:
         "import sys; from pdd_fast.cli.main import run; status = run(['bench', '--list']); "
         "sys.exit(status or (9 if 'torch' in sys.modules else 0))"
     )
-    found = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
     lines = found.stdout.splitlines()
     for name, suite in SUITES.items():
-        assert any(line.startswith(f"{name}: {len(suite.cases)} cases, {suite.rounds} rounds") for line in lines)
+        assert any(
+            line.startswith(f"{name}: {len(suite.cases)} cases, {suite.rounds} rounds")
+            for line in lines
+        )
     named = {line.split()[0]: line for line in lines if line and ":" not in line.split()[0]}
     assert set(named) == {case.name for suite in SUITES.values() for case in suite.cases}
     assert named["dsa-single-b256"].endswith("(quick, standard, full)")
 
 
-# ---- what is written and printed ------------------------------------------------------------------------------------
+# ---- what is written and printed ----
 
 
 def seconds(name: str) -> float:
@@ -167,8 +203,9 @@ def made_up(case_name: str, name: str) -> dict[str, Any]:
     factor = max(1, case.steps) * seconds(name)
     found = {
         "seconds": {part: [factor, factor * 1.5] for part in cases.KINDS[case.kind].parts},
-        "peak_bytes": 600_000_000, "above_start_bytes": 10_000_000 * max(1, case.steps),
-    }  # fmt: skip
+        "peak_bytes": 600_000_000,
+        "above_start_bytes": 10_000_000 * max(1, case.steps),
+    }
     errors: dict[str, float | None] = {"images": 1e-6, "cosine": 0.75, "rate": 2e-7}
     if name == "frozen weights":
         errors = dict.fromkeys(errors)  # not finite
@@ -188,7 +225,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
             return answer(told["case"], told["contender"])
 
         monkeypatch.setattr(processes, "run", run)
-        monkeypatch.setattr(machine, "ask", lambda with_gpu, threads: MACHINE | {"threads": threads or 2})
+        monkeypatch.setattr(
+            machine, "ask", lambda with_gpu, threads: MACHINE | {"threads": threads or 2}
+        )
 
     return put
 
@@ -208,7 +247,9 @@ def test_the_quick_suite_with_made_up_answers(answers: Any, tmp_path: Path) -> N
     record = record_in(tmp_path / "a" / "place")
     assert record["finished"]
     assert list(record["cases"]) == [case.name for case in SUITES["quick"].cases]
-    assert {"cpu", "cores", "torch", "python", "pdd_fast", "commit", "threads"} <= record["machine"].keys()
+    assert {"cpu", "cores", "torch", "python", "pdd_fast", "commit", "threads"} <= record[
+        "machine"
+    ].keys()
     assert record["settings"]["rounds"] == SUITES["quick"].rounds
     for name, found in record["cases"].items():
         assert all(len(result["samples"]) == 2 for result in found["results"].values()), name
@@ -231,17 +272,36 @@ def test_the_quick_suite_with_made_up_answers(answers: Any, tmp_path: Path) -> N
 
 def test_what_a_table_says(answers: Any, tmp_path: Path) -> None:
     answers(made_up)
-    outcome = bench(tmp_path, "--case", "unroll-b4-n2-w4-s8", "--rounds", "1", "--without", "any module")
-    lines = {line.split(" | ")[0].strip("| "): line for line in outcome.out.splitlines() if line.startswith("|")}
+    outcome = bench(
+        tmp_path, "--case", "unroll-b4-n2-w4-s8", "--rounds", "1", "--without", "any module"
+    )
+    lines = {
+        line.split(" | ")[0].strip("| "): line
+        for line in outcome.out.splitlines()
+        if line.startswith("|")
+    }
     cells = [cell.strip() for cell in lines["plain autograd"].strip("|").split("|")]
-    assert cells[1:9] == ["5.35 s", "4.28 s–6.42 s", "2.14", "600 MB", "20 MB", "1.0e-06", "0.750000", "2.0e-07"]
+    assert cells[1:9] == [
+        "5.35 s",
+        "4.28 s–6.42 s",
+        "2.14",
+        "600 MB",
+        "20 MB",
+        "1.0e-06",
+        "0.750000",
+        "2.0e-07",
+    ]
     assert "not finite" in lines["frozen weights"]
     assert "ours, any module" not in lines
-    bound = floors.floors(parse("unroll-b4-n2-w4-s8"), made_up("unroll-b4-n2-w4-s8", FLOOR), "float32")["iteration"]
+    bound = floors.floors(
+        parse("unroll-b4-n2-w4-s8"), made_up("unroll-b4-n2-w4-s8", FLOOR), "float32"
+    )["iteration"]
     assert cells[9] == f"{5.35 / bound['9 F']:.2f} / {5.35 / bound['11 F']:.2f}"
     assert (
-        "Best exact alternative in float32: torch.func, 5.25 s. ours, recompute, auto: 2.5 s, 2.10 times as fast with "
-        "1.00 of its new memory. ours, cache, auto: 1.25 s, 4.20 times as fast with 1.00 of its new memory."
+        "Best exact alternative in float32: torch.func, 5.25 s. ours, recompute, auto: 2.5 s, "
+        "2.10 times as fast with "
+        "1.00 of its new memory. ours, cache, auto: 1.25 s, 4.20 times as fast with 1.00 of its "
+        "new memory."
     ) in outcome.out
 
 
@@ -255,17 +315,27 @@ def test_a_baseline_that_fails_is_reported_and_not_hidden(answers: Any, tmp_path
         return made_up(case, name)
 
     answers(answer)
-    outcome = bench(tmp_path, "--case", "unroll-b4-n2-w4-s8", "--case", "unroll-b4-n3-w4-s8", "--rounds", "2")
+    outcome = bench(
+        tmp_path, "--case", "unroll-b4-n2-w4-s8", "--case", "unroll-b4-n3-w4-s8", "--rounds", "2"
+    )
     assert outcome.status == 0
     assert "| out of memory: asked for 2.00 GB more with 12.00 GB taken |" in outcome.out
-    said = "unroll-b4-n2-w4-s8: plain autograd: out of memory: asked for 2.00 GB more with 12.00 GB taken\n"
+    said = (
+        "unroll-b4-n2-w4-s8: plain autograd: out of memory: asked for 2.00 GB more with "
+        "12.00 GB taken\n"
+    )
     assert outcome.err.count(said) == 1
     assert "Not measured or without a result: plain autograd." in outcome.out
     assert calls.count("plain autograd") == 2  # once a case, and not again
-    assert record_in(tmp_path)["cases"]["unroll-b4-n2-w4-s8"]["results"]["plain autograd"]["failed"] == "out of memory"
+    assert (
+        record_in(tmp_path)["cases"]["unroll-b4-n2-w4-s8"]["results"]["plain autograd"]["failed"]
+        == "out of memory"
+    )
 
 
-def test_when_ours_fails_the_status_is_1_and_the_rest_is_measured(answers: Any, tmp_path: Path) -> None:
+def test_when_ours_fails_the_status_is_1_and_the_rest_is_measured(
+    answers: Any, tmp_path: Path
+) -> None:
     def answer(case: str, name: str) -> dict[str, Any]:
         if name == "ours, direct":
             return {"failed": "failed", "why": "ValueError: of ours", "details": "Traceback ..."}
@@ -275,7 +345,8 @@ def test_when_ours_fails_the_status_is_1_and_the_rest_is_measured(answers: Any, 
     outcome = bench(tmp_path, "--case", "step-b4-w4-s8")
     assert outcome.status == 1
     assert outcome.err.endswith(
-        f"pdd-fast: these failed and should not have: step-b4-w4-s8: ours, direct; {tmp_path / 'bench.json'} has the "
+        f"pdd-fast: these failed and should not have: step-b4-w4-s8: ours, direct; "
+        f"{tmp_path / 'bench.json'} has the "
         "details\n"
     )
     results = record_in(tmp_path)["cases"]["step-b4-w4-s8"]["results"]
@@ -285,7 +356,10 @@ def test_when_ours_fails_the_status_is_1_and_the_rest_is_measured(answers: Any, 
 
 @pytest.mark.parametrize(
     ("failed", "status"),
-    [({"failed": "too slow", "why": "took more than 1 s"}, 0), ({"failed": "failed", "why": "x"}, 1)],
+    [
+        ({"failed": "too slow", "why": "took more than 1 s"}, 0),
+        ({"failed": "failed", "why": "x"}, 1),
+    ],
 )
 def test_without_the_true_gradient_there_are_no_errors(
     failed: dict[str, str], status: int, answers: Any, tmp_path: Path
@@ -309,10 +383,12 @@ def test_as_json(answers: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "bench.png").exists()  # there is no N to draw over
 
 
-# ---- interruptions --------------------------------------------------------------------------------------------------
+# ---- interruptions ----
 
 
-def test_an_interrupted_benchmark_keeps_and_shows_what_it_measured(answers: Any, tmp_path: Path) -> None:
+def test_an_interrupted_benchmark_keeps_and_shows_what_it_measured(
+    answers: Any, tmp_path: Path
+) -> None:
     calls: list[str] = []
 
     def answer(case: str, name: str) -> dict[str, Any]:
@@ -320,10 +396,14 @@ def test_an_interrupted_benchmark_keeps_and_shows_what_it_measured(answers: Any,
         if len(calls) == 5:
             raise KeyboardInterrupt
         before = tmp_path / "bench.json"
-        assert json.loads(before.read_text())["finished"] is False  # written after every measurement
+        assert (
+            json.loads(before.read_text())["finished"] is False
+        )  # written after every measurement
         if len(calls) > 1:
             kept = record_in(tmp_path)["cases"]["unroll-b4-n2-w4-s8"]
-            assert sum(len(r.get("samples", ())) for r in kept["results"].values()) == max(0, len(calls) - 3)
+            assert sum(len(r.get("samples", ())) for r in kept["results"].values()) == max(
+                0, len(calls) - 3
+            )
         return made_up(case, name)
 
     answers(answer)
@@ -344,10 +424,22 @@ def test_an_interrupted_benchmark_keeps_and_shows_what_it_measured(answers: Any,
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 def test_a_signal_ends_the_measurement_too(tmp_path: Path) -> None:
-    arguments = ("--case", "stage-i9000", "--contender", "ours, direct", "--device", "cpu", "--threads", "1")
+    arguments = (
+        "--case",
+        "stage-i9000",
+        "--contender",
+        "ours, direct",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    )
     with process("bench", *arguments, "--output", tmp_path / "out") as running:
         until = time.monotonic() + 60
-        while not (started := children_of(running.pid, "pdd_fast.benchmarks.child")) and time.monotonic() < until:
+        while (
+            not (started := children_of(running.pid, "pdd_fast.benchmarks.child"))
+            and time.monotonic() < until
+        ):
             time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
@@ -369,27 +461,49 @@ def children_of(pid: int, text: str) -> list[int]:
     return found
 
 
-# ---- wrong calls ----------------------------------------------------------------------------------------------------
+# ---- wrong calls ----
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--suite", "all"], "invalid value for '--suite': 'all' is not one of 'quick', 'standard', 'full'; see "
-         "pdd-fast bench --help"),
-        (["--only", "nothing"], "no case in the quick suite matches 'nothing'; pdd-fast bench --list shows the cases"),
-        (["--case", "unroll-b5x"], "case 'unroll-b5x': 'b5x' is not a part of it; its parts look like b50, n20, w128, "
-         "s32, d3 and dsa"),
-        (["--only", "stage", "--contender", "nobody"], "no contender's name contains 'nobody'; they are: ours, "
-         "auto; ours, direct; ours, any module; MTT's loop; MTT's loop, channels-last"),
+        (
+            ["--suite", "all"],
+            "invalid value for '--suite': 'all' is not one of 'quick', 'standard', 'full'; see "
+            "pdd-fast bench --help",
+        ),
+        (
+            ["--only", "nothing"],
+            "no case in the quick suite matches 'nothing'; pdd-fast bench --list shows the cases",
+        ),
+        (
+            ["--case", "unroll-b5x"],
+            "case 'unroll-b5x': 'b5x' is not a part of it; its parts look like b50, n20, w128, "
+            "s32, d3 and dsa",
+        ),
+        (
+            ["--only", "stage", "--contender", "nobody"],
+            "no contender's name contains 'nobody'; they are: ours, "
+            "auto; ours, direct; ours, any module; MTT's loop; MTT's loop, channels-last",
+        ),
         (["--only", "dsa", "--without", "r"], "--contender and --without leave nobody to measure"),
         (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-        (["--rounds", "0"], "invalid value for '--rounds': 0 is not in the range x>=1; see pdd-fast bench --help"),
-        (["--limit", "0"], "invalid value for '--limit': 0.0 is not in the range x>0; see pdd-fast bench --help"),
+        (
+            ["--rounds", "0"],
+            "invalid value for '--rounds': 0 is not in the range x>=1; see pdd-fast bench --help",
+        ),
+        (
+            ["--limit", "0"],
+            "invalid value for '--limit': 0.0 is not in the range x>0; see pdd-fast bench --help",
+        ),
     ],
-)  # fmt: skip
-def test_a_wrong_call_is_answered_in_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
-    outcome = bench(tmp_path / "out", *arguments)  # of a flag that is given twice the last one counts
+)
+def test_a_wrong_call_is_answered_in_one_sentence(
+    arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
+    outcome = bench(
+        tmp_path / "out", *arguments
+    )  # of a flag that is given twice the last one counts
     assert outcome.status == 2
     assert outcome.sentence() == sentence
     assert not (tmp_path / "out").exists()
@@ -404,16 +518,24 @@ def test_a_folder_that_holds_a_benchmark_is_left_alone(answers: Any, tmp_path: P
     assert (tmp_path / "bench.json").read_text() == "{}"
 
 
-# ---- the picture ----------------------------------------------------------------------------------------------------
+# ---- the picture ----
 
 
 def test_the_picture_is_of_the_largest_family() -> None:
-    names = ["stage", "unroll-b4-n5-w4-s8", "unroll-b5-n9-w4-s8", "unroll-b5-n2-w4-s8", "unroll-b5-n3-w4-s8-dsa"]
+    names = [
+        "stage",
+        "unroll-b4-n5-w4-s8",
+        "unroll-b5-n9-w4-s8",
+        "unroll-b5-n2-w4-s8",
+        "unroll-b5-n3-w4-s8-dsa",
+    ]
     assert plot.family(names) == ["unroll-b5-n2-w4-s8", "unroll-b5-n9-w4-s8"]
     assert plot.family(["stage"]) == []
 
 
-def test_of_each_way_to_write_it_the_picture_shows_the_one_that_gets_furthest(answers: Any, tmp_path: Path) -> None:
+def test_of_each_way_to_write_it_the_picture_shows_the_one_that_gets_furthest(
+    answers: Any, tmp_path: Path
+) -> None:
     def answer(case: str, name: str) -> dict[str, Any]:
         if name == "plain autograd" and "-n9-" in case:
             return {"failed": "out of memory", "why": "was killed"}
@@ -423,21 +545,40 @@ def test_of_each_way_to_write_it_the_picture_shows_the_one_that_gets_furthest(an
     bench(tmp_path, "--case", "unroll-b4-n2-w4-s8", "--case", "unroll-b4-n9-w4-s8", "--rounds", "1")
     found = record_in(tmp_path)["cases"]
     assert [c["name"] for c in plot.drawn(found)] == [
-        "ours, recompute, auto", "ours, cache, auto", "plain autograd, channels-last", "checkpointed autograd",
-        "frozen weights", "torch.func",
-    ]  # fmt: skip
+        "ours, recompute, auto",
+        "ours, cache, auto",
+        "plain autograd, channels-last",
+        "checkpointed autograd",
+        "frozen weights",
+        "torch.func",
+    ]
     points = [(2, pytest.approx(2.5 * seconds("plain autograd")), 2e7)]
     assert plot._curve("plain autograd", found) == (points, (9, "out of memory"))
 
 
-# ---- with real measurements -----------------------------------------------------------------------------------------
+# ---- with real measurements ----
 
 
 def test_from_end_to_end(tmp_path: Path) -> None:
     name = "unroll-b4-n3-w4-s8-dsa"
-    chosen = ("--contender", "ours, recompute, direct")  # torch alone takes two seconds to load, every time
-    with process("bench", "--case", name, *chosen, "--rounds", "1", "--threads", "1", "--device", "cpu",
-                 "--output", tmp_path / "out") as running:  # fmt: skip
+    chosen = (
+        "--contender",
+        "ours, recompute, direct",
+    )  # torch alone takes two seconds to load, every time
+    with process(
+        "bench",
+        "--case",
+        name,
+        *chosen,
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        tmp_path / "out",
+    ) as running:
         out, err = running.communicate(timeout=120)
     assert running.returncode == 0, err
     record = record_in(tmp_path / "out")

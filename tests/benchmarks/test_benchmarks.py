@@ -1,5 +1,6 @@
-"""The benchmarks' baselines compute what they claim to, and what is measured, counted and concluded is right. No timing
-is held to anything here. The command is tested in test_bench_command.py."""
+"""The benchmarks' baselines compute what they claim to, and what is measured, counted and concluded
+is right. No timing is held to anything here. The command is tested in test_bench_command.py.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def by_autograd(p: Any, end: Any) -> tuple[Tensor, Tensor]:
 def textbook(p: Any) -> tuple[Tensor, Tensor]:
     """What the package's own tests are held to."""
     theta = p.start.clone().requires_grad_()
-    return by_autograd(p, lambda images, rate: unroll(p.net, theta, images, p.labels, rate, p.index, p.draws))
+    return by_autograd(
+        p, lambda images, rate: unroll(p.net, theta, images, p.labels, rate, p.index, p.draws)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +89,13 @@ def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     repeated = partial(measure.repeated, budget=0.0)
     few = partial(measure.seconds_per_call, at_least=1e-4)
     monkeypatch.setattr(measure, "repeated", lambda call, device, **more: repeated(call, device))
-    monkeypatch.setattr(measure, "seconds_per_call", lambda call, device, at_least=0.0: few(call, device))
+    monkeypatch.setattr(
+        measure, "seconds_per_call", lambda call, device, at_least=0.0: few(call, device)
+    )
     monkeypatch.setattr(floor, "AT_LEAST", 1e-4)
 
 
-# ---- the baselines --------------------------------------------------------------------------------------------------
+# ---- the baselines ----
 
 
 @pytest.mark.parametrize("operation", ["color", "crop", "cutout", "flip", "scale", "rotate", "all"])
@@ -115,7 +120,8 @@ def test_plain_draws_have_the_packages_ranges(size: tuple[int, int], device: tor
     for name, value in plain.numbers.items():
         found, expected = value.flatten().double().cpu(), getattr(ours, name).double()
         width = float(expected.max() - expected.min())
-        # The ends of a range and its middle, of 4000 draws: two and five hundredths of its width are many deviations.
+        # The ends of a range and its middle, of 4000 draws: two and five hundredths of its width
+        #     are many deviations.
         for statistic, off in ((Tensor.min, 0.02), (Tensor.max, 0.02), (Tensor.mean, 0.05)):
             assert abs(float(statistic(found) - statistic(expected))) <= off * width, name
 
@@ -131,21 +137,29 @@ EXACT = {
     "checkpointed": lambda p: baselines.checkpointed(p),
     "torch.func": lambda p: baselines.functional(p),
     "unrolled": lambda p: unroll_benchmark.unrolled(p),
-    "unrolled, autograd, cache": lambda p: unroll_benchmark.unrolled(p, engine="autograd", memory="cache"),
+    "unrolled, autograd, cache": lambda p: unroll_benchmark.unrolled(
+        p, engine="autograd", memory="cache"
+    ),
     "ours": lambda p: unroll_benchmark.matching(p, graph=False, precision="float32"),
-    "ours, cache": lambda p: unroll_benchmark.matching(p, graph=False, precision="float32", memory="cache"),
+    "ours, cache": lambda p: unroll_benchmark.matching(
+        p, graph=False, precision="float32", memory="cache"
+    ),
 }
 
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("augment", [True, False], ids=["DSA", "none"])
-def test_exact_contenders_give_the_gradient_of_plain_autograd(name: str, augment: bool, device: torch.device) -> None:
+def test_exact_contenders_give_the_gradient_of_plain_autograd(
+    name: str, augment: bool, device: torch.device
+) -> None:
     p = problem(device, augment=augment)
     for found, expected in zip(EXACT[name](p)(), textbook(p), strict=True):
         assert relative_error(found, expected) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["plain", "checkpointed"])  # torch 2.13 has no jvp of a channels-last group norm
+@pytest.mark.parametrize(
+    "name", ["plain", "checkpointed"]
+)  # torch 2.13 has no jvp of a channels-last group norm
 def test_channels_last_changes_no_value(name: str, device: torch.device) -> None:
     p = problem(device)
     p.channels_last = True
@@ -160,7 +174,9 @@ def test_the_compiled_contender_is_exact_too(device: torch.device) -> None:
         assert relative_error(found, expected) < 1e-9
 
 
-def test_frozen_weights_are_what_they_are_defined_as_and_not_the_gradient(device: torch.device) -> None:
+def test_frozen_weights_are_what_they_are_defined_as_and_not_the_gradient(
+    device: torch.device,
+) -> None:
     p = problem(device)
     path, _ = baselines.training_path(p)
 
@@ -193,7 +209,9 @@ def test_a_warm_up_takes_fewer_steps(name: str, device: torch.device) -> None:
 class PackagesDraws:
     """Draws as the package makes them, from the generator that orders the images too."""
 
-    def __init__(self, generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.generator, self.device, self.dtype = generator, device, dtype
         self.made: list[AugmentParameters] = []
 
@@ -205,12 +223,18 @@ class PackagesDraws:
 def small_net(device: torch.device) -> tuple[pdd_fast.ConvNet, Tensor, Tensor]:
     torch.manual_seed(1)
     net = pdd_fast.ConvNet(3, 10, 8, 4, 2).double().to(device)
-    return net, torch.randn(6, 3, 8, 8, dtype=torch.float64).to(device), (torch.arange(6) % 10).to(device)
+    return (
+        net,
+        torch.randn(6, 3, 8, 8, dtype=torch.float64).to(device),
+        (torch.arange(6) % 10).to(device),
+    )
 
 
 @pytest.mark.parametrize("augment", [True, False], ids=["DSA", "none"])
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels-last", "planar"])
-def test_training_steps_of_ours_and_of_eager_pytorch_agree(augment: bool, channels_last: bool) -> None:
+def test_training_steps_of_ours_and_of_eager_pytorch_agree(
+    augment: bool, channels_last: bool
+) -> None:
     device = torch.device("cpu")  # where both order the images by the same generator
     net, images, labels = small_net(device)
     own, _ = contenders.contenders(parse("step-b6-w4-s8"), "cpu")[:2]
@@ -235,7 +259,9 @@ def test_the_plain_network_is_the_packages_and_none_of_it() -> None:
     assert {type(module).__module__.partition(".")[0] for module in plain.modules()} == {"torch"}
 
 
-def test_baselines_run_nothing_of_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_baselines_run_nothing_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The package's network, engines and operators refuse to work while they are at it."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -260,7 +286,10 @@ def test_the_rate_of_plain_training_falls_to_a_tenth_at_half_time() -> None:
     training = PlainTraining(net, None, torch.Generator().manual_seed(0), batch=4)
     rates = []
     step = training.step
-    training.step = lambda x, y: (rates.append(training.optimizer.param_groups[0]["lr"]), step(x, y))  # type: ignore[method-assign,assignment]
+    training.step = lambda x, y: (
+        rates.append(training.optimizer.param_groups[0]["lr"]),
+        step(x, y),
+    )  # type: ignore[method-assign,assignment]
     training.run(images, labels, 0.5, 5)
     assert rates == [0.5, 0.5, 0.5, 0.05, 0.05]
     expected = 100 * float((net(images).argmax(1) == labels).double().mean())
@@ -271,7 +300,9 @@ def test_the_rate_of_plain_training_falls_to_a_tenth_at_half_time() -> None:
 def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
     device_type: str, device: torch.device
 ) -> None:
-    p = gradient_matching.Problem.draw(parse("gradient-matching-b4-r3-k3-w4-s8"), device, torch.float64)
+    p = gradient_matching.Problem.draw(
+        parse("gradient-matching-b4-r3-k3-w4-s8"), device, torch.float64
+    )
     theta = p.theta.clone().requires_grad_()
     images = p.images.clone().requires_grad_()
     shapes = [parameter.shape for parameter in p.net.parameters()]
@@ -279,16 +310,21 @@ def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
         """Of the convolutions' weights."""
-        parts = [part.view(s) for part, s in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
+        parts = [
+            part.view(s)
+            for part, s in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)
+        ]
         logits = torch.func.functional_call(p.net, dict(zip(names, parts, strict=True)), (x,))
         loss = torch.nn.functional.cross_entropy(logits, y)
         found = torch.autograd.grad(loss, parts, create_graph=True)
         return torch.cat([g.flatten() for g in found if g.dim() == 4])
 
     distances = [
-        (gradient(images[k], p.labels[k]) - gradient(p.real[k], p.real_labels[k]).detach()).square().sum()
+        (gradient(images[k], p.labels[k]) - gradient(p.real[k], p.real_labels[k]).detach())
+        .square()
+        .sum()
         for k in range(3)
-    ]  # fmt: skip
+    ]
     (expected,) = torch.autograd.grad(torch.stack(distances).sum(), images)
     seen = 0
     for contender in contenders.contenders(parse("gradient-matching"), device_type):
@@ -301,7 +337,7 @@ def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
     assert seen >= 4
 
 
-# ---- whole evaluations and stages -----------------------------------------------------------------------------------
+# ---- whole evaluations and stages ----
 
 
 def test_a_plain_evaluation_takes_the_courses_and_steps_of_the_packages(tmp_path: Path) -> None:
@@ -311,7 +347,11 @@ def test_a_plain_evaluation_takes_the_courses_and_steps_of_the_packages(tmp_path
     union.distilled(bench).save(run.distilled_file)
     ours = evaluate_run(run)
     courses = evaluation.courses(bench, union)
-    assert [[leg[3] for leg in course] for course in courses] == [ours["steps"], ours["steps"], [sum(ours["steps"])]]
+    assert [[leg[3] for leg in course] for course in courses] == [
+        ours["steps"],
+        ours["steps"],
+        [sum(ours["steps"])],
+    ]
     assert [[len(leg[0]) for leg in course] for course in courses] == [[20, 40], [20, 40], [40]]
     assert {r["name"] for r in ours["results"]} == {"pdd", "random", "last-union"}
     found = evaluation.plain(bench, union, channels_last=True)
@@ -328,7 +368,9 @@ def test_a_plain_stage_learns_images_and_rate(tmp_path: Path) -> None:
     trajectory = plain.trajectory(starts[0])
     assert len(trajectory) == bench.config.transition_real_epochs + 1
     images, rate = plain.learn([trajectory, trajectory])
-    before = bench.train.images[bench.random_real_rows(bench.config.ipc_by_stage, "initial images")[1]]
+    before = bench.train.images[
+        bench.random_real_rows(bench.config.ipc_by_stage, "initial images")[1]
+    ]
     assert images.shape == before.shape
     assert 1e-6 < relative_error(images, before) < 10
     assert rate != bench.config.inner_lr
@@ -345,7 +387,10 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
     plain.draws = draws  # type: ignore[assignment]
     experts = list_trajectories(run.experts_dir)
     trajectory = [experts[0].checkpoint(epoch) for epoch in range(experts[0].epochs + 1)]
-    images, labels = torch.cat([union.images, union.images + 0.1]), torch.cat([union.labels, union.labels])
+    images, labels = (
+        torch.cat([union.images, union.images + 0.1]),
+        torch.cat([union.labels, union.labels]),
+    )
     p = plain.problem([trajectory], images, labels)
     assert len(draws.made) == len(p.batches) == 3
 
@@ -354,20 +399,28 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
     theirs = p.matching_loss(baselines.trained(p, together, rate))
     end = pdd_fast.unroll(bench.engine.net, p.start, together, labels, rate, p.batches, draws.made)
     ours = pdd_fast.trajectory_matching_loss(end, p.start, p.target)
-    pairs = zip(*(torch.autograd.grad(loss, [learned, rate]) for loss in (theirs, ours)), strict=True)
+    pairs = zip(
+        *(torch.autograd.grad(loss, [learned, rate]) for loss in (theirs, ours)), strict=True
+    )
     assert all(relative_error(found, expected) < 1e-4 for found, expected in pairs)
 
 
-# ---- measuring ------------------------------------------------------------------------------------------------------
+# ---- measuring ----
 
 
 @pytest.mark.usefixtures("_in_haste")
-def test_every_contender_of_every_kind_can_be_measured(device: torch.device, tmp_path: Path) -> None:
+def test_every_contender_of_every_kind_can_be_measured(
+    device: torch.device, tmp_path: Path
+) -> None:
     job = Job(device, tmp_path)
     for name in (
-        "unroll-b4-n2-w4-s8-dsa", "gradient-matching-b4-r3-k3-w4-s8", "step-b4-w4-s8", "dsa-multiple-b4-s8",
-        "evaluate-w4-e1", "stage-n2-i1-w4",
-    ):  # fmt: skip
+        "unroll-b4-n2-w4-s8-dsa",
+        "gradient-matching-b4-r3-k3-w4-s8",
+        "step-b4-w4-s8",
+        "dsa-multiple-b4-s8",
+        "evaluate-w4-e1",
+        "stage-n2-i1-w4",
+    ):
         case = parse(name)
         if errors := results.KINDS[case.kind].errors:
             child.work(case, contenders.TRUTH, job)
@@ -382,7 +435,13 @@ def test_every_contender_of_every_kind_can_be_measured(device: torch.device, tmp
             if errors:
                 assert tuple(found["error"]) == errors
                 # On a GPU convolutions take TF32 unless a flag says otherwise.
-                exact = 0.5 if contender.precision == "bfloat16" else 0.05 if device.type == "cuda" else 1e-4
+                exact = (
+                    0.5
+                    if contender.precision == "bfloat16"
+                    else 0.05
+                    if device.type == "cuda"
+                    else 1e-4
+                )
                 assert (found["error"]["images"] < exact) == contender.exact, contender.name
         json.dumps(found)
 
@@ -400,7 +459,11 @@ def test_the_first_contender_of_every_precision_is_ours(device_type: str) -> Non
 def test_errors_are_of_both_gradients() -> None:
     truth = (torch.tensor([[3.0, 4.0]]).double(), torch.tensor(2.0).double())
     found = unroll_benchmark.errors((torch.tensor([[3.0, -4.0]]), torch.tensor(2.5)), truth)
-    assert found == {"images": pytest.approx(8 / 5), "cosine": pytest.approx(-7 / 25), "rate": pytest.approx(0.25)}
+    assert found == {
+        "images": pytest.approx(8 / 5),
+        "cosine": pytest.approx(-7 / 25),
+        "rate": pytest.approx(0.25),
+    }
     lost = unroll_benchmark.errors((torch.tensor([[float("nan"), 4.0]]), torch.tensor(2.0)), truth)
     assert lost == {"images": None, "cosine": None, "rate": 0}
 
@@ -419,11 +482,14 @@ def test_all_operations_are_among_what_dsa_times() -> None:
     draw = dsa.drawing(True, parse("dsa-single-b2-s8"), torch.device("cpu"))
     images = torch.randn(2, 3, 8, 8)
     assert draw()(images).shape == images.shape
-    operations = {dsa.drawing(False, parse("dsa-flip-b2-s8"), torch.device("cpu"))().operations for _ in range(5)}  # type: ignore[attr-defined]
+    operations = {
+        dsa.drawing(False, parse("dsa-flip-b2-s8"), torch.device("cpu"))().operations
+        for _ in range(5)
+    }  # type: ignore[attr-defined]
     assert operations == {("flip",)}
 
 
-# ---- the floor ------------------------------------------------------------------------------------------------------
+# ---- the floor ----
 
 
 def test_the_floor_counts_operations_and_bytes() -> None:
@@ -433,12 +499,17 @@ def test_the_floor_counts_operations_and_bytes() -> None:
     assert [layer.operations() for layer in layers] == [10 * 2 * 9 * m for m in multiplications]
     assert [layer.results() for layer in layers] == [10 * 128 * p for p in (1024, 256, 64)]
 
-    # By hand, in multiplications of one image: forward, input gradients and weight gradients at rates of their own.
+    # By hand, in multiplications of one image: forward, input gradients and weight gradients at
+    #     rates of their own.
     first, rest = multiplications[0], sum(multiplications[1:])
-    kept = (2 * first + 3 * rest) / 1e9 + (2 * first + 3 * rest) / 2e9 + (2 * first + 3 * rest) / 4e9
+    kept = (
+        (2 * first + 3 * rest) / 1e9 + (2 * first + 3 * rest) / 2e9 + (2 * first + 3 * rest) / 4e9
+    )
     again = kept + (first + rest) / 1e9 + rest / 2e9
     rates = {"forward": 1e9, "input gradient": 2e9, "weight gradient": 4e9}
-    found = floors.floors(case, {"convolution": {"bfloat16": [rates] * 3}, "copy": 1e8}, "bfloat16")["iteration"]
+    found = floors.floors(
+        case, {"convolution": {"bfloat16": [rates] * 3}, "copy": 1e8}, "bfloat16"
+    )["iteration"]
     bytes_of_one = 10.5 * 10 * 128 * (1024 + 256 + 64) * 2
     for label, seconds in (("9 F", kept), ("11 F", again)):
         assert found[label] == pytest.approx(5 * (10 * 18 * seconds + bytes_of_one / 1e8))
@@ -449,9 +520,10 @@ def test_counts_of_convolutions_have_the_names_they_should() -> None:
     for label, (_, others) in floors.COUNTS.items():
         assert f"{sum(others) if label != '11 F' else 11} F" == label
     step = floors.floors(
-        parse("step-b10-w128-s32"), {"convolution": {"float32": [dict.fromkeys(floors.KINDS, 1e9)] * 3}, "copy": 1e30},
+        parse("step-b10-w128-s32"),
+        {"convolution": {"float32": [dict.fromkeys(floors.KINDS, 1e9)] * 3}, "copy": 1e30},
         "float32",
-    )  # fmt: skip
+    )
     first, rest = 32 * 32 * 3 * 128, (16 * 16 + 8 * 8) * 128 * 128
     assert step["step"]["3 F"] == pytest.approx(10 * 18 * (2 * first + 3 * rest) / 1e9)
 
@@ -463,7 +535,9 @@ def test_the_floor_of_gradient_matching_counts_real_and_synthetic_images() -> No
     synthetic = (2 * first + 3 * rest) / 1e9 + (2 * first + 3 * rest) / 2e9 + (first + rest) / 4e9
     real = (first + rest) / 1e9 + rest / 2e9 + (first + rest) / 4e9
     numbers = 128 * (1024 + 256 + 64) * 4 / 1e8  # seconds of one pass over one image
-    found = floors.floors(case, {"convolution": {"float32": [rates] * 3}, "copy": 1e8}, "float32")["gradient"]
+    found = floors.floors(case, {"convolution": {"float32": [rates] * 3}, "copy": 1e8}, "float32")[
+        "gradient"
+    ]
     expected = 3 * (10 * (18 * synthetic + 10.5 * numbers) + 4 * (18 * real + 3.5 * numbers))
     assert found == {"7 F + 3 F": pytest.approx(expected)}
     assert floors.passes_in_words("7 F + 3 F") == "10.5 + 3.5 passes"
@@ -482,18 +556,23 @@ def test_rates_are_measured_of_every_layer_and_kind(device: torch.device, tmp_pa
     assert found["copy"] > 1e6
     for layers in found["convolution"].values():
         assert len(layers) == case.depth
-        assert all(set(rates) == set(floors.KINDS) and min(rates.values()) > 1e3 for rates in layers)
+        assert all(
+            set(rates) == set(floors.KINDS) and min(rates.values()) > 1e3 for rates in layers
+        )
 
 
 def test_of_several_measurements_of_the_rates_the_best_count() -> None:
     first = {"copy": 1.0, "convolution": {"float32": [{"forward": 5.0, "input gradient": 1.0}]}}
     second = {"copy": 2.0, "convolution": {"float32": [{"forward": 4.0, "input gradient": 3.0}]}}
     found = floors.best([first, second])
-    assert found == {"copy": 2.0, "convolution": {"float32": [{"forward": 5.0, "input gradient": 3.0}]}}
+    assert found == {
+        "copy": 2.0,
+        "convolution": {"float32": [{"forward": 5.0, "input gradient": 3.0}]},
+    }
     assert floors.best([{"copy": 1.0}]) == {"copy": 1.0}
 
 
-# ---- one process a measurement --------------------------------------------------------------------------------------
+# ---- one process a measurement ----
 
 LIMITED = """
 import json
@@ -506,10 +585,16 @@ print(json.dumps(child.answered(lambda: {"there": torch.ones(300_000_000).sum()}
 PROGRAMS = {
     "limit": LIMITED,
     "kill": "import os; os.kill(os.getpid(), 9)",
-    "hang": "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
-    "time.sleep(60)",
+    "hang": (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import "
+        "time; time.sleep(60)']); "
+        "time.sleep(60)"
+    ),
     "wrong": "raise ValueError('what went wrong')",
-    "abort": "import os, sys; print('terminate called after throwing std::bad_alloc', file=sys.stderr); os.abort()",
+    "abort": (
+        "import os, sys; print('terminate called after throwing std::bad_alloc', "
+        "file=sys.stderr); os.abort()"
+    ),
     "silent": "print('a remark')",
 }
 
@@ -532,7 +617,9 @@ def test_what_keeps_a_contender_from_a_result_is_said(name: str, failed: str, wh
 
     def run(contender: str) -> dict[str, Any]:
         calls.append(contender)
-        return processes.run([sys.executable, "-P", "-c", PROGRAMS[contender]], 1 if name == "hang" else 60)
+        return processes.run(
+            [sys.executable, "-P", "-c", PROGRAMS[contender]], 1 if name == "hang" else 60
+        )
 
     outcomes = {name: Outcome()}
     assert list(processes.in_turn([name], run, 2, outcomes)) == [name, name]
@@ -570,25 +657,38 @@ def test_a_signal_has_a_name() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "asked for 2.00 GiB"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12000000 bytes."), "12 MB"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+            "asked for 2.00 GiB",
+        ),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 12000000 bytes."
+            ),
+            "12 MB",
+        ),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "did not say"),
         (RuntimeError("std::bad_alloc"), "did not say"),
         (MemoryError(), "did not say"),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
     ],
 )
-def test_running_out_of_memory_is_told_from_other_errors(error: Exception, said: str | None) -> None:
+def test_running_out_of_memory_is_told_from_other_errors(
+    error: Exception, said: str | None
+) -> None:
     found = measure.out_of_memory(error)
     assert found is None if said is None else said in found
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def timed(*rounds: list[float], memory: int = 100, **more: Any) -> Outcome:
     return Outcome(
-        [{"seconds": {"step": each}, "peak_bytes": memory, "above_start_bytes": memory, **more} for each in rounds]
+        [
+            {"seconds": {"step": each}, "peak_bytes": memory, "above_start_bytes": memory, **more}
+            for each in rounds
+        ]
     )
 
 
@@ -597,7 +697,9 @@ def test_ratios_are_medians_over_rounds_and_all_iterations_make_the_spread() -> 
     own, direct, eager, *_ = contenders.contenders(case, "cpu")
     outcomes = {
         own.name: timed([1.0], [2.0], [4.0], memory=20),
-        direct.name: Outcome(failed={"failed": "failed", "why": "it did"}, samples=timed([1.0]).samples),
+        direct.name: Outcome(
+            failed={"failed": "failed", "why": "it did"}, samples=timed([1.0]).samples
+        ),
         eager.name: timed([3.0, 4.0, 3.0], [4.0, 5.0, 4.0], [4.0, 5.0, 4.0], memory=50),
     }
     found = results.summary(case, [own, direct, eager], outcomes)["results"]
@@ -615,11 +717,19 @@ def test_ratios_are_medians_over_rounds_and_all_iterations_make_the_spread() -> 
 def test_the_best_alternative_is_the_fastest_exact_baseline() -> None:
     case = parse("unroll-b4-n2-w4-s8")
     every = {c.name: c for c in contenders.contenders(case, "cpu")}
-    names = ["ours, recompute, auto", "ours, cache, auto", "plain autograd", "checkpointed autograd", "frozen weights"]
+    names = [
+        "ours, recompute, auto",
+        "ours, cache, auto",
+        "plain autograd",
+        "checkpointed autograd",
+        "frozen weights",
+    ]
     chosen = [every[name] for name in names]
     seconds = dict(zip(names, (2.0, 1.0, 5.0, 4.0, 0.5), strict=True))
     outcomes = {
-        name: Outcome([{"seconds": {"iteration": [s]}, "peak_bytes": 9, "above_start_bytes": int(10 * s)}])
+        name: Outcome(
+            [{"seconds": {"iteration": [s]}, "peak_bytes": 9, "above_start_bytes": int(10 * s)}]
+        )
         for name, s in seconds.items()
     }
     outcomes["plain autograd"] = Outcome(failed={"failed": "out of memory", "why": "asked"})
@@ -627,8 +737,11 @@ def test_the_best_alternative_is_the_fastest_exact_baseline() -> None:
     assert (found["baseline"], found["seconds"]) == ("checkpointed autograd", 4.0)
     assert found["without"] == ["plain autograd"]
     assert found["ours"] == {
-        "name": "ours, recompute, auto", "seconds": 2.0, "times_as_fast": 2.0, "share_of_memory": 0.5
-    }  # fmt: skip
+        "name": "ours, recompute, auto",
+        "seconds": 2.0,
+        "times_as_fast": 2.0,
+        "share_of_memory": 0.5,
+    }
     assert found["fastest of ours"]["name"] == "ours, cache, auto"
     assert found["fastest of ours"]["times_as_fast"] == 4.0
 
@@ -645,7 +758,10 @@ def test_ours_of_the_same_precision_is_compared_with() -> None:
 def test_over_the_floor_is_over_the_sum() -> None:
     case = parse("step-b10-w8-s8")
     own = contenders.contenders(case, "cpu")[0]
-    rates = {"copy": 1e9, "convolution": {"float32": [dict.fromkeys(floors.KINDS, 1e9)] * case.depth}}
+    rates = {
+        "copy": 1e9,
+        "convolution": {"float32": [dict.fromkeys(floors.KINDS, 1e9)] * case.depth},
+    }
     bound = floors.floors(case, rates, "float32")["step"]["3 F"]
     outcomes = {contenders.FLOOR: Outcome([rates]), own.name: timed([3 * bound])}
     found = results.summary(case, [own], outcomes)
@@ -666,10 +782,12 @@ def test_rounds_go_through_all_contenders_in_turn() -> None:
     assert [sample["n"] for sample in outcomes["b"].samples] == [2, 4]
 
 
-# ---- the machine ----------------------------------------------------------------------------------------------------
+# ---- the machine ----
 
 
-def test_the_commit_is_given_found_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_given_found_or_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PDD_FAST_COMMIT", "abc123")
     assert machine.commit() == "abc123"
     monkeypatch.delenv("PDD_FAST_COMMIT")
@@ -684,8 +802,12 @@ def test_the_commit_is_given_found_or_unknown(tmp_path: Path, monkeypatch: pytes
         machine.said("git", "-C", str(tmp_path), *who, "commit", "--allow-empty", "-m", "first")
         origin = {"url": tmp_path.as_uri()}
         monkeypatch.setattr(machine, "installed_from", lambda: origin)
-        assert re.fullmatch(r"[0-9a-f]{7,} \(the folder that was installed from, now\)", machine.commit())
-    monkeypatch.setattr(machine, "installed_from", lambda: {"url": "x", "vcs_info": {"commit_id": "def456"}})
+        assert re.fullmatch(
+            r"[0-9a-f]{7,} \(the folder that was installed from, now\)", machine.commit()
+        )
+    monkeypatch.setattr(
+        machine, "installed_from", lambda: {"url": "x", "vcs_info": {"commit_id": "def456"}}
+    )
     assert machine.commit() == "def456"
 
 

@@ -1,4 +1,6 @@
-"""The command line: what it prints where, its exit statuses, one sentence for every error, interrupts and resuming."""
+"""The command line: what it prints where, its exit statuses, one sentence for every error,
+interrupts and resuming.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,21 @@ from pdd_fast.cli import main as cli
 from pdd_fast.settings import Config, recipe_names
 from pdd_fast.storage.run import Run
 
-STAGES, EXPERTS, ITERATIONS = tiny.SETTINGS["stages"], tiny.SETTINGS["experts"], tiny.SETTINGS["iterations"]
+STAGES, EXPERTS, ITERATIONS = (
+    tiny.SETTINGS["stages"],
+    tiny.SETTINGS["experts"],
+    tiny.SETTINGS["iterations"],
+)
 CLASSES, TEST_IMAGES = 10, 359  # of the digits
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder``."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- help and version ----
 
 
-@pytest.mark.parametrize("arguments", [[], *([name] for name in cli.COMMANDS)], ids=lambda a: a[0] if a else "group")
+@pytest.mark.parametrize(
+    "arguments", [[], *([name] for name in cli.COMMANDS)], ids=lambda a: a[0] if a else "group"
+)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_goes_to_stdout(arguments: list[str], flag: str) -> None:
     outcome = call(*arguments, flag)
@@ -102,11 +114,18 @@ def test_help_goes_to_stdout(arguments: list[str], flag: str) -> None:
 def test_help_names_every_flag_with_its_default(command: str) -> None:
     text = " " + " ".join(call(command, "--help").out.partition("Options:")[2].split())
     for flag, default in (
-        ("--dataset", Config.dataset), ("--stages", Config.stages), ("--ipc", Config.ipc), ("--base", Config.base),
-        ("--recipe", "the data set's"), ("--run-dir", "runs/DATA-ipc..."), ("--seed", Config.seed),
-        ("--device", Config.device), ("--data-dir", Config.data_dir), ("--select", Config.select),
+        ("--dataset", Config.dataset),
+        ("--stages", Config.stages),
+        ("--ipc", Config.ipc),
+        ("--base", Config.base),
+        ("--recipe", "the data set's"),
+        ("--run-dir", "runs/DATA-ipc..."),
+        ("--seed", Config.seed),
+        ("--device", Config.device),
+        ("--data-dir", Config.data_dir),
+        ("--select", Config.select),
         ("--precision", Config.precision),
-    ):  # fmt: skip
+    ):
         assert f"[default: {default}]" in text.partition(f" {flag} ")[2].partition(" --")[0], flag
     for flag in ("--set KEY=VALUE", "--json", "--resume"):
         assert f" {flag} " in text
@@ -123,7 +142,11 @@ def test_recipes_are_listed_by_name_and_by_what_they_are_for() -> None:
 
 def test_version_is_the_packages() -> None:
     outcome = call("--version")
-    assert (outcome.status, outcome.out, outcome.err) == (0, f"pdd-fast, version {__version__}\n", "")
+    assert (outcome.status, outcome.out, outcome.err) == (
+        0,
+        f"pdd-fast, version {__version__}\n",
+        "",
+    )
 
 
 def test_a_bare_call_shows_the_help_and_is_wrong() -> None:
@@ -145,10 +168,13 @@ def test_help_version_and_wrong_calls_import_no_torch() -> None:
         "import sys\n"
         "from pdd_fast.cli.main import run\n"
         f"statuses = [run(call) for call in {calls!r}]\n"
-        "heavy = [name for name in ('torch', 'numpy', 'matplotlib', 'sklearn', 'safetensors') if name in sys.modules]\n"
+        "heavy = [name for name in ('torch', 'numpy', 'matplotlib', 'sklearn', 'safetensors') if "
+        "name in sys.modules]\n"
         "print(statuses, heavy)\n"
     )
-    found = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
     assert found.stdout.splitlines()[-1] == f"{[0] * (len(calls) - 2) + [2, 2]} []"
 
 
@@ -159,11 +185,16 @@ def test_a_run_makes_every_file_and_leaves_no_other(finished: Finished) -> None:
     assert finished.outcome.status == 0
     networks = [f"trajectory-{k:03d}.safetensors" for k in range(EXPERTS)]
     expected = {
-        "config.json", "distilled.safetensors", "metrics.jsonl", "evaluation.json", "images.png", "accuracy.png",
+        "config.json",
+        "distilled.safetensors",
+        "metrics.jsonl",
+        "evaluation.json",
+        "images.png",
+        "accuracy.png",
         *(f"experts/{name}" for name in networks),
         *(f"stage-{s}/distilled.safetensors" for s in range(1, STAGES + 1)),
         *(f"stage-{s}/trajectories/{name}" for s in range(2, STAGES + 1) for name in networks),
-    }  # fmt: skip
+    }
     assert set(contents(finished.path)) - {".lock"} == expected
 
 
@@ -174,8 +205,12 @@ def test_results_go_to_stdout_and_progress_to_stderr(finished: Finished) -> None
     assert header == ["stage", "ipc", "steps", "pdd", "random", "last-union"]
     files = ["distilled.safetensors", "evaluation.json", "images.png", "accuracy.png"]
     assert out.splitlines()[-4:] == [str(finished.path / name) for name in files]
-    for line in ("experts: 8/8 epochs", f"stage 1/{STAGES}: {ITERATIONS}/{ITERATIONS} iterations",
-                 f"transition to stage 2/{STAGES}: ", "evaluation: 6/6 networks"):  # fmt: skip
+    for line in (
+        "experts: 8/8 epochs",
+        f"stage 1/{STAGES}: {ITERATIONS}/{ITERATIONS} iterations",
+        f"transition to stage 2/{STAGES}: ",
+        "evaluation: 6/6 networks",
+    ):
         assert f"\n{line}" in f"\n{err}"
         assert line not in out
     assert " loss " in err
@@ -193,7 +228,9 @@ def test_config_holds_every_setting_and_the_versions(finished: Finished) -> None
 
 def test_experts_hold_a_checkpoint_an_epoch_and_where_they_come_from(finished: Finished) -> None:
     for k in range(EXPERTS):
-        with safe_open(finished.path / "experts" / f"trajectory-{k:03d}.safetensors", framework="pt") as file:
+        with safe_open(
+            finished.path / "experts" / f"trajectory-{k:03d}.safetensors", framework="pt"
+        ) as file:
             checkpoints = file.get_tensor("checkpoints")
             metadata = json.loads(next(iter(file.metadata().values())))
         assert checkpoints.dtype == torch.float32
@@ -239,16 +276,29 @@ def test_the_evaluation_has_exactly_its_format(finished: Finished) -> None:
     assert evaluation["protocol"]["images_per_class"] == [1, 2, 3]
     assert [result["name"] for result in evaluation["results"]] == ["pdd", "random", "last-union"]
     for result in evaluation["results"]:
-        assert set(result) == {"name", "labels", "network", "seeds", "accuracy", "mean", "std", "ci95"}
+        assert set(result) == {
+            "name",
+            "labels",
+            "network",
+            "seeds",
+            "accuracy",
+            "mean",
+            "std",
+            "ci95",
+        }
         assert (result["labels"], result["network"]) == ("hard", "ConvNet")
         assert len(set(result["seeds"])) == 2
         assert [len(row) for row in result["accuracy"]] == [STAGES, STAGES]
         for percent in itertools.chain(*result["accuracy"]):
-            assert percent * TEST_IMAGES / 100 == pytest.approx(round(percent * TEST_IMAGES / 100), abs=1e-6)
+            assert percent * TEST_IMAGES / 100 == pytest.approx(
+                round(percent * TEST_IMAGES / 100), abs=1e-6
+            )
         columns = list(zip(*result["accuracy"], strict=True))
         assert result["mean"] == pytest.approx([statistics.fmean(column) for column in columns])
         assert result["std"] == pytest.approx([statistics.stdev(column) for column in columns])
-    assert len({tuple(result["seeds"]) for result in evaluation["results"]}) == 1  # the same networks for all
+    assert (
+        len({tuple(result["seeds"]) for result in evaluation["results"]}) == 1
+    )  # the same networks for all
 
 
 def test_pictures_can_be_looked_at(finished: Finished) -> None:
@@ -262,15 +312,34 @@ def test_pictures_can_be_looked_at(finished: Finished) -> None:
 
 def test_flags_and_set_say_the_same(here: Path) -> None:
     flags = {
-        "dataset": "digits", "stages": 1, "ipc": 2, "seed": 3, "device": "cpu", "precision": "tf32", "data_dir": "x",
+        "dataset": "digits",
+        "stages": 1,
+        "ipc": 2,
+        "seed": 3,
+        "device": "cpu",
+        "precision": "tf32",
+        "data_dir": "x",
         "select": "test",
-    }  # fmt: skip
+    }
     named = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
-    small = {"experts": 1, "expert_train_epochs": 1, "expert_epochs": 1, "max_start_epoch": 0, "width": 2, "depth": 1}
+    small = {
+        "experts": 1,
+        "expert_train_epochs": 1,
+        "expert_epochs": 1,
+        "max_start_epoch": 0,
+        "width": 2,
+        "depth": 1,
+    }
     assignments = [f"--set={key}={value}" for key, value in small.items()]
     assert call("experts", *named, *assignments, "--run-dir", "by flags").status == 0
-    assert call("experts", *tiny.flags(**flags, **small), *assignments, "--run-dir", "by set").status == 0
-    stored = [json.loads((here / name / "config.json").read_text())["config"] for name in ("by flags", "by set")]
+    assert (
+        call("experts", *tiny.flags(**flags, **small), *assignments, "--run-dir", "by set").status
+        == 0
+    )
+    stored = [
+        json.loads((here / name / "config.json").read_text())["config"]
+        for name in ("by flags", "by set")
+    ]
     for config in stored:
         assert {key: config[key] for key in (*flags, *small)} == flags | small
 
@@ -317,7 +386,10 @@ def test_experts_as_json(run: Path) -> None:
 def test_resuming_a_finished_run_changes_nothing_and_works_nothing_out(run: Path) -> None:
     before = contents(run)
     outcome = call("distill", "--resume", "--run-dir", run, *tiny.flags())
-    assert (outcome.status, outcome.err) == (0, "")  # every piece of work would tell of its progress
+    assert (outcome.status, outcome.err) == (
+        0,
+        "",
+    )  # every piece of work would tell of its progress
     assert contents(run) == before | {".lock": b""}
 
 
@@ -362,7 +434,12 @@ def test_evaluate_as_json_and_against_another_run(run: Path) -> None:
     found = one_object(outcome.out)
     assert outcome.status == 0
     assert found == json.loads((run / "evaluation.json").read_text())
-    assert [result["name"] for result in found["results"]] == ["pdd", "random", "last-union", "against"]
+    assert [result["name"] for result in found["results"]] == [
+        "pdd",
+        "random",
+        "last-union",
+        "against",
+    ]
     assert found["results"][3]["accuracy"] == found["results"][2]["accuracy"]
     assert all(result["std"] == [0.0] * STAGES for result in found["results"])
 
@@ -404,23 +481,47 @@ WRONG = {  # what is wrong: arguments, and what the sentence has to name
     "unknown base": (["distill", "--base", "mt"], ["base", "'mt'", "mtt"]),
     "an argument too many": (["distill", "digits"], ["digits"]),
     "no RUN": (["evaluate"], ["RUN"]),
-    "unknown data set": (["distill", "--dataset", "cifar"], ["dataset", "'cifar'", "did you mean 'cifar1"]),
-    "unknown recipe": (["distill", "--recipe", "digit"], ["recipe", "'digit'", "did you mean 'digits'"]),
-    "unknown setting": (["distill", "--set", "iteration=3"], ["'iteration'", "did you mean 'iterations'"]),
+    "unknown data set": (
+        ["distill", "--dataset", "cifar"],
+        ["dataset", "'cifar'", "did you mean 'cifar1"],
+    ),
+    "unknown recipe": (
+        ["distill", "--recipe", "digit"],
+        ["recipe", "'digit'", "did you mean 'digits'"],
+    ),
+    "unknown setting": (
+        ["distill", "--set", "iteration=3"],
+        ["'iteration'", "did you mean 'iterations'"],
+    ),
     "setting without value": (["distill", "--set", "iterations"], ["KEY=VALUE", "'iterations'"]),
     "setting without name": (["distill", "--set", "=3"], ["KEY=VALUE", "'=3'"]),
-    "setting of a wrong type": (["distill", "--set", "iterations=few"], ["iterations", "'few'", "whole number"]),
+    "setting of a wrong type": (
+        ["distill", "--set", "iterations=few"],
+        ["iterations", "'few'", "whole number"],
+    ),
     "setting that is no number": (["distill", "--set", "lr_img=nan"], ["lr_img", "nan"]),
-    "setting out of range": (["distill", "--set", "iterations=-1"], ["iterations", "at least 0", "-1"]),
+    "setting out of range": (
+        ["distill", "--set", "iterations=-1"],
+        ["iterations", "at least 0", "-1"],
+    ),
     "setting given twice": (["distill", "--seed", "1", "--set", "seed =2"], ["seed", "1", "2"]),
     "negative seed": (["distill", "--seed", "-1"], ["seed", "at least 0", "-1"]),
-    "more stages than images": (["distill", "--stages", "4", "--ipc", "3"], ["stages", "ipc", "4", "3"]),
+    "more stages than images": (
+        ["distill", "--stages", "4", "--ipc", "3"],
+        ["stages", "ipc", "4", "3"],
+    ),
     "more images than a class has": (["distill", "--ipc", "500"], ["ipc", "500", "class '"]),
     "too deep for the images": (["distill", "--set", "depth=7"], ["depth", "at most 3", "7"]),
-    "no such folder": (["distill", "--dataset", "imagefolder:nowhere"], ["imagefolder:nowhere", "train"]),
+    "no such folder": (
+        ["distill", "--dataset", "imagefolder:nowhere"],
+        ["imagefolder:nowhere", "train"],
+    ),
     "no such data": (["distill", "--dataset", "mnist", "--data-dir", "nowhere"], ["'mnist'"]),
     "not a precision": (["distill", "--precision", "fp8"], ["--precision", "'fp8'", "bfloat16"]),
-    "not a precision, set": (["distill", "--set", "precision=fp8"], ["precision", "'fp8'", "bfloat16"]),
+    "not a precision, set": (
+        ["distill", "--set", "precision=fp8"],
+        ["precision", "'fp8'", "bfloat16"],
+    ),
     "not a graph": (["distill", "--set", "graph=on"], ["graph", "'on'", "auto or off"]),
     "no group": (["distill", "--set", "side_by_side=-1"], ["side_by_side", "at least 0", "-1"]),
     "device that is none": (["distill", "--device", "gpu"], ["device", "'gpu'", "cuda:N"]),
@@ -429,11 +530,13 @@ WRONG = {  # what is wrong: arguments, and what the sentence has to name
     "RUN that is not there": (["evaluate", "nowhere"], ["nowhere", "config.json"]),
     "networks that are none": (["evaluate", "nowhere", "--networks", ""], ["nowhere"]),
     "RUN that is not there to show": (["show", "nowhere"], ["nowhere", "config.json"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("arguments", "named"), WRONG.values(), ids=list(WRONG))
-def test_a_wrong_call_is_one_sentence_and_leaves_nothing(arguments: list[str], named: list[str], here: Path) -> None:
+def test_a_wrong_call_is_one_sentence_and_leaves_nothing(
+    arguments: list[str], named: list[str], here: Path
+) -> None:
     outcome = call(*arguments)
     assert (outcome.status, outcome.out) == (2, "")
     for words in named:
@@ -470,7 +573,11 @@ def test_a_place_that_is_taken_is_not_touched(kind: str, here: Path) -> None:
     assert outcome.status == 2
     assert outcome.sentence().startswith("place exists")
     assert "--run-dir" in outcome.sentence()
-    for arguments in (["show", "place"], ["evaluate", "place"], ["distill", "--resume", "--run-dir", "place"]):
+    for arguments in (
+        ["show", "place"],
+        ["evaluate", "place"],
+        ["distill", "--resume", "--run-dir", "place"],
+    ):
         outcome = call(*arguments)
         assert outcome.status == 2
         assert "place" in outcome.sentence()
@@ -489,7 +596,9 @@ def test_a_place_that_is_taken_is_not_touched(kind: str, here: Path) -> None:
     ],
     ids=lambda value: value[1] if value[0].startswith("-") else None,
 )
-def test_a_run_is_not_resumed_with_another_setting(flags: list[str], named: list[str], run: Path) -> None:
+def test_a_run_is_not_resumed_with_another_setting(
+    flags: list[str], named: list[str], run: Path
+) -> None:
     before = contents(run)
     outcome = call("distill", "--resume", "--run-dir", run, *flags)
     assert (outcome.status, outcome.out) == (2, "")
@@ -501,7 +610,13 @@ def test_a_run_is_not_resumed_with_another_setting(flags: list[str], named: list
 def test_a_run_is_resumed_with_another_place_to_work(run: Path) -> None:
     before = contents(run)
     flags = ["--device", "auto", "--data-dir", "elsewhere"]
-    changes = "checkpoint_seconds=1", "side_by_side=2", "graph=off", "memory=auto", "memory_limit=0.5"
+    changes = (
+        "checkpoint_seconds=1",
+        "side_by_side=2",
+        "graph=off",
+        "memory=auto",
+        "memory_limit=0.5",
+    )
     flags += [f"--set={setting}" for setting in changes]
     assert call("distill", "--resume", "--run-dir", run, *flags).status == 0
     assert contents(run) == before | {".lock": b""}
@@ -511,7 +626,9 @@ def test_a_run_is_resumed_with_another_place_to_work(run: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["evaluate", "show"])
-def test_a_run_without_a_finished_stage_is_continued_first(command: str, only_experts: Path) -> None:
+def test_a_run_without_a_finished_stage_is_continued_first(
+    command: str, only_experts: Path
+) -> None:
     outcome = call(command, only_experts)
     assert (outcome.status, outcome.out) == (2, "")
     assert str(only_experts) in outcome.sentence()
@@ -527,17 +644,23 @@ def test_a_damaged_distilled_set_is_named(command: str, damage: str, run: Path) 
             save_file({"images": torch.zeros(2)}, file)
         elif damage == "shape":
             metadata = {"pdd_fast": json.dumps({"normalisation": {"mean": [0.0], "std": [1.0]}})}
-            tensors = {name: torch.ones(4) for name in ("images", "labels", "stage", "learning_rates")}
+            tensors = {
+                name: torch.ones(4) for name in ("images", "labels", "stage", "learning_rates")
+            }
             save_file(tensors, file, metadata=metadata)
         else:
-            file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\xff" * 500}[damage])
+            file.write_bytes(
+                {"empty": b"", "cut": whole[: len(whole) // 2], "noise": b"\xff" * 500}[damage]
+            )
     outcome = call(command, run)
     assert (outcome.status, outcome.out) == (2, "")
     assert str(run) in outcome.sentence()
     assert "distilled.safetensors" in outcome.sentence()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"config": {"nope": 1}}', '{"config": {"stages": "two"}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"config": {"nope": 1}}', '{"config": {"stages": "two"}}']
+)
 def test_a_damaged_configuration_is_named(text: str, run: Path) -> None:
     (run / "config.json").write_text(text)
     for arguments in (["show"], ["evaluate"], ["distill", "--resume", "--run-dir"]):
@@ -588,7 +711,9 @@ def test_a_run_that_another_process_works_on_is_left_to_it(run: Path) -> None:
     assert contents(run) == before | {".lock": b""}
 
 
-def test_a_new_run_that_another_process_took_up_is_left_to_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_that_another_process_took_up_is_left_to_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ExitStack() as other:
 
         def taken(run: Run, reporter: Any) -> None:
@@ -627,7 +752,9 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(here: Path) -> None:
     assert contents(here) == {}
 
 
-def test_a_disk_that_fills_up_leaves_a_run_that_is_continued(finished: Finished, only_experts: Path) -> None:
+def test_a_disk_that_fills_up_leaves_a_run_that_is_continued(
+    finished: Finished, only_experts: Path
+) -> None:
     size = (finished.path / "stage-1" / "distilled.safetensors").stat().st_size
     with largest_file(size - 1):
         outcome = call("distill", "--resume", "--run-dir", only_experts)
@@ -661,9 +788,13 @@ def test_images_that_diverge_are_said_to(only_experts: Path) -> None:
         assert words in outcome.err
 
 
-def test_an_internal_error_is_written_to_a_file(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_written_to_a_file(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*arguments: Any, **options: Any) -> None:
-        raise ZeroDivisionError("the numbers of Ångström\nand \udcff")  # half of a character, as in a strange path
+        raise ZeroDivisionError(
+            "the numbers of Ångström\nand \udcff"
+        )  # half of a character, as in a strange path
 
     (tmp_path / "details").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "details"))
@@ -691,7 +822,9 @@ def test_an_internal_error_where_no_file_can_be_written(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
-    monkeypatch.setattr("pdd_fast.evaluation.evaluate.evaluate_run", lambda *arguments, **options: 1 // 0)
+    monkeypatch.setattr(
+        "pdd_fast.evaluation.evaluate.evaluate_run", lambda *arguments, **options: 1 // 0
+    )
     outcome = call("evaluate", run)
     assert outcome.status == 1
     assert outcome.sentence().startswith("internal error: ZeroDivisionError")
@@ -702,12 +835,17 @@ def cuda_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore.")
 
 
-@pytest.mark.parametrize("exhaust", [lambda: torch.empty(2**60), lambda: bytearray(2**62), cuda_memory],
-                         ids=["torch", "python", "cuda"])  # fmt: skip
+@pytest.mark.parametrize(
+    "exhaust",
+    [lambda: torch.empty(2**60), lambda: bytearray(2**62), cuda_memory],
+    ids=["torch", "python", "cuda"],
+)
 def test_memory_that_runs_out_is_said_to(
     exhaust: Callable[[], Any], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pdd_fast.evaluation.evaluate.evaluate_run", lambda *arguments, **options: exhaust())
+    monkeypatch.setattr(
+        "pdd_fast.evaluation.evaluate.evaluate_run", lambda *arguments, **options: exhaust()
+    )
     outcome = call("evaluate", run)
     assert (outcome.status, outcome.out) == (1, "")
     assert outcome.sentence().startswith("out of memory; lower ")
@@ -717,7 +855,9 @@ def test_memory_that_runs_out_is_said_to(
 # ---- interrupts ----
 
 
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, function: str, calls: int, number: signal.Signals) -> None:
+def interrupt_after(
+    monkeypatch: pytest.MonkeyPatch, function: str, calls: int, number: signal.Signals
+) -> None:
     """This process gets signal ``number`` when ``function`` has been called ``calls`` times."""
     original = resolve_name(function)
     count = 0
@@ -759,13 +899,18 @@ def test_ctrl_c_leaves_a_run_that_goes_on_with_the_same_bits(
         if name != "metrics.jsonl":  # it holds seconds
             assert found == expected[name], name
     rows = [
-        [(row["stage"], row["iteration"], row.get("loss")) for row in map(json.loads, text.splitlines())]
+        [
+            (row["stage"], row["iteration"], row.get("loss"))
+            for row in map(json.loads, text.splitlines())
+        ]
         for text in ((path / "metrics.jsonl").read_text(), expected["metrics.jsonl"].decode())
     ]
     assert rows[0] == rows[1]
 
 
-def test_ctrl_c_before_anything_was_made_leaves_a_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_anything_was_made_leaves_a_run_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt_after(monkeypatch, "sklearn.datasets.load_digits", 1, signal.SIGINT)
     outcome = call("experts", *tiny.flags(), "--run-dir", tmp_path / "run")
     assert outcome.status == 130
@@ -778,14 +923,18 @@ def test_the_continuation_of_a_continuation_keeps_its_place_to_work(
     only_experts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt_after(monkeypatch, "pdd_fast.storage.run.Metrics.append", 2, signal.SIGINT)
-    outcome = call("distill", "--resume", "--run-dir", only_experts, "--device", "auto", "--set", "seed=0")
+    outcome = call(
+        "distill", "--resume", "--run-dir", only_experts, "--device", "auto", "--set", "seed=0"
+    )
     assert outcome.status == 130
     expected = ["distill", "--resume", "--run-dir", str(only_experts), "--set", "device=auto"]
     assert continuation(outcome) == expected
     assert call(*expected).status == 0
 
 
-def test_ctrl_c_while_evaluating_says_no_more_than_that(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_evaluating_says_no_more_than_that(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(run)
     interrupt_after(monkeypatch, "pdd_fast.evaluation.evaluate.accuracies", 2, signal.SIGINT)
     outcome = call("evaluate", run)
@@ -797,11 +946,17 @@ def test_ctrl_c_while_evaluating_says_no_more_than_that(run: Path, monkeypatch: 
 @pytest.mark.parametrize("entry", [call, call_main])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_terminated_command_exits_with_its_signal_and_can_be_continued(
-    number: signal.Signals, status: int, entry: Callable[..., Outcome], finished: Finished, tmp_path: Path,
+    number: signal.Signals,
+    status: int,
+    entry: Callable[..., Outcome],
+    finished: Finished,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     path = tmp_path / "run"
-    interrupt_after(monkeypatch, "pathlib.Path.replace", 3, number)  # config.json, its data, an expert
+    interrupt_after(
+        monkeypatch, "pathlib.Path.replace", 3, number
+    )  # config.json, its data, an expert
     outcome = entry("experts", *tiny.flags(), "--run-dir", path)
     assert (outcome.status, outcome.out) == (status, "")
     assert [p.name for p in (path / "experts").iterdir()] == ["trajectory-000.safetensors"]
@@ -825,7 +980,9 @@ def handlers() -> Iterator[None]:
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize("arguments", [("--version",), ("nope",), ("show", "nowhere")])
 @pytest.mark.parametrize("entry", [call, call_main])
-def test_the_callers_signal_handlers_are_put_back(entry: Callable[..., Outcome], arguments: tuple[str, ...]) -> None:
+def test_the_callers_signal_handlers_are_put_back(
+    entry: Callable[..., Outcome], arguments: tuple[str, ...]
+) -> None:
     def theirs(*_: object) -> None:
         """A server's."""
 
@@ -846,12 +1003,16 @@ def test_signals_that_the_caller_ignores_stay_ignored(
     assert contents(path / "experts") == contents(finished.path / "experts")
 
 
-def test_commands_run_in_threads_of_a_program_with_an_event_loop(finished: Finished, tmp_path: Path) -> None:
+def test_commands_run_in_threads_of_a_program_with_an_event_loop(
+    finished: Finished, tmp_path: Path
+) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
 
     async def serve() -> list[int]:
         jobs = [
-            asyncio.to_thread(cli.run, ["distill", *tiny.flags(), "--run-dir", str(tmp_path / f"run {k}")])
+            asyncio.to_thread(
+                cli.run, ["distill", *tiny.flags(), "--run-dir", str(tmp_path / f"run {k}")]
+            )
             for k in range(2)
         ]
         here = cli.run(["show", str(finished.path), "--json"])  # on the loop's own thread
@@ -884,14 +1045,20 @@ def test_the_entry_point_ends_a_thread_with_the_status() -> None:
 
 
 @pytest.mark.parametrize("command", ["distill", "evaluate", "show"])
-def test_a_picture_that_fails_does_not_fail_the_work(command: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_fails_does_not_fail_the_work(
+    command: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no font")
 
     for name in ("images.png", "accuracy.png"):
         (run / name).unlink()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    arguments = {"distill": ["--resume", "--run-dir", run], "evaluate": [run, "--repeats", "1"], "show": [run]}[command]
+    arguments = {
+        "distill": ["--resume", "--run-dir", run],
+        "evaluate": [run, "--repeats", "1"],
+        "show": [run],
+    }[command]
     outcome = call(command, *arguments)
     assert outcome.status == (1 if command == "show" else 0)  # drawing is what show is for
     assert "Test accuracy on digits" in outcome.out
@@ -899,7 +1066,9 @@ def test_a_picture_that_fails_does_not_fail_the_work(command: str, run: Path, mo
     assert f"pdd-fast: warning: {run / 'accuracy.png'} could not be drawn: no font\n" in outcome.err
     assert "images.png" not in outcome.out
     if command == "show":
-        assert outcome.err.splitlines()[-1].startswith("pdd-fast: images.png and accuracy.png could not be drawn")
+        assert outcome.err.splitlines()[-1].startswith(
+            "pdd-fast: images.png and accuracy.png could not be drawn"
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
@@ -937,7 +1106,9 @@ def test_a_terminal_without_the_tables_characters_gets_others(run: Path) -> None
 
 
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_closed_stream_is_no_error(closed: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stream_is_no_error(
+    closed: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     streams = {"stdout": io.StringIO(), "stderr": io.StringIO()} | {closed: None}
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
@@ -957,19 +1128,30 @@ def test_a_closed_stream_is_no_error(closed: str, run: Path, monkeypatch: pytest
 def test_a_terminal_that_is_closed_leaves_a_run_to_continue(ignored: bool, tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     path = tmp_path / "run"
-    flags = tiny.flags(iterations=60 if ignored else 100_000, eval_every=0, ipc=1, stages=1, checkpoint_seconds=1000)
+    flags = tiny.flags(
+        iterations=60 if ignored else 100_000,
+        eval_every=0,
+        ipc=1,
+        stages=1,
+        checkpoint_seconds=1000,
+    )
     program = "from pdd_fast.cli.main import main; main()"
     arguments = [sys.executable, "-P", "-c", program, "distill", *flags, "--run-dir", str(path)]
     # A session of its own, whose terminal this is.
     leader = "import os, pty, signal, sys; ignored = sys.argv.pop(1) == 'True'"
-    leader += "; signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None; os.execv(sys.argv[1], sys.argv[1:])"
+    leader += (
+        "; signal.signal(signal.SIGHUP, signal.SIG_IGN) if ignored else None; "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     child, terminal = pty.fork()
     if child == 0:
         os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, "-c", leader, str(ignored), *arguments])
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").read_text().count("loss") >= 5:
+        if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").read_text().count(
+            "loss"
+        ) >= 5:
             break
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 4096)
@@ -988,13 +1170,19 @@ def test_a_terminal_that_is_closed_leaves_a_run_to_continue(ignored: bool, tmp_p
 def test_the_printed_command_continues_an_interrupted_process(tmp_path: Path) -> None:
     path = tmp_path / "a run"
     # The stage takes minutes: the signal comes while it goes on.
-    child = process("distill", *tiny.flags(iterations=100_000, eval_every=0, ipc=1, stages=1), "--run-dir", path)
+    child = process(
+        "distill", *tiny.flags(iterations=100_000, eval_every=0, ipc=1, stages=1), "--run-dir", path
+    )
     deadline = time.monotonic() + 60
     while child.poll() is None and time.monotonic() < deadline:
-        if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").read_text().count("loss") >= 5:
+        if (path / "metrics.jsonl").exists() and (path / "metrics.jsonl").read_text().count(
+            "loss"
+        ) >= 5:
             break
         time.sleep(0.05)
-    for _ in range(6):  # Python drops an interrupt that comes within a destructor; people press again
+    for _ in range(
+        6
+    ):  # Python drops an interrupt that comes within a destructor; people press again
         child.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             out, err = child.communicate(timeout=10)
@@ -1013,13 +1201,22 @@ def test_the_printed_command_continues_an_interrupted_process(tmp_path: Path) ->
     program = Path(sys.executable).with_name("pdd-fast")
     if not program.exists():
         pytest.skip("the entry point was installed elsewhere")
-    environment = os.environ | {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    again = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {
+        "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    again = subprocess.run(
+        command, shell=True, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert again.returncode == 0, again.stderr
     assert f"stage 1/1: {done + 3}/{done + 3} iterations" in again.stderr
     assert (path / "distilled.safetensors").exists()
     assert arguments == ["distill", "--resume", "--run-dir", str(path)]
-    losses = [row for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    losses = [
+        row
+        for row in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
     assert [row["iteration"] for row in losses] == list(range(1, done + 4))
 
 

@@ -1,4 +1,5 @@
-"""`pdd-fast env`: what it says was built and found, and what it advises where something is missing."""
+"""`pdd-fast env`: what it says was built and found, and what it advises where something is
+missing."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[object]
     monkeypatch.setattr(env, "resources", SimpleNamespace(files=lambda package: tmp_path))
 
     def put(content: object) -> None:
-        (tmp_path / "_build.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        (tmp_path / "_build.json").write_text(
+            content if isinstance(content, str) else json.dumps(content)
+        )
 
     return put
 
@@ -74,7 +77,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def load(device: str) -> tuple[Any, str | None]:
             if device in loads:
                 return SimpleNamespace(capabilities=lambda: {"made up": device}), None
-            return None, f"pdd_fast._{device} does not load: libmissing.so: cannot open shared object file"
+            return (
+                None,
+                f"pdd_fast._{device} does not load: libmissing.so: cannot open shared object file",
+            )
 
         monkeypatch.setattr(_native, "_load", load)
 
@@ -97,7 +103,9 @@ def test_it_says_what_this_machine_has(facts: Callable[[], Facts]) -> None:
     assert found["CPU kernels"]["instruction set"] in stored["cpu"]["levels"]
 
 
-def test_the_text_says_the_same_as_the_json(facts: Callable[[], Facts], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_says_the_same_as_the_json(
+    facts: Callable[[], Facts], capsys: pytest.CaptureFixture[str]
+) -> None:
     found = facts()
     advice = found.pop("advice")
     assert run(["env"]) == 0
@@ -111,11 +119,18 @@ def test_the_text_says_the_same_as_the_json(facts: Callable[[], Facts], capsys: 
     assert lines[-1 - len(advice) :] == ["to do" if advice else "nothing is missing", *advice]
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets are chosen on x86 only")
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="instruction sets are chosen on x86 only"
+)
 def test_it_says_which_instruction_set_was_asked_for() -> None:
     program = "from pdd_fast.cli.main import run; run(['env', '--json'])"
     environment = os.environ | {"PDD_FAST_CPU": "baseline", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", program]  # -P: the installed package, not the working directory's
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        program,
+    ]  # -P: the installed package, not the working directory's
     out = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
     found = json.loads(out)
     assert found["CPU kernels"]["instruction set"] == "baseline"
@@ -133,7 +148,10 @@ def test_a_record_that_is_missing_or_damaged(
         record(content)
     found = facts()
     assert found["built"] == {"record": "missing"}
-    assert any("record of the build" in sentence and "pip install" in sentence for sentence in found["advice"])
+    assert any(
+        "record of the build" in sentence and "pip install" in sentence
+        for sentence in found["advice"]
+    )
 
 
 def test_a_build_for_the_cpu_says_why_it_has_no_cuda(
@@ -150,10 +168,16 @@ def test_a_build_for_the_cpu_says_why_it_has_no_cuda(
 
 @pytest.mark.parametrize("gpu", [False, True])
 def test_an_nvcc_that_does_not_compile_is_shown_with_what_to_do(
-    gpu: bool, record: Callable[[object], None], facts: Callable[[], Facts], monkeypatch: pytest.MonkeyPatch
+    gpu: bool,
+    record: Callable[[object], None],
+    facts: Callable[[], Facts],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = "host_config.h:143:2: error: #error -- unsupported GNU version!"
-    record(RECORD | {"cuda": None, "cuda_reason": f"nvcc does not compile: {words}", "nvcc_error": words})
+    record(
+        RECORD
+        | {"cuda": None, "cuda_reason": f"nvcc does not compile: {words}", "nvcc_error": words}
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     found = facts()
@@ -178,9 +202,11 @@ def test_a_build_with_cuda_names_its_architectures(
 
 
 def test_without_a_gpu_nothing_is_missing(
-    gpus: Callable[..., None], kernels: Callable[..., None], facts: Callable[[], Facts],
+    gpus: Callable[..., None],
+    kernels: Callable[..., None],
+    facts: Callable[[], Facts],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(__version__="9.8"))
     gpus()
     kernels("cpu")
@@ -231,9 +257,14 @@ def test_a_gpu_without_kernels_needs_nvcc(
     ],
 )
 def test_a_gpu_that_the_kernels_were_not_built_for(
-    capability: tuple[int, int], archs: list[str], runs: bool, gpus: Callable[..., None],
-    kernels: Callable[..., None], record: Callable[[object], None], facts: Callable[[], Facts],
-) -> None:  # fmt: skip
+    capability: tuple[int, int],
+    archs: list[str],
+    runs: bool,
+    gpus: Callable[..., None],
+    kernels: Callable[..., None],
+    record: Callable[[object], None],
+    facts: Callable[[], Facts],
+) -> None:
     gpus(capability)
     kernels("cpu", "cuda")
     record(RECORD | {"cuda": {"nvcc": "13.0", "archs": archs}})
@@ -247,7 +278,9 @@ def test_a_gpu_that_the_kernels_were_not_built_for(
         assert f"PDD_FAST_CUDA_ARCHS={number}" in sentences[0]
 
 
-def test_torch_that_does_not_import(facts: Callable[[], Facts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_that_does_not_import(
+    facts: Callable[[], Facts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     found = facts()
     assert found["torch"]["import"].startswith("fails: ")
@@ -255,7 +288,9 @@ def test_torch_that_does_not_import(facts: Callable[[], Facts], monkeypatch: pyt
     assert any("`pip install torch`" in sentence for sentence in found["advice"])
 
 
-def test_torchvision_that_is_not_installed(facts: Callable[[], Facts], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_that_is_not_installed(
+    facts: Callable[[], Facts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
     found = facts()
     assert found["torchvision"] == {"import": "not installed"}
@@ -305,7 +340,9 @@ def fresh_load(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Any, 
 def test_the_loader_says_why_a_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = ModuleNotFoundError("No module named 'pdd_fast._cuda'", name="pdd_fast._cuda")
     assert fresh_load(monkeypatch, missing) == (None, "pdd_fast._cuda was not built")
-    library, why = fresh_load(monkeypatch, ImportError("libcudart.so.13: cannot open shared object file"))
+    library, why = fresh_load(
+        monkeypatch, ImportError("libcudart.so.13: cannot open shared object file")
+    )
     assert library is None
     assert why == "pdd_fast._cuda does not load: libcudart.so.13: cannot open shared object file"
     assert _native.load("mps") is None

@@ -45,11 +45,17 @@ def evaluation(stages: int = 2, repeats: int = 2) -> dict[str, Any]:
         "stages": stages,
         "steps": [100 * (s + 1) for s in range(stages)],
         "results": [
-            {"name": name, "labels": "hard", "network": "ConvNet", "seeds": list(range(repeats)),
-             "mean": [50.0 + n + 10 * s for s in range(stages)], "std": [1.5 * s for s in range(stages)]}
+            {
+                "name": name,
+                "labels": "hard",
+                "network": "ConvNet",
+                "seeds": list(range(repeats)),
+                "mean": [50.0 + n + 10 * s for s in range(stages)],
+                "std": [1.5 * s for s in range(stages)],
+            }
             for n, name in enumerate(("pdd", "random", "last-union"))
         ],
-    }  # fmt: skip
+    }
 
 
 def test_bars_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +68,9 @@ def test_bars_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch)
 # ---- lines ----
 
 
-def test_lines_come_now_and_then_and_at_the_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_come_now_and_then_and_at_the_end(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with output.LineReporter().task("stage 1/2", total=20, unit="iteration") as task:
         for i in range(20):
             clock.now += 2.0
@@ -92,22 +100,30 @@ def test_a_slow_unit_gets_a_line_each_and_long_times_are_in_hours(
     ]
 
 
-def test_a_continued_task_counts_its_own_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_continued_task_counts_its_own_time(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with output.LineReporter().task("stage 2/2", total=1000, unit="iteration", done=900) as task:
         clock.now += 20.0
         task.advance(10, loss=0.5)
         lines = capsys.readouterr().err.splitlines()
-    assert lines == ["stage 2/2: 910/1000 iterations  2 s/iteration  20 s, 3 min 00 s left  loss 0.5"]
+    assert lines == [
+        "stage 2/2: 910/1000 iterations  2 s/iteration  20 s, 3 min 00 s left  loss 0.5"
+    ]
 
 
-def test_nothing_is_said_of_the_speed_of_what_has_not_begun(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_said_of_the_speed_of_what_has_not_begun(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with output.LineReporter().task("stage 1/2", total=5, unit="iteration", done=5) as task:
         clock.now += 20.0
         task.advance(0, accuracy=12.345)
     assert capsys.readouterr().err.splitlines() == ["stage 1/2: 5/5 iterations  accuracy 12.35"] * 2
 
 
-def test_a_task_that_fails_ends_without_a_last_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_task_that_fails_ends_without_a_last_line(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail() -> None:
         with output.LineReporter().task("stage 1/2", total=5, unit="iteration") as task:
             task.advance(1)
@@ -121,10 +137,15 @@ def test_a_task_that_fails_ends_without_a_last_line(clock: Clock, capsys: pytest
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (61, "1 min 01 s"), (3599.4, "59 min 59 s"),
-        (3600, "1 h 00 min"), (90_061, "25 h 01 min"),
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (61, "1 min 01 s"),
+        (3599.4, "59 min 59 s"),
+        (3600, "1 h 00 min"),
+        (90_061, "25 h 01 min"),
     ],
-)  # fmt: skip
+)
 def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> None:
     assert output._duration(seconds) == text
 
@@ -136,7 +157,9 @@ def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> Non
 def bars(clock: Clock) -> tuple[output.BarReporter, Callable[[], str]]:
     """A reporter with bars, and what its terminal shows."""
     reporter = output.BarReporter()
-    console = Console(file=io.StringIO(), record=True, width=200, force_terminal=True, get_time=clock)
+    console = Console(
+        file=io.StringIO(), record=True, width=200, force_terminal=True, get_time=clock
+    )
     reporter._console = console
 
     def shown() -> str:
@@ -156,7 +179,17 @@ def test_a_bar_shows_stage_iteration_speed_time_left_and_values(
     line = shown()
     assert line.startswith("stage 2/5 ")
     # 890 iterations of 1.5 s are left: 22 minutes 15 seconds.
-    assert line.split()[-9:] == ["110/1000", "1.5", "s/iteration", "22:15", "loss", "0.4567", "inner", "lr", "0.0123"]
+    assert line.split()[-9:] == [
+        "110/1000",
+        "1.5",
+        "s/iteration",
+        "22:15",
+        "loss",
+        "0.4567",
+        "inner",
+        "lr",
+        "0.0123",
+    ]
 
 
 def test_a_bar_knows_the_speed_of_iterations_that_take_minutes(
@@ -174,12 +207,16 @@ def test_a_bar_knows_the_speed_of_iterations_that_take_minutes(
 def test_a_bar_is_one_line_that_fits_and_keeps_the_count(width: int, clock: Clock) -> None:
     reporter = output.BarReporter()
     stream = io.StringIO()
-    reporter._console = Console(file=stream, width=width, force_terminal=True, get_time=clock, color_system=None)
+    reporter._console = Console(
+        file=stream, width=width, force_terminal=True, get_time=clock, color_system=None
+    )
     with reporter.task("transition to stage 2/5", total=1000, unit="iteration", done=100) as task:
         for _ in range(10):
             clock.now += 1.5
             task.advance(1, loss=0.4567, inner_lr=0.0123, accuracy=56.78)
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", stream.getvalue()).replace("\r", "\n").splitlines()
+    shown = (
+        re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "\n", stream.getvalue()).replace("\r", "\n").splitlines()
+    )
     lines = [line.rstrip() for line in shown if line.strip()]
     assert max(map(len, lines)) <= width
     assert len(re.findall(r"110/1000", lines[-1])) == 1
@@ -188,7 +225,9 @@ def test_a_bar_is_one_line_that_fits_and_keeps_the_count(width: int, clock: Cloc
     assert ("accuracy 56.78" in lines[-1]) == (width == 200)
 
 
-def test_messages_are_printed_as_they_are(bars: tuple[output.BarReporter, Callable[[], str]]) -> None:
+def test_messages_are_printed_as_they_are(
+    bars: tuple[output.BarReporter, Callable[[], str]],
+) -> None:
     reporter, shown = bars
     reporter.message("runs/[red]digits[/red] holds 5 experts")
     assert shown() == "runs/[red]digits[/red] holds 5 experts"
@@ -213,7 +252,9 @@ class Gone(io.StringIO):
 
 
 @pytest.mark.parametrize("kind", [output.BarReporter, output.LineReporter, output.NotebookReporter])
-def test_progress_that_cannot_be_shown_is_no_error(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_that_cannot_be_shown_is_no_error(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stderr", Gone())
     reporter = kind()
     with reporter.task("stage 1/2", total=2, unit="iteration") as task:
@@ -226,8 +267,9 @@ def test_progress_that_cannot_be_shown_is_no_error(kind: type[Any], monkeypatch:
 
 
 class OutStream(io.TextIOBase):
-    """As ipykernel's: neither a terminal nor a TextIOWrapper, without a buffer; what it was given, as a browser shows
-    it."""
+    """As ipykernel's: neither a terminal nor a TextIOWrapper, without a buffer; what it was given,
+    as a browser shows it.
+    """
 
     __module__ = "ipykernel.iostream"
     encoding = "UTF-8"
@@ -262,7 +304,9 @@ class ColabStream(OutStream):
 
 
 @pytest.mark.parametrize("kind", [OutStream, ColabStream])
-def test_a_notebook_gets_one_line_a_task(kind: type[OutStream], clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_gets_one_line_a_task(
+    kind: type[OutStream], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = kind()
     monkeypatch.setattr("sys.stderr", stream)
     reporter = output.reporter()
@@ -306,7 +350,9 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")]
 
 
-def test_the_table_has_a_row_a_stage_and_a_column_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_a_row_a_stage_and_a_column_a_result(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     output.print_evaluation(evaluation())
     out, err = capsys.readouterr()
     assert err == ""
@@ -325,7 +371,9 @@ def test_one_network_is_not_called_networks(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out.splitlines()[0].endswith(" over 1 fresh network")
 
 
-def test_every_kind_of_network_has_a_table_and_differences_follow_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_kind_of_network_has_a_table_and_differences_follow_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     content = evaluation()
     other = [result | {"network": "MLP", "mean": [12.5, 25.0]} for result in content["results"][:2]]
     content["results"] += other
@@ -345,19 +393,28 @@ def test_every_kind_of_network_has_a_table_and_differences_follow_it(capsys: pyt
 
 def test_soft_and_hard_labels_have_tables_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     content = evaluation()
-    for name, labels in zip(("pdd", "random", "last-union"), ("learned", "hard", "soft"), strict=True):
+    for name, labels in zip(
+        ("pdd", "random", "last-union"), ("learned", "hard", "soft"), strict=True
+    ):
         next(result for result in content["results"] if result["name"] == name)["labels"] = labels
-    content["paired"] = [{"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}]
+    content["paired"] = [
+        {"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}
+    ]
     output.print_evaluation(content)
     lines = capsys.readouterr().out.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("Test accuracy")]
-    assert [lines[i].rpartition("networks")[2] for i in heads] == [" (soft labels)", " (hard labels)"]
+    assert [lines[i].rpartition("networks")[2] for i in heads] == [
+        " (soft labels)",
+        " (hard labels)",
+    ]
     assert [cells(lines[i + 2])[3:] for i in heads] == [["pdd", "last-union"], ["random"]]
     assert lines[heads[1] - 1].startswith("pdd − last-union in the end: +1.0")
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_any_number_of_stages_fits_into_80_columns(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_stages_fits_into_80_columns(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr("sys.stdout", stream)
     monkeypatch.setenv("COLUMNS", "80")
@@ -390,7 +447,9 @@ def test_a_table_becomes_rows_in_fewer_than_60_columns(
     monkeypatch.setattr("sys.stdout", stream)
     monkeypatch.setenv("COLUMNS", str(width))
     content = evaluation()
-    content["paired"] = [{"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}]
+    content["paired"] = [
+        {"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}
+    ]
     output.print_evaluation(content)
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= width
@@ -407,7 +466,10 @@ def test_a_table_becomes_rows_in_fewer_than_60_columns(
         "  random      61.0 ± 1.5",
         "  last-union  62.0 ± 1.5",
     ]
-    assert " ".join(" ".join(lines[start + 7 :]).split()) == "pdd − last-union in the end: +1.0 ± 0.5 (95 %)"
+    assert (
+        " ".join(" ".join(lines[start + 7 :]).split())
+        == "pdd − last-union in the end: +1.0 ± 0.5 (95 %)"
+    )
 
 
 @pytest.mark.parametrize("width", [64, 80])
@@ -417,7 +479,8 @@ def test_a_table_that_fits_stays_a_table(width: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", str(width))
     output.print_evaluation(evaluation())
     assert any(
-        cells(line)[-1] == "62.0 ± 1.5" for line in re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+        cells(line)[-1] == "62.0 ± 1.5"
+        for line in re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
     )
 
 
@@ -429,8 +492,13 @@ def test_an_ablation_of_many_seeds_becomes_rows_instead_of_broken_cells(
     monkeypatch.setattr("sys.stdout", stream)
     monkeypatch.setenv("COLUMNS", str(width))
     names = ["1 stage", "5 stages, no conditioning, forgetting filter", "random"]
-    results = [{"name": name, "accuracy": [50.0 + s for s in range(9)], "mean": 54.0, "ci95": 2.1} for name in names]
-    output.print_ablation({"data": "digits", "steps": 100, "seeds": list(range(9)), "results": results})
+    results = [
+        {"name": name, "accuracy": [50.0 + s for s in range(9)], "mean": 54.0, "ci95": 2.1}
+        for name in names
+    ]
+    output.print_ablation(
+        {"data": "digits", "steps": 100, "seeds": list(range(9)), "results": results}
+    )
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert lines.count("  accuracy  54.0 ± 2.1") == 3
@@ -440,7 +508,10 @@ def test_an_ablation_of_many_seeds_becomes_rows_instead_of_broken_cells(
 
 def test_json_is_one_line_of_ascii(capsys: pytest.CaptureFixture[str]) -> None:
     output.print_json({"name": "Ångström ±", "values": [1.5, None]})
-    assert capsys.readouterr() == ('{"name": "\\u00c5ngstr\\u00f6m \\u00b1", "values": [1.5, null]}\n', "")
+    assert capsys.readouterr() == (
+        '{"name": "\\u00c5ngstr\\u00f6m \\u00b1", "values": [1.5, null]}\n',
+        "",
+    )
 
 
 def test_facts_are_aligned_in_sections(capsys: pytest.CaptureFixture[str]) -> None:

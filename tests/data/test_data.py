@@ -90,7 +90,7 @@ def test_digits_are_split_the_same_way_every_time() -> None:
 
 @given(
     st.integers(1, 3), st.integers(1, 5), st.floats(0.02, 1), st.floats(-1, 1), st.integers(0, 2**31),
-)  # fmt: skip
+)
 def test_normalised_channels_have_mean_0_and_deviation_1(
     channels: int, side: int, spread: float, centre: float, seed: int
 ) -> None:
@@ -352,7 +352,9 @@ print(json.dumps({"taken": status("VmHWM") - before, "size": size}))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("whitening", ["none", "zca"])
 def test_a_set_is_never_there_twice_in_floating_point(whitening: str) -> None:
-    """138 MB of images; the rest are pieces of 1 MB, 5 MB of labels and rows, and for whitening matrices of 0.3 MB."""
+    """138 MB of images; the rest are pieces of 1 MB, 5 MB of labels and rows, and for whitening
+    matrices of 0.3 MB.
+    """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     output = subprocess.run(
         [sys.executable, "-c", CHILD, whitening], check=True, capture_output=True, text=True, env=environment

@@ -1,4 +1,5 @@
-"""Fingerprints of data: the same for the same images wherever and however they lie, and no others."""
+"""Fingerprints of data: the same for the same images wherever and however they lie, and no others.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,7 @@ def test_every_pixel_label_and_class_counts() -> None:
         replace(original, train=original.train.view(6, 3, 5, 4), test=original.test.view(4, 3, 5, 4)),
         replace(original, train=original.test, train_labels=original.test_labels, test=original.train,
                 test_labels=original.train_labels),
-    ]  # fmt: skip
+    ]
     contents = [fingerprint(each).partition("-")[0] for each in (original, *others)]
     assert len(set(contents)) == len(contents)
 

@@ -105,7 +105,9 @@ def test_transparent_and_palette_images_are_read(tmp_path: Path) -> None:
 
 
 def tiny_imagenet(root: Path, annotations: str) -> None:
-    """Folders as Tiny ImageNet is shipped: images one level deeper, val/ annotated, test/ without labels."""
+    """Folders as Tiny ImageNet is shipped: images one level deeper, val/ annotated, test/ without
+    labels.
+    """
     put(root / "train" / "n01" / "images", [1, 2, 3])
     put(root / "train" / "n02" / "images", [4, 5, 6])
     put(root / "val" / "images", [7, 8])
@@ -215,7 +217,9 @@ def test_images_of_32_bits_are_refused_and_not_clipped(tmp_path: Path, mode: str
 
 
 def sixteen_bits(path: Path, levels: list[int]) -> None:
-    """A binary PGM or PPM whose first row holds ``levels`` (of all channels alike), the others the first of them."""
+    """A binary PGM or PPM whose first row holds ``levels`` (of all channels alike), the others the
+    first of them.
+    """
     channels = 3 if path.suffix == ".ppm" else 1
     rows = np.full((6, 8), levels[0], dtype=">u2")
     rows[0, : len(levels)] = levels
@@ -331,7 +335,7 @@ def test_images_are_turned_as_viewers_show_them(tmp_path: Path, suffix: str, ori
     stored = {
         1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
         7: "TRANSVERSE", 8: "ROTATE_270",
-    }[orientation]  # fmt: skip
+    }[orientation]
     levels = np.full((6, 8), 20, dtype=np.uint8)
     levels[:2, :3] = 220
     image = Image.fromarray(levels)
@@ -361,7 +365,7 @@ def test_damaged_metadata_do_not_keep_an_image_from_being_read(tmp_path: Path) -
     ("name", "kind"),
     [("a.jfif", "JPEG"), ("a.JPE", "JPEG"), ("a.jp2", "JPEG2000"), ("a.tga", "TGA"), ("a.qoi", "QOI"), ("a", "PNG"),
      ("a.img", "BMP"), ("a.pbm", "PPM"), ("a.avif", "AVIF")],
-)  # fmt: skip
+)
 def test_whatever_pillow_reads_is_read(tmp_path: Path, name: str, kind: str) -> None:
     Image.init()
     if kind not in Image.SAVE:
@@ -479,7 +483,9 @@ LINES = "a.png\tn02\t0\t0\t63\t63\nb.png\tn01\t0\t0\t63\t63\nc.png\tn02\t0\t0\t6
 
 
 def tiny(root: Path, places: dict[str, str], annotations: str | None) -> None:
-    """train/ and the unlabeled test/ as shipped; val/'s images a (7), b (8) and c (9) in ``places``."""
+    """train/ and the unlabeled test/ as shipped; val/'s images a (7), b (8) and c (9) in
+    ``places``.
+    """
     put(root / "train" / "n01" / "images", [1, 2, 3])
     (root / "train" / "n01" / "n01_boxes.txt").write_text("0.png\t0\t0\t9\t9\n")
     put(root / "train" / "n02" / "images", [4, 5, 6])

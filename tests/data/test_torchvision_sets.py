@@ -1,4 +1,6 @@
-"""torchvision's data sets, read from small files of their formats, and what is said where something is missing."""
+"""torchvision's data sets, read from small files of their formats, and what is said where something
+is missing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from pdd_fast.runtime.errors import UsageError
 
 
 class FakeSet:
-    """Holds what torchvision's data sets hold after construction, for 10 classes with 2 training images each."""
+    """Holds what torchvision's data sets hold after construction, for 10 classes with 2 training
+    images each.
+    """
 
     layout: Callable[[np.ndarray], Any]  # from [n, 3, 4, 4]
     attribute = "targets"
@@ -114,7 +118,9 @@ def md5(path: Path) -> str:
 
 
 def write_cifar(folder: Path, kind: Any, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
-    """Small files of CIFAR's format under ``folder``; the checksums that the reader wants become theirs."""
+    """Small files of CIFAR's format under ``folder``; the checksums that the reader wants become
+    theirs.
+    """
     base = folder / kind.base_folder
     base.mkdir(parents=True)
     key = "labels" if classes == 10 else "fine_labels"

@@ -1,4 +1,6 @@
-"""ZCA whitening: the published formula, its inverse, and its way through files, data sets and distilled sets."""
+"""ZCA whitening: the published formula, its inverse, and its way through files, data sets and
+distilled sets.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def textbook(images: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def published(train: Tensor, pixels: Tensor, epsilon: float = 0.1) -> Tensor:
-    """Whiten ``pixels`` as kornia's ZCAWhitening(eps=epsilon) does once it was fitted to ``train``, both in [0, 1].
+    """Whiten ``pixels`` as kornia's ZCAWhitening(eps=epsilon) does once it was fitted to ``train``,
+    both in [0, 1].
 
     It was held against kornia 0.9.0 itself: 1e-15 from it in float64, 1.5e-6 in float32.
     """
@@ -126,7 +129,7 @@ def test_wrong_shapes_and_numbers_are_named() -> None:
         replace(fitted, scale=fitted.scale * 0)
 
 
-# ---- of data sets -------------------------------------------------------------------------------------------------
+# ---- of data sets ----
 
 
 def digits_pixels() -> dict[str, Tensor]:
@@ -157,7 +160,9 @@ def test_digits_are_whitened_as_the_published_code_does(epsilon: float) -> None:
 def test_bytes_are_whitened_as_the_published_code_does(
     channels: int, layout: torch.memory_format, tmp_path: Path
 ) -> None:
-    """2500 images in three pieces, with brightness and contrast that differ from channel to channel."""
+    """2500 images in three pieces, with brightness and contrast that differ from channel to
+    channel.
+    """
     levels = torch.rand(3000, channels, 6, 5).cumsum(3) * torch.tensor([20.0, 30.0, 50.0])[:channels].view(-1, 1, 1)
     levels = levels.byte().contiguous(memory_format=layout)
     labels = torch.arange(3000) % 2
@@ -226,7 +231,7 @@ def test_another_epsilon_than_the_kept_ones_is_refused(tmp_path: Path) -> None:
         data.load("digits", whitening="zca", keep_whitening=file)
 
 
-# ---- of runs and distilled sets -----------------------------------------------------------------------------------
+# ---- of runs and distilled sets ----
 
 
 def finished(path: Path, **changes: object) -> Run:
@@ -252,7 +257,8 @@ def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> Non
     pixels = digits_pixels()
     distance = torch.cdist(found.pixels().flatten(1).double(), pixels["train"].flatten(1).double()).min(1).values
     assert float(distance.max()) <= 1e-4
-    # What users make of other pixels is what the run was judged by, and what the published code makes of them.
+    # What users make of other pixels is what the run was judged by, and what the published code
+    # makes of them.
     torch.testing.assert_close(found.transform(pixels["test"]), bench.data.test.images, rtol=0, atol=1e-5)
     expected = published(pixels["full_train"], pixels["test"]).float()
     torch.testing.assert_close(found.transform(pixels["test"]), expected, rtol=0, atol=1e-5)
@@ -320,7 +326,7 @@ def test_experts_serve_runs_that_whiten_alike(
         make_experts(Run.create(tmp_path / "other", resolve(**(settings | changes))))
 
 
-# ---- of earlier versions, which whitened what they had normalized -------------------------------------------------
+# ---- of earlier versions, which whitened what they had normalized ----
 
 
 def in_old_form(run: Run) -> None:

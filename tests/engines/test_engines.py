@@ -27,7 +27,9 @@ KEEP = pytest.mark.parametrize("keep", [False, True], ids=["made again", "kept"]
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """What an engine is called in pdd_fast.engines; also in its tests here, where `engine` is the engine itself."""
+    """What an engine is called in pdd_fast.engines; also in its tests here, where `engine` is the
+    engine itself.
+    """
     if request.param != "composed":
         return request.param
     request.getfixturevalue("composed")
@@ -42,7 +44,9 @@ class Point:
         theta = pdd_fast.flatten_parameters(self.net)
         self.theta = theta + 0.2 * torch.randn(len(theta), dtype=torch.float64).to(device)
         self.images = torch.randn(6, 2, 9, 7, dtype=torch.float64).to(device)
-        labels = torch.randn(6, 4, dtype=torch.float64).softmax(1) if soft else torch.randint(4, (6,))
+        labels = (
+            torch.randn(6, 4, dtype=torch.float64).softmax(1) if soft else torch.randint(4, (6,))
+        )
         self.labels = labels.to(device)
         self.direction = torch.randn(len(theta), dtype=torch.float64).to(device)
 
@@ -62,23 +66,31 @@ def test_auto_is_fused_for_the_convnet_alone() -> None:
     assert isinstance(engines.choose(pdd_fast.ConvNet(1, 2, 4, 3, 1), "autograd"), AutogradEngine)
     assert isinstance(engines.choose(Other(1, 2, 4, 3, 1)), AutogradEngine)
     assert isinstance(engines.choose(nn.Linear(2, 2)), AutogradEngine)
-    with pytest.raises(ValueError, match=r"engine 'fused' must be given a pdd_fast\.ConvNet .*, got Linear"):
+    with pytest.raises(
+        ValueError, match=r"engine 'fused' must be given a pdd_fast\.ConvNet .*, got Linear"
+    ):
         engines.choose(nn.Linear(2, 2), "fused")
     with pytest.raises(ValueError, match="engine must be one of auto, fused, autograd, got 'slow'"):
         engines.choose(nn.Linear(2, 2), "slow")
     for net in (pdd_fast.ConvNet(1, 2, 4, 3, 1), nn.Linear(2, 2)):
         assert engines.choose(net).precision == "float32"
         assert engines.choose(net, precision="tf32").precision == "tf32"
-        with pytest.raises(ValueError, match="precision must be one of float32, tf32, bfloat16, got 'half'"):
+        with pytest.raises(
+            ValueError, match="precision must be one of float32, tf32, bfloat16, got 'half'"
+        ):
             engines.choose(net, precision="half")
 
 
 @BOTH
 @KEEP
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_gradient_is_that_of_the_mean_loss(name: str, keep: bool, soft: bool, device: torch.device) -> None:
+def test_gradient_is_that_of_the_mean_loss(
+    name: str, keep: bool, soft: bool, device: torch.device
+) -> None:
     point = Point(device, soft)
-    losses, gradient, _ = point.engine(name).gradient(point.theta, point.images, point.labels, keep=keep)
+    losses, gradient, _ = point.engine(name).gradient(
+        point.theta, point.images, point.labels, keep=keep
+    )
     pdd_fast.load_parameters(point.net, point.theta)
     truth = F.cross_entropy(point.net(point.images), point.labels, reduction="none")
     grads = torch.autograd.grad(truth.mean(), list(point.net.parameters()))
@@ -89,14 +101,17 @@ def test_gradient_is_that_of_the_mean_loss(name: str, keep: bool, soft: bool, de
 @BOTH
 @KEEP
 def test_dual_is_the_derivative_of_the_gradient_along_the_direction(name: str, keep: bool) -> None:
-    """Central differences of the engine's own first-order gradient, at a step where they are good to 1e-7."""
+    """Central differences of the engine's own first-order gradient, at a step where they are good
+    to 1e-7.
+    """
     point, step = Point(soft=True), 1e-5
     engine = point.engine(name)
     _, gradient, saved = engine.gradient(point.theta, point.images, point.labels, keep=keep)
     dual = engine.dual(point.theta, point.images, point.labels, point.direction, saved)
 
     ahead, behind = (
-        engine.gradient(point.theta + sign * step * point.direction, point.images, point.labels)[1] for sign in (1, -1)
+        engine.gradient(point.theta + sign * step * point.direction, point.images, point.labels)[1]
+        for sign in (1, -1)
     )
     assert dual.theta is not None
     assert relative_error(dual.theta, (ahead - behind) / (2 * step)) <= 1e-6
@@ -106,11 +121,15 @@ def test_dual_is_the_derivative_of_the_gradient_along_the_direction(name: str, k
         return engine.gradient(point.theta, images, labels)[1] @ point.direction
 
     towards = torch.randn_like(point.images)
-    change = slope(point.images + step * towards, point.labels) - slope(point.images - step * towards, point.labels)
+    change = slope(point.images + step * towards, point.labels) - slope(
+        point.images - step * towards, point.labels
+    )
     assert dual.images is not None
     assert relative_error((dual.images * towards).sum(), change / (2 * step)) <= 1e-6
     towards = torch.randn_like(point.labels)
-    change = slope(point.images, point.labels + step * towards) - slope(point.images, point.labels - step * towards)
+    change = slope(point.images, point.labels + step * towards) - slope(
+        point.images, point.labels - step * towards
+    )
     assert dual.labels is not None
     assert relative_error((dual.labels * towards).sum(), change / (2 * step)) <= 1e-6
 
@@ -118,13 +137,17 @@ def test_dual_is_the_derivative_of_the_gradient_along_the_direction(name: str, k
 @FUSED
 @KEEP
 @pytest.mark.parametrize("rows", [[0], [5, 1, 1, 3], [], None], ids=str)
-def test_both_engines_give_the_wanted_rows(name: str, keep: bool, rows: list[int] | None, device: torch.device) -> None:
+def test_both_engines_give_the_wanted_rows(
+    name: str, keep: bool, rows: list[int] | None, device: torch.device
+) -> None:
     point = Point(device)
     index = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=device)
     found = []
     for engine in (point.engine(name), point.engine("autograd")):
         saved = engine.gradient(point.theta, point.images, point.labels, keep=keep)[2]
-        found.append(engine.dual(point.theta, point.images, point.labels, point.direction, saved, rows=index))
+        found.append(
+            engine.dual(point.theta, point.images, point.labels, point.direction, saved, rows=index)
+        )
     fused, autograd = found
     assert relative_error(fused.slope, autograd.slope) <= 1e-11
     assert fused.theta is not None
@@ -138,7 +161,11 @@ def test_both_engines_give_the_wanted_rows(name: str, keep: bool, rows: list[int
     else:
         assert fused.images is not None
         assert autograd.images is not None
-        assert fused.images.shape == autograd.images.shape == (6 if rows is None else len(rows), 2, 9, 7)
+        assert (
+            fused.images.shape
+            == autograd.images.shape
+            == (6 if rows is None else len(rows), 2, 9, 7)
+        )
         assert relative_error(fused.images, autograd.images) <= 1e-11
 
 
@@ -147,7 +174,9 @@ def test_without_the_hessian_vector_product(name: str) -> None:
     point = Point()
     engine = point.engine(name)
     saved = engine.gradient(point.theta, point.images, point.labels)[2]
-    dual = engine.dual(point.theta, point.images, point.labels, point.direction, saved, want_theta=False)
+    dual = engine.dual(
+        point.theta, point.images, point.labels, point.direction, saved, want_theta=False
+    )
     full = engine.dual(point.theta, point.images, point.labels, point.direction, saved)
     assert dual.theta is None
     assert dual.images is not None
@@ -191,7 +220,7 @@ def test_planar_and_channels_last_images_give_the_same(name: str) -> None:
     assert relative_error(engine.gradient(point.theta, last, point.labels)[1], planar) <= 1e-13
 
 
-# ---- precision ------------------------------------------------------------------------------------------------------
+# ---- precision ----
 
 
 class Rounded:
@@ -200,7 +229,10 @@ class Rounded:
     def __init__(self, name: str, keep: bool, device: torch.device, soft: bool = True) -> None:
         self.net = pdd_fast.ConvNet(3, 10, 16, width=16, depth=2).to(device)
         self.theta = pdd_fast.flatten_parameters(self.net)
-        self.images, self.direction = torch.randn(10, 3, 16, 16).to(device), torch.randn(len(self.theta)).to(device)
+        self.images, self.direction = (
+            torch.randn(10, 3, 16, 16).to(device),
+            torch.randn(len(self.theta)).to(device),
+        )
         self.labels = torch.randn(10, 10).softmax(1).to(device)
         self.name, self.keep = name, keep
 
@@ -219,9 +251,13 @@ class Rounded:
 
 @BOTH
 @KEEP
-def test_bfloat16_is_close_to_float32_and_gives_float32(name: str, keep: bool, device: torch.device) -> None:
-    """A bfloat16 number is good to 2^-9 = 0.2 %; logits add a few hundred of them. Gradients lose more, because some
-    activations change sides of the ReLU: 2 to 5 % here, 10 % in what is differentiated twice."""
+def test_bfloat16_is_close_to_float32_and_gives_float32(
+    name: str, keep: bool, device: torch.device
+) -> None:
+    """A bfloat16 number is good to 2^-9 = 0.2 %; logits add a few hundred of them. Gradients lose
+    more, because some activations change sides of the ReLU: 2 to 5 % here, 10 % in what is
+    differentiated twice.
+    """
     point = Rounded(name, keep, device)
     full, rounded = point.passes("float32"), point.passes("bfloat16")
     bounds = {"losses": 1e-2, "logits": 1e-2, "gradient": 0.06, "slope": 0.06}
@@ -236,14 +272,20 @@ def test_bfloat16_stores_activations_in_16_bits_and_nothing_else() -> None:
     engine = engines.choose(point.net, "fused", "bfloat16")
     saved = engine.gradient(point.theta, point.images, point.labels, keep=True)[2]
     for block in saved.blocks:
-        assert {t.dtype for t in (block.x, block.z, block.grad_out, block.grad_z)} == {torch.bfloat16}
+        assert {t.dtype for t in (block.x, block.z, block.grad_out, block.grad_z)} == {
+            torch.bfloat16
+        }
         assert {block.mean.dtype, block.rstd.dtype} == {torch.float32}
     assert {saved.features.dtype, saved.logits.dtype} == {torch.float32}
 
 
 def test_bfloat16_rounds_operands_and_results_and_no_sum() -> None:
-    """Against float64 on the rounded operands: one rounding to 8 bits at the end, and what float32 adds to it."""
-    x, w, grad = (torch.randn(shape).bfloat16() for shape in ((4, 32, 6, 6), (8, 32, 3, 3), (4, 8, 6, 6)))
+    """Against float64 on the rounded operands: one rounding to 8 bits at the end, and what float32
+    adds to it.
+    """
+    x, w, grad = (
+        torch.randn(shape).bfloat16() for shape in ((4, 32, 6, 6), (8, 32, 3, 3), (4, 8, 6, 6))
+    )
     found = conv(x, w), conv_input_grad(grad, w, x), conv_weight_grad(grad, x, w)
     exact = x.double().requires_grad_(), w.double().requires_grad_()
     truth = F.conv2d(*exact, padding=1)
@@ -271,14 +313,20 @@ def test_bfloat16_needs_float32_parameters(name: str) -> None:
 
 
 @BOTH
-def test_tf32_changes_nothing_in_float64_and_nothing_on_the_cpu(name: str, device: torch.device) -> None:
+def test_tf32_changes_nothing_in_float64_and_nothing_on_the_cpu(
+    name: str, device: torch.device
+) -> None:
     point = Point(device)
-    first, second = (engines.choose(point.net, name, p).gradient(point.theta, point.images, point.labels)[1]
-                     for p in ("float32", "tf32"))  # fmt: skip
+    first, second = (
+        engines.choose(point.net, name, p).gradient(point.theta, point.images, point.labels)[1]
+        for p in ("float32", "tf32")
+    )
     assert torch.equal(first, second)
     if device.type == "cpu":
         single = Rounded(name, False, device)
-        for one, other in zip(single.passes("float32").values(), single.passes("tf32").values(), strict=True):
+        for one, other in zip(
+            single.passes("float32").values(), single.passes("tf32").values(), strict=True
+        ):
             assert torch.equal(one, other)
 
 
@@ -286,7 +334,9 @@ def test_tf32_changes_nothing_in_float64_and_nothing_on_the_cpu(name: str, devic
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
 def test_same_bits_twice(name: str, precision: str, device: torch.device) -> None:
     point = Rounded(name, False, device)
-    for one, other in zip(point.passes(precision).values(), point.passes(precision).values(), strict=True):
+    for one, other in zip(
+        point.passes(precision).values(), point.passes(precision).values(), strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -298,13 +348,15 @@ def test_weights_are_brought_into_cudnns_order_before_a_pass(device: torch.devic
         assert found.is_contiguous(memory_format=torch.channels_last) == (device.type == "cuda")
 
 
-# ---- networks side by side ------------------------------------------------------------------------------------------
+# ---- networks side by side ----
 
 
 class Several:
     """K networks with batches of their own."""
 
-    def __init__(self, networks: int, dtype: torch.dtype, device: torch.device, soft: bool = False) -> None:
+    def __init__(
+        self, networks: int, dtype: torch.dtype, device: torch.device, soft: bool = False
+    ) -> None:
         self.net = pdd_fast.ConvNet(2, 4, (9, 7), width=5, depth=2).to(dtype)
         self.theta = torch.stack([initial_parameters(self.net, k) for k in range(networks)])
         self.theta += 0.2 * torch.randn_like(self.theta)
@@ -313,10 +365,15 @@ class Several:
         if soft:
             self.labels = torch.randn(networks, 6, 4, dtype=dtype).softmax(2)
         self.net.to(device)
-        self.theta, self.images, self.labels = (t.to(device) for t in (self.theta, self.images, self.labels))
+        self.theta, self.images, self.labels = (
+            t.to(device) for t in (self.theta, self.images, self.labels)
+        )
 
     def one_at_a_time(self, engine: Engine) -> tuple[Tensor, Tensor, Tensor]:
-        alone = [engine.gradient(*each) for each in zip(self.theta, self.images, self.labels, strict=True)]
+        alone = [
+            engine.gradient(*each)
+            for each in zip(self.theta, self.images, self.labels, strict=True)
+        ]
         logits = torch.stack([engine.logits(theta, self.images[0]) for theta in self.theta])
         return torch.stack([a[0] for a in alone]), torch.stack([a[1] for a in alone]), logits
 
@@ -327,7 +384,9 @@ class Several:
 def test_networks_side_by_side_are_those_one_at_a_time(
     name: str, networks: int, soft: bool, device: torch.device
 ) -> None:
-    """Sums of the same numbers in another order: 1e-12 in float64; in float32 2e-5, as for the operators."""
+    """Sums of the same numbers in another order: 1e-12 in float64; in float32 2e-5, as for the
+    operators.
+    """
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         several = Several(networks, dtype, device, soft)
         engine = engines.choose(several.net, name)
@@ -335,7 +394,9 @@ def test_networks_side_by_side_are_those_one_at_a_time(
         logits = engine.logits_of(several.theta, several.images[0])
         assert losses.shape == (networks, 6)
         assert logits.shape == (networks, 6, 4)
-        for found, expected in zip((losses, gradients, logits), several.one_at_a_time(engine), strict=True):
+        for found, expected in zip(
+            (losses, gradients, logits), several.one_at_a_time(engine), strict=True
+        ):
             assert found.dtype == dtype
             for one, alone in zip(found, expected, strict=True):
                 assert relative_error(one, alone) <= tolerance
@@ -343,7 +404,9 @@ def test_networks_side_by_side_are_those_one_at_a_time(
 
 @BOTH
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_one_network_alone_has_the_same_bits(name: str, precision: str, device: torch.device) -> None:
+def test_one_network_alone_has_the_same_bits(
+    name: str, precision: str, device: torch.device
+) -> None:
     several = Several(1, torch.float32, device)
     engine = engines.choose(several.net, name, precision)
     losses, gradients, logits = several.one_at_a_time(engine)
@@ -354,7 +417,9 @@ def test_one_network_alone_has_the_same_bits(name: str, precision: str, device: 
 
 
 def test_networks_side_by_side_in_bfloat16(device: torch.device) -> None:
-    """float32 sums in another order are rounded to the neighbouring bfloat16 now and then: 2^-8 of single numbers."""
+    """float32 sums in another order are rounded to the neighbouring bfloat16 now and then: 2^-8 of
+    single numbers.
+    """
     several = Several(3, torch.float32, device)
     engine = engines.choose(several.net, "fused", "bfloat16")
     found = (
@@ -366,7 +431,9 @@ def test_networks_side_by_side_in_bfloat16(device: torch.device) -> None:
 
 
 @pytest.mark.usefixtures("composed")
-def test_networks_side_by_side_take_one_convolution_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_side_by_side_take_one_convolution_a_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[tuple[int, ...]] = []
     original = F.conv2d
 
@@ -380,7 +447,9 @@ def test_networks_side_by_side_take_one_convolution_a_layer(monkeypatch: pytest.
     engine.gradients(several.theta, several.images, several.labels)
     assert seen == [(6, 15, 3), (15, 15, 3)]
     seen.clear()
-    engine.logits_of(several.theta, several.images[0])  # all look at the same images, which are not copied
+    engine.logits_of(
+        several.theta, several.images[0]
+    )  # all look at the same images, which are not copied
     assert seen == [(2, 15, 1), (15, 15, 3)]
 
 
@@ -405,10 +474,19 @@ def test_networks_that_do_not_fit_their_images_are_refused(name: str) -> None:
     for arguments, message in (
         ((theta[0], images, labels), r"theta must have shape \[K, P\], got \(\d+,\)"),
         ((theta[:0], images, labels), r"theta must have shape \[K, P\], got \(0, \d+\)"),
-        ((theta, images[0], labels), r"images must have shape \[3, B, C, H, W\], got \(6, 2, 9, 7\)"),
-        ((theta[:2], images, labels), r"images must have shape \[2, B, C, H, W\], got \(3, 6, 2, 9, 7\)"),
+        (
+            (theta, images[0], labels),
+            r"images must have shape \[3, B, C, H, W\], got \(6, 2, 9, 7\)",
+        ),
+        (
+            (theta[:2], images, labels),
+            r"images must have shape \[2, B, C, H, W\], got \(3, 6, 2, 9, 7\)",
+        ),
         ((theta, images, labels[:, :5]), r"labels must have shape \[3, 6\], got \(3, 5\)"),
-        ((theta, images, labels.float()), r"labels must have shape \[3, 6, classes\], got \(3, 6\)"),
+        (
+            (theta, images, labels.float()),
+            r"labels must have shape \[3, 6, classes\], got \(3, 6\)",
+        ),
     ):
         with pytest.raises(ValueError, match=f"^engine: {message}$"):
             engine.gradients(*arguments)
@@ -416,7 +494,7 @@ def test_networks_that_do_not_fit_their_images_are_refused(name: str) -> None:
         engine.logits_of(theta[0], images[0])
 
 
-# ---- networks that are no longer what their constructor made ---------------------------------------------------------
+# ---- networks that are no longer what their constructor made ----
 
 
 def an_added_parameter(net: pdd_fast.ConvNet) -> None:
@@ -459,7 +537,9 @@ def a_larger_kernel(net: pdd_fast.ConvNet) -> None:
 
 
 def a_deeper_classifier(net: pdd_fast.ConvNet) -> None:
-    net.classifier = nn.Sequential(nn.Linear(net.classifier.in_features, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    net.classifier = nn.Sequential(
+        nn.Linear(net.classifier.in_features, 6), nn.Tanh(), nn.Linear(6, 4)
+    ).double()
 
 
 def weights_of_unit_norm(net: pdd_fast.ConvNet) -> None:
@@ -471,10 +551,19 @@ def pruned_classifier(net: pdd_fast.ConvNet) -> None:
 
 
 OTHER_NETWORKS = [
-    an_added_parameter, weights_shared_by_two_blocks, parameters_in_another_order, an_own_forward,
-    a_hook_on_the_network, leaky, dilated, grouped, a_larger_kernel, a_deeper_classifier, weights_of_unit_norm,
+    an_added_parameter,
+    weights_shared_by_two_blocks,
+    parameters_in_another_order,
+    an_own_forward,
+    a_hook_on_the_network,
+    leaky,
+    dilated,
+    grouped,
+    a_larger_kernel,
+    a_deeper_classifier,
+    weights_of_unit_norm,
     pruned_classifier,
-]  # fmt: skip
+]
 
 
 def three_blocks() -> pdd_fast.ConvNet:
@@ -482,7 +571,9 @@ def three_blocks() -> pdd_fast.ConvNet:
     return pdd_fast.ConvNet(2, 4, (9, 10), width=5, depth=3).double()
 
 
-def by_hand(net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, rate: float, steps: int) -> Tensor:
+def by_hand(
+    net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, rate: float, steps: int
+) -> Tensor:
     """θ_N of plain autograd through all steps, by the network's own call."""
     for _ in range(steps):
         parts, start = {}, 0
@@ -490,14 +581,18 @@ def by_hand(net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, rate:
             parts[name] = theta[start : start + parameter.numel()].view(parameter.shape)
             start += parameter.numel()
         loss = F.cross_entropy(torch.func.functional_call(net, parts, (images,)), labels)
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True, allow_unused=True, materialize_grads=True)
+        (gradient,) = torch.autograd.grad(
+            loss, theta, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         theta = theta - rate * gradient
     return theta
 
 
 @pytest.mark.parametrize("change", OTHER_NETWORKS, ids=lambda change: change.__name__)
 def test_a_changed_network_is_computed_as_it_is(change: Callable[[pdd_fast.ConvNet], None]) -> None:
-    """By unroll and by gradient matching, whatever was exchanged; the fused engine says that it cannot."""
+    """By unroll and by gradient matching, whatever was exchanged; the fused engine says that it
+    cannot.
+    """
     net = three_blocks()
     change(net)
     theta, images = pdd_fast.flatten_parameters(net), torch.randn(6, 2, 9, 10, dtype=torch.float64)
@@ -514,16 +609,22 @@ def test_a_changed_network_is_computed_as_it_is(change: Callable[[pdd_fast.ConvN
         assert relative_error(found, expected) <= 1e-9
     for call in (
         lambda: pdd_fast.unroll(net, theta, images, labels, 0.1, batches, engine="fused"),
-        lambda: pdd_fast.gradient_matching(net, theta, images, labels, images, labels, engine="fused"),
+        lambda: pdd_fast.gradient_matching(
+            net, theta, images, labels, images, labels, engine="fused"
+        ),
     ):
-        with pytest.raises(ValueError, match=r"engine 'fused' must be .*, got one that was changed; use"):
+        with pytest.raises(
+            ValueError, match=r"engine 'fused' must be .*, got one that was changed; use"
+        ):
             call()
     matched = [
         pdd_fast.gradient_matching(net, theta, images + 1, labels, images, labels, engine=name)
         for name in ("auto", "autograd")
     ]
     assert torch.equal(*matched)
-    assert isinstance(engines.choose(three_blocks()), FusedEngine)  # others of its shape are not disturbed
+    assert isinstance(
+        engines.choose(three_blocks()), FusedEngine
+    )  # others of its shape are not disturbed
 
 
 @pytest.mark.parametrize("classes", [2, 9])
@@ -532,11 +633,15 @@ def test_a_classifier_of_another_size_is_fused(classes: int) -> None:
     net.classifier = nn.Linear(net.classifier.in_features, classes).double()
     theta, images = pdd_fast.flatten_parameters(net), torch.randn(6, 2, 9, 10, dtype=torch.float64)
     found = [
-        pdd_fast.unroll(net, theta, images, torch.arange(6) % classes, 0.1, [range(6)] * 2, engine=engine)
+        pdd_fast.unroll(
+            net, theta, images, torch.arange(6) % classes, 0.1, [range(6)] * 2, engine=engine
+        )
         for engine in ("fused", "autograd")
     ]
     assert relative_error(*found) <= 1e-9
-    with pytest.raises(ValueError, match=rf"labels must lie in \[0, {classes}\), got 0\.\.{classes}"):
+    with pytest.raises(
+        ValueError, match=rf"labels must lie in \[0, {classes}\), got 0\.\.{classes}"
+    ):
         pdd_fast.unroll(net, theta, images, torch.arange(6) % 2 * classes, 0.1, [range(6)])
 
 
@@ -551,7 +656,9 @@ def test_logits_of_another_module_are_checked_by_name() -> None:
             pdd_fast.unroll(net, theta, images, labels, 0.1, [range(4)])
     flat = nn.Sequential(nn.Flatten(0), nn.Linear(48, 3))
     with pytest.raises(ValueError, match=r"net must give logits \[4, classes\], got \(3,\)"):
-        pdd_fast.unroll(flat, pdd_fast.flatten_parameters(flat), images, torch.arange(4) % 3, 0.1, [range(4)])
+        pdd_fast.unroll(
+            flat, pdd_fast.flatten_parameters(flat), images, torch.arange(4) % 3, 0.1, [range(4)]
+        )
 
 
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
@@ -576,12 +683,22 @@ def test_threads_may_share_a_network(engine: str) -> None:
                     assert all(map(torch.equal, found, truth))
     finally:
         sys.setswitchinterval(before)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), three_blocks().parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(net.parameters(), three_blocks().parameters(), strict=True)
+    )
 
 
 def with_statistics() -> nn.Sequential:
     torch.manual_seed(0)
-    layers = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Softplus(), nn.Flatten(), nn.Linear(4 * 56, 4)
+    layers = (
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.5),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(4 * 56, 4),
+    )
     return nn.Sequential(*layers).double().eval()
 
 
@@ -591,7 +708,9 @@ def test_buffers_are_those_of_the_call_until_the_backward_pass(memory: str) -> N
     found = []
     for changed in (False, True):
         net, x = with_statistics(), images.clone().requires_grad_()
-        end = pdd_fast.unroll(net, pdd_fast.flatten_parameters(net), x, labels, 0.1, [range(6)] * 2, memory=memory)
+        end = pdd_fast.unroll(
+            net, pdd_fast.flatten_parameters(net), x, labels, 0.1, [range(6)] * 2, memory=memory
+        )
         if changed:
             net[1].running_var.mul_(4)
         found.append(torch.autograd.grad(end.square().sum(), x)[0])
@@ -600,9 +719,14 @@ def test_buffers_are_those_of_the_call_until_the_backward_pass(memory: str) -> N
 
 def test_a_change_of_mode_before_the_backward_pass_is_an_error() -> None:
     net, x = with_statistics(), torch.randn(6, 2, 9, 10, dtype=torch.float64, requires_grad=True)
-    end = pdd_fast.unroll(net, pdd_fast.flatten_parameters(net), x, torch.arange(6) % 4, 0.1, [range(6)] * 2)
+    end = pdd_fast.unroll(
+        net, pdd_fast.flatten_parameters(net), x, torch.arange(6) % 4, 0.1, [range(6)] * 2
+    )
     net.train()
-    with pytest.raises(RuntimeError, match="net must stay in training or in evaluation mode until its steps are diff"):
+    with pytest.raises(
+        RuntimeError,
+        match="net must stay in training or in evaluation mode until its steps are diff",
+    ):
         end.sum().backward()
 
 
@@ -615,7 +739,11 @@ def test_autocast_of_the_caller_does_not_reach_the_steps(engine: str) -> None:
         x = images.clone().requires_grad_()
         end = pdd_fast.unroll(net, theta, x, labels, 0.1, [range(6)] * 2, engine=engine)
         loss = pdd_fast.gradient_matching(net, theta, images + 1, labels, x, labels, engine=engine)
-        return [end.detach(), *torch.autograd.grad(end.square().sum(), x), *torch.autograd.grad(loss, x)]
+        return [
+            end.detach(),
+            *torch.autograd.grad(end.square().sum(), x),
+            *torch.autograd.grad(loss, x),
+        ]
 
     expected = found()
     with torch.autocast("cpu", torch.bfloat16):

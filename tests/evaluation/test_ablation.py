@@ -1,4 +1,6 @@
-"""Ablations: which variants there are, that they share experts and steps, and that the switches do something."""
+"""Ablations: which variants there are, that they share experts and steps, and that the switches do
+something.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,27 @@ CHOSEN = variants([1, 3], ["on", "off"], ["none", "forgetting", "learned"])
 
 def test_variants_are_all_combinations_that_differ() -> None:
     assert [variant.name for variant in CHOSEN] == [
-        "1 stage", "1 stage, forgetting filter", "3 stages", "3 stages, forgetting filter", "3 stages, learned filter",
-        "3 stages, no conditioning", "3 stages, no conditioning, forgetting filter",
-    ]  # fmt: skip
+        "1 stage",
+        "1 stage, forgetting filter",
+        "3 stages",
+        "3 stages, forgetting filter",
+        "3 stages, learned filter",
+        "3 stages, no conditioning",
+        "3 stages, no conditioning, forgetting filter",
+    ]
     assert len({variant.folder for variant in CHOSEN}) == 7
     assert variants([2, 2], ["on"], ["none"]) == [Variant(2, "on", "none")]
-    # A single stage has no networks before it: it is one without the filter, and there is a point of it in the plot.
-    assert variants([1, 2], ["on", "off"], ["learned"]) == [Variant(1, "on", "none"), Variant(2, "on", "learned")]
+    # A single stage has no networks before it: it is one without the filter, and there is a point
+    #     of it in the plot.
+    assert variants([1, 2], ["on", "off"], ["learned"]) == [
+        Variant(1, "on", "none"),
+        Variant(2, "on", "learned"),
+    ]
     for stages, filters in ((1, "none"), (2, "learned")):
-        with pytest.raises(UsageError, match="conditioning must be on where there is a single stage or the filter is"):
+        with pytest.raises(
+            UsageError,
+            match="conditioning must be on where there is a single stage or the filter is",
+        ):
             variants([stages], ["off"], [filters])
 
 
@@ -49,7 +63,10 @@ def content(folder: Path) -> dict[str, Any]:
 
 
 def test_every_variant_has_a_row_and_every_seed_a_number(content: dict[str, Any]) -> None:
-    assert [result["name"] for result in content["results"]] == [*(v.name for v in CHOSEN), "random"]
+    assert [result["name"] for result in content["results"]] == [
+        *(v.name for v in CHOSEN),
+        "random",
+    ]
     for result in content["results"]:
         assert len(result["accuracy"]) == 2
         assert result["mean"] == pytest.approx(sum(result["accuracy"]) / 2)
@@ -74,7 +91,9 @@ def test_all_variants_take_as_many_steps_and_match_the_same_experts(folder: Path
 
 
 def test_conditioning_is_what_makes_later_stages_differ(folder: Path) -> None:
-    on, off = (Run.open(folder / "seed-0" / name) for name in ("3-stages", "3-stages-no-conditioning"))
+    on, off = (
+        Run.open(folder / "seed-0" / name) for name in ("3-stages", "3-stages-no-conditioning")
+    )
     one, other = load_distilled(on.path), load_distilled(off.path)
     assert torch.equal(one.subset(1).images, other.subset(1).images)
     for stage in (2, 3):
@@ -85,7 +104,10 @@ def test_conditioning_is_what_makes_later_stages_differ(folder: Path) -> None:
 
 def test_what_is_learned_is_dropped_in_the_variant_that_says_so(folder: Path) -> None:
     for variant in CHOSEN:
-        found = [path.parent.name for path in (folder / "seed-0" / variant.folder).rglob("learned.safetensors")]
+        found = [
+            path.parent.name
+            for path in (folder / "seed-0" / variant.folder).rglob("learned.safetensors")
+        ]
         assert sorted(found) == (["stage-2", "stage-3"] if variant.filter == "learned" else [])
 
 
@@ -96,30 +118,53 @@ def test_an_interrupted_ablation_goes_on_and_a_foreign_folder_is_left_alone(
     (folder / "seed-1" / CHOSEN[-1].folder / "evaluation.json").unlink()
     assert ablate(resolve(**SETTINGS), CHOSEN, [0, 1], folder) == content
     assert {path: path.read_bytes() for path in before} == before
-    with pytest.raises(UsageError, match="holds a run with other settings; choose another --output"):
+    with pytest.raises(
+        UsageError, match="holds a run with other settings; choose another --output"
+    ):
         ablate(resolve(**SETTINGS | {"iterations": 3}), CHOSEN, [0], folder)
 
 
 def test_a_split_is_no_ablations(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="stage_ipc and stage_lr_img must not be given"):
         ablate(
-            resolve(**SETTINGS | {"stages": 2, "stage_lr_img": "1,2"}), variants([2], ["on"], ["none"]), [0], tmp_path
+            resolve(**SETTINGS | {"stages": 2, "stage_lr_img": "1,2"}),
+            variants([2], ["on"], ["none"]),
+            [0],
+            tmp_path,
         )
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = [
-        part for key, value in SETTINGS.items() if key not in ("stages",) for part in ("--set", f"{key}={value}")
+        part
+        for key, value in SETTINGS.items()
+        if key not in ("stages",)
+        for part in ("--set", f"{key}={value}")
     ]
-    options = ["--stages", "1,2", "--filter", "none,learned", "--seeds", "1", "--output", str(tmp_path / "out")]
+    options = [
+        "--stages",
+        "1,2",
+        "--filter",
+        "none,learned",
+        "--seeds",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     arguments = ["ablate", *settings, *options]
     assert call(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("Test accuracy on digits after ")
     assert [line.split("│")[1].strip() for line in lines if line.startswith("│")] == [
-        "1 stage", "2 stages", "2 stages, learned filter", "2 stages, no conditioning", "random",
-    ]  # fmt: skip
+        "1 stage",
+        "2 stages",
+        "2 stages, learned filter",
+        "2 stages, no conditioning",
+        "random",
+    ]
     assert (tmp_path / "out" / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert call([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["seeds"] == [0]
@@ -129,8 +174,14 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.Cap
     ("arguments", "message"),
     [
         (["--stages", "1,x"], "--stages must be whole numbers from 1 on"),
-        (["--conditioning", "maybe"], "--conditioning must be of on, off, joined by commas, got 'maybe'"),
-        (["--filter", "easy"], "--filter must be of none, forgetting, learned, joined by commas, got 'easy'"),
+        (
+            ["--conditioning", "maybe"],
+            "--conditioning must be of on, off, joined by commas, got 'maybe'",
+        ),
+        (
+            ["--filter", "easy"],
+            "--filter must be of none, forgetting, learned, joined by commas, got 'easy'",
+        ),
         (["--stages", "11", "--ipc", "10"], "stages must be at most ipc (10), got 11"),
     ],
 )
@@ -148,7 +199,12 @@ def test_wrong_calls_are_sentences(
 
 
 def test_soft_labels_are_compared_with_random_images_that_have_them_too(tmp_path: Path) -> None:
-    content = ablate(resolve(**(SETTINGS | {"labels": "soft"})), variants([2], ["on"], ["none"]), [0], tmp_path / "out")
+    content = ablate(
+        resolve(**(SETTINGS | {"labels": "soft"})),
+        variants([2], ["on"], ["none"]),
+        [0],
+        tmp_path / "out",
+    )
     assert content["labels"] == "soft"
     results = Run.open(tmp_path / "out/seed-0/2-stages").read_evaluation()["results"]
     expected = {result["name"]: result["mean"][-1] for result in results}
@@ -156,7 +212,9 @@ def test_soft_labels_are_compared_with_random_images_that_have_them_too(tmp_path
 
 
 def test_a_filter_shares_its_experts_where_the_method_has_none(tmp_path: Path) -> None:
-    config = resolve(**(SETTINGS | {"base": "dm", "factor": 1, "real_batch": 5, "augment_mode": "single"}))
+    config = resolve(
+        **(SETTINGS | {"base": "dm", "factor": 1, "real_batch": 5, "augment_mode": "single"})
+    )
     ablate(config, variants([1, 2], ["on"], ["none", "forgetting"]), [0], tmp_path / "out")
     trained = [path.parent.name for path in (tmp_path / "out/seed-0").glob("*/experts")]
     assert trained == ["1-stage-forgetting-filter"]

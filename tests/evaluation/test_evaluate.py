@@ -1,4 +1,6 @@
-"""Union evaluation: its file, its fairness, and its numbers against a loop written with torch.optim."""
+"""Union evaluation: its file, its fairness, and its numbers against a loop written with
+torch.optim.
+"""
 
 from __future__ import annotations
 
@@ -70,20 +72,27 @@ def test_the_file_holds_what_was_returned(run: Run, evaluation: dict[str, Any]) 
         assert all(0 <= a <= 100 for row in result["accuracy"] for a in row)
 
 
-def test_every_result_starts_from_the_same_networks_and_repeats_from_different_ones(evaluation: dict[str, Any]) -> None:
+def test_every_result_starts_from_the_same_networks_and_repeats_from_different_ones(
+    evaluation: dict[str, Any],
+) -> None:
     seeds = {tuple(result["seeds"]) for result in evaluation["results"]}
     assert len(seeds) == 1
     assert len(set(seeds.pop())) == 2
     assert len({tuple(row) for row in of(evaluation, "random")["accuracy"]}) == 2
 
 
-def test_numbers_equal_those_of_a_loop_with_torch_optim(run: Run, evaluation: dict[str, Any]) -> None:
-    """The protocol as a user would write it: one optimiser through all unions, its momentum kept."""
+def test_numbers_equal_those_of_a_loop_with_torch_optim(
+    run: Run, evaluation: dict[str, Any]
+) -> None:
+    """The protocol as a user would write it: one optimiser through all unions, its momentum
+    kept."""
     bench, distilled = Workbench.prepare(run.config), pdd_fast.load_distilled(run.path)
     net = pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
     dsa = pdd_fast.DSA(run.config.augment)
     for repeat, expected in enumerate(of(evaluation, "pdd")["accuracy"]):
-        pdd_fast.load_parameters(net, initial_parameters(net, of(evaluation, "pdd")["seeds"][repeat]))
+        pdd_fast.load_parameters(
+            net, initial_parameters(net, of(evaluation, "pdd")["seeds"][repeat])
+        )
         optimiser = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
         for stage in (1, 2, 3):
             union, rate = distilled.union(stage), float(distilled.learning_rates[stage - 1])
@@ -96,7 +105,9 @@ def test_numbers_equal_those_of_a_loop_with_torch_optim(run: Run, evaluation: di
                 F.cross_entropy(net(images), union.labels[order]).backward()
                 optimiser.step()
             with torch.no_grad():
-                right = (net(bench.data.test.images).argmax(1) == bench.data.test.labels).float().mean()
+                right = (
+                    (net(bench.data.test.images).argmax(1) == bench.data.test.labels).float().mean()
+                )
             # One image in 360 may lie so near a boundary that rounding decides.
             assert 100 * float(right) == pytest.approx(expected[stage - 1], abs=0.6)
 
@@ -104,16 +115,21 @@ def test_numbers_equal_those_of_a_loop_with_torch_optim(run: Run, evaluation: di
 def test_intervals_are_students(evaluation: dict[str, Any]) -> None:
     for result in evaluation["results"]:
         # t of 0.975 at one degree of freedom.
-        assert result["ci95"] == pytest.approx([12.7062 * std / 2**0.5 for std in result["std"]], rel=1e-4)
+        assert result["ci95"] == pytest.approx(
+            [12.7062 * std / 2**0.5 for std in result["std"]], rel=1e-4
+        )
     pdd = of(evaluation, "pdd")["accuracy"]
     assert [(pair["network"], pair["of"], pair["to"]) for pair in evaluation["paired"]] == [
-        ("ConvNet", "pdd", "random"), ("ConvNet", "pdd", "last-union"),
-    ]  # fmt: skip
+        ("ConvNet", "pdd", "random"),
+        ("ConvNet", "pdd", "last-union"),
+    ]
     for pair in evaluation["paired"]:
         other = of(evaluation, pair["to"])["accuracy"]
         differences = [one[-1] - two[-1] for one, two in zip(pdd, other, strict=True)]
         assert pair["difference"] == pytest.approx(statistics.fmean(differences))
-        assert pair["ci95"] == pytest.approx(12.7062 * statistics.stdev(differences) / 2**0.5, rel=1e-4)
+        assert pair["ci95"] == pytest.approx(
+            12.7062 * statistics.stdev(differences) / 2**0.5, rel=1e-4
+        )
 
 
 def test_one_repeat_has_no_interval(run: Run, evaluation: dict[str, Any]) -> None:
@@ -123,7 +139,9 @@ def test_one_repeat_has_no_interval(run: Run, evaluation: dict[str, Any]) -> Non
     evaluate_run(run)
 
 
-def test_other_networks_are_trained_as_a_loop_of_torchs_would(run: Run, evaluation: dict[str, Any]) -> None:
+def test_other_networks_are_trained_as_a_loop_of_torchs_would(
+    run: Run, evaluation: dict[str, Any]
+) -> None:
     """ConvNet by the path of any module gives ConvNet's own numbers, up to rounding."""
     bench = Workbench.prepare(run.config)
     union = Union.load(run.distilled_file, bench)
@@ -133,7 +151,9 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(run: Run, evaluati
     with monkey.context() as patch:
 
         def same(bench: Workbench, network: str, repeat: int) -> torch.nn.Module:
-            pdd_fast.load_parameters(net, initial_parameters(net, bench.seed("evaluation", repeat, "parameters")))
+            pdd_fast.load_parameters(
+                net, initial_parameters(net, bench.seed("evaluation", repeat, "parameters"))
+            )
             return net
 
         patch.setattr(evaluate, "_module", same)
@@ -142,25 +162,38 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(run: Run, evaluati
         assert row == pytest.approx(expected, abs=0.6)
 
 
-def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same parameters; running statistics, which the flat vector's engine leaves alone, are those of training."""
+def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same parameters; running statistics, which the flat vector's engine leaves alone, are
+    those of training.
+    """
     net = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Conv2d(1, 4, 3, padding=1),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
         torch.nn.Linear(4 * 64, 3),
-    ).double()  # fmt: skip
+    ).double()
     images, labels = torch.randn(12, 1, 8, 8).double(), torch.arange(12) % 3
     flat = copy.deepcopy(net)
     sgd = Sgd(AutogradEngine(flat), DSA("color_flip"), batch=5, momentum=0.9, weight_decay=5e-4)
     students = Students.start(pdd_fast.flatten_parameters(net)[None])
     sgd.run(students, images, labels, 0.05, 8, [torch.Generator().manual_seed(3)])
     bench: Any = SimpleNamespace(
-        synthetic_sgd=sgd, device=torch.device("cpu"), generator=lambda *_: torch.Generator().manual_seed(3),
+        synthetic_sgd=sgd,
+        device=torch.device("cpu"),
+        generator=lambda *_: torch.Generator().manual_seed(3),
         data=SimpleNamespace(image_size=(8, 8), test=SimpleNamespace(images=images, labels=labels)),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(evaluate, "_module", lambda *_: net)
-    scores = evaluate._follow_module("any", bench, [evaluate.Leg(images, labels, 0.05, 8, [8])], 0, 0)
+    scores = evaluate._follow_module(
+        "any", bench, [evaluate.Leg(images, labels, 0.05, 8, [8])], 0, 0
+    )
     assert len(scores) == 1
-    assert torch.allclose(pdd_fast.flatten_parameters(net), students.theta[0], rtol=1e-9, atol=1e-12)
+    assert torch.allclose(
+        pdd_fast.flatten_parameters(net), students.theta[0], rtol=1e-9, atol=1e-12
+    )
     of_training, untouched = (dict(module.named_buffers()) for module in (net, flat))
     assert of_training["1.num_batches_tracked"] == 8
     assert untouched["1.num_batches_tracked"] == 0
@@ -170,7 +203,9 @@ def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(monkeypatch: 
 def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any]) -> None:
     found = evaluate_run(run, networks=("mlp", "convnet"), subsets=True)
     assert [(r["network"], r["name"]) for r in found["results"]] == [
-        (network, name) for network in ("MLP", "ConvNet") for name in ("pdd", "random", "last-union", "subsets")
+        (network, name)
+        for network in ("MLP", "ConvNet")
+        for name in ("pdd", "random", "last-union", "subsets")
     ]
     own = [r for r in found["results"] if r["network"] == "ConvNet"]
     assert own[:3] == evaluation["results"]
@@ -179,20 +214,28 @@ def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any
     assert mlp[0]["mean"][-1] > 30  # of ten classes
     assert len({tuple(row) for row in mlp[0]["accuracy"]}) == 2
     assert evaluate_run(run, networks=("mlp",), subsets=True)["results"] == mlp
-    # A stage's images alone, for as many steps as the union had until then: of the first they are the union.
+    # A stage's images alone, for as many steps as the union had until then: of the first they are
+    # the union.
     subsets = own[3]["accuracy"]
     assert [row[0] for row in subsets] == [row[0] for row in of(evaluation, "pdd")["accuracy"]]
-    assert [row[2] for row in subsets] != [row[2] for row in of(evaluation, "last-union")["accuracy"]]
+    assert [row[2] for row in subsets] != [
+        row[2] for row in of(evaluation, "last-union")["accuracy"]
+    ]
     evaluate_run(run)
 
 
 def test_networks_are_checked_before_any_work(run: Run) -> None:
-    for networks, message in ((("mlp", "nope"), "got 'nope'"), (("mlp", "vgg11"), "at least 32 pixels a side")):
+    for networks, message in (
+        (("mlp", "nope"), "got 'nope'"),
+        (("mlp", "vgg11"), "at least 32 pixels a side"),
+    ):
         with pytest.raises(UsageError, match=message):
             evaluate_run(run, networks=networks)
 
 
-def test_last_union_is_trained_from_the_start_for_as_many_steps(run: Run, evaluation: dict[str, Any]) -> None:
+def test_last_union_is_trained_from_the_start_for_as_many_steps(
+    run: Run, evaluation: dict[str, Any]
+) -> None:
     scores = of(evaluation, "last-union")["accuracy"]
     assert all(len(row) == 3 for row in scores)
     assert scores != of(evaluation, "pdd")["accuracy"]
@@ -211,13 +254,19 @@ def test_more_repeats_begin_with_the_same_ones(run: Run, evaluation: dict[str, A
 
 
 def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, Any]) -> None:
-    """Each repeat has its own network, draws and random images, in whichever group it is; rounding may move an image of
-    the 359 across a boundary."""
+    """Each repeat has its own network, draws and random images, in whichever group it is; rounding
+    may move an image of the 359 across a boundary.
+    """
     together = Run(run.path, replace(run.config, side_by_side=2, repeats=3))
-    found, alone = evaluate_run(together), evaluate_run(Run(run.path, replace(run.config, repeats=3)))
+    found, alone = (
+        evaluate_run(together),
+        evaluate_run(Run(run.path, replace(run.config, repeats=3))),
+    )
     for result in found["results"]:
         assert result["seeds"] == of(alone, result["name"])["seeds"]
-        for row, expected in zip(result["accuracy"], of(alone, result["name"])["accuracy"], strict=True):
+        for row, expected in zip(
+            result["accuracy"], of(alone, result["name"])["accuracy"], strict=True
+        ):
             assert row == pytest.approx(expected, abs=0.6)
     evaluate_run(run)
 
@@ -225,7 +274,11 @@ def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, An
 def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
     bench = Workbench.prepare(run.config)
     legs = evaluate._random(bench, bench.train.labels, 3, [7, 8, 9], range(1, 3))
-    assert [(leg.rate, leg.steps, leg.stops) for leg in legs] == [(0.05, 7, [7]), (0.05, 8, [8]), (0.05, 9, [9])]
+    assert [(leg.rate, leg.steps, leg.stops) for leg in legs] == [
+        (0.05, 7, [7]),
+        (0.05, 8, [8]),
+        (0.05, 9, [9]),
+    ]
     for position, repeat in enumerate((1, 2)):
         rows = bench.random_real_rows((1, 1, 1), "random images", repeat)
         for stage, leg in enumerate(legs, start=1):
@@ -255,13 +308,18 @@ def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path)
     found = evaluate_run(soft, against=run.path, subsets=True)
     kinds = {result["name"]: result["labels"] for result in found["results"]}
     assert kinds == {
-        "pdd": "learned", "random": "hard", "random-soft": "soft", "last-union": "learned", "against": "hard",
+        "pdd": "learned",
+        "random": "hard",
+        "random-soft": "soft",
+        "last-union": "learned",
+        "against": "hard",
         "subsets": "learned",
-    }  # fmt: skip
+    }
     assert [pair["to"] for pair in found["paired"]] == ["random-soft", "last-union", "subsets"]
     assert [(words, [r["name"] for r in group]) for words, group in evaluate.tables(found)] == [
-        ("soft labels", ["pdd", "random-soft", "last-union", "subsets"]), ("hard labels", ["random", "against"]),
-    ]  # fmt: skip
+        ("soft labels", ["pdd", "random-soft", "last-union", "subsets"]),
+        ("hard labels", ["random", "against"]),
+    ]
     assert of(found, "random") == of(evaluate_run(run), "random")
     assert of(found, "random-soft")["accuracy"] != of(found, "random")["accuracy"]
     assert of(evaluate_run(run, against=soft.path), "against")["labels"] == "learned"
@@ -280,7 +338,9 @@ def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) ->
     for repeat in range(2):
         for rows in bench.random_real_rows((1, 1, 1), "random images", repeat):
             drawn[rows] = True
-            torch.testing.assert_close(labels[rows], soft_labels(bench.engine, experts, bench.train.images[rows]))
+            torch.testing.assert_close(
+                labels[rows], soft_labels(bench.engine, experts, bench.train.images[rows])
+            )
     assert not labels[~drawn].any()
     torch.testing.assert_close(labels[drawn].sum(1), torch.ones(int(drawn.sum())))
 
@@ -296,5 +356,7 @@ def test_what_cannot_be_evaluated_is_refused(run: Run, tmp_path: Path) -> None:
     foreign = pdd_fast.load_distilled(run.path)
     foreign.metadata["data"] = "mnist"
     foreign.save(tmp_path / "foreign.safetensors")
-    with pytest.raises(UsageError, match=r"--against must name a run on digits .*, got .* on mnist"):
+    with pytest.raises(
+        UsageError, match=r"--against must name a run on digits .*, got .* on mnist"
+    ):
         evaluate_run(run, against=tmp_path / "foreign.safetensors")

@@ -29,16 +29,24 @@ BLUE, GREY, ORANGE, PURPLE = (11, 110, 153), (138, 138, 138), (217, 115, 13), (1
 
 
 def constant_images(
-    colours: list[list[int]], labels: list[int], stage: list[int], size: tuple[int, int] = (8, 8), **metadata: Any
+    colours: list[list[int]],
+    labels: list[int],
+    stage: list[int],
+    size: tuple[int, int] = (8, 8),
+    **metadata: Any,
 ) -> DistilledSet:
     """A set whose image i is all ``colours[i]`` (0..255, one number a channel)."""
     channels = len(colours[0])
     normalisation = Normalisation((0.4,) * channels, (0.25,) * channels)
     pixels = torch.tensor(colours, dtype=torch.float32).div(255).view(-1, channels, 1, 1)
     return DistilledSet(
-        normalisation.apply(pixels.expand(-1, -1, *size)), torch.tensor(labels), torch.tensor(stage),
-        torch.full((max(stage),), 0.01), normalisation, metadata,
-    )  # fmt: skip
+        normalisation.apply(pixels.expand(-1, -1, *size)),
+        torch.tensor(labels),
+        torch.tensor(stage),
+        torch.full((max(stage),), 0.01),
+        normalisation,
+        metadata,
+    )
 
 
 def grid(distilled: DistilledSet, folder: Path) -> NDArray[np.int16]:
@@ -60,7 +68,9 @@ def where(picture: NDArray[np.int16], colour: tuple[int, ...] | list[int]) -> ND
 
 
 def box(picture: NDArray[np.int16], colour: list[int]) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right of the one rectangle of a colour. Single dots elsewhere are the edges of letters."""
+    """Top, left, bottom, right of the one rectangle of a colour. Single dots elsewhere are the
+    edges of letters.
+    """
     dots = where(picture, colour)
     assert dots.sum() > 50, f"nothing is {colour}"
     spans = []
@@ -77,9 +87,14 @@ def box(picture: NDArray[np.int16], colour: list[int]) -> tuple[int, int, int, i
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 12)], ids=["square", "wide"])
-def test_every_image_is_at_its_class_and_stage_in_its_colours(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_every_image_is_at_its_class_and_stage_in_its_colours(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     labels, stage = [0, 1, 2, 0, 0, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2, 2]
-    colours = [[60 * label + 50, 20 * i + 20, 100 * s] for i, (label, s) in enumerate(zip(labels, stage, strict=True))]
+    colours = [
+        [60 * label + 50, 20 * i + 20, 100 * s]
+        for i, (label, s) in enumerate(zip(labels, stage, strict=True))
+    ]
     picture = grid(constant_images(colours, labels, stage, size), tmp_path)
     boxes = [box(picture, colour) for colour in colours]
     for top, left, bottom, right in boxes:
@@ -135,7 +150,10 @@ def test_beyond_twenty_classes_the_first_twenty_are_drawn(tmp_path: Path) -> Non
 
 def test_a_stage_without_images_of_the_drawn_classes_stays_empty(tmp_path: Path) -> None:
     labels = [*range(22), 21]
-    picture = grid(constant_images([[20 + 8 * k] for k in range(22)] + [[250]], labels, [1] * 22 + [2]), tmp_path)
+    picture = grid(
+        constant_images([[20 + 8 * k] for k in range(22)] + [[250]], labels, [1] * 22 + [2]),
+        tmp_path,
+    )
     assert where(picture, [20]).sum() > 1000
     assert not where(picture, [250]).sum() > 1000
 
@@ -144,7 +162,12 @@ def test_probabilities_count_for_their_likeliest_class(tmp_path: Path) -> None:
     distilled = constant_images([[200, 0, 0], [0, 200, 0]], [0, 1], [1, 1])
     soft = torch.tensor([[0.2, 0.1, 0.7], [0.6, 0.3, 0.1]])
     soft_set = DistilledSet(
-        distilled.images, soft, distilled.stage, distilled.learning_rates, distilled.normalisation, {}
+        distilled.images,
+        soft,
+        distilled.stage,
+        distilled.learning_rates,
+        distilled.normalisation,
+        {},
     )
     picture = grid(soft_set, tmp_path)
     assert box(picture, [0, 200, 0])[2] < box(picture, [200, 0, 0])[0] - 40  # a row between them
@@ -159,17 +182,25 @@ def test_a_thousand_columns_are_cut_to_what_can_be_drawn(tmp_path: Path) -> None
 
 def test_names_are_text_and_not_mathematics(tmp_path: Path) -> None:
     colours, names = [[200, 0, 0], [0, 0, 200]], ["a$b$", r"$\nonsense{$"]
-    picture = grid(constant_images(colours, [0, 1], [1, 1], classes=names, data=r"imagefolder:$\x{$"), tmp_path)
+    picture = grid(
+        constant_images(colours, [0, 1], [1, 1], classes=names, data=r"imagefolder:$\x{$"), tmp_path
+    )
     plain = grid(constant_images(colours, [0, 1], [1, 1], classes=["", ""], data="x"), tmp_path)
-    assert box(picture, colours[0])[1] > box(plain, colours[0])[1] + 20  # the names take place on the left
+    assert (
+        box(picture, colours[0])[1] > box(plain, colours[0])[1] + 20
+    )  # the names take place on the left
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_equal_sets_give_equal_pictures(tmp_path: Path, channels: int) -> None:
     for name in ("1.png", "2.png"):
-        image_grid(constant_images([[90] * channels, [180] * channels], [0, 1], [1, 2]), tmp_path / name)
+        image_grid(
+            constant_images([[90] * channels, [180] * channels], [0, 1], [1, 2]), tmp_path / name
+        )
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
-    image_grid(constant_images([[90] * channels, [190] * channels], [0, 1], [1, 2]), tmp_path / "3.png")
+    image_grid(
+        constant_images([[90] * channels, [190] * channels], [0, 1], [1, 2]), tmp_path / "3.png"
+    )
     assert (tmp_path / "1.png").read_bytes() != (tmp_path / "3.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1.png", "2.png", "3.png"]
 
@@ -209,7 +240,12 @@ def ends(picture: NDArray[np.int16], colour: tuple[int, int, int]) -> tuple[int,
     dots[:40] = dots[-90:] = dots[:, :90] = False  # title and axes, whose letters have grey edges
     rows, columns = np.nonzero(dots)
     first, last = int(columns.min()), int(columns.max())
-    return first, last, float(rows[columns <= first + 5].mean()), float(rows[columns >= last - 5].mean())
+    return (
+        first,
+        last,
+        float(rows[columns <= first + 5].mean()),
+        float(rows[columns >= last - 5].mean()),
+    )
 
 
 def test_every_kind_of_network_has_a_panel(tmp_path: Path) -> None:
@@ -246,11 +282,15 @@ def test_a_curve_lies_at_its_accuracies(tmp_path: Path) -> None:
     assert abs(right - other_right) <= 6
     assert (start - other_start) / (start - end) == pytest.approx(10 / 60, abs=0.03)
     assert (start - other_end) / (start - end) == pytest.approx(30 / 60, abs=0.03)
-    column = np.nonzero(where(picture, BLUE)[:, left + (right - left) // 4])[0]  # the second stage: 4 images of 2 to 10
+    column = np.nonzero(where(picture, BLUE)[:, left + (right - left) // 4])[
+        0
+    ]  # the second stage: 4 images of 2 to 10
     assert (start - column.mean()) / (start - end) == pytest.approx(40 / 60, abs=0.03)
 
 
-@pytest.mark.parametrize(("name", "colour"), [("last_union", ORANGE), ("one_stage", PURPLE), ("against", PURPLE)])
+@pytest.mark.parametrize(
+    ("name", "colour"), [("last_union", ORANGE), ("one_stage", PURPLE), ("against", PURPLE)]
+)
 def test_a_set_that_is_trained_on_alone_is_a_point_at_the_end(
     tmp_path: Path, name: str, colour: tuple[int, int, int]
 ) -> None:
@@ -273,10 +313,18 @@ def test_an_error_bar_is_as_long_as_the_deviation(tmp_path: Path) -> None:
     assert (bar.max() - bar.min()) / (start - middle) == pytest.approx(12 / 60, abs=0.03)
 
 
-def test_the_numbers_of_twenty_stages_do_not_run_into_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_of_twenty_stages_do_not_run_into_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(pictures, "save_figure", lambda figure, _, **options: figures.append(figure))
-    for stages, expected in ((3, [10, 20, 30]), (20, list(range(20, 201, 20))), (25, list(range(10, 251, 30)))):
+    monkeypatch.setattr(
+        pictures, "save_figure", lambda figure, _, **options: figures.append(figure)
+    )
+    for stages, expected in (
+        (3, [10, 20, 30]),
+        (20, list(range(20, 201, 20))),
+        (25, list(range(10, 251, 30))),
+    ):
         content = evaluation(pdd=[1.0] * stages)
         content["protocol"]["images_per_class"] = [10 * s for s in range(1, stages + 1)]
         content["results"][0]["std"] = [0.0] * stages
@@ -295,10 +343,20 @@ def test_equal_evaluations_give_equal_plots(tmp_path: Path) -> None:
 
 def evaluated() -> dict[str, Any]:
     return {
-        "protocol": {"data": "digits", "images_per_class": [1, 2]}, "stages": 2, "steps": [10, 20],
-        "results": [{"name": "pdd", "labels": "hard", "network": "ConvNet", "seeds": [0], "mean": [50.0, 60.0],
-                     "std": [0.0, 0.0]}],
-    }  # fmt: skip
+        "protocol": {"data": "digits", "images_per_class": [1, 2]},
+        "stages": 2,
+        "steps": [10, 20],
+        "results": [
+            {
+                "name": "pdd",
+                "labels": "hard",
+                "network": "ConvNet",
+                "seeds": [0],
+                "mean": [50.0, 60.0],
+                "std": [0.0, 0.0],
+            }
+        ],
+    }
 
 
 PROGRAM = """
@@ -319,12 +377,18 @@ accuracy_plot(json.loads(sys.argv[1]), Path(sys.argv[2]))
     ],
     ids=["notebook", "unknown", "display", "matplotlibrc"],
 )
-def test_a_picture_is_the_same_whatever_the_environment_says(tmp_path: Path, backend: str, rc: str) -> None:
+def test_a_picture_is_the_same_whatever_the_environment_says(
+    tmp_path: Path, backend: str, rc: str
+) -> None:
     (tmp_path / "matplotlibrc").write_text(rc)
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
-    environment |= {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")} | ({"MPLBACKEND": backend} if backend else {})
+    environment |= {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")} | (
+        {"MPLBACKEND": backend} if backend else {}
+    )
     subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(evaluated()), str(tmp_path / "a.png")], env=environment, check=True
+        [sys.executable, "-c", PROGRAM, json.dumps(evaluated()), str(tmp_path / "a.png")],
+        env=environment,
+        check=True,
     )
     accuracy_plot(evaluated(), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -341,7 +405,9 @@ def test_the_callers_settings_are_as_before(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["caf\udce9", "$x^2$", "日本", "\N{SNOWMAN}"])
 def test_class_names_of_all_kinds_are_drawn(tmp_path: Path, name: str) -> None:
-    made = constant_images([[255, 0, 0], [0, 0, 255]], [0, 1], [1, 1], classes=[name, "b"], data=f"imagefolder:{name}")
+    made = constant_images(
+        [[255, 0, 0], [0, 0, 255]], [0, 1], [1, 1], classes=[name, "b"], data=f"imagefolder:{name}"
+    )
     with warnings.catch_warnings(action="error"):
         picture = grid(made, tmp_path)
     assert box(picture, [255, 0, 0])[2] <= box(picture, [0, 0, 255])[0]
@@ -355,7 +421,9 @@ def fail_to_draw(*_: object, **__: object) -> None:
     raise ValueError("broken font\nand more")
 
 
-@pytest.mark.parametrize("where", ["matplotlib.figure.Figure.savefig", "matplotlib.figure.Figure.subplots"])
+@pytest.mark.parametrize(
+    "where", ["matplotlib.figure.Figure.savefig", "matplotlib.figure.Figure.subplots"]
+)
 @pytest.mark.parametrize("fail", [fail_to_write, fail_to_draw])
 def test_a_picture_that_fails_is_a_warning(
     tmp_path: Path, where: str, fail: Any, monkeypatch: pytest.MonkeyPatch
@@ -363,7 +431,8 @@ def test_a_picture_that_fails_is_a_warning(
     monkeypatch.setattr(where, fail)
     path = tmp_path / "accuracy.png"
     with pytest.warns(
-        PddFastWarning, match=r"accuracy\.png could not be drawn: (.*No space left on device|broken font)$"
+        PddFastWarning,
+        match=r"accuracy\.png could not be drawn: (.*No space left on device|broken font)$",
     ):
         assert attempt(path, partial(accuracy_plot, evaluated())) == []
     assert list(tmp_path.iterdir()) == []

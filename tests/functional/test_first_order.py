@@ -1,4 +1,5 @@
-"""A second derivative through what has only a first one is an error, whichever way it is reached."""
+"""A second derivative through what has only a first one is an error, whichever way it is
+reached."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Leaves:
         self.rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
 
     def end(self, engine: str) -> Tensor:
-        return pdd_fast.unroll(network(), self.theta, self.images, self.labels, self.rate, BATCHES, engine=engine)
+        return pdd_fast.unroll(
+            network(), self.theta, self.images, self.labels, self.rate, BATCHES, engine=engine
+        )
 
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -66,16 +69,22 @@ def test_backward_of_a_penalty(engine: str) -> None:
 
 @ENGINE
 def test_a_constant_gradient_does_not_need_one(engine: str) -> None:
-    """create_graph=True where nothing but the first derivative is used, as optimizers with closures ask for it."""
+    """create_graph=True where nothing but the first derivative is used, as optimizers with closures
+    ask for it.
+    """
     leaves = Leaves()
     expected = torch.autograd.grad(leaves.end(engine).square().sum(), leaves.images)[0]
-    (found,) = torch.autograd.grad(leaves.end(engine).square().sum(), leaves.images, create_graph=True)
+    (found,) = torch.autograd.grad(
+        leaves.end(engine).square().sum(), leaves.images, create_graph=True
+    )
     assert torch.equal(found.detach(), expected)
 
 
 @ENGINE
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_gives_the_same_with_and_without_create_graph(engine: str, reentrant: bool) -> None:
+def test_a_checkpoint_gives_the_same_with_and_without_create_graph(
+    engine: str, reentrant: bool
+) -> None:
     leaves = Leaves()
     expected = torch.autograd.grad(leaves.end(engine).square().sum(), leaves.images)[0]
     for create_graph in (False, True) if not reentrant else (False,):
@@ -85,7 +94,9 @@ def test_a_checkpoint_gives_the_same_with_and_without_create_graph(engine: str, 
             end.square().sum().backward()
             found = leaves.images.grad
         else:
-            (found,) = torch.autograd.grad(end.square().sum(), leaves.images, create_graph=create_graph)
+            (found,) = torch.autograd.grad(
+                end.square().sum(), leaves.images, create_graph=create_graph
+            )
         assert found is not None
         assert torch.equal(found.detach(), expected)
 
@@ -109,7 +120,9 @@ def test_transforms_and_forward_mode_are_refused_by_name(engine: str) -> None:
             lambda f: torch.func.jvp(f, (images,), (images,)),
             in_forward_mode,
         ):
-            with pytest.raises(RuntimeError, match=r"must be called outside of torch\.func's transforms"):
+            with pytest.raises(
+                RuntimeError, match=r"must be called outside of torch\.func's transforms"
+            ):
                 use(function)
 
 
@@ -126,13 +139,21 @@ def test_gradient_matching(engine: str, distance: str) -> None:
     real = torch.randn(7, 3, 8, 8, dtype=torch.float64)
     for by in (leaves.images, leaves.labels):
         loss = pdd_fast.gradient_matching(
-            network(), leaves.theta.detach(), real, torch.arange(7) % 4, leaves.images, leaves.labels, distance,
+            network(),
+            leaves.theta.detach(),
+            real,
+            torch.arange(7) % 4,
+            leaves.images,
+            leaves.labels,
+            distance,
             engine=engine,
-        )  # fmt: skip
+        )
         for value in (loss, loss.square()):
             (gradient,) = torch.autograd.grad(value, by, create_graph=True)
             with pytest.raises(RuntimeError, match=f"gradient_matching: {MESSAGE}"):
-                torch.autograd.grad(gradient.square().sum() + leaves.images.square().sum(), leaves.images)
+                torch.autograd.grad(
+                    gradient.square().sum() + leaves.images.square().sum(), leaves.images
+                )
 
 
 def test_a_constant_start_may_be_written_to_before_the_backward_pass() -> None:

@@ -16,14 +16,25 @@ from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.functional.gradient_matching import COSINE_EPS, GradientDistance, class_gradients, matched_gradients
+from pdd_fast.functional.gradient_matching import (
+    COSINE_EPS,
+    GradientDistance,
+    class_gradients,
+    matched_gradients,
+)
 
 # "composed": the fused engine with the passes of a GPU, which are not one kernel.
 ENGINES = pytest.mark.parametrize("engine", ["fused", "composed", "autograd"], indirect=True)
 KEEP = pytest.mark.parametrize("keep", [False, True], ids=["made again", "kept"])
 DISTANCES = pytest.mark.parametrize(
     ("distance", "parameters"),
-    [("squared", "auto"), ("squared", "weights"), ("squared", "all"), ("cosine", "auto"), ("cosine", "convolutions")],
+    [
+        ("squared", "auto"),
+        ("squared", "weights"),
+        ("squared", "all"),
+        ("cosine", "auto"),
+        ("cosine", "convolutions"),
+    ],
 )
 LEAST = {"convolutions": 3, "weights": 2, "all": 0}  # dimensions
 
@@ -37,14 +48,21 @@ def plain_distance(g: Tensor, t: Tensor, distance: str) -> Tensor:
 
 
 def plain(
-    net: nn.Module, theta: Tensor, real_images: Tensor, real_labels: Tensor, images: Tensor, labels: Tensor,
-    distance: str = "squared", parameters: str = "auto",
-) -> Tensor:  # fmt: skip
+    net: nn.Module,
+    theta: Tensor,
+    real_images: Tensor,
+    real_labels: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    distance: str = "squared",
+    parameters: str = "auto",
+) -> Tensor:
     """What a textbook writes, differentiable to any order."""
     named = dict(net.named_parameters())
     parts = theta.split([p.numel() for p in named.values()])
     at = {
-        name: part.view(p.shape).detach().requires_grad_() for (name, p), part in zip(named.items(), parts, strict=True)
+        name: part.view(p.shape).detach().requires_grad_()
+        for (name, p), part in zip(named.items(), parts, strict=True)
     }
 
     def gradients(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -90,23 +108,34 @@ class Problem:
         labels = self.labels
         if labels.is_floating_point():
             labels = leaves["labels"] = labels.detach().clone().requires_grad_()
-        loss = run(self.net, self.theta, self.real_images, self.real_labels, images, labels, **options)
+        loss = run(
+            self.net, self.theta, self.real_images, self.real_labels, images, labels, **options
+        )
         assert loss.shape == ()
         found = torch.autograd.grad(loss, list(leaves.values()))
         return {"loss": loss.detach()} | dict(zip(leaves, found, strict=True))
 
 
 def make(
-    channels: int = 3, size: tuple[int, int] = (8, 8), classes: int = 3, width: int = 6, depth: int = 2,
-    real: int = 7, images: int = 5, soft: bool = False, seed: int = 0,
-) -> Problem:  # fmt: skip
+    channels: int = 3,
+    size: tuple[int, int] = (8, 8),
+    classes: int = 3,
+    width: int = 6,
+    depth: int = 2,
+    real: int = 7,
+    images: int = 5,
+    soft: bool = False,
+    seed: int = 0,
+) -> Problem:
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64)
 
     def labels(n: int) -> Tensor:
-        return randn(n, classes).softmax(1) if soft else torch.randint(classes, (n,), generator=draw)
+        return (
+            randn(n, classes).softmax(1) if soft else torch.randint(classes, (n,), generator=draw)
+        )
 
     net = pdd_fast.ConvNet(channels, classes, size, width, depth).double()
     theta = pdd_fast.flatten_parameters(net)
@@ -134,7 +163,11 @@ def test_equals_plain_autograd_in_float64(
     problem = make(**CASES[case]).to(torch.float64, device)
     expected = problem.gradients(plain, distance=distance, parameters=parameters)
     found = problem.gradients(
-        pdd_fast.gradient_matching, distance=distance, parameters=parameters, engine=engine, keep=keep
+        pdd_fast.gradient_matching,
+        distance=distance,
+        parameters=parameters,
+        engine=engine,
+        keep=keep,
     )
     assert found.keys() == expected.keys()
     for name, truth in expected.items():
@@ -143,10 +176,14 @@ def test_equals_plain_autograd_in_float64(
 
 @ENGINES
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
-def test_images_may_lie_in_memory_as_they_like(distance: str, engine: str, device: torch.device) -> None:
+def test_images_may_lie_in_memory_as_they_like(
+    distance: str, engine: str, device: torch.device
+) -> None:
     problem = make().to(torch.float64, device)
     expected = problem.gradients(plain, distance=distance)
-    for images, real in zip(layouts(problem.images.cpu()), layouts(problem.real_images.cpu()), strict=True):
+    for images, real in zip(
+        layouts(problem.images.cpu()), layouts(problem.real_images.cpu()), strict=True
+    ):
         laid = replace(problem, images=images.to(device), real_images=real.to(device))
         found = laid.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
         for name, truth in expected.items():
@@ -154,21 +191,40 @@ def test_images_may_lie_in_memory_as_they_like(distance: str, engine: str, devic
 
 
 @given(
-    channels=st.integers(1, 4), height=st.integers(4, 11), width=st.integers(4, 11), classes=st.integers(2, 6),
-    filters=st.integers(1, 20), real=st.integers(1, 6), images=st.integers(1, 6), soft=st.booleans(),
-    keep=st.booleans(), distance=st.sampled_from(["squared", "cosine"]),
-    parameters=st.sampled_from(["auto", "weights", "convolutions"]), seed=st.integers(0, 1000),
-)  # fmt: skip
+    channels=st.integers(1, 4),
+    height=st.integers(4, 11),
+    width=st.integers(4, 11),
+    classes=st.integers(2, 6),
+    filters=st.integers(1, 20),
+    real=st.integers(1, 6),
+    images=st.integers(1, 6),
+    soft=st.booleans(),
+    keep=st.booleans(),
+    distance=st.sampled_from(["squared", "cosine"]),
+    parameters=st.sampled_from(["auto", "weights", "convolutions"]),
+    seed=st.integers(0, 1000),
+)
 def test_equals_plain_autograd_whatever_the_sizes(
-    channels: int, height: int, width: int, classes: int, filters: int, real: int, images: int, soft: bool, keep: bool,
-    distance: str, parameters: str, seed: int,
-) -> None:  # fmt: skip
+    channels: int,
+    height: int,
+    width: int,
+    classes: int,
+    filters: int,
+    real: int,
+    images: int,
+    soft: bool,
+    keep: bool,
+    distance: str,
+    parameters: str,
+    seed: int,
+) -> None:
     problem = make(channels, (height, width), classes, filters, 2, real, images, soft, seed)
     options = {"distance": distance, "parameters": parameters}
     expected = problem.gradients(plain, **options)
     found = problem.gradients(pdd_fast.gradient_matching, keep=keep, **options)
     for name, truth in expected.items():
-        # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the relative one.
+        # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the
+        # relative one.
         error = float((found[name] - truth).norm())
         assert error <= 1e-9 * float(truth.norm()) + 1e-12, name
 
@@ -198,8 +254,11 @@ def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
     found = rounded.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
-        # An activation that crosses zero by rounding changes the gradient by its whole share: up to 1e-3.
-        assert relative_error(gradient, truth[name]) <= max(3 * relative_error(by_plain[name], truth[name]), 1e-5), name
+        # An activation that crosses zero by rounding changes the gradient by its whole share: up to
+        #     1e-3.
+        assert relative_error(gradient, truth[name]) <= max(
+            3 * relative_error(by_plain[name], truth[name]), 1e-5
+        ), name
 
 
 @ENGINES
@@ -207,13 +266,14 @@ def test_same_bits_again(engine: str, device: torch.device) -> None:
     problem = make(width=16, real=30, images=30, soft=True).to(torch.float32, device)
     for distance in ("squared", "cosine"):
         first, second = (
-            problem.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine) for _ in range(2)
+            problem.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
+            for _ in range(2)
         )
         for name, value in first.items():
             assert torch.equal(value, second[name]), name
 
 
-# ---- the distances --------------------------------------------------------------------------------------------------
+# ---- the distances ----
 
 
 def random_gradients(net: nn.Module, seed: int, count: int = 2) -> list[Tensor]:
@@ -223,9 +283,11 @@ def random_gradients(net: nn.Module, seed: int, count: int = 2) -> list[Tensor]:
 
 
 @given(
-    distance=st.sampled_from(["squared", "cosine"]), parameters=st.sampled_from(["auto", "convolutions", "weights"]),
-    scale=st.floats(0.5, 2), seed=st.integers(0, 1000),
-)  # fmt: skip
+    distance=st.sampled_from(["squared", "cosine"]),
+    parameters=st.sampled_from(["auto", "convolutions", "weights"]),
+    scale=st.floats(0.5, 2),
+    seed=st.integers(0, 1000),
+)
 def test_what_a_distance_is(distance: str, parameters: str, scale: float, seed: int) -> None:
     net = pdd_fast.ConvNet(1, 3, 4, 2, 1).double()
     measured = GradientDistance(net, distance, parameters)
@@ -246,8 +308,16 @@ def test_what_a_distance_is(distance: str, parameters: str, scale: float, seed: 
         assert relative_error(measured(scale * a, b)[0], there) <= 1e-2
     # The direction is the derivative, by torch.
     followed = a.clone().requires_grad_()
-    parts = zip(*(v.split([p.numel() for p in net.parameters()]) for v in (followed, b)), net.parameters(), strict=True)
-    chosen = [(g.view(p.shape), t.view(p.shape)) for g, t, p in parts if p.dim() >= LEAST[measured.parameters]]
+    parts = zip(
+        *(v.split([p.numel() for p in net.parameters()]) for v in (followed, b)),
+        net.parameters(),
+        strict=True,
+    )
+    chosen = [
+        (g.view(p.shape), t.view(p.shape))
+        for g, t, p in parts
+        if p.dim() >= LEAST[measured.parameters]
+    ]
     torch.stack([plain_distance(g, t, distance) for g, t in chosen]).sum().backward()
     assert followed.grad is not None
     assert relative_error(slope, followed.grad) <= 1e-12
@@ -272,7 +342,9 @@ def test_gradients_of_zero_have_finite_distances_and_slopes(dtype: torch.dtype) 
 
 
 def test_a_network_that_has_learned_all_there_is_has_no_gradient() -> None:
-    """Labels that are the network's own opinions: g = 0 but for rounding, and a slope that is finite."""
+    """Labels that are the network's own opinions: g = 0 but for rounding, and a slope that is
+    finite.
+    """
     problem = make(images=2)
     net = problem.net
     pdd_fast.load_parameters(net, problem.theta)
@@ -281,25 +353,32 @@ def test_a_network_that_has_learned_all_there_is_has_no_gradient() -> None:
         found = problem.gradients(pdd_fast.gradient_matching, distance=distance)
         assert all(value.isfinite().all() for value in found.values())
     same = replace(problem, real_images=problem.images, real_labels=problem.labels)
-    assert all(float(value.abs().max()) <= 1e-20 for value in same.gradients(pdd_fast.gradient_matching).values())
+    assert all(
+        float(value.abs().max()) <= 1e-20
+        for value in same.gradients(pdd_fast.gradient_matching).values()
+    )
 
 
 def test_what_counts() -> None:
     """Numbers of parameters that the direction is not zero at."""
     net = pdd_fast.ConvNet(1, 3, 4, 2, 1)
     a, b = random_gradients(net, 0)
-    sizes = [p.numel() for p in net.parameters()]  # convolution and bias, norm's weight and bias, linear and bias
+    sizes = [
+        p.numel() for p in net.parameters()
+    ]  # convolution and bias, norm's weight and bias, linear and bias
     assert sizes == [18, 2, 2, 2, 24, 3]
     for distance, parameters, expected in (
-        ("squared", "auto", [18, 0, 0, 0, 0, 0]), ("squared", "weights", [18, 0, 0, 0, 24, 0]),
-        ("squared", "all", sizes), ("cosine", "auto", [18, 0, 0, 0, 24, 0]),
+        ("squared", "auto", [18, 0, 0, 0, 0, 0]),
+        ("squared", "weights", [18, 0, 0, 0, 24, 0]),
+        ("squared", "all", sizes),
+        ("cosine", "auto", [18, 0, 0, 0, 24, 0]),
         ("cosine", "convolutions", [18, 0, 0, 0, 0, 0]),
-    ):  # fmt: skip
+    ):
         _, slope = GradientDistance(net, distance, parameters)(a, b)
         assert [int(part.count_nonzero()) for part in slope.split(sizes)] == expected
 
 
-# ---- several classes ------------------------------------------------------------------------------------------------
+# ---- several classes ----
 
 
 def stacked(count: int, **changes: Any) -> list[Problem]:
@@ -318,16 +397,26 @@ def test_several_classes_are_the_sum_of_each(
     problems = [each.to(torch.float64, device) for each in stacked(3, soft=soft)]
     if form == "ragged":
         problems[1] = replace(
-            problems[1], real_images=problems[1].real_images[:4], real_labels=problems[1].real_labels[:4],
-            images=problems[1].images[:2], labels=problems[1].labels[:2],
-        )  # fmt: skip
+            problems[1],
+            real_images=problems[1].real_images[:4],
+            real_labels=problems[1].real_labels[:4],
+            images=problems[1].images[:2],
+            labels=problems[1].labels[:2],
+        )
     each = [p.gradients(plain, distance="squared") for p in problems]
     net, theta = problems[0].net, problems[0].theta
     images = [p.images.clone().requires_grad_() for p in problems]
     labels = [p.labels.clone().requires_grad_() if soft else p.labels for p in problems]
     together = torch.stack if form == "stacked" else list
-    arguments = [[p.real_images for p in problems], [p.real_labels for p in problems], images, labels]
-    loss = pdd_fast.gradient_matching(net, theta, *map(together, arguments), engine=engine, keep=keep)  # type: ignore[operator,arg-type]
+    arguments = [
+        [p.real_images for p in problems],
+        [p.real_labels for p in problems],
+        images,
+        labels,
+    ]
+    loss = pdd_fast.gradient_matching(
+        net, theta, *map(together, arguments), engine=engine, keep=keep
+    )  # type: ignore[operator,arg-type]
     loss.backward()
     assert relative_error(loss, sum(one["loss"] for one in each)) <= 1e-9  # type: ignore[arg-type]
     for k, one in enumerate(each):
@@ -345,10 +434,17 @@ def test_gradients_of_classes_in_groups_of_any_size(
 ) -> None:
     problems = [each.to(torch.float64, device) for each in stacked(5)]
     chosen = engines.choose(problems[0].net, engine)
-    monkeypatch.setattr("pdd_fast.runtime.device_memory.largest_group", lambda size, where, most: min(together, most))
-    images, labels = (torch.stack([getattr(p, n) for p in problems]) for n in ("real_images", "real_labels"))
+    monkeypatch.setattr(
+        "pdd_fast.runtime.device_memory.largest_group",
+        lambda size, where, most: min(together, most),
+    )
+    images, labels = (
+        torch.stack([getattr(p, n) for p in problems]) for n in ("real_images", "real_labels")
+    )
     theta = problems[0].theta
-    expected = torch.stack([chosen.gradient(theta, x, y)[1] for x, y in zip(images, labels, strict=True)])
+    expected = torch.stack(
+        [chosen.gradient(theta, x, y)[1] for x, y in zip(images, labels, strict=True)]
+    )
     for form in (lambda batches: batches, list):
         found = class_gradients(chosen, theta, form(images), form(labels))  # type: ignore[no-untyped-call]
         assert found.shape == (5, len(theta))
@@ -357,14 +453,16 @@ def test_gradients_of_classes_in_groups_of_any_size(
             assert torch.equal(found, expected)
 
 
-# ---- what is asked for, and what is not -----------------------------------------------------------------------------
+# ---- what is asked for, and what is not ----
 
 
 @ENGINES
 def test_without_autograd_the_same(engine: str, device: torch.device) -> None:
     problem = make(soft=True).to(torch.float64, device)
     for distance in ("squared", "cosine"):
-        by_autograd = problem.gradients(pdd_fast.gradient_matching, distance=distance, engine=engine)
+        by_autograd = problem.gradients(
+            pdd_fast.gradient_matching, distance=distance, engine=engine
+        )
         chosen = engines.choose(problem.net, engine)
         target = chosen.gradient(problem.theta, problem.real_images, problem.real_labels)[1]
         measured = GradientDistance(problem.net, distance)
@@ -374,13 +472,21 @@ def test_without_autograd_the_same(engine: str, device: torch.device) -> None:
             assert torch.equal(getattr(found, name), value), name
         assert not found.loss.requires_grad
         only_labels = matched_gradients(
-            chosen, problem.theta, target, images, problem.labels, measured, rows=torch.empty(0, dtype=torch.int64)
+            chosen,
+            problem.theta,
+            target,
+            images,
+            problem.labels,
+            measured,
+            rows=torch.empty(0, dtype=torch.int64),
         )
         assert only_labels.images is None
         assert only_labels.labels is not None
         assert relative_error(only_labels.labels, by_autograd["labels"]) <= 1e-12
         rows = torch.tensor([2, 0])
-        some = matched_gradients(chosen, problem.theta, target, images, problem.labels, measured, rows=rows)
+        some = matched_gradients(
+            chosen, problem.theta, target, images, problem.labels, measured, rows=rows
+        )
         assert some.images is not None
         assert relative_error(some.images, by_autograd["images"][rows]) <= 1e-12
 
@@ -404,7 +510,9 @@ def test_only_what_is_asked_for_is_computed(monkeypatch: pytest.MonkeyPatch) -> 
     result = pdd_fast.gradient_matching(*problem.arguments)
     assert not result.requires_grad
     with torch.no_grad():
-        other = pdd_fast.gradient_matching(*replace(problem, images=problem.images.requires_grad_()).arguments)
+        other = pdd_fast.gradient_matching(
+            *replace(problem, images=problem.images.requires_grad_()).arguments
+        )
     assert torch.equal(result, other)
     assert torch.equal(result, everything["loss"])
     assert not asked
@@ -414,9 +522,13 @@ def test_one_of_several_batches_may_be_held() -> None:
     problems = stacked(2)
     images = [problems[0].images, problems[1].images.clone().requires_grad_()]
     loss = pdd_fast.gradient_matching(
-        problems[0].net, problems[0].theta, [p.real_images for p in problems], [p.real_labels for p in problems],
-        images, [p.labels for p in problems],
-    )  # fmt: skip
+        problems[0].net,
+        problems[0].theta,
+        [p.real_images for p in problems],
+        [p.real_labels for p in problems],
+        images,
+        [p.labels for p in problems],
+    )
     loss.backward()
     assert images[1].grad is not None
     assert relative_error(images[1].grad, problems[1].gradients(plain)["images"]) <= 1e-9
@@ -440,14 +552,20 @@ def test_the_gradient_scales_with_what_comes_after() -> None:
     loss = pdd_fast.gradient_matching(*replace(problem, images=images).arguments)
     (3 * loss.square()).backward()
     assert images.grad is not None
-    assert relative_error(images.grad, 6 * loss.detach() * problem.gradients(plain)["images"]) <= 1e-9
+    assert (
+        relative_error(images.grad, 6 * loss.detach() * problem.gradients(plain)["images"]) <= 1e-9
+    )
 
 
 @KEEP
 def test_any_module_with_batch_norm(keep: bool) -> None:
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(4 * 36, 3)
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 3),
+    ).double()
     problem = replace(make(soft=True), net=net, theta=pdd_fast.flatten_parameters(net))
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
     for distance in ("squared", "cosine"):
@@ -473,51 +591,117 @@ def test_arguments_and_the_network_are_left_alone() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "theta of another length": ({"theta": torch.zeros(5).double()}, ValueError, r"theta must have shape \(\d+,\)"),
-    "half theta": ({"theta": torch.zeros(5).half()}, TypeError, "theta must be float32 or float64, got torch.float16"),
-    "images of another type": ({"images": torch.zeros(5, 3, 8, 8)}, TypeError, "images must be torch.float64, got"),
+    "theta of another length": (
+        {"theta": torch.zeros(5).double()},
+        ValueError,
+        r"theta must have shape \(\d+,\)",
+    ),
+    "half theta": (
+        {"theta": torch.zeros(5).half()},
+        TypeError,
+        "theta must be float32 or float64, got torch.float16",
+    ),
+    "images of another type": (
+        {"images": torch.zeros(5, 3, 8, 8)},
+        TypeError,
+        "images must be torch.float64, got",
+    ),
     "real images of another type": (
-        {"real_images": torch.zeros(7, 3, 8, 8)}, TypeError, "real_images must be torch.float64, got torch.float32",
+        {"real_images": torch.zeros(7, 3, 8, 8)},
+        TypeError,
+        "real_images must be torch.float64, got torch.float32",
     ),
     "real images of another size": (
-        {"real_images": torch.zeros(7, 3, 9, 8).double()}, ValueError, r"real_images must have shape \[n, 3, 8, 8\]",
+        {"real_images": torch.zeros(7, 3, 9, 8).double()},
+        ValueError,
+        r"real_images must have shape \[n, 3, 8, 8\]",
     ),
-    "images without channels": ({"images": torch.zeros(5, 8, 8).double()}, ValueError, "images must have shape"),
-    "no images": ({"images": torch.zeros(0, 3, 8, 8).double()}, ValueError, "images must have shape"),
-    "too few labels": ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, r"labels must have shape \(5,\)"),
+    "images without channels": (
+        {"images": torch.zeros(5, 8, 8).double()},
+        ValueError,
+        "images must have shape",
+    ),
+    "no images": (
+        {"images": torch.zeros(0, 3, 8, 8).double()},
+        ValueError,
+        "images must have shape",
+    ),
+    "too few labels": (
+        {"labels": torch.zeros(4, dtype=torch.int64)},
+        ValueError,
+        r"labels must have shape \(5,\)",
+    ),
     "a real label too large": (
-        {"real_labels": torch.full((7,), 3)}, ValueError, r"real_labels must lie in \[0, 3\), got 3..3",
+        {"real_labels": torch.full((7,), 3)},
+        ValueError,
+        r"real_labels must lie in \[0, 3\), got 3..3",
     ),
     "soft labels of other classes": (
-        {"labels": torch.zeros(5, 4).double()}, ValueError, r"labels must have shape \(5, 3\), got \(5, 4\)",
+        {"labels": torch.zeros(5, 4).double()},
+        ValueError,
+        r"labels must have shape \(5, 3\), got \(5, 4\)",
     ),
-    "bool labels": ({"labels": torch.zeros(5, dtype=torch.bool)}, TypeError, "labels must be .*int64"),
-    "an unknown distance": ({"distance": "l1"}, ValueError, "distance must be squared or cosine, got 'l1'"),
+    "bool labels": (
+        {"labels": torch.zeros(5, dtype=torch.bool)},
+        TypeError,
+        "labels must be .*int64",
+    ),
+    "an unknown distance": (
+        {"distance": "l1"},
+        ValueError,
+        "distance must be squared or cosine, got 'l1'",
+    ),
     "unknown parameters": (
-        {"parameters": "bias"}, ValueError, "parameters must be one of auto, convolutions, weights, all where .*'bias'",
+        {"parameters": "bias"},
+        ValueError,
+        "parameters must be one of auto, convolutions, weights, all where .*'bias'",
     ),
     "cosine of biases": (
-        {"distance": "cosine", "parameters": "all"}, ValueError,
-        "parameters must be one of auto, convolutions, weights where distance is 'cosine', got 'all'",
+        {"distance": "cosine", "parameters": "all"},
+        ValueError,
+        "parameters must be one of auto, convolutions, weights where distance is 'cosine', got "
+        "'all'",
     ),
-    "images as numbers": ({"images": 3}, TypeError, "images must be a tensor or a sequence of tensors, got int"),
+    "images as numbers": (
+        {"images": 3},
+        TypeError,
+        "images must be a tensor or a sequence of tensors, got int",
+    ),
     "labels as a list": (
-        {"labels": [torch.zeros(5, dtype=torch.int64)]}, TypeError, "labels must be a tensor, as images is",
+        {"labels": [torch.zeros(5, dtype=torch.int64)]},
+        TypeError,
+        "labels must be a tensor, as images is",
     ),
-    "no batches": ({"images": [], "labels": []}, ValueError, "images must hold a batch at least, got none"),
+    "no batches": (
+        {"images": [], "labels": []},
+        ValueError,
+        "images must hold a batch at least, got none",
+    ),
     "one batch against two": (
-        {"images": torch.zeros(2, 5, 3, 8, 8).double(), "labels": torch.zeros(2, 5, dtype=torch.int64)}, ValueError,
+        {
+            "images": torch.zeros(2, 5, 3, 8, 8).double(),
+            "labels": torch.zeros(2, 5, dtype=torch.int64),
+        },
+        ValueError,
         "images must hold 1 batches, as real_images does, got 2",
     ),
     "labels of another number of batches": (
-        {"images": torch.zeros(2, 5, 3, 8, 8).double(), "labels": torch.zeros(3, 5, dtype=torch.int64)}, ValueError,
+        {
+            "images": torch.zeros(2, 5, 3, 8, 8).double(),
+            "labels": torch.zeros(3, 5, dtype=torch.int64),
+        },
+        ValueError,
         r"labels must hold 2 batches, as images does, got shape \(3, 5\)",
     ),
     "a wrong batch of several": (
-        {"images": [torch.zeros(5, 3, 8, 8).double(), torch.zeros(5, 3, 8, 7).double()],
-         "labels": [torch.zeros(5, dtype=torch.int64)] * 2}, ValueError, r"images\[1\] must have shape \[n, 3, 8, 8\]",
+        {
+            "images": [torch.zeros(5, 3, 8, 8).double(), torch.zeros(5, 3, 8, 7).double()],
+            "labels": [torch.zeros(5, dtype=torch.int64)] * 2,
+        },
+        ValueError,
+        r"images\[1\] must have shape \[n, 3, 8, 8\]",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -533,9 +717,17 @@ def test_what_has_no_such_parameters_and_parameters_that_are_followed() -> None:
     problem = make()
     linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 3)).double()
     theta = pdd_fast.flatten_parameters(linear)
-    with pytest.raises(ValueError, match=r"parameters must be such that the network has some \(of 3 .* got 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"parameters must be such that the network has some \(of 3 .* got 'auto'"
+    ):
         pdd_fast.gradient_matching(*replace(problem, net=linear, theta=theta).arguments)
-    found = replace(problem, net=linear, theta=theta).gradients(pdd_fast.gradient_matching, parameters="weights")
+    found = replace(problem, net=linear, theta=theta).gradients(
+        pdd_fast.gradient_matching, parameters="weights"
+    )
     assert float(found["loss"]) > 0
-    with pytest.raises(ValueError, match="theta must be a constant, got one that requires a gradient; detach it"):
-        pdd_fast.gradient_matching(*replace(problem, theta=problem.theta.clone().requires_grad_()).arguments)
+    with pytest.raises(
+        ValueError, match="theta must be a constant, got one that requires a gradient; detach it"
+    ):
+        pdd_fast.gradient_matching(
+            *replace(problem, theta=problem.theta.clone().requires_grad_()).arguments
+        )

@@ -1,4 +1,6 @@
-"""The unroll's value and gradient against plain autograd through all steps, over everything that a caller can vary."""
+"""The unroll's value and gradient against plain autograd through all steps, over everything that a
+caller can vary.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ MEMORY = pytest.mark.parametrize("memory", ["recompute", "cache"])
 
 @dataclass
 class Problem:
-    """Arguments of one unroll, and the vector that its result is multiplied by to have a scalar to differentiate."""
+    """Arguments of one unroll, and the vector that its result is multiplied by to have a scalar to
+    differentiate.
+    """
 
     net: nn.Module
     theta: Tensor
@@ -49,27 +53,47 @@ class Problem:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
-        moved = {name: move(getattr(self, name)) for name in ("theta", "images", "labels", "rates", "direction")}
+        moved = {
+            name: move(getattr(self, name))
+            for name in ("theta", "images", "labels", "rates", "direction")
+        }
         return replace(self, net=copy.deepcopy(self.net).to(device, dtype), **moved)
 
     def gradients(self, run: Callable[..., Tensor], **options: Any) -> dict[str, Tensor]:
         """θ_N and the gradient of θ_N · direction in everything that has one."""
-        names = ["theta", "images", "rates"] + (["labels"] if self.labels.is_floating_point() else [])
+        names = ["theta", "images", "rates"] + (
+            ["labels"] if self.labels.is_floating_point() else []
+        )
         leaves = {name: getattr(self, name).detach().clone().requires_grad_() for name in names}
         labels = leaves.get("labels", self.labels)
         result = run(
-            self.net, leaves["theta"], leaves["images"], labels, leaves["rates"], self.batches, self.augmentations,
+            self.net,
+            leaves["theta"],
+            leaves["images"],
+            labels,
+            leaves["rates"],
+            self.batches,
+            self.augmentations,
             **options,
-        )  # fmt: skip
+        )
         grads = torch.autograd.grad(result @ self.direction, list(leaves.values()))
         return {"theta_N": result.detach()} | dict(zip(names, grads, strict=True))
 
 
 def make(
-    steps: int = 3, channels: int = 3, size: int | tuple[int, int] = 8, classes: int = 3, width: int = 6,
-    depth: int = 2, images: int = 7, batch: int = 5, soft: bool = False, per_step: bool = False,
-    dsa: pdd_fast.DSA | None = None, seed: int = 0,
-) -> Problem:  # fmt: skip
+    steps: int = 3,
+    channels: int = 3,
+    size: int | tuple[int, int] = 8,
+    classes: int = 3,
+    width: int = 6,
+    depth: int = 2,
+    images: int = 7,
+    batch: int = 5,
+    soft: bool = False,
+    per_step: bool = False,
+    dsa: pdd_fast.DSA | None = None,
+    seed: int = 0,
+) -> Problem:
     draw = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -79,15 +103,25 @@ def make(
     net = pdd_fast.ConvNet(channels, classes, (H, W), width, depth).double()
     theta = pdd_fast.flatten_parameters(net)
     theta = theta + 0.1 * randn(len(theta))  # norm weights and biases away from 1 and 0
-    labels = randn(images, classes).softmax(1) if soft else torch.randint(classes, (images,), generator=draw)
+    labels = (
+        randn(images, classes).softmax(1)
+        if soft
+        else torch.randint(classes, (images,), generator=draw)
+    )
     rates = 0.02 + 0.02 * torch.rand(steps, generator=draw, dtype=torch.float64)
     # With replacement, so that an image occurs twice in one batch and in several.
     batches = [torch.randint(images, (batch,), generator=draw) for _ in range(steps)]
     augmentations = None if dsa is None else [dsa.sample(batch, (H, W), draw) for _ in range(steps)]
     return Problem(
-        net, theta, randn(images, channels, H, W), labels, rates if per_step else rates[0], batches, augmentations,
+        net,
+        theta,
+        randn(images, channels, H, W),
+        labels,
+        rates if per_step else rates[0],
+        batches,
+        augmentations,
         randn(len(theta)),
-    )  # fmt: skip
+    )
 
 
 SINGLE, MULTIPLE = pdd_fast.DSA(), pdd_fast.DSA(mode="multiple")
@@ -97,7 +131,11 @@ CASES = {
     "soft labels": {"soft": True},
     "a rate per step": {"per_step": True, "steps": 4},
     "dsa, single": {"dsa": SINGLE, "steps": 8},
-    "dsa, multiple, soft labels, a rate per step": {"dsa": MULTIPLE, "soft": True, "per_step": True},
+    "dsa, multiple, soft labels, a rate per step": {
+        "dsa": MULTIPLE,
+        "soft": True,
+        "per_step": True,
+    },
     "grey": {"channels": 1},
     "one image": {"images": 1, "batch": 1},
     "one block": {"depth": 1, "size": 5},
@@ -112,7 +150,9 @@ CASES = {
 @ENGINES
 @MEMORY
 @pytest.mark.parametrize("case", CASES)
-def test_equals_plain_autograd_in_float64(case: str, engine: str, memory: str, device: torch.device) -> None:
+def test_equals_plain_autograd_in_float64(
+    case: str, engine: str, memory: str, device: torch.device
+) -> None:
     problem = make(**CASES[case]).to(torch.float64, device)
     expected = problem.gradients(plain.unroll)
     found = problem.gradients(pdd_fast.unroll, engine=engine, memory=memory)
@@ -121,20 +161,54 @@ def test_equals_plain_autograd_in_float64(case: str, engine: str, memory: str, d
 
 
 @given(
-    steps=st.integers(1, 4), channels=st.integers(1, 4), height=st.integers(4, 11), width=st.integers(4, 11),
-    classes=st.integers(2, 6), filters=st.integers(1, 20), images=st.integers(1, 6), batch=st.integers(1, 6),
-    soft=st.booleans(), per_step=st.booleans(), memory=st.sampled_from(["recompute", "cache"]),
-    dsa=st.sampled_from([None, SINGLE, MULTIPLE]), seed=st.integers(0, 1000),
-)  # fmt: skip
+    steps=st.integers(1, 4),
+    channels=st.integers(1, 4),
+    height=st.integers(4, 11),
+    width=st.integers(4, 11),
+    classes=st.integers(2, 6),
+    filters=st.integers(1, 20),
+    images=st.integers(1, 6),
+    batch=st.integers(1, 6),
+    soft=st.booleans(),
+    per_step=st.booleans(),
+    memory=st.sampled_from(["recompute", "cache"]),
+    dsa=st.sampled_from([None, SINGLE, MULTIPLE]),
+    seed=st.integers(0, 1000),
+)
 def test_equals_plain_autograd_whatever_the_sizes(
-    steps: int, channels: int, height: int, width: int, classes: int, filters: int, images: int, batch: int,
-    soft: bool, per_step: bool, memory: str, dsa: pdd_fast.DSA | None, seed: int,
-) -> None:  # fmt: skip
-    problem = make(steps, channels, (height, width), classes, filters, 2, images, batch, soft, per_step, dsa, seed)
+    steps: int,
+    channels: int,
+    height: int,
+    width: int,
+    classes: int,
+    filters: int,
+    images: int,
+    batch: int,
+    soft: bool,
+    per_step: bool,
+    memory: str,
+    dsa: pdd_fast.DSA | None,
+    seed: int,
+) -> None:
+    problem = make(
+        steps,
+        channels,
+        (height, width),
+        classes,
+        filters,
+        2,
+        images,
+        batch,
+        soft,
+        per_step,
+        dsa,
+        seed,
+    )
     expected = problem.gradients(plain.unroll)
     found = problem.gradients(pdd_fast.unroll, engine="fused", memory=memory)
     for name, truth in expected.items():
-        # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the relative one.
+        # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the
+        # relative one.
         error = float((found[name] - truth).norm())
         assert error <= 1e-9 * float(truth.norm()) + 1e-12, name
 
@@ -144,7 +218,9 @@ def test_equals_plain_autograd_whatever_the_sizes(
 def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
     case: str, engine: str, device: torch.device
 ) -> None:
-    """Medians over seven problems: one error of a single number, like the rate's gradient, is small by chance."""
+    """Medians over seven problems: one error of a single number, like the rate's gradient, is small
+    by chance.
+    """
     found, plain_found = defaultdict[str, list[float]](list), defaultdict[str, list[float]](list)
     for seed in range(7):
         exact = make(**CASES[case], seed=seed)
@@ -155,8 +231,11 @@ def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
         for name, gradient in rounded.gradients(pdd_fast.unroll, engine=engine).items():
             found[name].append(relative_error(gradient, truth[name]))
     for name, errors in found.items():
-        assert statistics.median(errors) <= max(3 * statistics.median(plain_found[name]), 1e-6), name
-        # An activation that crosses zero by rounding changes the gradient by its whole share: up to 1e-3.
+        assert statistics.median(errors) <= max(3 * statistics.median(plain_found[name]), 1e-6), (
+            name
+        )
+        # An activation that crosses zero by rounding changes the gradient by its whole share: up to
+        #     1e-3.
         assert max(errors) <= 1e-3, name
 
 
@@ -187,7 +266,9 @@ def test_all_frozen_and_none_frozen() -> None:
 @MEMORY
 def test_same_bits_again(engine: str, memory: str, device: torch.device) -> None:
     problem = make(steps=3, dsa=SINGLE, batch=30, width=16).to(torch.float32, device)
-    first, second = (problem.gradients(pdd_fast.unroll, engine=engine, memory=memory) for _ in range(2))
+    first, second = (
+        problem.gradients(pdd_fast.unroll, engine=engine, memory=memory) for _ in range(2)
+    )
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
@@ -199,15 +280,21 @@ def test_only_what_is_asked_for_is_computed(engine: str, memory: str) -> None:
     everything = problem.gradients(pdd_fast.unroll, engine=engine, memory=memory)
     for name in ("theta", "images", "rates", "labels"):
         leaf = getattr(problem, name).clone().requires_grad_()
-        arguments = {n: getattr(problem, n) for n in ("theta", "images", "labels", "rates")} | {name: leaf}
-        result = pdd_fast.unroll(problem.net, *arguments.values(), problem.batches, engine=engine, memory=memory)
+        arguments = {n: getattr(problem, n) for n in ("theta", "images", "labels", "rates")} | {
+            name: leaf
+        }
+        result = pdd_fast.unroll(
+            problem.net, *arguments.values(), problem.batches, engine=engine, memory=memory
+        )
         (result @ problem.direction).backward()
         assert relative_error(leaf.grad, everything[name]) <= 1e-12, name
 
 
 def test_without_gradients_nothing_is_kept() -> None:
     problem = make()
-    result = pdd_fast.unroll(problem.net, problem.theta, problem.images, problem.labels, 0.02, problem.batches)
+    result = pdd_fast.unroll(
+        problem.net, problem.theta, problem.images, problem.labels, 0.02, problem.batches
+    )
     assert not result.requires_grad
     assert result.grad_fn is None
 
@@ -215,9 +302,16 @@ def test_without_gradients_nothing_is_kept() -> None:
 def test_a_number_is_a_rate_and_no_steps_change_nothing() -> None:
     problem = make()
     as_tensor = pdd_fast.unroll(
-        problem.net, problem.theta, problem.images, problem.labels, torch.tensor(0.03), problem.batches
+        problem.net,
+        problem.theta,
+        problem.images,
+        problem.labels,
+        torch.tensor(0.03),
+        problem.batches,
     )
-    as_number = pdd_fast.unroll(problem.net, problem.theta, problem.images, problem.labels, 0.03, problem.batches)
+    as_number = pdd_fast.unroll(
+        problem.net, problem.theta, problem.images, problem.labels, 0.03, problem.batches
+    )
     assert relative_error(as_number, as_tensor) <= 1e-7  # 0.03 as float32 differs from 0.03 by 1e-8
     nothing = pdd_fast.unroll(problem.net, problem.theta, problem.images, problem.labels, 0.03, [])
     assert torch.equal(nothing, problem.theta)
@@ -239,8 +333,13 @@ def test_arguments_and_the_network_are_left_alone() -> None:
 def test_any_module_with_batch_norm_and_dropout(memory: str) -> None:
     """Batch statistics, draws that have to be taken again, and an integer buffer."""
     net = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Dropout(0.4), nn.Flatten(), nn.Linear(4 * 36, 3)
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Softplus(),
+        nn.Dropout(0.4),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 3),
+    ).double()
     problem = replace(make(steps=3), net=net, theta=pdd_fast.flatten_parameters(net))
     problem.direction = torch.randn_like(problem.theta)
     buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
@@ -266,8 +365,14 @@ def test_a_parameter_that_the_loss_ignores_keeps_its_adjoint() -> None:
 
     net = Ignoring().double()
     theta = pdd_fast.flatten_parameters(net).requires_grad_()
-    result = pdd_fast.unroll(net, theta, torch.randn(4, 3, 2, 2).double(), torch.tensor([0, 1, 2, 0]), 0.1,
-                             [torch.arange(4)] * 2)  # fmt: skip
+    result = pdd_fast.unroll(
+        net,
+        theta,
+        torch.randn(4, 3, 2, 2).double(),
+        torch.tensor([0, 1, 2, 0]),
+        0.1,
+        [torch.arange(4)] * 2,
+    )
     result.sum().backward()
     assert theta.grad is not None
     assert torch.equal(theta.grad[-6:], torch.ones(6).double())
@@ -276,7 +381,9 @@ def test_a_parameter_that_the_loss_ignores_keeps_its_adjoint() -> None:
 def test_a_learning_rate_is_moved_to_the_precision_of_theta() -> None:
     problem = make(steps=2)
     rate = torch.tensor(0.02, requires_grad=True)  # float32 beside float64 parameters
-    result = pdd_fast.unroll(problem.net, problem.theta, problem.images, problem.labels, rate, problem.batches)
+    result = pdd_fast.unroll(
+        problem.net, problem.theta, problem.images, problem.labels, rate, problem.batches
+    )
     (result @ problem.direction).backward()
     assert rate.grad is not None
     assert rate.grad.dtype == torch.float32
@@ -284,35 +391,102 @@ def test_a_learning_rate_is_moved_to_the_precision_of_theta() -> None:
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "theta of another length": ({"theta": torch.zeros(5).double()}, ValueError, r"theta must have shape \(\d+,\)"),
-    "half theta": ({"theta": "half"}, TypeError, "theta must be float32 or float64, got torch.float16"),
-    "images of another type": ({"images": torch.zeros(7, 3, 8, 8)}, TypeError, "images must be torch.float64"),
-    "images without channels": ({"images": torch.zeros(7, 8, 8).double()}, ValueError, "images must have shape"),
+    "theta of another length": (
+        {"theta": torch.zeros(5).double()},
+        ValueError,
+        r"theta must have shape \(\d+,\)",
+    ),
+    "half theta": (
+        {"theta": "half"},
+        TypeError,
+        "theta must be float32 or float64, got torch.float16",
+    ),
+    "images of another type": (
+        {"images": torch.zeros(7, 3, 8, 8)},
+        TypeError,
+        "images must be torch.float64",
+    ),
+    "images without channels": (
+        {"images": torch.zeros(7, 8, 8).double()},
+        ValueError,
+        "images must have shape",
+    ),
     "images of another size": (
-        {"images": torch.zeros(7, 3, 9, 8).double()}, ValueError, r"images must have shape \[n, 3, 8, 8\], got",
+        {"images": torch.zeros(7, 3, 9, 8).double()},
+        ValueError,
+        r"images must have shape \[n, 3, 8, 8\], got",
     ),
-    "no images": ({"images": torch.zeros(0, 3, 8, 8).double()}, ValueError, "images must have shape"),
-    "too few labels": ({"labels": torch.zeros(6, dtype=torch.int64)}, ValueError, r"labels must have shape \(7,\)"),
-    "a label too large": ({"labels": torch.full((7,), 3)}, ValueError, r"labels must lie in \[0, 3\), got 3..3"),
-    "a negative label": ({"labels": torch.full((7,), -1)}, ValueError, r"labels must lie in \[0, 3\), got -1..-1"),
+    "no images": (
+        {"images": torch.zeros(0, 3, 8, 8).double()},
+        ValueError,
+        "images must have shape",
+    ),
+    "too few labels": (
+        {"labels": torch.zeros(6, dtype=torch.int64)},
+        ValueError,
+        r"labels must have shape \(7,\)",
+    ),
+    "a label too large": (
+        {"labels": torch.full((7,), 3)},
+        ValueError,
+        r"labels must lie in \[0, 3\), got 3..3",
+    ),
+    "a negative label": (
+        {"labels": torch.full((7,), -1)},
+        ValueError,
+        r"labels must lie in \[0, 3\), got -1..-1",
+    ),
     "soft labels of other classes": (
-        {"labels": torch.zeros(7, 4).double()}, ValueError, r"labels must have shape \(7, 3\), got \(7, 4\)",
+        {"labels": torch.zeros(7, 4).double()},
+        ValueError,
+        r"labels must have shape \(7, 3\), got \(7, 4\)",
     ),
-    "bool labels": ({"labels": torch.zeros(7, dtype=torch.bool)}, TypeError, "labels must be .*int64"),
-    "rates of another number": ({"rates": torch.zeros(2).double()}, ValueError, r"learning_rate must .*\(3,\)"),
-    "an index too large": ({"batches": [torch.tensor([7])] * 3}, ValueError, r"batches\[0\] must .*\[0, 7\), got 7..7"),
-    "a negative index": ({"batches": [torch.tensor([-1])] * 3}, ValueError, r"batches\[0\] must hold indices"),
-    "an empty batch": ({"batches": [torch.tensor([], dtype=torch.int64)] * 3}, ValueError, r"batches\[0\] must"),
-    "a float batch": ({"batches": [torch.tensor([1.0])] * 3}, TypeError, r"batches\[0\] must be int64"),
-    "too few draws": ({"augmentations": [SINGLE.sample(5, 8)]}, ValueError, "augmentations must hold 3 draws, got 1"),
+    "bool labels": (
+        {"labels": torch.zeros(7, dtype=torch.bool)},
+        TypeError,
+        "labels must be .*int64",
+    ),
+    "rates of another number": (
+        {"rates": torch.zeros(2).double()},
+        ValueError,
+        r"learning_rate must .*\(3,\)",
+    ),
+    "an index too large": (
+        {"batches": [torch.tensor([7])] * 3},
+        ValueError,
+        r"batches\[0\] must .*\[0, 7\), got 7..7",
+    ),
+    "a negative index": (
+        {"batches": [torch.tensor([-1])] * 3},
+        ValueError,
+        r"batches\[0\] must hold indices",
+    ),
+    "an empty batch": (
+        {"batches": [torch.tensor([], dtype=torch.int64)] * 3},
+        ValueError,
+        r"batches\[0\] must",
+    ),
+    "a float batch": (
+        {"batches": [torch.tensor([1.0])] * 3},
+        TypeError,
+        r"batches\[0\] must be int64",
+    ),
+    "too few draws": (
+        {"augmentations": [SINGLE.sample(5, 8)]},
+        ValueError,
+        "augmentations must hold 3 draws, got 1",
+    ),
     "a draw for another batch": (
-        {"augmentations": [SINGLE.sample(4, 8)] * 3}, ValueError, r"augmentations\[0\] must be drawn for 5 images",
+        {"augmentations": [SINGLE.sample(4, 8)] * 3},
+        ValueError,
+        r"augmentations\[0\] must be drawn for 5 images",
     ),
     "a draw for another size": (
-        {"augmentations": [MULTIPLE.sample(5, 9)] * 3}, ValueError,
+        {"augmentations": [MULTIPLE.sample(5, 9)] * 3},
+        ValueError,
         r"augmentations\[0\] must be drawn for images of 8x8 pixels, got \(9, 9\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -336,7 +510,10 @@ def test_wrong_arguments_are_named(wrong: str) -> None:
             "unroll: memory_limit must be None where memory is 'cache', got 5; use 'auto'",
         ),
         ({"precision": "half"}, "precision must be one of float32, tf32, bfloat16, got 'half'"),
-        ({"frozen": torch.zeros(6, dtype=torch.bool)}, r"frozen must have shape \(7,\), got \(6,\)"),
+        (
+            {"frozen": torch.zeros(6, dtype=torch.bool)},
+            r"frozen must have shape \(7,\), got \(6,\)",
+        ),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -367,7 +544,7 @@ def test_bfloat16_is_another_rounding_of_the_same_gradient(engine: str) -> None:
     assert 1e-4 < relative_error(rounded["images"], exact["images"]) < 0.3
 
 
-# ---- memory="auto", and what becomes of kept activations ------------------------------------------------------------
+# ---- memory="auto", and what becomes of kept activations ----
 
 
 def bytes_of_a_step(problem: Problem, engine: str, batch: int = 5) -> int:
@@ -377,7 +554,9 @@ def bytes_of_a_step(problem: Problem, engine: str, batch: int = 5) -> int:
 
 
 class Watched:
-    """The dual passes of all engines: whether each was given activations, and how many steps' were alive then."""
+    """The dual passes of all engines: whether each was given activations, and how many steps' were
+    alive then.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kept: list[bool] = []
@@ -407,7 +586,15 @@ class Watched:
         return gradient
 
     def _dual(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def dual(engine: Any, theta: Any, images: Any, labels: Any, direction: Any, saved: Any, **options: Any) -> Any:
+        def dual(
+            engine: Any,
+            theta: Any,
+            images: Any,
+            labels: Any,
+            direction: Any,
+            saved: Any,
+            **options: Any,
+        ) -> Any:
             self.kept.append(self._tensor(saved) is not None)
             self.alive.append(sum(ref() is not None for ref in self._seen))
             return method(engine, theta, images, labels, direction, saved, **options)
@@ -426,7 +613,9 @@ def test_as_many_steps_are_kept_as_fit_and_the_last_ones(
     size, watched = bytes_of_a_step(problem, engine), Watched(monkeypatch)
     limit = steps * size + spare * (size - 1)
     found = problem.gradients(pdd_fast.unroll, engine=engine, memory="auto", memory_limit=limit)
-    assert watched.kept == [True] * steps + [False] * (4 - steps)  # the way back begins with the last step
+    assert watched.kept == [True] * steps + [False] * (
+        4 - steps
+    )  # the way back begins with the last step
     for name, truth in expected.items():
         assert relative_error(found[name], truth) <= 1e-12, name
 
@@ -435,7 +624,9 @@ def test_as_many_steps_are_kept_as_fit_and_the_last_ones(
 @pytest.mark.parametrize("limit", [0, 10**15])
 def test_no_limit_and_no_memory_are_the_other_two_modes(engine: str, limit: int) -> None:
     problem = make(steps=3, dsa=SINGLE).to(torch.float32, "cpu")
-    mode = problem.gradients(pdd_fast.unroll, engine=engine, memory="cache" if limit else "recompute")
+    mode = problem.gradients(
+        pdd_fast.unroll, engine=engine, memory="cache" if limit else "recompute"
+    )
     found = problem.gradients(pdd_fast.unroll, engine=engine, memory="auto", memory_limit=limit)
     for name, value in mode.items():
         assert torch.equal(found[name], value), name
@@ -449,7 +640,8 @@ def test_the_path_has_the_same_bits_whatever_is_kept(engine: str) -> None:
     expected = problem.gradients(pdd_fast.unroll, engine=engine)
     for limit in (0, 2 * size, 5 * size):
         found, again = (
-            problem.gradients(pdd_fast.unroll, engine=engine, memory="auto", memory_limit=limit) for _ in range(2)
+            problem.gradients(pdd_fast.unroll, engine=engine, memory="auto", memory_limit=limit)
+            for _ in range(2)
         )
         assert torch.equal(found["theta_N"], expected["theta_N"])
         for name, value in expected.items():
@@ -479,7 +671,9 @@ def test_batches_of_other_sizes_take_what_they_take(monkeypatch: pytest.MonkeyPa
     assert watched.kept == [True, True, False, False]
 
 
-def test_half_of_what_is_free_is_the_limit_of_whom_names_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_what_is_free_is_the_limit_of_whom_names_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     problem = make(steps=4)
     size, watched = bytes_of_a_step(problem, "fused"), Watched(monkeypatch)
     monkeypatch.setattr(device_memory, "free", lambda device, reclaimable: 5 * size)
@@ -488,7 +682,9 @@ def test_half_of_what_is_free_is_the_limit_of_whom_names_none(monkeypatch: pytes
 
 
 @ENGINES
-def test_activations_go_as_soon_as_they_were_used(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_go_as_soon_as_they_were_used(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem, watched = make(steps=4), Watched(monkeypatch)
     gc.disable()  # nothing waits for the collector
     try:
@@ -499,7 +695,9 @@ def test_activations_go_as_soon_as_they_were_used(engine: str, monkeypatch: pyte
 
 
 @ENGINES
-def test_without_gradients_no_activations_are_kept(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_no_activations_are_kept(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem, modes = make(), list[bool]()
     for each in (engines.FusedEngine, engines.AutogradEngine):
         original = each.gradient
@@ -511,9 +709,13 @@ def test_without_gradients_no_activations_are_kept(engine: str, monkeypatch: pyt
         monkeypatch.setattr(each, "gradient", gradient)
     images = problem.images.clone().requires_grad_()
     arguments = (problem.labels, problem.rates, problem.batches)
-    pdd_fast.unroll(problem.net, problem.theta, problem.images, *arguments, engine=engine, memory="cache")
+    pdd_fast.unroll(
+        problem.net, problem.theta, problem.images, *arguments, engine=engine, memory="cache"
+    )
     with torch.no_grad():
-        pdd_fast.unroll(problem.net, problem.theta, images, *arguments, engine=engine, memory="cache")
+        pdd_fast.unroll(
+            problem.net, problem.theta, images, *arguments, engine=engine, memory="cache"
+        )
     assert modes == [False] * 6
     pdd_fast.unroll(problem.net, problem.theta, images, *arguments, engine=engine, memory="cache")
     assert modes == [False] * 6 + [True] * 3
@@ -521,15 +723,28 @@ def test_without_gradients_no_activations_are_kept(engine: str, monkeypatch: pyt
 
 @ENGINES
 @pytest.mark.parametrize("memory", ["recompute", "cache", "auto"])
-def test_the_way_back_can_be_gone_twice_where_the_graph_is_retained(engine: str, memory: str) -> None:
+def test_the_way_back_can_be_gone_twice_where_the_graph_is_retained(
+    engine: str, memory: str
+) -> None:
     problem = make(steps=4, dsa=SINGLE)
     images = problem.images.clone().requires_grad_()
     limit = 2 * bytes_of_a_step(problem, engine) if memory == "auto" else None
     result = pdd_fast.unroll(
-        problem.net, problem.theta, images, problem.labels, problem.rates, problem.batches, problem.augmentations,
-        engine=engine, memory=memory, memory_limit=limit,
-    )  # fmt: skip
-    first, second = (torch.autograd.grad(result @ problem.direction, images, retain_graph=True)[0] for _ in range(2))
+        problem.net,
+        problem.theta,
+        images,
+        problem.labels,
+        problem.rates,
+        problem.batches,
+        problem.augmentations,
+        engine=engine,
+        memory=memory,
+        memory_limit=limit,
+    )
+    first, second = (
+        torch.autograd.grad(result @ problem.direction, images, retain_graph=True)[0]
+        for _ in range(2)
+    )
     assert relative_error(second, first) <= 1e-12
     (last,) = torch.autograd.grad(result @ problem.direction, images)
     assert relative_error(last, first) <= 1e-12
@@ -541,7 +756,9 @@ def test_the_way_back_can_be_gone_twice_where_the_graph_is_retained(engine: str,
 def test_steps_that_draw_numbers_are_made_again_with_the_same_ones(
     memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Dropout(0.4), nn.Flatten(), nn.Linear(4 * 36, 3)).double()
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Softplus(), nn.Dropout(0.4), nn.Flatten(), nn.Linear(4 * 36, 3)
+    ).double()
     problem = replace(make(steps=4), net=net, theta=pdd_fast.flatten_parameters(net))
     problem.direction = torch.randn_like(problem.theta)
     size = bytes_of_a_step(problem, "autograd")
@@ -550,9 +767,15 @@ def test_steps_that_draw_numbers_are_made_again_with_the_same_ones(
     expected = replace(problem, net=copy.deepcopy(net)).gradients(plain.unroll)["images"]
     torch.manual_seed(7)
     result = pdd_fast.unroll(
-        net, problem.theta, images, problem.labels, problem.rates, problem.batches,
-        memory=memory, memory_limit=2 * size if memory == "auto" else None,
-    )  # fmt: skip
+        net,
+        problem.theta,
+        images,
+        problem.labels,
+        problem.rates,
+        problem.batches,
+        memory=memory,
+        memory_limit=2 * size if memory == "auto" else None,
+    )
     for _ in range(2):
         (found,) = torch.autograd.grad(result @ problem.direction, images, retain_graph=True)
         assert relative_error(found, expected) <= 1e-12
@@ -571,7 +794,9 @@ def test_what_a_step_of_any_module_keeps_is_found_by_making_one() -> None:
     before = torch.get_rng_state()
     for batch in (64, 1000):
         shape = engines.PassShape(batch, (C, H, W), torch.float64, torch.device("cpu"))
-        found, formula = (engines.AutogradEngine(net).kept_bytes(shape) for net in (unknown, problem.net))
+        found, formula = (
+            engines.AutogradEngine(net).kept_bytes(shape) for net in (unknown, problem.net)
+        )
         assert 0.75 * formula <= found <= 1.35 * formula
     assert torch.equal(torch.get_rng_state(), before)
     assert engines.AutogradEngine(unknown).working_bytes(shape) == 0

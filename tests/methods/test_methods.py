@@ -28,9 +28,17 @@ from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
 
 SETTINGS: dict[str, Any] = tiny.SETTINGS | {
-    "width": 6, "depth": 2, "factor": 2, "inner_loops": 2, "real_batch": 7, "synthetic_batch": 3, "network_images": 30,
-    "union_batch": 16, "lr_img": 0.01, "cutmix": 0.5,
-}  # fmt: skip
+    "width": 6,
+    "depth": 2,
+    "factor": 2,
+    "inner_loops": 2,
+    "real_batch": 7,
+    "synthetic_batch": 3,
+    "network_images": 30,
+    "union_batch": 16,
+    "lr_img": 0.01,
+    "cutmix": 0.5,
+}
 
 
 def settings(base: str, **changes: Any) -> configuration.Config:
@@ -126,7 +134,9 @@ def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -
     try:
         again = Run.open(run.path)
         assert evaluate_run(again)["stages"] == 1
-        with pytest.raises(UsageError, match="base must be mtt or idc or dm, got 'shrinking'; register it first"):
+        with pytest.raises(
+            UsageError, match="base must be mtt or idc or dm, got 'shrinking'; register it first"
+        ):
             distill(again)
     finally:
         METHODS["shrinking"] = known
@@ -134,12 +144,16 @@ def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -
 
 @pytest.mark.usefixtures("shrinking")
 @pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_what_needs_experts_gets_them_and_what_needs_transitions_is_refused(tmp_path: Path, labels: str) -> None:
+def test_what_needs_experts_gets_them_and_what_needs_transitions_is_refused(
+    tmp_path: Path, labels: str
+) -> None:
     run = Run.create(tmp_path / "run", settings("shrinking", factor=1, stages=1, labels=labels))
     distill(run)
     assert run.experts_dir.exists() == (labels == "soft")
     refused = Run.create(tmp_path / "refused", settings("shrinking", factor=1, filter="learned"))
-    with pytest.raises(UsageError, match="filter must be none or forgetting where base is shrinking, got learned"):
+    with pytest.raises(
+        UsageError, match="filter must be none or forgetting where base is shrinking, got learned"
+    ):
         distill(refused)
     with pytest.raises(UsageError, match="factor must be 1 where labels are soft, got 2"):
         settings("shrinking", factor=2, labels="soft")
@@ -153,7 +167,10 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, base: str) -> 
     del tensors["method.velocity"]
     run.save_checkpoint(1, tensors, state)
     before = run.checkpoint_file(1).read_bytes()
-    with pytest.raises(UsageError, match=r"checkpoint.safetensors must hold 'velocity', but another version wrote it"):
+    with pytest.raises(
+        UsageError,
+        match=r"checkpoint.safetensors must hold 'velocity', but another version wrote it",
+    ):
         distill(Run.open(run.path))
     assert run.checkpoint_file(1).read_bytes() == before
 
@@ -203,14 +220,21 @@ def test_images_start_from_as_many_real_ones_as_they_hold(tmp_path: Path, base: 
             torch.testing.assert_close(own.images[c : c + 1], combine(real, 2))
     few = settings(base, ipc=200, stages=1)
     with pytest.raises(
-        UsageError, match="ipc must be at most 31, got 200: class '8' has 125 training images, of which"
+        UsageError,
+        match="ipc must be at most 31, got 200: class '8' has 125 training images, of which",
     ):
         distill(Run.create(tmp_path / "few", few))
 
 
-def test_conditioning_gives_the_next_stage_other_networks_and_images_beside(tmp_path: Path, base: str) -> None:
+def test_conditioning_gives_the_next_stage_other_networks_and_images_beside(
+    tmp_path: Path, base: str
+) -> None:
     on, off = (
-        distill(Run.create(tmp_path / value, settings(base, conditioning=value, eval_every=0, stages=2, ipc=2)))
+        distill(
+            Run.create(
+                tmp_path / value, settings(base, conditioning=value, eval_every=0, stages=2, ipc=2)
+            )
+        )
         for value in ("on", "off")
     )
     assert torch.equal(on.subset(1).images, off.subset(1).images)
@@ -227,7 +251,9 @@ def test_images_that_are_no_longer_finite_end_the_run_and_what_was_there_stays(b
 
 
 def test_examples_may_be_filtered_by_forgetting(tmp_path: Path, base: str) -> None:
-    run = Run.create(tmp_path / "run", settings(base, filter="forgetting", filter_band=1.0, stages=2, ipc=2))
+    run = Run.create(
+        tmp_path / "run", settings(base, filter="forgetting", filter_band=1.0, stages=2, ipc=2)
+    )
     distill(run)
     assert len(stored_experts(run)) == 2
     assert run.forgetting_file.exists()
@@ -248,8 +274,12 @@ def test_an_iteration_is_the_same_on_every_device(base: str, device: torch.devic
 # ---- each method's own ----
 
 
-def reference_batches(method: PixelMethod, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-    """Real and synthetic images of every class, drawn as the method draws them, written class by class."""
+def reference_batches(
+    method: PixelMethod, pixels: Tensor, draw: torch.Generator
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Real and synthetic images of every class, drawn as the method draws them, written class by
+    class.
+    """
     work, config = method.problem, method.problem.config
     normalised = work.bench.data.normalisation.apply(pixels)
     seen = torch.cat([decode(work.union.images, config.factor), decode(normalised, config.factor)])
@@ -257,7 +287,9 @@ def reference_batches(method: PixelMethod, pixels: Tensor, draw: torch.Generator
     chosen = []
     for of, most in ((work.real.labels, config.real_batch), (labels, config.synthetic_batch)):
         rows = [(of == c).nonzero().flatten() for c in range(10)]
-        chosen.append([r[torch.randperm(len(r), generator=draw)[:most]] if len(r) > most else r for r in rows])
+        chosen.append(
+            [r[torch.randperm(len(r), generator=draw)[:most]] if len(r) > most else r for r in rows]
+        )
     one = work.bench.dsa.sample(10, 8, draw)
     return tuple(  # type: ignore[return-value]
         [
@@ -265,14 +297,18 @@ def reference_batches(method: PixelMethod, pixels: Tensor, draw: torch.Generator
             for c, rows in enumerate(groups)
         ]
         for images, groups in ((work.real.images, chosen[0]), (seen, chosen[1]))
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("mode", ["single", "multiple"])
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
 def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -> None:
-    """Every class has its turn, momentum moves all images in each, by torch's optimiser and double backward."""
-    work = problem("idc", inner_loops=3, network_images=0, distance=distance, augment_mode=mode, lr_img=1e-3)
+    """Every class has its turn, momentum moves all images in each, by torch's optimiser and double
+    backward.
+    """
+    work = problem(
+        "idc", inner_loops=3, network_images=0, distance=distance, augment_mode=mode, lr_img=1e-3
+    )
     method = METHODS["idc"](work)
     assert isinstance(method, PixelMethod)
     pixels = method.done.pixels.clone().requires_grad_()
@@ -296,7 +332,11 @@ def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -
                     terms.append((g - target).square().sum())
                 else:
                     g, target = g.flatten(1), target.flatten(1)
-                    terms.append((1 - (g * target).sum(1) / (g.norm(dim=1) * target.norm(dim=1) + 1e-6)).sum())
+                    terms.append(
+                        (
+                            1 - (g * target).sum(1) / (g.norm(dim=1) * target.norm(dim=1) + 1e-6)
+                        ).sum()
+                    )
             optimiser.zero_grad()
             torch.stack(terms).sum().backward()
             optimiser.step()
@@ -312,7 +352,9 @@ def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -
     assert float((expected - start).norm()) > 0.01
 
 
-def test_the_network_is_trained_on_real_images_between_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_is_trained_on_real_images_between_the_updates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     method = METHODS["idc"](problem("idc", inner_loops=3, network_images=30))
     seen: list[Tensor] = []
     inner = type(method)._matched  # type: ignore[attr-defined]
@@ -324,12 +366,17 @@ def test_the_network_is_trained_on_real_images_between_the_updates(monkeypatch: 
     monkeypatch.setattr(type(method), "_matched", matched)
     method.step()
     bench = method.problem.bench
-    losses = [float(F.cross_entropy(bench.engine.logits(t, bench.train.images), bench.train.labels)) for t in seen]
+    losses = [
+        float(F.cross_entropy(bench.engine.logits(t, bench.train.images), bench.train.labels))
+        for t in seen
+    ]
     assert losses[0] > losses[1] > losses[2]
 
 
 def test_an_iteration_whose_draw_has_no_image_of_the_stage_leaves_it_where_it_is() -> None:
-    """One synthetic image a class, out of 4 frozen and 4 learned ones: some classes have none to follow."""
+    """One synthetic image a class, out of 4 frozen and 4 learned ones: some classes have none to
+    follow.
+    """
     work = problem("idc", synthetic_batch=1, inner_loops=1, momentum=0.0)
     method = METHODS["idc"](work)
     assert isinstance(method, PixelMethod)
@@ -358,7 +405,10 @@ def test_images_of_earlier_stages_get_no_gradient(monkeypatch: pytest.MonkeyPatc
 
 
 def test_dm_computes_in_the_precision_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {name: METHODS["dm"](problem("dm", precision=name)).step()["loss"] for name in ("float32", "bfloat16")}
+    losses = {
+        name: METHODS["dm"](problem("dm", precision=name)).step()["loss"]
+        for name in ("float32", "bfloat16")
+    }
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.1)
 
@@ -370,7 +420,9 @@ def test_running_out_of_memory_names_what_helps(base: str, monkeypatch: pytest.M
         raise MemoryError
 
     monkeypatch.setattr(method, "iterate", full)
-    with pytest.raises(RunError, match=r"stage 2, iteration 1: cpu is out of memory.*lower real_batch \(now 7\)"):
+    with pytest.raises(
+        RunError, match=r"stage 2, iteration 1: cpu is out of memory.*lower real_batch \(now 7\)"
+    ):
         method.step()
 
 
@@ -381,8 +433,12 @@ def test_dm_follows_the_means_of_features() -> None:
     pixels, net = method.done.pixels.clone().requires_grad_(), work.bench.engine.net
     pdd_fast.load_parameters(net, method.starts.parameters(0))
     total = pixels.new_zeros(())
-    for real, synthetic in zip(*reference_batches(method, pixels, work.bench.generator("matching", 2, 0)), strict=True):
-        features = [torch.flatten(torch.nn.Sequential(*net.blocks)(x), 1).mean(0) for x in (real, synthetic)]
+    for real, synthetic in zip(
+        *reference_batches(method, pixels, work.bench.generator("matching", 2, 0)), strict=True
+    ):
+        features = [
+            torch.flatten(torch.nn.Sequential(*net.blocks)(x), 1).mean(0) for x in (real, synthetic)
+        ]
         total = total + (features[0].detach() - features[1]).square().sum()
     total.backward()
     assert method.step()["loss"] == pytest.approx(float(total.detach()), rel=1e-4)

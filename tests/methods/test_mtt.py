@@ -1,5 +1,6 @@
-"""One iteration of trajectory matching: the bits of autograd's route, fresh or replayed, and a state that is never half
-of one."""
+"""One iteration of trajectory matching: the bits of autograd's route, fresh or replayed, and a
+state that is never half of one.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ from pdd_fast.training.cuda_graphs import CaptureWarning
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds less than two GPUs")
+needs_two = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="torch finds less than two GPUs"
+)
 CLASSES, STEPS, BATCH, SIZE = 3, 4, 5, (8, 7)
 SINGLE, MULTIPLE = pdd_fast.DSA(), pdd_fast.DSA("color_crop_cutout", mode="multiple")
 UPDATE = {"lr_img": 0.5, "lr_lr": 1e-3, "lr_label": 20.0, "momentum": 0.6}
@@ -45,13 +48,22 @@ RATES = ("lr_img", "lr_lr", "lr_label")
 
 
 class Case:
-    """A stage in small: a network, m frozen and n learned images, and draws for as many iterations as asked for."""
+    """A stage in small: a network, m frozen and n learned images, and draws for as many iterations
+    as asked for.
+    """
 
     def __init__(
-        self, device: torch.device = CPU, dtype: torch.dtype = torch.float32, frozen: int = 4, learned: int = 6,
-        engine: str = "fused", memory: str = "recompute", keep: int = 0, dsa: pdd_fast.DSA | None = SINGLE,
+        self,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
+        frozen: int = 4,
+        learned: int = 6,
+        engine: str = "fused",
+        memory: str = "recompute",
+        keep: int = 0,
+        dsa: pdd_fast.DSA | None = SINGLE,
         labels: str = "hard",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``keep``: with memory="auto", how many steps the limit has room for."""
         draw = torch.Generator().manual_seed(0)
         net = pdd_fast.ConvNet(3, CLASSES, SIZE, width=6, depth=2).to(dtype)
@@ -65,14 +77,21 @@ class Case:
         self.labels = torch.randint(CLASSES, (frozen + learned,), generator=draw).to(device)
         self.learns_labels = labels == "learned"
         if labels != "hard":
-            self.labels = torch.randn(frozen + learned, CLASSES, generator=draw, dtype=dtype).softmax(1).to(device)
+            self.labels = (
+                torch.randn(frozen + learned, CLASSES, generator=draw, dtype=dtype)
+                .softmax(1)
+                .to(device)
+            )
 
     def inputs(self, seed: int) -> tuple[MatchingInputs, list[AugmentParameters] | None]:
         draw = torch.Generator().manual_seed(seed)
         start, target = (
-            self.theta + 0.1 * torch.randn(len(self.theta), generator=draw).to(self.theta.dtype) for _ in range(2)
+            self.theta + 0.1 * torch.randn(len(self.theta), generator=draw).to(self.theta.dtype)
+            for _ in range(2)
         )
-        batches = torch.stack([torch.randperm(len(self.labels), generator=draw)[:BATCH] for _ in range(STEPS)])
+        batches = torch.stack(
+            [torch.randperm(len(self.labels), generator=draw)[:BATCH] for _ in range(STEPS)]
+        )
         if self.dsa is None:
             return MatchingInputs(start, target, batches, None), None
         draws = [self.dsa.sample(BATCH, SIZE, draw) for _ in range(STEPS)]
@@ -82,7 +101,11 @@ class Case:
         if self.dsa is not None:
             drawn = self.dsa.sample(1, SIZE, torch.Generator())
             options = {"operations": len(drawn.operations), "cutout": drawn.cutout_size} | options
-        memory = {"memory": self.memory, "memory_limit": self.memory_limit, "learn_labels": self.learns_labels}
+        memory = {
+            "memory": self.memory,
+            "memory_limit": self.memory_limit,
+            "learn_labels": self.learns_labels,
+        }
         options = {"steps": STEPS, "batch": BATCH} | memory | UPDATE | options
         return MatchingStep(self.engine, self.labels, self.frozen, **options)
 
@@ -103,19 +126,31 @@ class Case:
         for seed in range(iterations):
             inputs, draws = self.inputs(seed)
             start, target = inputs.start.to(self.device), inputs.target.to(self.device)
-            images, rate, logits = (t.clone().requires_grad_() for t in (state.images, state.rate, state.logits))
+            images, rate, logits = (
+                t.clone().requires_grad_() for t in (state.images, state.rate, state.logits)
+            )
             labels = self.labels
             if self.learns_labels:
                 labels = torch.cat([labels[: len(self.frozen)], logits.softmax(1)])
             end = pdd_fast.unroll(
-                self.engine.net, start, torch.cat([self.frozen, images]), labels, rate, list(inputs.batches),
-                draws, engine="fused" if isinstance(self.engine, FusedEngine) else "autograd", memory=self.memory,
-                memory_limit=self.memory_limit, frozen=torch.arange(len(self.labels)) < len(self.frozen),
-            )  # fmt: skip
+                self.engine.net,
+                start,
+                torch.cat([self.frozen, images]),
+                labels,
+                rate,
+                list(inputs.batches),
+                draws,
+                engine="fused" if isinstance(self.engine, FusedEngine) else "autograd",
+                memory=self.memory,
+                memory_limit=self.memory_limit,
+                frozen=torch.arange(len(self.labels)) < len(self.frozen),
+            )
             loss = pdd_fast.trajectory_matching_loss(end, start, target)
             grads = torch.autograd.grad(loss, [images, rate, logits], materialize_grads=True)
             updated = list[Tensor]()
-            for name, gradient, update in zip(("images", "rate", "logits"), grads, RATES, strict=True):
+            for name, gradient, update in zip(
+                ("images", "rate", "logits"), grads, RATES, strict=True
+            ):
                 velocity = getattr(state, f"{name}_velocity") * UPDATE["momentum"] + gradient
                 updated += [getattr(state, name) - UPDATE[update] * velocity, velocity]
             state = MatchingState(*updated)
@@ -158,8 +193,9 @@ def test_an_iteration_has_the_bits_of_autograds_route(name: str) -> None:
 @pytest.mark.usefixtures("composed")
 @pytest.mark.parametrize("name", [name for name in CASES if "autograd" not in name])
 def test_what_was_recorded_once_serves_new_draws(name: str) -> None:
-    """The stand-in for a graph knows the operators of one iteration and nothing of Python; it refuses operators that
-    make the host wait for a GPU."""
+    """The stand-in for a graph knows the operators of one iteration and nothing of Python; it
+    refuses operators that make the host wait for a GPU.
+    """
     case, recorder = Case(**CASES[name]), Recorder()
     with warnings.catch_warnings(action="error"):
         found = case.run(case.step(graph=True, backend=recorder), 5)
@@ -169,7 +205,8 @@ def test_what_was_recorded_once_serves_new_draws(name: str) -> None:
         before = fresh[-1].state if fresh else case.first()
         fresh.append(case.step(graph=True, backend=Recorder())(before, case.inputs(seed)[0]))
     assert_same(found, fresh)
-    # Frozen images get a gradient here and none there, so the first layer's adjoint is a convolution of other shapes.
+    # Frozen images get a gradient here and none there, so the first layer's adjoint is a
+    # convolution of other shapes.
     for one, other in zip(found, case.run(case.step(), 5), strict=True):
         assert relative_error(one.state.images_velocity, other.state.images_velocity) <= 1e-5
 
@@ -220,7 +257,14 @@ def several(case: Case, seeds: tuple[int, ...]) -> MatchingInputs:
     return MatchingInputs(start, target, batches, draws)
 
 
-SOME = ["plain", "nothing frozen", "several operations", "no augmentation", "autograd", "learned labels"]
+SOME = [
+    "plain",
+    "nothing frozen",
+    "several operations",
+    "no augmentation",
+    "autograd",
+    "learned labels",
+]
 
 
 @pytest.mark.usefixtures("composed")
@@ -228,10 +272,16 @@ SOME = ["plain", "nothing frozen", "several operations", "no augmentation", "aut
 @pytest.mark.parametrize("recorded", [False, True])
 def test_of_several_trajectories_the_mean_gradient_is_taken(name: str, recorded: bool) -> None:
     case = Case(**{"dtype": torch.float64} | CASES[name])
-    graph: dict[str, Any] = {"graph": True, "backend": Recorder()} if recorded and "autograd" not in name else {}
+    graph: dict[str, Any] = (
+        {"graph": True, "backend": Recorder()} if recorded and "autograd" not in name else {}
+    )
     alone = [case.step(momentum=0.0)(case.first(), case.inputs(seed)[0]) for seed in (0, 1, 2, 3)]
     step = case.step(trajectories=2, momentum=0.0, **graph)
-    for seeds in ((0, 1), (2, 3), (0, 3)):  # a graph is made of the second and replayed with the third
+    for seeds in (
+        (0, 1),
+        (2, 3),
+        (0, 3),
+    ):  # a graph is made of the second and replayed with the third
         found, own = step(case.first(), several(case, seeds)), [alone[seed] for seed in seeds]
         assert found.loss == pytest.approx(sum(one.loss for one in own) / 2, rel=1e-12)
         for field in MatchingState._fields:
@@ -246,7 +296,9 @@ def test_a_long_gradient_is_clipped_and_a_short_one_is_not() -> None:
     assert_same([case.step(clip=1.01 * norm)(case.first(), case.inputs(0)[0])], [free])
     clipped = case.step(clip=norm / 3)(case.first(), case.inputs(0)[0]).state
     torch.testing.assert_close(clipped.images_velocity, free.state.images_velocity / 3)
-    torch.testing.assert_close(clipped.images, case.learned - UPDATE["lr_img"] * clipped.images_velocity)
+    torch.testing.assert_close(
+        clipped.images, case.learned - UPDATE["lr_img"] * clipped.images_velocity
+    )
     assert torch.equal(clipped.rate, free.state.rate)
 
 
@@ -283,7 +335,9 @@ def test_learned_labels_start_as_they_are_given_and_stay_probabilities() -> None
     case = Case(labels="learned", dtype=torch.float64)
     own = case.labels[len(case.frozen) :]
     torch.testing.assert_close(case.first().labels, own)
-    assert bool(MatchingState.start(case.learned, 0.03, torch.eye(6).double()).logits.isfinite().all())  # 0 is no end
+    assert bool(
+        MatchingState.start(case.learned, 0.03, torch.eye(6).double()).logits.isfinite().all()
+    )  # 0 is no end
     last = case.run(case.step(), 5)[-1].state
     torch.testing.assert_close(last.labels.sum(1), torch.ones(6, dtype=torch.float64))
     assert float((last.labels - own).abs().max()) > 1e-3
@@ -296,7 +350,8 @@ def test_labels_that_are_no_longer_finite_are_told() -> None:
 
 def test_classes_cannot_be_learned() -> None:
     with pytest.raises(
-        ValueError, match=r"labels must be torch.float32 \[m \+ n, classes\] to be learned, got torch.int64"
+        ValueError,
+        match=r"labels must be torch.float32 \[m \+ n, classes\] to be learned, got torch.int64",
     ):
         Case().step(learn_labels=True)
 
@@ -307,7 +362,10 @@ def test_classes_cannot_be_learned() -> None:
         ({"steps": 0}, "MatchingStep: steps must be at least 1, got 0"),
         ({"batch": 11}, r"MatchingStep: batch must lie in \[1, 10\], got 11"),
         ({"memory": "disk"}, "MatchingStep: memory must be recompute or cache or auto, got 'disk'"),
-        ({"memory": "auto", "memory_limit": -1}, "MatchingStep: memory_limit must be at least 0, got -1"),
+        (
+            {"memory": "auto", "memory_limit": -1},
+            "MatchingStep: memory_limit must be at least 0, got -1",
+        ),
         ({"operations": -1}, "MatchingStep: operations must be at least 0, got -1"),
         ({"trajectories": 0}, "MatchingStep: trajectories must be at least 1, got 0"),
         ({"clip": -0.5}, "MatchingStep: clip must be at least 0, got -0.5"),
@@ -328,12 +386,21 @@ def test_there_must_be_something_to_learn() -> None:
     ("change", "message"),
     [
         ({"start": torch.zeros(3)}, r"start must have shape \(\d+,\), got \(3,\)"),
-        ({"batches": torch.zeros(STEPS, 2, dtype=torch.int64)}, r"batches must have shape \(4, 5\), got \(4, 2\)"),
+        (
+            {"batches": torch.zeros(STEPS, 2, dtype=torch.int64)},
+            r"batches must have shape \(4, 5\), got \(4, 2\)",
+        ),
         ({"batches": torch.zeros(STEPS, BATCH)}, "batches must be torch.int64, got torch.float32"),
-        ({"batches": torch.full((STEPS, BATCH), 10)}, r"batches must hold indices in \[0, 10\), got 10..10"),
+        (
+            {"batches": torch.full((STEPS, BATCH), 10)},
+            r"batches must hold indices in \[0, 10\), got 10..10",
+        ),
         ({"draws": None}, "draws must be given where operations is not 0"),
         ({"draws": PackedDraws.of([SINGLE.sample(3, SIZE)])}, "draws must be of 20 images, got 3"),
-        ({"draws": PackedDraws.of([MULTIPLE.sample(20, SIZE)])}, "draws must apply at most 1 operations, got 3"),
+        (
+            {"draws": PackedDraws.of([MULTIPLE.sample(20, SIZE)])},
+            "draws must apply at most 1 operations, got 3",
+        ),
         (
             {"draws": PackedDraws.of([pdd_fast.DSA("cutout", cutout=0.2).sample(20, SIZE)])},
             r"draws must have cutout_size \(4, 4\), got \(2, 1\)",
@@ -346,22 +413,34 @@ def test_inputs_that_do_not_fit_are_named(change: dict[str, Any], message: str) 
         case.step()(case.first(), case.inputs(0)[0]._replace(**change))
 
 
-# ---- the base method ------------------------------------------------------------------------------------------------
+# ---- the base method ----
 
 
-def problem(folder: Path, device: torch.device = CPU, engine: Engine | None = None, **settings: Any) -> StageProblem:
+def problem(
+    folder: Path, device: torch.device = CPU, engine: Engine | None = None, **settings: Any
+) -> StageProblem:
     """A stage's problem with two trajectories on disk."""
     case = Case(device, labels=settings.get("labels", "hard"))
     engine = engine or case.engine
     if not list(folder.glob("*")):
         for k in range(2):
             draw = torch.Generator().manual_seed(k)
-            rows = [case.theta + 0.1 * torch.randn(len(case.theta), generator=draw) for _ in range(5)]
+            rows = [
+                case.theta + 0.1 * torch.randn(len(case.theta), generator=draw) for _ in range(5)
+            ]
             write_trajectory(folder / f"trajectory-00{k}.safetensors", rows, {})
     settings = {
-        "inner_steps": STEPS, "inner_batch": BATCH, "max_start_epoch": 2, "expert_epochs": 2, "lr_img": 0.5,
-        "lr_lr": 1e-3, "inner_lr": 0.03, "width": 6, "depth": 2, "lr_label": 20.0,
-    } | settings  # fmt: skip
+        "inner_steps": STEPS,
+        "inner_batch": BATCH,
+        "max_start_epoch": 2,
+        "expert_epochs": 2,
+        "lr_img": 0.5,
+        "lr_lr": 1e-3,
+        "inner_lr": 0.03,
+        "width": 6,
+        "depth": 2,
+        "lr_label": 20.0,
+    } | settings
     frozen, config = len(case.frozen), replace(Config(), **settings)
     learned, learned_labels = case.learned, case.labels[frozen:]
     split = Split(learned, learned_labels)
@@ -433,7 +512,9 @@ def test_labels_are_learned_where_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 3, STEPS + 1, 2 * STEPS, 2 * STEPS + 2, 4 * STEPS])
-def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(tmp_path: Path, at: int) -> None:
+def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(
+    tmp_path: Path, at: int
+) -> None:
     expected = states_of(TrajectoryMatching(problem(tmp_path)), 4)
     method = TrajectoryMatching(problem(tmp_path, engine=Tripping(KeyboardInterrupt(), at)))
     seen = []
@@ -449,20 +530,29 @@ def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(
 
 
 @pytest.mark.parametrize("settings", [{}, {"labels": "learned"}, {"labels": "learned", "ema": 0.5}])
-def test_a_loaded_state_goes_on_with_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_loaded_state_goes_on_with_the_same_bits(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """Also where inputs were made ahead for another iteration."""
     method = TrajectoryMatching(problem(tmp_path, **settings))
     expected = states_of(method, 4)
     method.load_state(expected[0])
     assert method.iteration == 1
-    assert all(same_state(one, other) for one, other in zip(states_of(method, 3), expected[1:], strict=True))
+    assert all(
+        same_state(one, other)
+        for one, other in zip(states_of(method, 3), expected[1:], strict=True)
+    )
     other = TrajectoryMatching(problem(tmp_path, **settings))
     other.load_state(expected[1])
-    assert all(same_state(one, two) for one, two in zip(states_of(other, 2), expected[2:], strict=True))
+    assert all(
+        same_state(one, two) for one, two in zip(states_of(other, 2), expected[2:], strict=True)
+    )
 
 
 def test_every_iteration_draws_several_trajectories_where_asked(tmp_path: Path) -> None:
-    one, two = (TrajectoryMatching(problem(tmp_path, trajectories=count))._inputs(7) for count in (1, 2))
+    one, two = (
+        TrajectoryMatching(problem(tmp_path, trajectories=count))._inputs(7) for count in (1, 2)
+    )
     assert one.draws is not None
     assert two.draws is not None
     assert torch.equal(two.start[0], one.start)  # the first as it would be alone
@@ -472,7 +562,8 @@ def test_every_iteration_draws_several_trajectories_where_asked(tmp_path: Path) 
     assert two.target.shape == (2, len(one.target))
     expected = TrajectoryMatching(problem(tmp_path))
     assert not same_state(
-        states_of(TrajectoryMatching(problem(tmp_path, trajectories=2)), 1)[0], states_of(expected, 1)[0]
+        states_of(TrajectoryMatching(problem(tmp_path, trajectories=2)), 1)[0],
+        states_of(expected, 1)[0],
     )
 
 
@@ -520,7 +611,11 @@ class Spoiled(MatchingStep):
         if self.calls not in self.at:
             return result
         spoiled = result.state._replace(images=result.state.images * float("nan"))
-        return result._replace(state=spoiled, finite=False) if self.calls % 2 else result._replace(rate=-0.25)
+        return (
+            result._replace(state=spoiled, finite=False)
+            if self.calls % 2
+            else result._replace(rate=-0.25)
+        )
 
 
 @pytest.fixture
@@ -534,16 +629,24 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return at
 
 
-def test_what_left_the_range_is_set_back_with_smaller_steps(tmp_path: Path, spoil: Callable[..., None]) -> None:
+def test_what_left_the_range_is_set_back_with_smaller_steps(
+    tmp_path: Path, spoil: Callable[..., None]
+) -> None:
     plain = states_of(TrajectoryMatching(problem(tmp_path)), 45)
     spoil(46)
     method = TrajectoryMatching(problem(tmp_path))
-    assert all(same_state(one, other) for one, other in zip(states_of(method, 45), plain, strict=True))
-    with pytest.warns(SetBackWarning, match=r"stage 2, iteration 46: the learned inner rate became -0\.25; .* of 1/2$"):
+    assert all(
+        same_state(one, other) for one, other in zip(states_of(method, 45), plain, strict=True)
+    )
+    with pytest.warns(
+        SetBackWarning,
+        match=r"stage 2, iteration 46: the learned inner rate became -0\.25; .* of 1/2$",
+    ):
         values = method.step()
     assert (values["halvings"], method.iteration, Spoiled.calls) == (1, 46, 47)
     assert Spoiled.lengths[-2:] == [1.0, 0.5]
-    # From the images of iteration 20, at rest: 45 iterations were done, and 40 is the newer of the states kept.
+    # From the images of iteration 20, at rest: 45 iterations were done, and 40 is the newer of the
+    #     states kept.
     images, rate = plain[19]["images"], plain[19]["rate"]
     state = method.state()
     torch.testing.assert_close(state["images"], images - 0.25 * state["images_velocity"])
@@ -554,7 +657,9 @@ def test_what_left_the_range_is_set_back_with_smaller_steps(tmp_path: Path, spoi
     assert Spoiled.lengths[-2:] == [0.5, 0.5]
 
 
-def test_a_stage_gives_up_after_as_many_halvings_as_it_may(tmp_path: Path, spoil: Callable[..., None]) -> None:
+def test_a_stage_gives_up_after_as_many_halvings_as_it_may(
+    tmp_path: Path, spoil: Callable[..., None]
+) -> None:
     spoil(3, 5, 7)
     method = TrajectoryMatching(problem(tmp_path, guard=2))
     with pytest.warns(SetBackWarning) as warned:
@@ -562,7 +667,8 @@ def test_a_stage_gives_up_after_as_many_halvings_as_it_may(tmp_path: Path, spoil
     assert [str(warning.message)[-4:] for warning in warned] == [" 1/2", " 1/4"]
     before = method.state()
     message = (
-        r"^stage 2, iteration 5: .* finite, after its steps were halved 2 times; start again with a smaller lr_img "
+        r"^stage 2, iteration 5: .* finite, after its steps were halved 2 times; start "
+        r"again with a smaller lr_img "
     )
     with pytest.raises(RunError, match=message):
         method.step()
@@ -571,7 +677,9 @@ def test_a_stage_gives_up_after_as_many_halvings_as_it_may(tmp_path: Path, spoil
     assert Spoiled.lengths == [1, 1, 1, 0.5, 0.5, 0.25, 0.25, 0.25]
 
 
-def test_without_a_guard_the_first_failure_is_the_last(tmp_path: Path, spoil: Callable[..., None]) -> None:
+def test_without_a_guard_the_first_failure_is_the_last(
+    tmp_path: Path, spoil: Callable[..., None]
+) -> None:
     spoil(1, 2)
     method = TrajectoryMatching(problem(tmp_path, guard=0))
     for message in (
@@ -602,7 +710,9 @@ def test_a_trajectory_that_cannot_be_read_stops_the_iteration_that_needs_it(tmp_
 
 def test_out_of_memory_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    method = TrajectoryMatching(problem(tmp_path, engine=Tripping(error, 2 * STEPS + 1), memory="cache"))
+    method = TrajectoryMatching(
+        problem(tmp_path, engine=Tripping(error, 2 * STEPS + 1), memory="cache")
+    )
     method.step()
     before = method.state()
     with pytest.raises(RunError) as raised:
@@ -620,7 +730,9 @@ def kept(method: TrajectoryMatching) -> int:
 def test_how_many_steps_a_run_keeps_does_not_depend_on_what_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It decides how the gradient is rounded, and a continued run has the bits of one that was not stopped."""
+    """It decides how the gradient is rounded, and a continued run has the bits of one that was not
+    stopped.
+    """
     size = Case().engine.kept_bytes(engines.PassShape(BATCH, (3, *SIZE), torch.float32, CPU))
 
     def free(device: torch.device) -> int:
@@ -635,31 +747,39 @@ def test_how_many_steps_a_run_keeps_does_not_depend_on_what_is_free(
     expected = states_of(method, 3)
     other = TrajectoryMatching(problem(tmp_path, memory="auto"))
     other.load_state(expected[0])
-    assert all(same_state(one, two) for one, two in zip(states_of(other, 2), expected[1:], strict=True))
+    assert all(
+        same_state(one, two) for one, two in zip(states_of(other, 2), expected[1:], strict=True)
+    )
     for limit, steps in ((2 * size / 1e9, 2), (2.9 * size / 1e9, 2), (1e-9, 0), (1e300, STEPS)):
-        assert kept(TrajectoryMatching(problem(tmp_path, memory="auto", memory_limit=limit))) == steps
+        assert (
+            kept(TrajectoryMatching(problem(tmp_path, memory="auto", memory_limit=limit))) == steps
+        )
 
 
 def test_what_to_lower_names_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_memory, "available", lambda device: 10_000)
     with pytest.raises(
         UsageError,
-        match=r"lower inner_batch \(now 5\), width \(now 6\) or memory_limit \(now 2\.5 GB\), or set memory=recompute$",
+        match=r"lower inner_batch \(now 5\), width \(now 6\) or memory_limit \(now 2\.5 GB\), or "
+        r"set memory=recompute$",
     ):
         TrajectoryMatching(problem(tmp_path, memory="auto", memory_limit=2.5))
 
 
-def test_too_large_an_iteration_is_refused_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_an_iteration_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(device_memory, "available", lambda device: 10_000)
     with pytest.raises(
-        UsageError, match=r"^stage 2: an iteration would take about 1 MB and cpu has 1 MB; lower inner_"
+        UsageError,
+        match=r"^stage 2: an iteration would take about 1 MB and cpu has 1 MB; lower inner_",
     ):
         TrajectoryMatching(problem(tmp_path))
     monkeypatch.setattr(device_memory, "available", lambda device: 10_000_000)
     TrajectoryMatching(problem(tmp_path))
 
 
-# ---- on a GPU -------------------------------------------------------------------------------------------------------
+# ---- on a GPU ----
 
 
 def check_on(device: torch.device, **options: Any) -> None:
@@ -670,12 +790,15 @@ def check_on(device: torch.device, **options: Any) -> None:
     on_cpu = Case(CPU, dtype=torch.float64, **options)
     first, truth = eager[0], on_cpu.run(on_cpu.step(), 1)[0]
     assert first.loss == pytest.approx(truth.loss, rel=1e-4)
-    # Activations that cross zero by rounding change a gradient of so few by up to 1e-3 (test_unroll.py).
+    # Activations that cross zero by rounding change a gradient of so few by up to 1e-3
+    # (test_unroll.py).
     assert relative_error(first.state.images_velocity.cpu(), truth.state.images_velocity) <= 5e-3
 
 
 @needs_cuda
-@pytest.mark.parametrize("name", [name for name in CASES if "autograd" not in name and name != "float64"])
+@pytest.mark.parametrize(
+    "name", [name for name in CASES if "autograd" not in name and name != "float64"]
+)
 def test_replays_on_a_gpu_have_the_bits_of_calls(name: str) -> None:
     check_on(torch.device("cuda", 0), **CASES[name])
 

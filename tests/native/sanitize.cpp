@@ -1,7 +1,8 @@
-// Runs every operator of one back end (the CPU's for one instruction set, or CUDA's on the host), in all of its types,
-// over ugly sizes and extreme values, for test_sanitizers.py, which builds this file and the kernels under
-// AddressSanitizer and UndefinedBehaviorSanitizer. Every buffer is a heap block of its exact size, so one element too
-// many is seen. Outputs start as NaN, so an element that is never written is seen too.
+// Runs every operator of one back end (the CPU's for one instruction set, or CUDA's on the host),
+// in all of its types, over ugly sizes and extreme values, for test_sanitizers.py, which builds
+// this file and the kernels under AddressSanitizer and UndefinedBehaviorSanitizer. Every buffer is
+// a heap block of its exact size, so one element too many is seen. Outputs start as NaN, so an
+// element that is never written is seen too.
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -103,17 +104,20 @@ template <class T>
 void expect_finite(const std::string& where, const char* name, const Buffer<T>& buffer) {
     for (int64_t k = 0; k < buffer.size(); ++k)
         if (!std::isfinite(number(buffer.get()[k])))
-            fail(where + ": " + name + "[" + std::to_string(k) + "] is " + std::to_string(number(buffer.get()[k])));
+            fail(where + ": " + name + "[" + std::to_string(k) + "] is " +
+                 std::to_string(number(buffer.get()[k])));
 }
 
 void expect_nan(const std::string& where, const char* name, double value) {
-    if (!std::isnan(value)) fail(where + ": " + name + " must be NaN, got " + std::to_string(value));
+    if (!std::isnan(value))
+        fail(where + ": " + name + " must be NaN, got " + std::to_string(value));
 }
 
 void expect_status(const std::string& where, Status found, Status expected) {
     ++calls;
     if (found != expected)
-        fail(where + ": status must be " + std::to_string(expected) + ", got " + std::to_string(found));
+        fail(where + ": status must be " + std::to_string(expected) + ", got " +
+             std::to_string(found));
 }
 
 std::string describe(const char* name, const std::vector<int64_t>& numbers) {
@@ -122,13 +126,14 @@ std::string describe(const char* name, const std::vector<int64_t>& numbers) {
     return text;
 }
 
-// ---- norm_relu_pool ---------------------------------------------------------------------------------------------
+// ---- norm_relu_pool ----
 
 // `spread` 0 makes every plane constant: a variance of 0, and activations that are all equal.
 template <class T>
 void norm_relu_pool(PlaneShape s, double spread, int threads) {
     using S = Compute<T>;
-    const std::string where = describe("norm_relu_pool", {s.batch, s.channels, s.height, s.width, threads});
+    const std::string where =
+        describe("norm_relu_pool", {s.batch, s.channels, s.height, s.width, threads});
     const Context context{nullptr, threads};
     const double eps = 1e-5;
     const int64_t planes = s.batch * s.channels, full = planes * s.height * s.width;
@@ -137,13 +142,16 @@ void norm_relu_pool(PlaneShape s, double spread, int threads) {
     const auto unwritten = [](int64_t size) { return Buffer<T>::unwritten(size); };
     const auto sums = [&] { return Buffer<S>::unwritten(planes); };
     const Buffer<T> z = Buffer<T>::random(full, spread), z_tangent = Buffer<T>::random(full);
-    const Buffer<S> weight = vector(), weight_tangent = vector(), bias = vector(), bias_tangent = vector();
-    const Buffer<T> grad_out = Buffer<T>::random(pooled), grad_out_tangent = Buffer<T>::random(pooled);
+    const Buffer<S> weight = vector(), weight_tangent = vector(), bias = vector(),
+                    bias_tangent = vector();
+    const Buffer<T> grad_out = Buffer<T>::random(pooled),
+                    grad_out_tangent = Buffer<T>::random(pooled);
     const Buffer<T> out = unwritten(pooled);
     const Buffer<S> mean = sums(), rstd = sums();
     expect_status(where,
-                  kernels::norm_relu_pool<T>(
-                      {s, eps, z.get(), weight.get(), bias.get(), out.get(), mean.get(), rstd.get()}, context),
+                  kernels::norm_relu_pool<T>({s, eps, z.get(), weight.get(), bias.get(), out.get(),
+                                              mean.get(), rstd.get()},
+                                             context),
                   kSuccess);
     expect_finite(where, "out", out);
     expect_finite(where, "mean", mean);
@@ -152,9 +160,10 @@ void norm_relu_pool(PlaneShape s, double spread, int threads) {
     const Buffer<T> grad_z = unwritten(full);
     const Buffer<S> weight_parts = sums(), bias_parts = sums();
     expect_status(where,
-                  kernels::norm_relu_pool_backward<T>({s, grad_out.get(), z.get(), mean.get(), rstd.get(), weight.get(),
-                                                       bias.get(), grad_z.get(), weight_parts.get(), bias_parts.get()},
-                                                      context),
+                  kernels::norm_relu_pool_backward<T>(
+                      {s, grad_out.get(), z.get(), mean.get(), rstd.get(), weight.get(), bias.get(),
+                       grad_z.get(), weight_parts.get(), bias_parts.get()},
+                      context),
                   kSuccess);
     expect_finite(where, "grad_z", grad_z);
     expect_finite(where, "grad_weight_parts", weight_parts);
@@ -163,13 +172,13 @@ void norm_relu_pool(PlaneShape s, double spread, int threads) {
     for (const bool tangent_only : {false, true}) {
         const Buffer<T> value = unwritten(pooled), tangent = unwritten(pooled);
         const Buffer<S> mean_tangent = sums(), kappa = sums();
-        expect_status(
-            where,
-            kernels::norm_relu_pool_dual<T>({s, eps, z.get(), z_tangent.get(), weight.get(), weight_tangent.get(),
-                                             bias.get(), bias_tangent.get(), tangent_only ? nullptr : value.get(),
-                                             tangent.get(), mean.get(), rstd.get(), mean_tangent.get(), kappa.get()},
-                                            context),
-            kSuccess);
+        expect_status(where,
+                      kernels::norm_relu_pool_dual<T>(
+                          {s, eps, z.get(), z_tangent.get(), weight.get(), weight_tangent.get(),
+                           bias.get(), bias_tangent.get(), tangent_only ? nullptr : value.get(),
+                           tangent.get(), mean.get(), rstd.get(), mean_tangent.get(), kappa.get()},
+                          context),
+                      kSuccess);
         if (!tangent_only) expect_finite(where, "out", value);
         expect_finite(where, "out_tangent", tangent);
         expect_finite(where, "mean_tangent", mean_tangent);
@@ -177,14 +186,14 @@ void norm_relu_pool(PlaneShape s, double spread, int threads) {
 
         const Buffer<T> grad = unwritten(full), grad_tangent = unwritten(full);
         const Buffer<S> weight_tangents = sums(), bias_tangents = sums();
-        expect_status(
-            where,
-            kernels::norm_relu_pool_dual_backward<T>(
-                {s, grad_out.get(), grad_out_tangent.get(), z.get(), z_tangent.get(), mean.get(), rstd.get(),
-                 mean_tangent.get(), kappa.get(), weight.get(), weight_tangent.get(), bias.get(),
-                 tangent_only ? nullptr : grad.get(), grad_tangent.get(), weight_tangents.get(), bias_tangents.get()},
-                context),
-            kSuccess);
+        expect_status(where,
+                      kernels::norm_relu_pool_dual_backward<T>(
+                          {s, grad_out.get(), grad_out_tangent.get(), z.get(), z_tangent.get(),
+                           mean.get(), rstd.get(), mean_tangent.get(), kappa.get(), weight.get(),
+                           weight_tangent.get(), bias.get(), tangent_only ? nullptr : grad.get(),
+                           grad_tangent.get(), weight_tangents.get(), bias_tangents.get()},
+                          context),
+                      kSuccess);
         if (!tangent_only) expect_finite(where, "grad_z", grad);
         expect_finite(where, "grad_z_tangent", grad_tangent);
         expect_finite(where, "grad_weight_tangent_parts", weight_tangents);
@@ -192,14 +201,16 @@ void norm_relu_pool(PlaneShape s, double spread, int threads) {
     }
 }
 
-// ---- cross_entropy ----------------------------------------------------------------------------------------------
+// ---- cross_entropy ----
 
-// Hard labels as given, or soft ones where there are none. `valid`: whether the last label is one; else the CPU answers
-// so, and CUDA, which does not wait for an answer, with a loss of NaN.
+// Hard labels as given, or soft ones where there are none. `valid`: whether the last label is one;
+// else the CPU answers so, and CUDA, which does not wait for an answer, with a loss of NaN.
 template <class T>
-void cross_entropy(int64_t batch, int64_t classes, double spread, const std::vector<int64_t>& labels, bool valid) {
+void cross_entropy(int64_t batch, int64_t classes, double spread,
+                   const std::vector<int64_t>& labels, bool valid) {
     const Status expected = valid || kCuda ? kSuccess : kLabelOutOfRange;
-    const std::string where = describe("cross_entropy", {batch, classes, static_cast<int64_t>(labels.size())});
+    const std::string where =
+        describe("cross_entropy", {batch, classes, static_cast<int64_t>(labels.size())});
     const Context context{nullptr, 2};
     const int64_t size = batch * classes;
     const Buffer<T> logits = Buffer<T>::random(size, spread), tangent = Buffer<T>::random(size);
@@ -212,16 +223,20 @@ void cross_entropy(int64_t batch, int64_t classes, double spread, const std::vec
     const Buffer<T> losses = Buffer<T>::unwritten(batch), grad = Buffer<T>::unwritten(size);
     expect_status(
         where,
-        kernels::cross_entropy<T>({batch, classes, logits.get(), hard, weights, losses.get(), grad.get()}, context),
+        kernels::cross_entropy<T>(
+            {batch, classes, logits.get(), hard, weights, losses.get(), grad.get()}, context),
         expected);
-    const Buffer<T> losses_tangent = Buffer<T>::unwritten(batch), grad_again = Buffer<T>::unwritten(size);
-    const Buffer<T> grad_tangent = Buffer<T>::unwritten(size), labels_tangent = Buffer<T>::unwritten(size);
-    expect_status(where,
-                  kernels::cross_entropy_dual<T>(
-                      {batch, classes, logits.get(), tangent.get(), hard, weights, losses_tangent.get(),
-                       grad_again.get(), grad_tangent.get(), labels.empty() ? labels_tangent.get() : nullptr},
-                      context),
-                  expected);
+    const Buffer<T> losses_tangent = Buffer<T>::unwritten(batch),
+                    grad_again = Buffer<T>::unwritten(size);
+    const Buffer<T> grad_tangent = Buffer<T>::unwritten(size),
+                    labels_tangent = Buffer<T>::unwritten(size);
+    expect_status(
+        where,
+        kernels::cross_entropy_dual<T>(
+            {batch, classes, logits.get(), tangent.get(), hard, weights, losses_tangent.get(),
+             grad_again.get(), grad_tangent.get(), labels.empty() ? labels_tangent.get() : nullptr},
+            context),
+        expected);
     if (!valid) {
         if (kCuda) expect_nan(where, "last loss", losses[batch - 1]);
         if (kCuda) expect_nan(where, "tangent of the last loss", losses_tangent[batch - 1]);
@@ -235,7 +250,7 @@ void cross_entropy(int64_t batch, int64_t classes, double spread, const std::vec
     if (labels.empty()) expect_finite(where, "grad_labels_tangent", labels_tangent);
 }
 
-// ---- dsa --------------------------------------------------------------------------------------------------------
+// ---- dsa ----
 
 struct Strides {
     int64_t of[4];  // B, C, H, W
@@ -251,18 +266,23 @@ struct Strides {
 // Planar, channels-last, and the middle of something two channels and one column larger.
 std::vector<Strides> layouts(const int64_t (&s)[4]) {
     const int64_t C = s[1], H = s[2], W = s[3];
-    return {{{C * H * W, H * W, W, 1}}, {{H * W * C, 1, W * C, C}}, {{(C + 2) * H * (W + 1), H * (W + 1), W + 1, 1}}};
+    return {{{C * H * W, H * W, W, 1}},
+            {{H * W * C, 1, W * C, C}},
+            {{(C + 2) * H * (W + 1), H * (W + 1), W + 1, 1}}};
 }
 
-// What a draw may be where nothing is checked: nothing, all, integers' limits and what does not fit them, NaN.
-const std::vector<double> kExtremes = {0,    1,   -1,    0.37,   -1.2,    3,     1e-3,       -1e-9,     1e-300,
-                                       -5e2, 1e9, -1e18, 9.3e18, -9.3e18, 1e300, -kInfinity, kInfinity, kNan};
+// What a draw may be where nothing is checked: nothing, all, integers' limits and what does not fit
+// them, NaN.
+const std::vector<double> kExtremes = {0,      1,       -1,     0.37,       -1.2,      3,
+                                       1e-3,   -1e-9,   1e-300, -5e2,       1e9,       -1e18,
+                                       9.3e18, -9.3e18, 1e300,  -kInfinity, kInfinity, kNan};
 
 template <class T>
-void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out, const std::vector<int>& operations,
-         const Buffer<double>& draws, int64_t cutout_height, int64_t cutout_width, bool linear, int threads,
-         int64_t scratch_images) {
-    const std::string where = describe("dsa", {shape[0], shape[1], shape[2], shape[3], operations[0], threads});
+void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out,
+         const std::vector<int>& operations, const Buffer<double>& draws, int64_t cutout_height,
+         int64_t cutout_width, bool linear, int threads, int64_t scratch_images) {
+    const std::string where =
+        describe("dsa", {shape[0], shape[1], shape[2], shape[3], operations[0], threads});
     const Buffer<T> input = Buffer<T>::random(in.extent(shape)),
                     output = Buffer<T>::filled(out.extent(shape), stored<T>(0));
     Dsa<T> p{};
@@ -276,7 +296,8 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out, const
     const Buffer<Compute<T>> scratch =
         Buffer<Compute<T>>::unwritten(scratch_images * 2 * shape[1] * shape[2] * shape[3]);
     if (scratch_images) p.scratch = scratch.get(), p.scratch_images = scratch_images;
-    p.operations = numbers.get(), p.draws = draws.get(), p.input = input.get(), p.output = output.get();
+    p.operations = numbers.get(), p.draws = draws.get(), p.input = input.get(),
+    p.output = output.get();
     for (int k = 0; k < 4; ++k) p.input_stride[k] = in.of[k], p.output_stride[k] = out.of[k];
     // What lies between the images of a sliced output stays 0; the images themselves start as NaN.
     const auto spoil = [&] {
@@ -284,7 +305,8 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out, const
             for (int64_t c = 0; c < shape[1]; ++c)
                 for (int64_t i = 0; i < shape[2]; ++i)
                     for (int64_t j = 0; j < shape[3]; ++j)
-                        output[b * out.of[0] + c * out.of[1] + i * out.of[2] + j * out.of[3]] = stored<T>(kNan);
+                        output[b * out.of[0] + c * out.of[1] + i * out.of[2] + j * out.of[3]] =
+                            stored<T>(kNan);
     };
     p.linear = linear;
     spoil();
@@ -295,18 +317,20 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out, const
     expect_finite(where + " adjoint", "output", output);
 }
 
-// Draws of colour that keep finite pixels finite; all others from kExtremes, height and width paired anew in every
-// round.
+// Draws of colour that keep finite pixels finite; all others from kExtremes, height and width
+// paired anew in every round.
 Buffer<double> extreme_draws(int64_t batch, int round) {
     const int64_t count = static_cast<int64_t>(kExtremes.size());
     Buffer<double> draws = Buffer<double>::random(kDsaDraws * batch);
     for (int64_t row = kShiftH; row < kDsaDraws; ++row)
         for (int64_t b = 0; b < batch; ++b)
-            draws[row * batch + b] = kExtremes[static_cast<size_t>((b + (row % 2) * round) % count)];
+            draws[row * batch + b] =
+                kExtremes[static_cast<size_t>((b + (row % 2) * round) % count)];
     return draws;
 }
 
-// On the host a call of CUDA's takes a hundred times as long as one of the CPU's, which sees every round.
+// On the host a call of CUDA's takes a hundred times as long as one of the CPU's, which sees every
+// round.
 int rounds_apart(int64_t batch) {
     return kCuda && batch > 4 ? 5 : 1;
 }
@@ -314,20 +338,23 @@ int rounds_apart(int64_t batch) {
 template <class T>
 void dsa_all() {
     const int64_t count = static_cast<int64_t>(kExtremes.size());
-    const int64_t shapes[][4] = {{count, 1, 1, 1}, {count, 3, 1, 6}, {count, 2, 7, 1}, {count, 3, 5, 4},
-                                 {1, 17, 9, 2},    {1, 1, 33, 17},   {2, 3, 8, 8}};
-    std::vector<std::vector<int>> lists = {{kColor, kCrop, kCutout, kFlip, kScale, kRotate},
-                                           {kRotate, kRotate, kScale, kScale, kCrop, kCrop, kFlip, kColor}};
+    const int64_t shapes[][4] = {{count, 1, 1, 1}, {count, 3, 1, 6}, {count, 2, 7, 1},
+                                 {count, 3, 5, 4}, {1, 17, 9, 2},    {1, 1, 33, 17},
+                                 {2, 3, 8, 8}};
+    std::vector<std::vector<int>> lists = {
+        {kColor, kCrop, kCutout, kFlip, kScale, kRotate},
+        {kRotate, kRotate, kScale, kScale, kCrop, kCrop, kFlip, kColor}};
     for (int operation = kColor; operation <= kRotate; ++operation) lists.push_back({operation});
     for (const auto& shape : shapes) {
         const std::vector<Strides> strides = layouts(shape);
         for (const auto& operations : lists)
-            for (int round = 0; round < (shape[0] == count ? count : 4); round += rounds_apart(shape[0])) {
+            for (int round = 0; round < (shape[0] == count ? count : 4);
+                 round += rounds_apart(shape[0])) {
                 const int64_t sides[] = {shape[2], 0, 1000, std::numeric_limits<int64_t>::max()};
                 const int64_t side = sides[round % 4];
                 dsa<T>(shape, strides[round % 3], strides[(round / 3 + 1) % 3], operations,
-                       extreme_draws(shape[0], round), side, side / 2 + 1, round % 2 == 0, 1 + round / 2 % 2,
-                       kCuda && round % 3 == 1 ? 1 + round % 2 : 0);
+                       extreme_draws(shape[0], round), side, side / 2 + 1, round % 2 == 0,
+                       1 + round / 2 % 2, kCuda && round % 3 == 1 ? 1 + round % 2 : 0);
             }
     }
     const Buffer<T> pixel = Buffer<T>::random(1), output = Buffer<T>::unwritten(1);
@@ -347,25 +374,28 @@ void dsa_all() {
     }
 }
 
-// ---- add_rows ---------------------------------------------------------------------------------------------------
+// ---- add_rows ----
 
 // `wrong`: a row that there is not; the CPU answers so, CUDA leaves it out.
 template <class T>
 void add_rows(int64_t count, int64_t added, int64_t length, const std::vector<int64_t>& wrong) {
-    const std::string where = describe("add_rows", {count, added, length, static_cast<int64_t>(wrong.size())});
-    const Buffer<T> target = Buffer<T>::random(count * length), rows = Buffer<T>::random(added * length);
+    const std::string where =
+        describe("add_rows", {count, added, length, static_cast<int64_t>(wrong.size())});
+    const Buffer<T> target = Buffer<T>::random(count * length),
+                    rows = Buffer<T>::random(added * length);
     const Buffer<int64_t> index = Buffer<int64_t>::filled(added, 0);
     for (int64_t r = 0; r < added; ++r) index[r] = r * r % count;
     for (size_t k = 0; k < wrong.size(); ++k) index[static_cast<int64_t>(k)] = wrong[k];
     const Buffer<T> out = Buffer<T>::unwritten(count * length);
     expect_status(
         where,
-        kernels::add_rows<T>({count, added, length, target.get(), index.get(), rows.get(), out.get()}, {nullptr, 2}),
+        kernels::add_rows<T>(
+            {count, added, length, target.get(), index.get(), rows.get(), out.get()}, {nullptr, 2}),
         wrong.empty() || kCuda ? kSuccess : kRowOutOfRange);
     if (wrong.empty() || kCuda) expect_finite(where, "out", out);
 }
 
-// ---- convnet ----------------------------------------------------------------------------------------------------
+// ---- convnet ----
 
 #if !defined(PDD_CUDA_ON_HOST)
 // On 64 bytes, as the passes are promised.
@@ -397,12 +427,15 @@ double dot(const Buffer<T>& a, const Buffer<T>& b) {
     return sum;
 }
 
-// Loosely: the tests of the Python package are strict, but do not reach AVX-512's vectors on every machine.
+// Loosely: the tests of the Python package are strict, but do not reach AVX-512's vectors on every
+// machine.
 template <class T>
-void expect_near(const std::string& where, const char* name, double found, double expected, double scale) {
+void expect_near(const std::string& where, const char* name, double found, double expected,
+                 double scale) {
     const double tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
     if (!(std::abs(found - expected) <= tolerance * scale))
-        fail(where + ": " + name + " must be " + std::to_string(expected) + ", got " + std::to_string(found));
+        fail(where + ": " + name + " must be " + std::to_string(expected) + ", got " +
+             std::to_string(found));
 }
 
 template <class T>
@@ -410,8 +443,9 @@ class ConvNetCase {
   public:
     ConvNetCase(ConvNetShape s, int convolution, int threads, bool soft)
         : shape_(s), convolution_(convolution), context_{nullptr, threads}, soft_(soft) {
-        where_ = describe("convnet", {s.batch, s.in_channels, s.height, s.width, s.channels, s.depth, s.classes,
-                                      convolution, threads, soft, static_cast<int64_t>(sizeof(T))});
+        where_ = describe(
+            "convnet", {s.batch, s.in_channels, s.height, s.width, s.channels, s.depth, s.classes,
+                        convolution, threads, soft, static_cast<int64_t>(sizeof(T))});
         for (int64_t b = 0; b < s.batch; ++b) hard_[b] = (3 * b + 1) % s.classes;
     }
 
@@ -428,20 +462,23 @@ class ConvNetCase {
         for (T* from : {static_cast<T*>(nullptr), kept.get()}) {
             const std::vector<T> before = kept.copy();
             duals(from, gradient);
-            if (std::memcmp(before.data(), kept.get(), before.size() * sizeof(T))) fail(where_ + ": kept was written");
+            if (std::memcmp(before.data(), kept.get(), before.size() * sizeof(T)))
+                fail(where_ + ": kept was written");
         }
         if (soft_) return;
         hard_[shape_.batch - 1] = shape_.classes;
         const Buffer<T> losses = unwritten(shape_.batch), grad = unwritten(parameters_);
         const AlignedBuffer<T> workspace(size(true, false).workspace);
         expect_status(where_,
-                      kernels::convnet_gradient<T>(
-                          {input(workspace), hard_.get(), nullptr, nullptr, losses.get(), grad.get()}, context_),
+                      kernels::convnet_gradient<T>({input(workspace), hard_.get(), nullptr, nullptr,
+                                                    losses.get(), grad.get()},
+                                                   context_),
                       kLabelOutOfRange);
         expect_status(where_,
-                      kernels::convnet_dual<T>({input(workspace), hard_.get(), nullptr, nullptr, direction_.get(),
-                                                nullptr, losses.get(), grad.get(), nullptr, nullptr},
-                                               context_),
+                      kernels::convnet_dual<T>(
+                          {input(workspace), hard_.get(), nullptr, nullptr, direction_.get(),
+                           nullptr, losses.get(), grad.get(), nullptr, nullptr},
+                          context_),
                       kLabelOutOfRange);
     }
 
@@ -450,8 +487,8 @@ class ConvNetCase {
 
     static int64_t parameters(const ConvNetShape& s) {
         const int64_t features = s.channels * (s.height >> s.depth) * (s.width >> s.depth);
-        return 9 * s.channels * (s.in_channels + (s.depth - 1) * s.channels) + 3 * s.channels * s.depth +
-               s.classes * (features + 1);
+        return 9 * s.channels * (s.in_channels + (s.depth - 1) * s.channels) +
+               3 * s.channels * s.depth + s.classes * (features + 1);
     }
 
     ConvNetSizes size(bool dual, bool kept) const {
@@ -460,7 +497,9 @@ class ConvNetCase {
 
     ConvNetInput<T> input(const AlignedBuffer<T>& workspace) const {
         const int64_t(&s)[4] = strides_.of;
-        return {shape_, convolution_, 1e-5, theta_.get(), images_.get(), {s[0], s[1], s[2], s[3]}, workspace.get()};
+        return {shape_,         convolution_,  1e-5,
+                theta_.get(),   images_.get(), {s[0], s[1], s[2], s[3]},
+                workspace.get()};
     }
 
     void expect_same(const char* name, const Buffer<T>& found, const Buffer<T>& expected) const {
@@ -469,28 +508,35 @@ class ConvNetCase {
     }
 
     void forward_and_backward() const {
-        const AlignedBuffer<T> workspace(size(false, false).workspace), less(size(false, true).workspace);
+        const AlignedBuffer<T> workspace(size(false, false).workspace),
+            less(size(false, true).workspace);
         const AlignedBuffer<T> kept(size(false, true).kept);
-        const Buffer<T> logits = unwritten(shape_.batch * shape_.classes), again = unwritten(logits.size());
-        expect_status(where_, kernels::convnet_forward<T>({input(workspace), nullptr, logits.get()}, context_),
-                      kSuccess);
+        const Buffer<T> logits = unwritten(shape_.batch * shape_.classes),
+                        again = unwritten(logits.size());
+        expect_status(
+            where_,
+            kernels::convnet_forward<T>({input(workspace), nullptr, logits.get()}, context_),
+            kSuccess);
         expect_finite(where_, "logits", logits);
-        expect_status(where_, kernels::convnet_forward<T>({input(less), kept.get(), again.get()}, context_), kSuccess);
+        expect_status(where_,
+                      kernels::convnet_forward<T>({input(less), kept.get(), again.get()}, context_),
+                      kSuccess);
         expect_same("logits", again, logits);
         const Buffer<T> theta = unwritten(parameters_), same = unwritten(parameters_);
         const Buffer<T> images = unwritten(shape_.batch * image());
         less.spoil();
         expect_status(
             where_,
-            kernels::convnet_backward<T>({input(less), kept.get(), logits.get(), theta.get(), images.get()}, context_),
+            kernels::convnet_backward<T>(
+                {input(less), kept.get(), logits.get(), theta.get(), images.get()}, context_),
             kSuccess);
         expect_finite(where_, "grad_theta", theta);
         expect_finite(where_, "grad_images", images);
         less.spoil();
-        expect_status(
-            where_,
-            kernels::convnet_backward<T>({input(less), kept.get(), logits.get(), same.get(), nullptr}, context_),
-            kSuccess);
+        expect_status(where_,
+                      kernels::convnet_backward<T>(
+                          {input(less), kept.get(), logits.get(), same.get(), nullptr}, context_),
+                      kSuccess);
         expect_same("grad_theta", same, theta);
     }
 
@@ -500,7 +546,8 @@ class ConvNetCase {
         Buffer<T> grad = unwritten(parameters_);
         expect_status(
             where_,
-            kernels::convnet_gradient<T>({input(workspace), hard(), soft(), kept, losses.get(), grad.get()}, context_),
+            kernels::convnet_gradient<T>(
+                {input(workspace), hard(), soft(), kept, losses.get(), grad.get()}, context_),
             kSuccess);
         expect_finite(where_, "losses", losses);
         expect_finite(where_, "grad_theta", grad);
@@ -511,30 +558,35 @@ class ConvNetCase {
     Buffer<T> dual(T* kept, const Buffer<T>& direction, const bool* wanted, bool want_theta,
                    const Buffer<T>& gradient) const {
         const AlignedBuffer<T> workspace(size(true, kept != nullptr).workspace);
-        const Buffer<T> losses = unwritten(shape_.batch), images = unwritten(wanted ? shape_.batch * image() : 0);
+        const Buffer<T> losses = unwritten(shape_.batch),
+                        images = unwritten(wanted ? shape_.batch * image() : 0);
         const Buffer<T> labels = unwritten(soft_ ? shape_.batch * shape_.classes : 0);
         Buffer<T> theta = unwritten(want_theta ? parameters_ : 0);
         expect_status(where_,
-                      kernels::convnet_dual<T>({input(workspace), hard(), soft(), kept, direction.get(), wanted,
-                                                losses.get(), want_theta ? theta.get() : nullptr,
-                                                wanted ? images.get() : nullptr, soft_ ? labels.get() : nullptr},
-                                               context_),
+                      kernels::convnet_dual<T>(
+                          {input(workspace), hard(), soft(), kept, direction.get(), wanted,
+                           losses.get(), want_theta ? theta.get() : nullptr,
+                           wanted ? images.get() : nullptr, soft_ ? labels.get() : nullptr},
+                          context_),
                       kSuccess);
         expect_finite(where_, "losses_tangent", losses);
         expect_finite(where_, "theta_tangent", theta);
         expect_finite(where_, "labels_tangent", labels);
         for (int64_t k = 0; k < images.size(); ++k)
             if (wanted[k / image()] != std::isfinite(number(images[k])))
-                fail(where_ + ": images_tangent[" + std::to_string(k) + "] is " + std::to_string(number(images[k])));
+                fail(where_ + ": images_tangent[" + std::to_string(k) + "] is " +
+                     std::to_string(number(images[k])));
         double slope = 0;
-        for (int64_t b = 0; b < shape_.batch; ++b) slope += number(losses[b]) / static_cast<double>(shape_.batch);
+        for (int64_t b = 0; b < shape_.batch; ++b)
+            slope += number(losses[b]) / static_cast<double>(shape_.batch);
         expect_near<T>(where_, "the slope", slope, dot(gradient, direction),
                        1e-3 + std::sqrt(dot(gradient, gradient) * dot(direction, direction)));
         return theta;
     }
 
     void duals(T* kept, const Buffer<T>& gradient) const {
-        const Buffer<bool> all = Buffer<bool>::filled(shape_.batch, true), some = Buffer<bool>::filled(shape_.batch, 0);
+        const Buffer<bool> all = Buffer<bool>::filled(shape_.batch, true),
+                           some = Buffer<bool>::filled(shape_.batch, 0);
         for (int64_t b = 1; b < shape_.batch; b += 2) some[b] = true;
         const Buffer<T> along = dual(kept, direction_, all.get(), true, gradient);
         const Buffer<T> across = dual(kept, other_, nullptr, true, gradient);
@@ -555,17 +607,20 @@ class ConvNetCase {
     bool soft_;
     std::string where_;
     int64_t parameters_ = parameters(shape_);
-    Buffer<T> theta_ = Buffer<T>::random(parameters_, 0.3), direction_ = Buffer<T>::random(parameters_);
+    Buffer<T> theta_ = Buffer<T>::random(parameters_, 0.3),
+              direction_ = Buffer<T>::random(parameters_);
     Buffer<T> other_ = Buffer<T>::random(parameters_), images_ = Buffer<T>::unwritten(0);
     Buffer<T> weights_ = Buffer<T>::random(shape_.batch * shape_.classes);
     Buffer<int64_t> hard_ = Buffer<int64_t>::filled(shape_.batch, 0);
     Strides strides_{};
 };
 
-// batch, in_channels, height, width, channels, depth, classes: the least; channels that fill blocks of 16 and that do
-// not; sides that fill no tile and no window; more images than are convolved at once.
-const ConvNetShape kConvNets[] = {{1, 1, 2, 2, 1, 1, 1},    {2, 3, 9, 7, 5, 2, 3},   {3, 2, 8, 13, 17, 3, 10},
-                                  {1, 17, 6, 4, 16, 2, 17}, {3, 1, 4, 21, 33, 2, 2}, {26, 1, 10, 10, 16, 2, 4},
+// batch, in_channels, height, width, channels, depth, classes: the least; channels that fill blocks
+// of 16 and that do not; sides that fill no tile and no window; more images than are convolved at
+// once.
+const ConvNetShape kConvNets[] = {{1, 1, 2, 2, 1, 1, 1},    {2, 3, 9, 7, 5, 2, 3},
+                                  {3, 2, 8, 13, 17, 3, 10}, {1, 17, 6, 4, 16, 2, 17},
+                                  {3, 1, 4, 21, 33, 2, 2},  {26, 1, 10, 10, 16, 2, 4},
                                   {2, 4, 16, 18, 16, 4, 3}, {1, 3, 35, 33, 17, 2, 5}};
 
 template <class T>
@@ -575,7 +630,8 @@ void convnet_all() {
         const int64_t images[4] = {s.batch, s.in_channels, s.height, s.width};
         for (const int convolution : {kConvolutionDirect, kConvolutionWinograd}) {
             const int threads = (round + round / 2) % 2 ? 3 : 1;
-            ConvNetCase<T>(s, convolution, threads, round / 4 % 2 == 1).run(layouts(images)[round % 3]);
+            ConvNetCase<T>(s, convolution, threads, round / 4 % 2 == 1)
+                .run(layouts(images)[round % 3]);
             ++round;
         }
     }
@@ -588,13 +644,14 @@ void print_sizes() {
             for (const bool dual : {false, true})
                 for (const bool kept : {false, true})
                     for (const int threads : {1, 3}) {
-                        const ConvNetSizes sizes = kernels::convnet_sizes(s, convolution, dual, kept, threads);
+                        const ConvNetSizes sizes =
+                            kernels::convnet_sizes(s, convolution, dual, kept, threads);
                         std::printf("%" PRId64 " %" PRId64 "\n", sizes.workspace, sizes.kept);
                     }
 }
 #endif
 
-// ---- launches ---------------------------------------------------------------------------------------------------
+// ---- launches ----
 
 #if defined(PDD_CUDA_ON_HOST)
 // A failure is what the call answers, and nothing is left of it for torch to trip over.
@@ -602,29 +659,34 @@ void failed_launch() {
     setenv("PDD_HOST_FAIL", "719", 1);
     const Buffer<float> number = Buffer<float>::random(1), out = Buffer<float>::unwritten(1);
     expect_status("a failed launch",
-                  kernels::add_rows<float>({1, 0, 1, number.get(), nullptr, nullptr, out.get()}, {nullptr, 1}),
+                  kernels::add_rows<float>({1, 0, 1, number.get(), nullptr, nullptr, out.get()},
+                                           {nullptr, 1}),
                   cudaErrorLaunchFailure);
     unsetenv("PDD_HOST_FAIL");
     expect_status("what is left of it", cudaGetLastError(), cudaSuccess);
 }
 #endif
 
-// ---- all --------------------------------------------------------------------------------------------------------
+// ---- all ----
 
-constexpr int64_t kLeast = std::numeric_limits<int64_t>::min(), kMost = std::numeric_limits<int64_t>::max();
+constexpr int64_t kLeast = std::numeric_limits<int64_t>::min(),
+                  kMost = std::numeric_limits<int64_t>::max();
 
 // In all types; `largest`: what may be squared and still be stored.
 template <class T>
 void all_images(double largest) {
     for (const int64_t channels : {1, 3, 4, 5, 8, 9, 16, 17, 33})
-        for (const PlaneShape& s :
-             {PlaneShape{1, channels, 2, 2}, {3, channels, 3, 2}, {2, channels, 2, 5}, {1, channels, 9, 7}})
+        for (const PlaneShape& s : {PlaneShape{1, channels, 2, 2},
+                                    {3, channels, 3, 2},
+                                    {2, channels, 2, 5},
+                                    {1, channels, 9, 7}})
             for (const double spread : {1.0, 0.0, largest})
                 for (const int threads : {1, 2})
                     if (!kCuda || threads == 1) norm_relu_pool<T>(s, spread, threads);
     // On CUDA planes of more pixels go through other kernels.
     for (const int64_t channels : {5, 16})
-        for (const PlaneShape& s : {PlaneShape{2, channels, 18, 19}, {1, channels, 33, 35}}) norm_relu_pool<T>(s, 1, 1);
+        for (const PlaneShape& s : {PlaneShape{2, channels, 18, 19}, {1, channels, 33, 35}})
+            norm_relu_pool<T>(s, 1, 1);
     dsa_all<T>();
 }
 

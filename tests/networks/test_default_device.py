@@ -1,6 +1,8 @@
-"""Everything works, with the same bytes, whatever torch's default device is: nothing of ours is made there.
+"""Everything works, with the same bytes, whatever torch's default device is: nothing of ours is
+made there.
 
-"meta" stands for every other device: a tensor that is made there by mistake has no values, and its use is an error.
+"meta" stands for every other device: a tensor that is made there by mistake has no values, and its
+use is an error.
 """
 
 from __future__ import annotations
@@ -33,9 +35,20 @@ def everything(folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Any]:
 
 RUNS: dict[str, dict[str, Any]] = {
     "trajectories": {},
-    "learned labels, whitened": {"labels": "learned", "whitening": "zca", "ema": 0.5, "trajectories": 2},
+    "learned labels, whitened": {
+        "labels": "learned",
+        "whitening": "zca",
+        "ema": 0.5,
+        "trajectories": 2,
+    },
     "filtered": {"filter": "forgetting", "filter_band": 1},
-    "gradients": {"base": "idc", "inner_loops": 2, "network_images": 100, "real_batch": 8, "factor": 2},
+    "gradients": {
+        "base": "idc",
+        "inner_loops": 2,
+        "network_images": 100,
+        "real_batch": 8,
+        "factor": 2,
+    },
     "distributions": {"base": "dm", "real_batch": 8, "start_networks": 2},
 }
 
@@ -56,14 +69,20 @@ def unrolled() -> Tensor:
     torch.manual_seed(0)
     with torch.device("cpu"):
         net = pdd_fast.ConvNet(3, 4, 8, width=4, depth=2)
-        images, labels, rate = torch.randn(6, 3, 8, 8, requires_grad=True), torch.arange(6) % 4, torch.tensor(0.1)
+        images, labels, rate = (
+            torch.randn(6, 3, 8, 8, requires_grad=True),
+            torch.arange(6) % 4,
+            torch.tensor(0.1),
+        )
         generator = torch.Generator().manual_seed(0)
     dsa = pdd_fast.DSA()
     theta = pdd_fast.flatten_parameters(net)
     frozen = torch.arange(6, device="cpu") < 2
     batches = [[0, 1, 2], [3, 4, 5]]
     augmentations = [dsa.sample(3, 8, generator) for _ in batches]
-    end = pdd_fast.unroll(net, theta, images, labels, rate, batches, augmentations, frozen=frozen, memory="auto")
+    end = pdd_fast.unroll(
+        net, theta, images, labels, rate, batches, augmentations, frozen=frozen, memory="auto"
+    )
     end.square().sum().backward()
     assert images.grad is not None
     return images.grad
@@ -72,18 +91,29 @@ def unrolled() -> Tensor:
 def matched() -> Tensor:
     torch.manual_seed(0)
     with torch.device("cpu"):
-        net, images = pdd_fast.ConvNet(3, 4, 8, width=4, depth=2), torch.randn(6, 3, 8, 8, requires_grad=True)
+        net, images = (
+            pdd_fast.ConvNet(3, 4, 8, width=4, depth=2),
+            torch.randn(6, 3, 8, 8, requires_grad=True),
+        )
         labels, real = torch.arange(6) % 4, torch.randn(6, 3, 8, 8)
-    loss = pdd_fast.gradient_matching(net, pdd_fast.flatten_parameters(net), real, labels, images, labels)
+    loss = pdd_fast.gradient_matching(
+        net, pdd_fast.flatten_parameters(net), real, labels, images, labels
+    )
     return torch.autograd.grad(loss, images)[0]
 
 
 def trained() -> Tensor:
     torch.manual_seed(0)
     with torch.device("cpu"):
-        net, images, labels = pdd_fast.ConvNet(3, 4, 8, width=4, depth=2), torch.randn(6, 3, 8, 8), torch.arange(6) % 4
+        net, images, labels = (
+            pdd_fast.ConvNet(3, 4, 8, width=4, depth=2),
+            torch.randn(6, 3, 8, 8),
+            torch.arange(6) % 4,
+        )
     torch.nn.functional.cross_entropy(net(images), labels).backward()
-    return torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None])
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None]
+    )
 
 
 @pytest.mark.parametrize("use", [unrolled, matched, trained])
@@ -102,5 +132,7 @@ def test_operators_give_the_same_bits(operator: Any) -> None:
         expected = operator.function(*arguments)
         with torch.device("meta"):
             found = operator.function(*arguments)
-        for one, other in zip(*((r,) if isinstance(r, Tensor) else r for r in (found, expected)), strict=True):
+        for one, other in zip(
+            *((r,) if isinstance(r, Tensor) else r for r in (found, expected)), strict=True
+        ):
             assert torch.equal(one, other)

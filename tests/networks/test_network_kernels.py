@@ -36,7 +36,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         original = getattr(convnet.ConvNetPasses, name)
 
         def counted(
-            *args: object, name: str = name, original: Callable[..., object] = original, **kw: object
+            *args: object,
+            name: str = name,
+            original: Callable[..., object] = original,
+            **kw: object,
         ) -> object:
             CALLED.append(name)
             return original(*args, **kw)
@@ -59,11 +62,15 @@ def batch(net: pdd_fast.ConvNet, count: int = 5, requires_grad: bool = True) -> 
 
 
 def gradients(net: pdd_fast.ConvNet, images: Tensor, again: bool = False) -> list[Tensor]:
-    """Of a function of the logits, with respect to images and parameters; ``again``: of the sum of their squares."""
+    """Of a function of the logits, with respect to images and parameters; ``again``: of the sum of
+    their squares.
+    """
     inputs = [images, *net.parameters()]
     found = torch.autograd.grad(net(images).square().sum(), inputs, create_graph=again)
     if again:
-        found = torch.autograd.grad(sum(part.square().sum() for part in found), inputs, materialize_grads=True)
+        found = torch.autograd.grad(
+            sum(part.square().sum() for part in found), inputs, materialize_grads=True
+        )
     return list(found)
 
 
@@ -234,14 +241,31 @@ def hooked_gradient(net: pdd_fast.ConvNet) -> None:
 
 # Layers that the kernels do not compute, or that somebody watches.
 CHANGES = [
-    changed_norm, changed_activation, longer_block, other_linear, hooked, parametrized, pruned, spectral, other_eps,
-    batch_norm, norm_without_weights, other_pooling, other_divisor, padded_pooling, reflecting, without_bias,
-    own_forward_of_a_layer, hooked_gradient,
-]  # fmt: skip
+    changed_norm,
+    changed_activation,
+    longer_block,
+    other_linear,
+    hooked,
+    parametrized,
+    pruned,
+    spectral,
+    other_eps,
+    batch_norm,
+    norm_without_weights,
+    other_pooling,
+    other_divisor,
+    padded_pooling,
+    reflecting,
+    without_bias,
+    own_forward_of_a_layer,
+    hooked_gradient,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_layers_that_are_not_its_own_run_as_they_are(change: Callable[[pdd_fast.ConvNet], None]) -> None:
+def test_layers_that_are_not_its_own_run_as_they_are(
+    change: Callable[[pdd_fast.ConvNet], None],
+) -> None:
     net = network()
     change(net)
     net.eval()  # a spectral norm's estimate stays where it is
@@ -269,8 +293,11 @@ def test_a_network_is_computed_from_its_layers_and_not_from_what_it_was_built_wi
 
 
 def weights_as_slices(net: pdd_fast.ConvNet, flat: Tensor) -> None:
-    """Parameters deleted and set as slices of one vector, the usual trick of trajectory matching."""
-    places = [(m, n, p.shape) for m in net.modules() for n, p in list(m.named_parameters(recurse=False))]
+    """Parameters deleted and set as slices of one vector, the usual trick of trajectory
+    matching."""
+    places = [
+        (m, n, p.shape) for m in net.modules() for n, p in list(m.named_parameters(recurse=False))
+    ]
     start = 0
     for module, name, shape in places:
         delattr(module, name)
@@ -305,7 +332,8 @@ def test_shared_weights_get_the_sum_of_their_gradients() -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["gradient", "gradient of a gradient"])
 def test_parameters_may_be_computed_from_the_images_and_from_one_another(again: bool) -> None:
-    """As in an unroll by hand, where a step's parameters depend on the images of the step before."""
+    """As in an unroll by hand, where a step's parameters depend on the images of the step
+    before."""
     net, start = network(depth=3), pdd_fast.flatten_parameters(network(depth=3))
     images, draw = batch(net), torch.randn(start.numel(), dtype=torch.float64)
     shapes = {name: parameter.shape for name, parameter in net.named_parameters()}
@@ -313,7 +341,10 @@ def test_parameters_may_be_computed_from_the_images_and_from_one_another(again: 
     def found() -> list[Tensor]:
         theta = start + draw * images.square().mean()
         parts = theta.split([shape.numel() for shape in shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        parameters = {
+            name: part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
         parameters["blocks.2.0.weight"] = parameters["blocks.1.0.weight"]
         loss = torch.func.functional_call(net, parameters, (images,)).square().sum()
         (first,) = torch.autograd.grad(loss, images, create_graph=again)
@@ -335,7 +366,9 @@ def test_evaluation_keeps_no_activations() -> None:
 
 def forward_mode(net: pdd_fast.ConvNet, images: Tensor) -> Tensor:
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(net(forward_ad.make_dual(images, torch.ones_like(images)))).tangent
+        tangent = forward_ad.unpack_dual(
+            net(forward_ad.make_dual(images, torch.ones_like(images)))
+        ).tangent
     assert tangent is not None
     return tangent
 
@@ -362,7 +395,9 @@ def stacked(net: pdd_fast.ConvNet) -> Callable[[Tensor, Tensor], Tensor]:
         lambda net, images: torch.func.jacrev(net)(images),
         lambda net, images: torch.func.hessian(lambda x: net(x).square().sum())(images[:1]),
         lambda net, images: jacobian(net, images, vectorize=True, strategy="forward-mode"),
-        lambda net, images: torch.func.vmap(stacked(net), (0, None))(torch.ones(3, dtype=torch.float64), images),
+        lambda net, images: torch.func.vmap(stacked(net), (0, None))(
+            torch.ones(3, dtype=torch.float64), images
+        ),
         lambda net, images: torch.jit.trace(net, images)(images + 1),
         lambda net, images: torch.fx.symbolic_trace(net)(images),
         lambda net, images: torch.jit.script(net)(images),
@@ -370,11 +405,24 @@ def stacked(net: pdd_fast.ConvNet) -> Callable[[Tensor, Tensor], Tensor]:
         lambda net, images: torch.export.export(net, (images,)).module()(images),
     ],
     ids=[
-        "forward mode", "jvp", "vmap", "grad", "jacrev", "hessian", "jacobian in forward mode", "networks stacked",
-        "traced", "traced symbolically", "scripted", "compiled", "exported",
+        "forward mode",
+        "jvp",
+        "vmap",
+        "grad",
+        "jacrev",
+        "hessian",
+        "jacobian in forward mode",
+        "networks stacked",
+        "traced",
+        "traced symbolically",
+        "scripted",
+        "compiled",
+        "exported",
     ],
-)  # fmt: skip
-def test_transforms_give_what_the_layers_give(use: Callable[[pdd_fast.ConvNet, Tensor], Tensor]) -> None:
+)
+def test_transforms_give_what_the_layers_give(
+    use: Callable[[pdd_fast.ConvNet, Tensor], Tensor],
+) -> None:
     net = network()
     images = batch(net, requires_grad=False)
     found = use(net, images)
@@ -385,7 +433,9 @@ def test_transforms_give_what_the_layers_give(use: Callable[[pdd_fast.ConvNet, T
 
 def batched(net: pdd_fast.ConvNet, images: Tensor) -> list[Tensor]:
     inputs = [images, *net.parameters()]
-    return list(torch.autograd.grad(net(images)[0], inputs, torch.eye(4).double(), is_grads_batched=True))
+    return list(
+        torch.autograd.grad(net(images)[0], inputs, torch.eye(4).double(), is_grads_batched=True)
+    )
 
 
 def by_vmap(net: pdd_fast.ConvNet, images: Tensor) -> list[Tensor]:
@@ -403,7 +453,9 @@ def by_rows(net: pdd_fast.ConvNet, images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("use", [batched, by_vmap])
-def test_many_gradients_at_once_are_those_one_by_one(use: Callable[[pdd_fast.ConvNet, Tensor], list[Tensor]]) -> None:
+def test_many_gradients_at_once_are_those_one_by_one(
+    use: Callable[[pdd_fast.ConvNet, Tensor], list[Tensor]],
+) -> None:
     net = network()
     images = batch(net)
     found = use(net, images)
@@ -417,7 +469,9 @@ def test_many_gradients_at_once_are_those_one_by_one(use: Callable[[pdd_fast.Con
 class Doubled(TorchFunctionMode):
     """Gives a function of torch another meaning."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         return 2 * result if function is nn.functional.relu else result
 
@@ -440,7 +494,9 @@ def signs(module: nn.Module, images: Tensor, weight: Tensor, bias: Tensor) -> Te
     ],
     ids=["a layer", "what a layer calls", "a function", "the last layer"],
 )
-def test_torch_may_be_patched(owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_may_be_patched(
+    owner: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As guided backpropagation does with ReLU."""
     net = network()
     images, theta, labels = batch(net), pdd_fast.flatten_parameters(net), torch.arange(5) % 4
@@ -450,7 +506,10 @@ def test_torch_may_be_patched(owner: Any, name: str, value: Any, monkeypatch: py
         expected = net(images)
     assert not torch.allclose(expected, before)
     torch.testing.assert_close(net(images), expected, rtol=0, atol=0)
-    found = [pdd_fast.unroll(net, theta, images, labels, 0.1, [range(5)], engine=e) for e in ("auto", "autograd")]
+    found = [
+        pdd_fast.unroll(net, theta, images, labels, 0.1, [range(5)], engine=e)
+        for e in ("auto", "autograd")
+    ]
     assert torch.equal(*found)
 
 
@@ -473,7 +532,10 @@ def test_function_modes_see_the_layers() -> None:
         with kernels.plain_torch():
             expected = net(images)
         torch.testing.assert_close(net(images), expected, rtol=0, atol=0)
-        found = [pdd_fast.unroll(net, theta, images, labels, 0.1, [range(5)], engine=e) for e in ("auto", "autograd")]
+        found = [
+            pdd_fast.unroll(net, theta, images, labels, 0.1, [range(5)], engine=e)
+            for e in ("auto", "autograd")
+        ]
     assert torch.equal(*found)
     assert not CALLED
     with torch.device("meta"):  # a mode too, but one that changes no function's meaning
@@ -490,7 +552,9 @@ def test_autocast_around_the_backward_pass_changes_nothing(use: str) -> None:
         logits = net(images)
         with torch.autocast("cpu", torch.bfloat16) if use_autocast else nullcontext():
             if use == "create_graph":
-                return torch.autograd.grad(logits.square().sum(), images, create_graph=True)[0].detach()
+                return torch.autograd.grad(logits.square().sum(), images, create_graph=True)[
+                    0
+                ].detach()
             return torch.autograd.grad(logits[0], images, torch.eye(4), is_grads_batched=True)[0]
 
     use_autocast = False
@@ -530,7 +594,9 @@ def test_a_transform_of_something_else_may_call_the_network() -> None:
     ones = torch.ones(3, dtype=torch.float64)
     found = torch.func.vmap(lambda s: s * net(images).sum())(ones)
     torch.testing.assert_close(found, expected * ones)
-    assert float(torch.func.grad(lambda s: s * net(images).sum())(ones[0])) == pytest.approx(expected)
+    assert float(torch.func.grad(lambda s: s * net(images).sum())(ones[0])) == pytest.approx(
+        expected
+    )
 
 
 def test_the_size_of_images_may_be_given_anew() -> None:

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 import pdd_fast
 from pdd_fast.networks.convnet import ConvNet
-from pdd_fast.networks.parameters import flatten_parameters, initial_parameters, load_parameters, views
+from pdd_fast.networks.parameters import (
+    flatten_parameters,
+    initial_parameters,
+    load_parameters,
+    views,
+)
 
 # Channels, classes, height and width, width, depth.
 NETWORKS = [
@@ -24,7 +29,9 @@ NETWORKS = [
 ]
 
 
-def plain(channels: int, classes: int, size: tuple[int, int], width: int, depth: int) -> nn.Sequential:
+def plain(
+    channels: int, classes: int, size: tuple[int, int], width: int, depth: int
+) -> nn.Sequential:
     layers: list[nn.Module] = []
     height, across = size
     for block in range(depth):
@@ -47,7 +54,9 @@ def randomised(net: nn.Module) -> nn.Module:
 
 
 class Tied(nn.Module):
-    """A module with what ConvNet lacks: buffers that reset_parameters() changes, and one parameter in two places."""
+    """A module with what ConvNet lacks: buffers that reset_parameters() changes, and one parameter
+    in two places.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +67,7 @@ class Tied(nn.Module):
         return self.second(self.norm(self.first(x)))
 
 
-# ---- ConvNet ----------------------------------------------------------------------------------------------------
+# ---- ConvNet ----
 
 
 @pytest.mark.parametrize("arguments", NETWORKS, ids=str)
@@ -85,15 +94,27 @@ def test_parameters_come_in_the_order_of_mtt() -> None:
     shapes = [tuple(parameter.shape) for parameter in ConvNet(3, 10, 32).parameters()]
     block = [(128,), (128,), (128,)]  # convolution bias, norm weight, norm bias
     assert shapes == [
-        (128, 3, 3, 3), *block, (128, 128, 3, 3), *block, (128, 128, 3, 3), *block, (10, 128 * 4 * 4), (10,),
-    ]  # fmt: skip
+        (128, 3, 3, 3),
+        *block,
+        (128, 128, 3, 3),
+        *block,
+        (128, 128, 3, 3),
+        *block,
+        (10, 128 * 4 * 4),
+        (10,),
+    ]
     names = [name.rpartition(".")[2] for name, _ in ConvNet(1, 2, 8, depth=1).named_parameters()]
     assert names == ["weight", "bias", "weight", "bias", "weight", "bias"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "count"),
-    [((3, 10, 32), 320_010), ((3, 100, 32), 504_420), ((3, 200, 64, 128, 4), 857_160), ((1, 10, 8, 4, 1), 698)],
+    [
+        ((3, 10, 32), 320_010),
+        ((3, 100, 32), 504_420),
+        ((3, 200, 64, 128, 4), 857_160),
+        ((1, 10, 8, 4, 1), 698),
+    ],
     ids=["CIFAR-10", "CIFAR-100", "Tiny ImageNet", "tiny"],
 )
 def test_parameter_counts_are_those_of_the_papers(arguments: tuple[int, ...], count: int) -> None:
@@ -116,7 +137,9 @@ def test_an_image_does_not_depend_on_the_others_in_its_batch() -> None:
 def test_logits_do_not_depend_on_the_memory_format(device: torch.device) -> None:
     net = randomised(ConvNet(1, 3, (8, 6), 4, 2)).double().to(device)
     images = torch.randn(5, 1, 8, 6, dtype=torch.float64, device=device)
-    torch.testing.assert_close(net(images.contiguous(memory_format=torch.channels_last)), net(images))
+    torch.testing.assert_close(
+        net(images.contiguous(memory_format=torch.channels_last)), net(images)
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,11 +160,13 @@ def test_sizes_that_cannot_be_are_named(arguments: tuple[Any, ...], message: str
         ConvNet(*arguments)
 
 
-# ---- flat parameters --------------------------------------------------------------------------------------------
+# ---- flat parameters ----
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: ConvNet(2, 3, 8, 4, 2), lambda: nn.Linear(3, 2, bias=False), Tied], ids=["ConvNet", "one", "tied"]
+    "make",
+    [lambda: ConvNet(2, 3, 8, 4, 2), lambda: nn.Linear(3, 2, bias=False), Tied],
+    ids=["ConvNet", "one", "tied"],
 )
 def test_parameters_go_flat_and_back(make: Callable[[], nn.Module], device: torch.device) -> None:
     net, other = randomised(make()).to(device), randomised(make()).to(device)
@@ -155,7 +180,9 @@ def test_parameters_go_flat_and_back(make: Callable[[], nn.Module], device: torc
     assert torch.equal(flatten_parameters(other), theta)
 
 
-@pytest.mark.parametrize("make", [lambda: ConvNet(1, 2, 4, 2, 1), lambda: nn.Linear(3, 2, bias=False)])
+@pytest.mark.parametrize(
+    "make", [lambda: ConvNet(1, 2, 4, 2, 1), lambda: nn.Linear(3, 2, bias=False)]
+)
 def test_flat_parameters_share_no_memory_with_the_network(make: Callable[[], nn.Module]) -> None:
     net = make()
     theta = torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
@@ -191,10 +218,13 @@ def test_the_gradient_of_all_views_is_one_concatenation() -> None:
     first, second, _ = parts  # the last one is not used
     (grad,) = torch.autograd.grad(first.square().sum() * second.sum(), theta, create_graph=True)
     square = theta[:4].square().sum()
-    assert torch.allclose(grad, torch.cat([2 * theta[:4] * theta[4], square[None], torch.zeros(2).double()]))
+    assert torch.allclose(
+        grad, torch.cat([2 * theta[:4] * theta[4], square[None], torch.zeros(2).double()])
+    )
     (again,) = torch.autograd.grad(grad[:4].sum(), theta)
     assert torch.allclose(
-        again, torch.cat([2 * theta[4].expand(4), 2 * theta[:4].sum()[None], torch.zeros(2)]).double()
+        again,
+        torch.cat([2 * theta[4].expand(4), 2 * theta[:4].sum()[None], torch.zeros(2)]).double(),
     )
 
 
@@ -212,7 +242,9 @@ def test_gradients_that_are_views_add_up_and_are_set_to_zero_in_place() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0,), (697,), (699,), (698, 1), (1, 698)], ids=str)
-def test_a_vector_of_another_length_is_refused_and_nothing_is_loaded(shape: tuple[int, ...]) -> None:
+def test_a_vector_of_another_length_is_refused_and_nothing_is_loaded(
+    shape: tuple[int, ...],
+) -> None:
     net = ConvNet(1, 10, 8, 4, 1)
     before = flatten_parameters(net)
     message = re.escape(f"load_parameters: theta must have shape (698,), got {shape}")
@@ -233,7 +265,7 @@ def test_the_functions_are_public() -> None:
     assert pdd_fast.load_parameters is load_parameters
 
 
-# ---- fresh parameters -------------------------------------------------------------------------------------------
+# ---- fresh parameters ----
 
 
 def test_fresh_parameters_depend_on_the_seed_alone(device: torch.device) -> None:
@@ -253,10 +285,16 @@ def test_fresh_parameters_are_those_of_a_new_network() -> None:
     assert torch.equal(initial_parameters(ConvNet(3, 10, 8, 4, 1), 5), new)
 
 
-@pytest.mark.parametrize("make", [lambda: ConvNet(1, 10, 8, 4, 1), Tied], ids=["ConvNet", "buffers"])
-def test_drawing_leaves_the_network_and_the_global_random_state_alone(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: ConvNet(1, 10, 8, 4, 1), Tied], ids=["ConvNet", "buffers"]
+)
+def test_drawing_leaves_the_network_and_the_global_random_state_alone(
+    make: Callable[[], nn.Module],
+) -> None:
     net = make()
-    net(torch.randn(6, 1, 8, 8) if isinstance(net, ConvNet) else torch.randn(6, 4))  # moves the running statistics
+    net(
+        torch.randn(6, 1, 8, 8) if isinstance(net, ConvNet) else torch.randn(6, 4)
+    )  # moves the running statistics
     before = {name: value.clone() for name, value in net.state_dict().items()}
     identities = [id(parameter) for parameter in net.parameters()]
     state = torch.get_rng_state()
@@ -267,7 +305,9 @@ def test_drawing_leaves_the_network_and_the_global_random_state_alone(make: Call
         assert torch.equal(value, before[name]), name
 
 
-def test_drawing_leaves_the_random_states_of_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_leaves_the_random_states_of_other_devices_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seeds: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     torch.manual_seed(3)

@@ -1,4 +1,6 @@
-"""The networks of the evaluation: their shapes, their norms, and what they say where they cannot be."""
+"""The networks of the evaluation: their shapes, their norms, and what they say where they cannot
+be.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def require(name: str) -> None:
 
 @pytest.mark.parametrize("name", TITLES)
 @pytest.mark.parametrize(("channels", "size"), [(1, (32, 32)), (3, (32, 32)), (3, (64, 35))])
-def test_every_network_learns_from_images_of_its_size(name: str, channels: int, size: tuple[int, int]) -> None:
+def test_every_network_learns_from_images_of_its_size(
+    name: str, channels: int, size: tuple[int, int]
+) -> None:
     require(name)
     torch.manual_seed(0)
     net = build(name, channels, 7, size, width=8)
@@ -59,14 +63,20 @@ def test_norms_are_what_the_name_says(name: str) -> None:
 
 
 def test_sizes_are_the_published_ones() -> None:
-    assert parameter_count(build("mlp", 3, 10, (32, 32))) == 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    assert (
+        parameter_count(build("mlp", 3, 10, (32, 32)))
+        == 3072 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10
+    )
     expected = {"resnet18": 11_173_962, "resnet18-batchnorm": 11_173_962, "vgg11": 9_231_114}
     for name, count in expected.items():  # those of CIFAR's versions everywhere
         if available(name):
             assert parameter_count(build(name, 3, 10, (32, 32))) == count
     convolutions = 3 * 128 * 25 + 128 * 192 * 25 + (192 * 256 + 256 * 192 + 192 * 192) * 9
     biases = 128 + 192 + 256 + 192 + 192
-    assert parameter_count(build("alexnet", 3, 10, (32, 32))) == convolutions + biases + 192 * 16 * 10 + 10
+    assert (
+        parameter_count(build("alexnet", 3, 10, (32, 32)))
+        == convolutions + biases + 192 * 16 * 10 + 10
+    )
 
 
 def test_a_network_is_drawn_from_the_global_random_state() -> None:
@@ -76,14 +86,18 @@ def test_a_network_is_drawn_from_the_global_random_state() -> None:
         torch.manual_seed(3)
         other = build(name, 1, 3, (8, 8), 4, 2).state_dict()
         assert all(torch.equal(one[key], other[key]) for key in one)
-        assert not torch.equal(next(build(name, 1, 3, (8, 8), 4, 2).parameters()), next(iter(one.values())))
+        assert not torch.equal(
+            next(build(name, 1, 3, (8, 8), 4, 2).parameters()), next(iter(one.values()))
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "least"), [("resnet18", 16), ("resnet18-batchnorm", 8), ("vgg11", 32), ("alexnet", 8)]
 )
 def test_too_small_images_are_refused(name: str, least: int) -> None:
-    with pytest.raises(UsageError, match=rf"'{name}' must be given images of at least {least} pixels a side, got"):
+    with pytest.raises(
+        UsageError, match=rf"'{name}' must be given images of at least {least} pixels a side, got"
+    ):
         build(name, 3, 10, (least - 1, 64))
     require(name)
     assert build(name, 3, 10, (least, least))(torch.randn(3, 3, least, least)).std(0).min() > 0
@@ -92,7 +106,10 @@ def test_too_small_images_are_refused(name: str, least: int) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["resnet"], r"networks must be of convnet, .*, mlp, got 'resnet'; did you mean 'resnet18'\?"),
+        (
+            ["resnet"],
+            r"networks must be of convnet, .*, mlp, got 'resnet'; did you mean 'resnet18'\?",
+        ),
         ([], "networks must be one or more, each named once, got none"),
         (["mlp", "mlp"], "networks must be one or more, each named once, got mlp, mlp"),
     ],
@@ -106,7 +123,9 @@ def test_a_torchvision_that_does_not_import_is_a_sentence(monkeypatch: pytest.Mo
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(UsageError, match=r"^network 'vgg11' needs torchvision, which does not import here"):
+    with pytest.raises(
+        UsageError, match=r"^network 'vgg11' needs torchvision, which does not import here"
+    ):
         build("vgg11", 3, 10, (32, 32))
     assert build("alexnet", 3, 10, (32, 32)) is not None
 
@@ -116,7 +135,9 @@ def test_accuracy_is_that_of_a_network_in_use() -> None:
 
     class Picky(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.one_hot(x[:, 0, 0, 0].long() if not self.training else x[:, 0, 0, 1].long(), 3).float()
+            return nn.functional.one_hot(
+                x[:, 0, 0, 0].long() if not self.training else x[:, 0, 0, 1].long(), 3
+            ).float()
 
     images = torch.tensor([[0.0, 1], [1, 0], [2, 0], [2, 1], [0, 0]]).view(5, 1, 1, 2)
     net = Picky()

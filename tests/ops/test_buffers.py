@@ -1,4 +1,6 @@
-"""The pool that passes take their memory from: one owner at a time, from any thread, and never too small a piece."""
+"""The pool that passes take their memory from: one owner at a time, from any thread, and never too
+small a piece.
+"""
 
 from __future__ import annotations
 
@@ -70,15 +72,21 @@ def test_a_piece_has_one_owner_and_is_large_enough_for_many_threads_and_sizes() 
             held.append((buffer, mark))
             if len(held) > 4:
                 kept, expected = held.pop(order.randrange(len(held)))
-                assert bool((kept.numbers == expected).all()), "another thread wrote into this piece"
+                assert bool((kept.numbers == expected).all()), (
+                    "another thread wrote into this piece"
+                )
 
     in_threads(8, work)
     gc.collect()
-    assert len({memory.data_ptr() for memory in pool._idle}) == len(pool._idle) <= 8 * 6  # six at once in a thread
+    assert (
+        len({memory.data_ptr() for memory in pool._idle}) == len(pool._idle) <= 8 * 6
+    )  # six at once in a thread
 
 
 def test_networks_of_several_sizes_in_many_threads_get_what_one_thread_gets() -> None:
-    """Forward, backward, gradient and dual passes of three shapes and five batches, each against the same alone."""
+    """Forward, backward, gradient and dual passes of three shapes and five batches, each against
+    the same alone.
+    """
     shapes = [ConvNetShape(3, 9, 8, width, 2, 4) for width in (3, 8, 17)]
     batches = (1, 3, 7, 12, 24)
     images = torch.randn(24, 3, 9, 8, generator=torch.Generator().manual_seed(0))
@@ -126,7 +134,9 @@ def test_buffers_can_be_freed_while_other_threads_take_them() -> None:
 
 
 def test_a_buffer_that_a_collection_frees_inside_the_lock_comes_back() -> None:
-    """A cycle is found by the garbage collector, which may run in the thread that holds the pool's lock."""
+    """A cycle is found by the garbage collector, which may run in the thread that holds the pool's
+    lock.
+    """
     pool = BufferPool()
 
     class Cycle:
@@ -161,10 +171,17 @@ def test_the_kernel_refuses_a_piece_that_is_too_small(workspace: int, kept: int,
     memory = [torch.zeros(sizes.workspace), torch.zeros(sizes.kept)]
     device = torch.device("cpu")
     arguments = _native.loaded("cpu").ConvNetArguments(
-        [5, *shape], 0, 1e-5, _native.address(theta, device), _native.address(images, device), images.stride(),
-        _native.address(memory[0], device), sizes.workspace + workspace,
-        _native.address(memory[1], device), sizes.kept + kept,
-    )  # fmt: skip
+        [5, *shape],
+        0,
+        1e-5,
+        _native.address(theta, device),
+        _native.address(images, device),
+        images.stride(),
+        _native.address(memory[0], device),
+        sizes.workspace + workspace,
+        _native.address(memory[1], device),
+        sizes.kept + kept,
+    )
     with pytest.raises(ValueError, match=rf"{name} must hold \d+ elements, got \d+"):
         _native.call("convnet_forward", theta, arguments, torch.zeros(5, 4))
 
@@ -191,7 +208,9 @@ def freed() -> torch.Tensor:
 def test_no_address_is_taken_of_what_is_not_in_the_memory_of_the_device(
     tensor: Callable[[], torch.Tensor], found: str
 ) -> None:
-    with pytest.raises(TypeError, match=f"a kernel must be given tensors in the memory of cpu, got {found}"):
+    with pytest.raises(
+        TypeError, match=f"a kernel must be given tensors in the memory of cpu, got {found}"
+    ):
         address_of(tensor())
     assert address_of(torch.zeros(0)) == 0
 

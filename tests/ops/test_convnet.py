@@ -1,4 +1,6 @@
-"""The whole network's passes in one kernel, against plain autograd, and what they promise beside being right."""
+"""The whole network's passes in one kernel, against plain autograd, and what they promise beside
+being right.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ CONVOLUTION = pytest.mark.parametrize("convolution", CONVOLUTIONS)
 Found = dict[str, Tensor]
 
 
-# ---- problems, and what autograd says about them ------------------------------------------------------------------
+# ---- problems, and what autograd says about them ----
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Shape:
         return pdd_fast.ConvNet(self.in_channels, self.classes, self.size, self.width, self.depth)
 
     def kernel(self) -> convnet.ConvNetShape:
-        return convnet.ConvNetShape(self.in_channels, *self.size, self.width, self.depth, self.classes)
+        return convnet.ConvNetShape(
+            self.in_channels, *self.size, self.width, self.depth, self.classes
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,9 @@ class Problem:
 
     @classmethod
     def of(cls, shape: Shape, soft: bool = False, seed: int = 0) -> Problem:
-        """In float64. Norms have weights of both signs, so that a gradient of the wrong sign does not cancel."""
+        """In float64. Norms have weights of both signs, so that a gradient of the wrong sign does
+        not cancel.
+        """
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*size: int) -> Tensor:
@@ -78,9 +84,13 @@ class Problem:
         labels = normal(shape.batch, shape.classes).softmax(1)
         hard = torch.randint(shape.classes, (shape.batch,), generator=draw)
         return cls(
-            net, 0.3 * normal(parameters), normal(shape.batch, shape.in_channels, *shape.size),
-            labels if soft else hard, normal(parameters), normal(shape.batch, shape.classes),
-        )  # fmt: skip
+            net,
+            0.3 * normal(parameters),
+            normal(shape.batch, shape.in_channels, *shape.size),
+            labels if soft else hard,
+            normal(parameters),
+            normal(shape.batch, shape.classes),
+        )
 
     @property
     def kernel(self) -> convnet.ConvNetShape:
@@ -98,22 +108,34 @@ class Problem:
 
     def by_autograd(self) -> Found:
         """All that the passes give, by plain torch operators, differentiated twice."""
-        theta, images, labels = (t.clone().requires_grad_(t.is_floating_point()) for t in self.arguments)
+        theta, images, labels = (
+            t.clone().requires_grad_(t.is_floating_point()) for t in self.arguments
+        )
         names = [name for name, _ in self.net.named_parameters()]
         parameters = dict(zip(names, views(theta, self.net.parameters()), strict=True))
         logits = torch.func.functional_call(self.net, parameters, (images,))
         losses = F.cross_entropy(logits, labels, reduction="none")
-        back = torch.autograd.grad((logits * self.grad_logits).sum(), [theta, images], retain_graph=True)
-        # The losses' tangents J v without forward mode: what J^T u, which is linear in u, times v has for a gradient.
+        back = torch.autograd.grad(
+            (logits * self.grad_logits).sum(), [theta, images], retain_graph=True
+        )
+        # The losses' tangents J v without forward mode: what J^T u, which is linear in u, times v
+        # has for a gradient.
         u = torch.zeros_like(losses, requires_grad=True)
         (pulled,) = torch.autograd.grad(losses, theta, u, create_graph=True)
         (slopes,) = torch.autograd.grad(pulled @ self.direction, u)
         (gradient,) = torch.autograd.grad(losses.mean(), theta, create_graph=True)
         leaves = {"theta": theta, "images": images} | ({"labels": labels} if self.soft else {})
         tangents = torch.autograd.grad(gradient @ self.direction, list(leaves.values()))
-        found = {"logits": logits, "theta by logits": back[0], "images by logits": back[1], "losses": losses}
+        found = {
+            "logits": logits,
+            "theta by logits": back[0],
+            "images by logits": back[1],
+            "losses": losses,
+        }
         found |= {"gradient": gradient, "slopes": slopes}
-        found |= {f"tangent of {name}": tangent for name, tangent in zip(leaves, tangents, strict=True)}
+        found |= {
+            f"tangent of {name}": tangent for name, tangent in zip(leaves, tangents, strict=True)
+        }
         return {name: tensor.detach() for name, tensor in found.items()}
 
     @property
@@ -121,24 +143,37 @@ class Problem:
         return self.theta, self.images, self.labels
 
     def dual(
-        self, passes: ConvNetPasses, kept: Buffer | None = None, want_theta: bool = True, rows: Tensor | None = None
+        self,
+        passes: ConvNetPasses,
+        kept: Buffer | None = None,
+        want_theta: bool = True,
+        rows: Tensor | None = None,
     ) -> Found:
         """What the dual pass gives, by autograd's names."""
         found = passes.dual(*self.arguments, self.direction, kept, want_theta, rows)
         names = ("slopes", "tangent of theta", "tangent of images", "tangent of labels")
         wanted = (True, want_theta, rows is None or len(rows) > 0, self.soft)
         assert tuple(tensor is not None for tensor in found) == wanted
-        return {name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None}
+        return {
+            name: tensor for name, tensor in zip(names, found, strict=True) if tensor is not None
+        }
 
     def by(self, passes: ConvNetPasses, kept: bool = False) -> Found:
         """All that the passes give, by the passes."""
         logits, between = passes.forward(self.theta, self.images, keep=True)
         assert between is not None
-        theta, images = passes.backward(self.theta, self.images, between, self.grad_logits, want_images=True)
+        theta, images = passes.backward(
+            self.theta, self.images, between, self.grad_logits, want_images=True
+        )
         assert images is not None
         losses, gradient, step = passes.gradient(*self.arguments, keep=kept)
         assert (step is not None) == kept
-        found = {"logits": logits, "theta by logits": theta, "images by logits": images, "losses": losses}
+        found = {
+            "logits": logits,
+            "theta by logits": theta,
+            "images by logits": images,
+            "losses": losses,
+        }
         return found | {"gradient": gradient} | self.dual(passes, step)
 
 
@@ -146,7 +181,8 @@ def assert_close(found: Found, expected: Found, tolerance: float = 1e-10) -> Non
     for name, tensor in found.items():
         truth = expected[name]
         assert tensor.shape == truth.shape, name
-        # Gradients of small planes vanish where all of their pixels are active, and only rounding is left of them.
+        # Gradients of small planes vanish where all of their pixels are active, and only rounding
+        # is left of them.
         error = float((tensor - truth).norm())
         assert error <= tolerance * (float(truth.norm()) + 0.1), (name, error, float(truth.norm()))
 
@@ -161,9 +197,10 @@ def passes_of(problem: Problem, convolution: str) -> ConvNetPasses:
     return ConvNetPasses(problem.kernel, convolution)
 
 
-# ---- right in float64 ---------------------------------------------------------------------------------------------
+# ---- right in float64 ----
 
-# Channels that fill no block of 16, one too many for it, and sides that fill no tile of 4 and no window of 2.
+# Channels that fill no block of 16, one too many for it, and sides that fill no tile of 4 and no
+# window of 2.
 SHAPES = {
     "the least": Shape(1, (2, 2), 1, 1, 2, 2),
     "two by two after three blocks": Shape(3, (16, 19), 16, 4, 2),
@@ -208,7 +245,9 @@ def test_a_dual_pass_gives_what_is_wanted(kept: bool, convolution: str) -> None:
         index = None if rows is None else torch.tensor(rows, dtype=torch.int64)
         found = problem.dual(passes, step, want_theta, index)
         wanted = expected["tangent of images"]
-        assert_close(found, expected | {"tangent of images": wanted if index is None else wanted[index]})
+        assert_close(
+            found, expected | {"tangent of images": wanted if index is None else wanted[index]}
+        )
 
 
 @CONVOLUTION
@@ -226,8 +265,12 @@ def test_what_is_not_wanted_changes_nothing_else(convolution: str) -> None:
             assert_same(some, {name: expected[name] for name in some})
     step = passes.forward(problem.theta, problem.images, keep=True)[1]
     assert step is not None
-    theta, images = passes.backward(problem.theta, problem.images, step, problem.grad_logits, want_images=False)
-    again = passes.backward(problem.theta, problem.images, step, problem.grad_logits, want_images=True)
+    theta, images = passes.backward(
+        problem.theta, problem.images, step, problem.grad_logits, want_images=False
+    )
+    again = passes.backward(
+        problem.theta, problem.images, step, problem.grad_logits, want_images=True
+    )
     assert images is None
     assert torch.equal(theta, again[0])
 
@@ -239,7 +282,9 @@ def test_a_forward_pass_is_gone_back_through_any_number_of_times() -> None:
     assert kept is not None
     results = []
     for factor in (1, -2, 1):
-        theta, images = passes.backward(problem.theta, problem.images, kept, factor * problem.grad_logits, True)
+        theta, images = passes.backward(
+            problem.theta, problem.images, kept, factor * problem.grad_logits, True
+        )
         assert images is not None
         results.append({"theta": theta, "images": images})
     assert_same(results[2], results[0])
@@ -267,8 +312,12 @@ def test_where_images_lie_changes_no_bit(convolution: str) -> None:
 def test_one_image_seen_many_times() -> None:
     """A stride of 0."""
     problem = Problem.of(Shape(3, (8, 6), 16, 2, 1))
-    many = replace(problem, images=problem.images.expand(5, -1, -1, -1), labels=problem.labels.expand(5),
-                   grad_logits=problem.grad_logits.expand(5, -1))  # fmt: skip
+    many = replace(
+        problem,
+        images=problem.images.expand(5, -1, -1, -1),
+        labels=problem.labels.expand(5),
+        grad_logits=problem.grad_logits.expand(5, -1),
+    )
     one, five = (each.by(passes_of(problem, "auto")) for each in (problem, many))
     assert_close({"gradient": five["gradient"]}, one, 1e-13)
     assert_close({"tangent of theta": five["tangent of theta"]}, one, 1e-13)
@@ -298,20 +347,39 @@ def test_logits_of_more_images_than_go_at_once(convolution: str) -> None:
 
 
 @given(
-    in_channels=st.integers(1, 5), height=st.integers(2, 13), width=st.integers(2, 13), channels=st.integers(1, 40),
-    depth=st.integers(1, 3), batch=st.integers(1, 5), classes=st.integers(1, 18), soft=st.booleans(),
-    kept=st.booleans(), convolution=st.sampled_from(CONVOLUTIONS), seed=st.integers(0, 1000),
-)  # fmt: skip
+    in_channels=st.integers(1, 5),
+    height=st.integers(2, 13),
+    width=st.integers(2, 13),
+    channels=st.integers(1, 40),
+    depth=st.integers(1, 3),
+    batch=st.integers(1, 5),
+    classes=st.integers(1, 18),
+    soft=st.booleans(),
+    kept=st.booleans(),
+    convolution=st.sampled_from(CONVOLUTIONS),
+    seed=st.integers(0, 1000),
+)
 def test_every_pass_is_autograds_whatever_the_sizes(
-    in_channels: int, height: int, width: int, channels: int, depth: int, batch: int, classes: int, soft: bool,
-    kept: bool, convolution: str, seed: int,
-) -> None:  # fmt: skip
+    in_channels: int,
+    height: int,
+    width: int,
+    channels: int,
+    depth: int,
+    batch: int,
+    classes: int,
+    soft: bool,
+    kept: bool,
+    convolution: str,
+    seed: int,
+) -> None:
     depth = min(depth, min(height, width).bit_length() - 1)
-    problem = Problem.of(Shape(in_channels, (height, width), channels, depth, batch, classes), soft, seed)
+    problem = Problem.of(
+        Shape(in_channels, (height, width), channels, depth, batch, classes), soft, seed
+    )
     assert_close(problem.by(passes_of(problem, convolution), kept), problem.by_autograd())
 
 
-# ---- close in float32 ---------------------------------------------------------------------------------------------
+# ---- close in float32 ----
 
 ROUNDED = Shape(3, (16, 16), 32, 3, 6, 10)
 SEEDS = range(5)
@@ -326,7 +394,9 @@ def rounding(seed: int) -> tuple[Problem, Found, Found]:
 
 @pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
 def test_direct_float32_is_as_close_to_the_truth_as_autograds(kept: bool) -> None:
-    """Medians: an activation that crosses zero by rounding moves a single problem's error by its whole share."""
+    """Medians: an activation that crosses zero by rounding moves a single problem's error by its
+    whole share.
+    """
     ours: dict[str, list[float]] = {}
     plain: dict[str, list[float]] = {}
     for seed in SEEDS:
@@ -349,7 +419,7 @@ def test_winograds_float32_is_close_to_the_truth(kept: bool) -> None:
             assert cosine >= 0.9999, name
 
 
-# ---- the same bits ------------------------------------------------------------------------------------------------
+# ---- the same bits ----
 
 REPEATED = Shape(3, (12, 9), 20, 3, 7)
 FOR_THREADS = (REPEATED, Shape(4, (17, 16), 33, 2, 3), Shape(1, (4, 5), 16, 1, 5))
@@ -379,7 +449,9 @@ def test_same_bits_for_any_number_of_threads(convolution: str, dtype: torch.dtyp
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append([p.by(passes_of(p, convolution), kept) for p in problems for kept in (False, True)])
+        found.append(
+            [p.by(passes_of(p, convolution), kept) for p in problems for kept in (False, True)]
+        )
     for several in found[1:]:
         for one, other in zip(several, found[0], strict=True):
             assert_same(one, other)
@@ -390,7 +462,9 @@ def test_same_bits_for_any_number_of_threads(convolution: str, dtype: torch.dtyp
 def test_same_bits_from_two_python_threads_at_once(convolution: str) -> None:
     """A pass that finds the workspace taken works in one of its own."""
     passes, start = ConvNetPasses(REPEATED.kernel(), convolution), threading.Barrier(2)
-    problems = [Problem.of(replace(REPEATED, batch=batch), seed=batch).to(torch.float32) for batch in (7, 5)]
+    problems = [
+        Problem.of(replace(REPEATED, batch=batch), seed=batch).to(torch.float32) for batch in (7, 5)
+    ]
     expected = [problem.by(passes, kept=True) for problem in problems]
 
     def repeat(problem: Problem) -> list[Found]:
@@ -420,7 +494,9 @@ def test_a_workspace_that_is_taken_is_left_alone() -> None:
         buffer._memory.random_()
     before = [buffer._memory.clone() for buffer in taken]
     assert_same(problem.by(passes), expected)
-    assert all(torch.equal(buffer._memory, memory) for buffer, memory in zip(taken, before, strict=True))
+    assert all(
+        torch.equal(buffer._memory, memory) for buffer, memory in zip(taken, before, strict=True)
+    )
 
 
 def test_the_workspace_is_given_back_after_an_error() -> None:
@@ -533,7 +609,11 @@ def test_arguments_are_left_alone_and_no_graph_is_recorded() -> None:
     problem = Problem.of(REPEATED, True)
     for name in ("theta", "images", "labels", "direction"):
         getattr(problem, name).requires_grad_()
-    copies = {name: getattr(problem, name).detach().clone() for name in problem.__dataclass_fields__ if name != "net"}
+    copies = {
+        name: getattr(problem, name).detach().clone()
+        for name in problem.__dataclass_fields__
+        if name != "net"
+    }
     for kept in (False, True):
         for name, tensor in problem.by(ConvNetPasses(problem.kernel), kept).items():
             assert not tensor.requires_grad, name
@@ -572,19 +652,24 @@ def test_a_lower_instruction_set_differs_by_rounding(lower: str, tmp_path: Path)
     if LEVELS.index(lower) >= LEVELS.index(best):
         pytest.skip(f"this CPU has no more than {best}")
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent / "support"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(here), str(here.parent / "support"), os.environ.get("PYTHONPATH", "")]
+    )
     subprocess.run(
         [sys.executable, "-c", AT_ANOTHER_LEVEL, str(tmp_path / "found")],
-        # From there, because in a source tree it would find the package's sources in place of what is installed.
-        check=True, cwd=tmp_path, env=os.environ | {"PDD_FAST_CPU": lower, "PYTHONPATH": path},
-    )  # fmt: skip
+        # From there, because in a source tree it would find the package's sources in place of what
+        # is installed.
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | {"PDD_FAST_CPU": lower, "PYTHONPATH": path},
+    )
     there, found = torch.load(tmp_path / "found")
     assert there == lower
     for one, other, tolerance in zip(found, ours, (1e-11, 1e-11, 1e-3, 1e-2), strict=True):
         assert_close(one, other, tolerance)
 
 
-# ---- which engine takes them --------------------------------------------------------------------------------------
+# ---- which engine takes them ----
 
 
 def test_the_fused_engine_hands_on_what_the_passes_give() -> None:
@@ -606,63 +691,101 @@ def test_the_fused_engine_hands_on_what_the_passes_give() -> None:
 def test_the_engine_convolves_as_it_is_told(convolution: str) -> None:
     """The two differ by rounding, so their bits tell them apart."""
     problem = Problem.of(ROUNDED).to(torch.float32)
-    found = {name: passes_of(problem, name).gradient(*problem.arguments)[1] for name in ("direct", "winograd")}
+    found = {
+        name: passes_of(problem, name).gradient(*problem.arguments)[1]
+        for name in ("direct", "winograd")
+    }
     assert not torch.equal(found["direct"], found["winograd"])
     engine = engines.choose(problem.net, convolution=convolution)
     assert torch.equal(engine.gradient(*problem.arguments)[1], found[convolution])
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------
+# ---- errors ----
 
 Change = Callable[[Problem], dict[str, Any]]
 P = r"\(\d+,\)"
 WRONG: dict[str, tuple[Change, str, str]] = {
-    "theta too short": (lambda p: {"theta": p.theta[:-1]}, "gradient", rf"theta must have shape {P}, got {P}"),
-    "theta too long": (lambda p: {"theta": torch.cat([p.theta] * 2)}, "logits", rf"theta must have shape {P}, got {P}"),
-    "theta a matrix": (lambda p: {"theta": p.theta[None]}, "logits", rf"theta must have shape {P}, got \(1, \d+\)"),
+    "theta too short": (
+        lambda p: {"theta": p.theta[:-1]},
+        "gradient",
+        rf"theta must have shape {P}, got {P}",
+    ),
+    "theta too long": (
+        lambda p: {"theta": torch.cat([p.theta] * 2)},
+        "logits",
+        rf"theta must have shape {P}, got {P}",
+    ),
+    "theta a matrix": (
+        lambda p: {"theta": p.theta[None]},
+        "logits",
+        rf"theta must have shape {P}, got \(1, \d+\)",
+    ),
     "theta in 16 bits": (
-        lambda p: {"theta": p.theta.half(), "images": p.images.half()}, "logits",
+        lambda p: {"theta": p.theta.half(), "images": p.images.half()},
+        "logits",
         r"theta must be float32 or float64, got torch\.float16",
     ),
     "channels of an image": (
-        lambda p: {"images": p.images[:, :2]}, "gradient",
+        lambda p: {"images": p.images[:, :2]},
+        "gradient",
         r"images must have shape \(7, 3, 12, 9\), got \(7, 2, 12, 9\)",
     ),
     "size of an image": (
-        lambda p: {"images": p.images[..., :8]}, "logits",
+        lambda p: {"images": p.images[..., :8]},
+        "logits",
         r"images must have shape \(7, 3, 12, 9\), got \(7, 3, 12, 8\)",
     ),
     "one image": (
-        lambda p: {"images": p.images[0]}, "logits", r"images must have shape \(3, 3, 12, 9\), got \(3, 12, 9\)",
+        lambda p: {"images": p.images[0]},
+        "logits",
+        r"images must have shape \(3, 3, 12, 9\), got \(3, 12, 9\)",
     ),
     "no images": (
-        lambda p: {"images": p.images[:0], "labels": p.labels[:0]}, "gradient",
+        lambda p: {"images": p.images[:0], "labels": p.labels[:0]},
+        "gradient",
         r"images must not be empty, got \(0, 3, 12, 9\)",
     ),
     "images of another type": (
-        lambda p: {"images": p.images.float()}, "gradient", r"images must be torch\.float64, got torch\.float32",
+        lambda p: {"images": p.images.float()},
+        "gradient",
+        r"images must be torch\.float64, got torch\.float32",
     ),
     "hard labels of another type": (
-        lambda p: {"labels": p.labels.int()}, "gradient", r"labels must be torch\.float64, got torch\.int32",
+        lambda p: {"labels": p.labels.int()},
+        "gradient",
+        r"labels must be torch\.float64, got torch\.int32",
     ),
     "soft labels of another type": (
-        lambda p: {"labels": torch.ones(7, 4)}, "dual", r"labels must be torch\.float64, got torch\.float32",
+        lambda p: {"labels": torch.ones(7, 4)},
+        "dual",
+        r"labels must be torch\.float64, got torch\.float32",
     ),
-    "too few labels": (lambda p: {"labels": p.labels[:6]}, "dual", r"labels must have shape \(7,\), got \(6,\)"),
+    "too few labels": (
+        lambda p: {"labels": p.labels[:6]},
+        "dual",
+        r"labels must have shape \(7,\), got \(6,\)",
+    ),
     "labels of other classes": (
-        lambda p: {"labels": torch.ones(7, 5).double()}, "gradient", r"labels must have shape \(7, 4\), got \(7, 5\)",
+        lambda p: {"labels": torch.ones(7, 5).double()},
+        "gradient",
+        r"labels must have shape \(7, 4\), got \(7, 5\)",
     ),
     "a direction too short": (
-        lambda p: {"direction": p.direction[:-1]}, "dual", rf"direction must have shape {P}, got {P}",
+        lambda p: {"direction": p.direction[:-1]},
+        "dual",
+        rf"direction must have shape {P}, got {P}",
     ),
     "a direction of another type": (
-        lambda p: {"direction": p.direction.float()}, "dual", r"direction must be torch\.float64, got torch\.float32",
+        lambda p: {"direction": p.direction.float()},
+        "dual",
+        r"direction must be torch\.float64, got torch\.float32",
     ),
     "gradients of other logits": (
-        lambda p: {"grad_logits": p.grad_logits[:, :3]}, "backward",
+        lambda p: {"grad_logits": p.grad_logits[:, :3]},
+        "backward",
         r"grad_logits must have shape \(7, 4\), got \(7, 3\)",
     ),
-}  # fmt: skip
+}
 
 
 def run(problem: Problem, name: str, passes: ConvNetPasses, kept: Buffer | None = None) -> None:

@@ -1,4 +1,6 @@
-"""The CUDA kernels' own source, run on the host thread by thread; native/host/cuda_runtime.h says what that shows."""
+"""The CUDA kernels' own source, run on the host thread by thread; native/host/cuda_runtime.h says
+what that shows.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,16 @@ NORMS = [operator for operator in OPERATORS if operator.name.startswith("norm_re
 LARGE_IMAGES = [(2, 8, 18, 19), (1, 16, 33, 35)]
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 
-names: dict[str, Any] = {"ids": lambda value: getattr(value, "name", str(value).removeprefix("torch."))}
+names: dict[str, Any] = {
+    "ids": lambda value: getattr(value, "name", str(value).removeprefix("torch."))
+}
 
 
 def in_all_types(operators: list[Operator]) -> list[tuple[Operator, torch.dtype]]:
     full = [(operator, dtype) for operator in operators for dtype in (torch.float32, torch.float64)]
-    return full + [(operator, dtype) for operator in operators if operator.takes_half for dtype in HALF_TYPES]
+    return full + [
+        (operator, dtype) for operator in operators if operator.takes_half for dtype in HALF_TYPES
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +51,16 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if given := os.environ.get("PDD_HOST_LIBRARY"):
         return host_cuda.load_module(Path(given))
     objects = request.getfixturevalue("host_objects")
-    return host_cuda.load_module(host_cuda.linked(tmp_path_factory.mktemp("host") / "library.so", objects, "-shared"))
+    return host_cuda.load_module(
+        host_cuda.linked(tmp_path_factory.mktemp("host") / "library.so", objects, "-shared")
+    )
 
 
 @pytest.fixture(autouse=True)
 def _on_the_host(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Results start as NaN, which is what torch allocates then, so that a number that is never written is seen."""
+    """Results start as NaN, which is what torch allocates then, so that a number that is never
+    written is seen.
+    """
     host_cuda.use(library, monkeypatch)
     torch.use_deterministic_algorithms(True)
     yield
@@ -62,20 +72,28 @@ def test_results_start_as_nan() -> None:
     assert torch.zeros(3).new_empty(3).isnan().all()
 
 
-def dsa_arguments(*shape: int, strategy: str = "crop_rotate_color") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dsa_arguments(
+    *shape: int, strategy: str = "crop_rotate_color"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     draws = DSA(strategy, mode="multiple").sample(shape[0], (shape[2], shape[3])).packed(CPU)
     return torch.randn(shape), draws.values, draws.operations
 
 
-# ---- results --------------------------------------------------------------------------------------------------------
+# ---- results ----
 
 
 def require_reference(operator: Operator, dtype: torch.dtype) -> None:
-    test = test_ops.test_images_in_16_bits if dtype in HALF_TYPES else test_ops.test_kernel_equals_reference
+    test = (
+        test_ops.test_images_in_16_bits
+        if dtype in HALF_TYPES
+        else test_ops.test_kernel_equals_reference
+    )
     test(operator, dtype, CPU)
 
 
-def require_the_same_bits_in_any_order(operator: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def require_the_same_bits_in_any_order(
+    operator: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for arguments in operator.arguments(torch.float32 if dtype in HALF_TYPES else dtype):
         stored = cases.stored_in(dtype, arguments) if dtype in HALF_TYPES else arguments
         found = []
@@ -96,12 +114,16 @@ def test_kernel_equals_reference(operator: Operator, dtype: torch.dtype) -> None
 def test_same_bits_in_any_order_of_threads(
     operator: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A barrier that is missing shows in one of them: a warp then reads what another has yet to write."""
+    """A barrier that is missing shows in one of them: a warp then reads what another has yet to
+    write.
+    """
     require_the_same_bits_in_any_order(operator, dtype, monkeypatch)
 
 
 @pytest.mark.parametrize(("operator", "dtype"), in_all_types(NORMS), **names)
-def test_large_planes(operator: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_planes(
+    operator: Operator, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cases, "IMAGES", LARGE_IMAGES)
     require_reference(operator, dtype)
     require_the_same_bits_in_any_order(operator, dtype, monkeypatch)
@@ -117,7 +139,7 @@ def test_a_constant_plane_has_no_variance(value: float) -> None:
     test_ops.test_a_constant_plane_has_no_variance(value, (9, 7), CPU)
 
 
-# ---- shared memory of dsa -------------------------------------------------------------------------------------------
+# ---- shared memory of dsa ----
 
 
 @pytest.mark.parametrize("side", [64, 100], ids=["more than 48 KB", "more than there is"])
@@ -146,7 +168,9 @@ def test_dsa_in_scratch_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(shared[1], scratch[1])
 
 
-def test_shared_memory_that_the_runtime_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_that_the_runtime_refuses_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     images, draws, operations = dsa_arguments(1, 3, 64, 64)
     monkeypatch.setattr(_native, "scratch_images", lambda images, number_bytes: 0)
     monkeypatch.setenv("PDD_HOST_SHARED_BYTES", "60000")
@@ -154,7 +178,7 @@ def test_shared_memory_that_the_runtime_refuses_is_an_error(monkeypatch: pytest.
         dsa_ops.dsa(images, draws, operations, [9, 9])
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 @EVERY_OPERATOR
@@ -172,7 +196,10 @@ def test_a_failed_launch_is_an_error_with_the_operators_name(
 @pytest.mark.parametrize("label", [3, -1, 2**62])
 def test_a_label_out_of_range_gives_a_loss_of_nan(label: int) -> None:
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, label, 2, 0])
-    for losses in (cross_entropy(logits, labels)[0], cross_entropy_dual(logits, torch.randn(5, 3), labels)[0]):
+    for losses in (
+        cross_entropy(logits, labels)[0],
+        cross_entropy_dual(logits, torch.randn(5, 3), labels)[0],
+    ):
         assert losses.isnan().tolist() == [False, False, True, False, False]
 
 

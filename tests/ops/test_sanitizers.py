@@ -1,4 +1,6 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer; native/sanitize.cpp says what is run."""
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer; native/sanitize.cpp says what
+is run.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from host_cuda import ROOT, CompileError, built_with
 
 THREADS = ROOT / "csrc" / "core" / "threads.cpp"
 DRIVER = ROOT / "tests" / "native" / "sanitize.cpp"
-# The last two are not part of "undefined": what a draw of NaN or 1e300 does when it is cast to an integer.
+# The last two are not part of "undefined": what a draw of NaN or 1e300 does when it is cast to an
+# integer.
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow,float-divide-by-zero"
 FLAGS = [SANITIZERS, "-fno-sanitize-recover=all", "-g1"]
 
@@ -31,7 +34,9 @@ def supported(level: str) -> bool:
         return True
     information = Path("/proc/cpuinfo")
     flags = information.read_text(encoding="utf-8") if information.is_file() else ""
-    return platform.machine().lower() in ("x86_64", "amd64") and {"avx2", "fma", "bmi2"} <= set(flags.split())
+    return platform.machine().lower() in ("x86_64", "amd64") and {"avx2", "fma", "bmi2"} <= set(
+        flags.split()
+    )
 
 
 def skip_or_fail(error: CompileError, level: str) -> NoReturn:
@@ -43,11 +48,21 @@ def skip_or_fail(error: CompileError, level: str) -> NoReturn:
 
 
 def compiled(target: Path, level: str, sources: Iterable[Path], *more: str) -> Path:
-    """With -O1 compiling the passes of the whole network takes three times as long, and running no less."""
-    flags = [*built_with("CXX_FLAGS"), *built_with("CPU_LEVELS")[level], f"-DPDD_BACKEND=cpu_{level}", *FLAGS, *more]
+    """With -O1 compiling the passes of the whole network takes three times as long, and running no
+    less.
+    """
+    flags = [
+        *built_with("CXX_FLAGS"),
+        *built_with("CPU_LEVELS")[level],
+        f"-DPDD_BACKEND=cpu_{level}",
+        *FLAGS,
+        *more,
+    ]
     try:
         objects = host_cuda.compiled(
-            target.parent / f"{target.name}-objects", sources, [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fPIC"]
+            target.parent / f"{target.name}-objects",
+            sources,
+            [*flags, f"-I{ROOT / 'csrc'}", "-Og", "-fPIC"],
         )
         host_cuda.run_compiler(*objects, SANITIZERS, "-pthread", "-ldl", "-o", target)
     except CompileError as error:
@@ -56,7 +71,8 @@ def compiled(target: Path, level: str, sources: Iterable[Path], *more: str) -> P
 
 
 def flags_for_the_host(sources: Path = host_cuda.SOURCES) -> list[str]:
-    """For the CUDA kernels; with -O1 compiling takes three times as long, and running little less."""
+    """For the CUDA kernels; with -O1 compiling takes three times as long, and running little
+    less."""
     return [*host_cuda.flags_for(sources), *FLAGS, "-O0"]
 
 
@@ -70,7 +86,11 @@ def host_objects_for_the_driver(folder: Path) -> list[Path]:
 def run(program: Path, *arguments: str, leaks: bool = True) -> subprocess.CompletedProcess[str]:
     settings = {"ASAN_OPTIONS": f"detect_leaks={leaks:d}"}
     result = subprocess.run(
-        [str(program), *arguments], env=os.environ | settings, capture_output=True, text=True, check=False
+        [str(program), *arguments],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     # Looking for leaks needs ptrace, which some containers and debuggers withhold.
     if leaks and "LeakSanitizer has encountered a fatal error" in result.stderr:
@@ -101,14 +121,19 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         operators = [*built_with("CPU_OPERATORS"), *built_with("OPERATORS")]
         kernels = [ROOT / "csrc" / "ops" / operator / "cpu.cpp" for operator in operators]
         return compiled(
-            tmp_path_factory.mktemp(name) / "driver", level, [kernels[0], DRIVER, *kernels[1:], THREADS], *more
+            tmp_path_factory.mktemp(name) / "driver",
+            level,
+            [kernels[0], DRIVER, *kernels[1:], THREADS],
+            *more,
         )
 
     return compile_once
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_kernels_stay_in_their_buffers_and_do_nothing_undefined(name: str, build: Callable[[str], Path]) -> None:
+def test_kernels_stay_in_their_buffers_and_do_nothing_undefined(
+    name: str, build: Callable[[str], Path]
+) -> None:
     require_calls(run(build(name)), 5000)
 
 
@@ -121,19 +146,32 @@ def test_the_passes_need_as_much_memory_at_every_level(build: Callable[[str], Pa
 
 
 @pytest.fixture(scope="module")
-def sanitized_module(build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sanitized_module(
+    build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The Python module of the CPU, of the kernels that the driver runs too."""
     import pybind11
 
-    python = [f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    python = [
+        f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())
+    ]
     folder = tmp_path_factory.mktemp("module")
-    flags = [*built_with("CXX_FLAGS"), *FLAGS, f"-I{ROOT / 'csrc'}", "-O0", "-DPDD_CPU", "-DPDD_MODULE=_cpu"]
+    flags = [
+        *built_with("CXX_FLAGS"),
+        *FLAGS,
+        f"-I{ROOT / 'csrc'}",
+        "-O0",
+        "-DPDD_CPU",
+        "-DPDD_MODULE=_cpu",
+    ]
     bindings = [ROOT / "csrc" / "bind" / name for name in ("module.cpp", "cpu.cpp")]
     try:
         objects = host_cuda.compiled(folder, bindings, [*flags, *python])
         kernels = build("baseline").parent / "driver-objects"
         objects += [*sorted(kernels.glob("cpu_*.o")), kernels / "threads_core.o"]
-        host_cuda.run_compiler(*objects, SANITIZERS, "-pthread", "-ldl", "-shared", "-o", folder / "_cpu.so")
+        host_cuda.run_compiler(
+            *objects, SANITIZERS, "-pthread", "-ldl", "-shared", "-o", folder / "_cpu.so"
+        )
     except CompileError as error:
         skip_or_fail(error, "baseline")
     return folder / "_cpu.so"
@@ -161,17 +199,29 @@ print("done")
 
 
 @pytest.mark.parametrize("how", ["right", "mistake"])
-def test_passes_in_many_threads_stay_in_the_pieces_of_their_pool(how: str, sanitized_module: Path) -> None:
-    """The pool's memory is torch's, whose allocations AddressSanitizer guards when it is loaded first."""
-    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+def test_passes_in_many_threads_stay_in_the_pieces_of_their_pool(
+    how: str, sanitized_module: Path
+) -> None:
+    """The pool's memory is torch's, whose allocations AddressSanitizer guards when it is loaded
+    first.
+    """
+    found = subprocess.run(
+        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
     settings = {
-        "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive",
-        "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(str(ROOT / "tests" / name) for name in ("ops", "support")),
-    }  # fmt: skip
+        "LD_PRELOAD": found.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": os.pathsep.join(str(ROOT / "tests" / name) for name in ("ops", "support")),
+    }
     result = subprocess.run(
         [sys.executable, "-P", "-c", STRESS, str(sanitized_module), how],
-        env=os.environ | settings, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if how == "right":
         assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     else:
@@ -188,7 +238,10 @@ def test_cuda_kernels_stay_in_their_buffers_and_do_nothing_undefined(tmp_path: P
     ("mistake", "message"),
     [
         ("return block[count];", "heap-buffer-overflow"),
-        ("return static_cast<int>(static_cast<std::int64_t>(1e300 * count));", "outside the range of representable"),
+        (
+            "return static_cast<int>(static_cast<std::int64_t>(1e300 * count));",
+            "outside the range of representable",
+        ),
         ("return std::numeric_limits<int>::max() + count;", "signed integer overflow"),
     ],
     ids=["beyond a buffer", "a cast that does not fit", "an overflow"],

@@ -1,4 +1,6 @@
-"""The threads of the kernels on the CPU: how many there are, where they may run, and that results do not show them."""
+"""The threads of the kernels on the CPU: how many there are, where they may run, and that results
+do not show them.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,14 @@ from pdd_fast.ops._threads import cgroup_quota
 
 pytestmark = pytest.mark.skipif(_native.load("cpu") is None, reason="the kernels were not built")
 needs_two = pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2 or _threads._limit() == 1,
+    not hasattr(os, "sched_getaffinity")
+    or len(os.sched_getaffinity(0)) < 2
+    or _threads._limit() == 1,
     reason="needs two processors",
 )
 
-# Defines run(batch, size, width), a gradient, and helpers(): for each thread of the pool, on how many processors it may
-# run.
+# Defines run(batch, size, width), a gradient, and helpers(): for each thread of the pool, on how
+# many processors it may run.
 PROGRAM = """
 import os, sys, torch, pdd_fast
 from pathlib import Path
@@ -49,9 +53,13 @@ def helpers():
 
 def printed(code: str, **environment: str) -> list[str]:
     result = subprocess.run(
-        [sys.executable, "-P", "-c", PROGRAM + code], env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-P", "-c", PROGRAM + code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -80,7 +88,8 @@ def test_threads_bound_by_openmp_do_not_share_one_processor() -> None:
 
 @needs_two
 def test_a_forked_process_computes_the_same_with_threads_of_its_own() -> None:
-    # Fewer numbers in every tensor than torch shares among threads: OpenMP's do not survive a fork, and hang.
+    # Fewer numbers in every tensor than torch shares among threads: OpenMP's do not survive a fork,
+    #     and hang.
     code = """
 before = run(20, 32, 48)
 child = os.fork()
@@ -94,10 +103,15 @@ print(os.waitpid(child, 0)[1])
 
 @pytest.mark.usefixtures("every_region_shared")
 @pytest.mark.parametrize("shape", [(3, 8, 16), (20, 8, 32), (7, 16, 20)], ids=str)
-def test_the_same_bits_for_every_number_of_threads_and_from_several_callers(shape: tuple[int, int, int]) -> None:
+def test_the_same_bits_for_every_number_of_threads_and_from_several_callers(
+    shape: tuple[int, int, int],
+) -> None:
     batch, size, width = shape
     net = pdd_fast.ConvNet(3, 10, size, width, 2)
-    theta, direction = pdd_fast.flatten_parameters(net), torch.randn(sum(p.numel() for p in net.parameters()))
+    theta, direction = (
+        pdd_fast.flatten_parameters(net),
+        torch.randn(sum(p.numel() for p in net.parameters())),
+    )
     images, labels = torch.randn(batch, 3, size, size), torch.arange(batch) % 10
 
     def found() -> list[Tensor]:
@@ -118,7 +132,9 @@ def test_the_same_bits_for_every_number_of_threads_and_from_several_callers(shap
     def many(_: int) -> bool:
         torch.set_num_threads(3)
         start.wait()
-        return all(torch.equal(a, b) for _ in range(30) for a, b in zip(found(), expected, strict=True))
+        return all(
+            torch.equal(a, b) for _ in range(30) for a, b in zip(found(), expected, strict=True)
+        )
 
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(many, range(3)))
@@ -139,27 +155,36 @@ def write(folder: Path, **files: str) -> None:
         ("0::/", {"": {"cpu__max": "150000 100000"}}, 1.5),
         ("0::/", {"": {"cpu__max": "max 100000"}}, None),
         ("0::/", {}, None),
-        # The path is the host's name for the root; a service within a slice, whose limits are all in force.
+        # The path is the host's name for the root; a service within a slice, whose limits are all
+        # in force.
         ("0::/docker/abc", {"": {"cpu__max": "200000 100000"}}, 2.0),
         ("0::/a/b", {"a": {"cpu__max": "50000 100000"}, "a/b": {"cpu__max": "400000 100000"}}, 0.5),
         ("0::/a/b", {"a/b": {"cpu__max": "300000 100000"}}, 3.0),
         (
             "11:memory:/x\n4:cpu,cpuacct:/docker/abc\n0::/",
-            {"cpu,cpuacct": {"cpu__cfs_quota_us": "250000", "cpu__cfs_period_us": "100000"}}, 2.5,
+            {"cpu,cpuacct": {"cpu__cfs_quota_us": "250000", "cpu__cfs_period_us": "100000"}},
+            2.5,
         ),
         (
             "4:cpu,cpuacct:/k/pod",
-            {"cpu,cpuacct": {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"},
-             "cpu,cpuacct/k/pod": {"cpu__cfs_quota_us": "400000", "cpu__cfs_period_us": "50000"}}, 8.0,
+            {
+                "cpu,cpuacct": {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"},
+                "cpu,cpuacct/k/pod": {"cpu__cfs_quota_us": "400000", "cpu__cfs_period_us": "50000"},
+            },
+            8.0,
         ),
         ("3:cpu:/", {"cpu": {"cpu__cfs_quota_us": "-1", "cpu__cfs_period_us": "100000"}}, None),
-        ("5:cpuset:/", {"cpuset": {"cpu__cfs_quota_us": "100000", "cpu__cfs_period_us": "100000"}}, None),
+        (
+            "5:cpuset:/",
+            {"cpuset": {"cpu__cfs_quota_us": "100000", "cpu__cfs_period_us": "100000"}},
+            None,
+        ),
         ("0::/", {"": {"cpu__max": "garbage"}}, None),
         ("0::/", {"": {"cpu__max": "100000 0"}}, None),
         ("garbage", {}, None),
         ("", {"": {"cpu__max": "100000 100000"}}, None),
     ],
-)  # fmt: skip
+)
 def test_the_quota_is_the_least_of_all_groups_above(
     groups: str, files: dict[str, dict[str, str]], quota: float | None, tmp_path: Path
 ) -> None:
@@ -173,7 +198,9 @@ def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
     assert cgroup_quota(tmp_path / "missing", tmp_path) is None
 
 
-@pytest.mark.parametrize(("quota", "expected"), [(None, 4), (0.3, 1), (1.0, 1), (1.5, 2), (64.0, 4)])
+@pytest.mark.parametrize(
+    ("quota", "expected"), [(None, 4), (0.3, 1), (1.0, 1), (1.5, 2), (64.0, 4)]
+)
 def test_no_more_threads_than_the_quota_rounded_up(
     quota: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +236,9 @@ def test_pieces_of_images_and_of_what_is_not_contiguous() -> None:
     assert next(_threads.in_pieces(apart)) == (apart,)
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 7), (20, 3, 32, 32), (3, 1, 200, 200), (4, 0, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (5, 7), (20, 3, 32, 32), (3, 1, 200, 200), (4, 0, 3)], ids=str
+)
 @pytest.mark.parametrize("count", [0, 1, 33])
 def test_rows_are_selected_as_torch_does(shape: tuple[int, ...], count: int) -> None:
     tensor, index = torch.randn(shape), torch.randint(shape[0], (count,))

@@ -1,4 +1,5 @@
-"""setup.py as units: what it decides to build on which machine, and the ninja file that builds it."""
+"""setup.py as units: what it decides to build on which machine, and the ninja file that builds
+it."""
 
 from __future__ import annotations
 
@@ -21,15 +22,19 @@ pytest.importorskip("setuptools")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu"))
 NVCC = {  # how a CUDA 13 compiler answers
-    "--list-gpu-arch": "compute_75\\ncompute_80\\ncompute_86\\ncompute_90\\ncompute_100\\ncompute_120",
-    "--version": "nvcc: NVIDIA (R) Cuda compiler driver\\nCuda compilation tools, release 13.0, V13.0.88",
+    "--list-gpu-arch": "\\n".join(f"compute_{number}" for number in (75, 80, 86, 90, 100, 120)),
+    "--version": (
+        "nvcc: NVIDIA (R) Cuda compiler driver\\nCuda compilation tools, release 13.0, V13.0.88"
+    ),
 }
 
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module; `build.called` holds what it passes to setuptools."""
-    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_include=lambda: "/where pybind11 lies"))
+    monkeypatch.setitem(
+        sys.modules, "pybind11", SimpleNamespace(get_include=lambda: "/where pybind11 lies")
+    )
     called: dict[str, Any] = {}
     monkeypatch.setattr("setuptools.setup", called.update)
     spec = importlib.util.spec_from_file_location("pdd_fast_setup", ROOT / "setup.py")
@@ -55,12 +60,22 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
 
-    def make(name: str, refuses: tuple[str, ...] = (), answers: dict[str, str] | None = None, at: str = "") -> Path:
+    def make(
+        name: str,
+        refuses: tuple[str, ...] = (),
+        answers: dict[str, str] | None = None,
+        at: str = "",
+    ) -> Path:
         cases = [f"{shlex.quote(argument)}) exit 1;;" for argument in refuses]
-        cases += [f"{argument}) printf '{text}\\n'; exit 0;;" for argument, text in (answers or {}).items()]
+        cases += [
+            f"{argument}) printf '{text}\\n'; exit 0;;"
+            for argument, text in (answers or {}).items()
+        ]
         path = (tmp_path / at if at else folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text('#!/bin/sh\nfor a in "$@"; do case "$a" in\n' + "\n".join(cases) + "\nesac; done\n")
+        path.write_text(
+            '#!/bin/sh\nfor a in "$@"; do case "$a" in\n' + "\n".join(cases) + "\nesac; done\n"
+        )
         path.chmod(0o755)
         return path
 
@@ -93,7 +108,9 @@ def test_all_levels_where_the_compiler_knows_them(build: ModuleType, tool: Tools
 
 
 @pytest.mark.parametrize("level", ["-march=x86-64-v3", "-march=x86-64-v4"])
-def test_a_compiler_that_lacks_a_level_builds_the_baseline(level: str, build: ModuleType, tool: Tools) -> None:
+def test_a_compiler_that_lacks_a_level_builds_the_baseline(
+    level: str, build: ModuleType, tool: Tools
+) -> None:
     compiler(tool, refuses=(level,))
     plan = build.decide()
     assert plan.levels == ["baseline"]
@@ -114,7 +131,9 @@ def test_clang_takes_the_place_of_gcc(build: ModuleType, tool: Tools) -> None:
     assert shlex.split(build.decide().cxx) == [str(path)]
 
 
-def test_cxx_chooses_and_may_be_a_command_line(build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cxx_chooses_and_may_be_a_command_line(
+    build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler(tool)
     other = compiler(tool, "other++", at="elsewhere")
     monkeypatch.setenv("CXX", f"/usr/bin/env NAME=value {shlex.quote(str(other))}")
@@ -157,7 +176,13 @@ def test_nvcc_builds_for_every_architecture_that_it_knows(build: ModuleType, too
     path = tool("nvcc", answers=NVCC)
     plan = build.decide()
     assert plan.nvcc == str(path)
-    assert plan.cuda_archs == ["80", "86", "90", "100", "120"]  # 89 is wanted too, but this nvcc does not know it
+    assert plan.cuda_archs == [
+        "80",
+        "86",
+        "90",
+        "100",
+        "120",
+    ]  # 89 is wanted too, but this nvcc does not know it
     assert plan.describe()[1] == (
         "pdd-fast: CUDA kernels: CUDA 13.0, sm_80, sm_86, sm_90, sm_100, sm_120 (+PTX) (nvcc found)"
     )
@@ -175,7 +200,9 @@ def test_cuda_home_comes_before_path(
     assert build.decide().nvcc == str(on_path)
 
 
-def test_cuda_0_leaves_cuda_out(build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_0_leaves_cuda_out(
+    build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler(tool)
     tool("nvcc", answers=NVCC)
     monkeypatch.setenv("PDD_FAST_CUDA", "0")
@@ -183,7 +210,9 @@ def test_cuda_0_leaves_cuda_out(build: ModuleType, tool: Tools, monkeypatch: pyt
     assert (plan.nvcc, plan.cuda_archs, plan.cuda_reason) == (None, [], "PDD_FAST_CUDA=0")
 
 
-def test_cuda_1_insists_on_nvcc(build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_1_insists_on_nvcc(
+    build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiler(tool)
     monkeypatch.setenv("PDD_FAST_CUDA", "1")
     assert refusal(build) == "pdd-fast: PDD_FAST_CUDA=1 but no nvcc on PATH or in CUDA_HOME"
@@ -216,12 +245,15 @@ def test_an_nvcc_that_does_not_run_is_passed_over_unless_asked_for(
 
 GCC_REFUSED = """In file included from /usr/local/cuda/bin/../include/cuda_runtime.h:82,
                  from <command-line>:
-/usr/local/cuda/bin/../include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later \
-than 13 are not supported! The nvcc flag '-allow-unsupported-compiler' can be used to override this version check; \
-however, using an unsupported host compiler may cause compilation failure or incorrect run time execution."""
+/usr/local/cuda/bin/../include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! \
+gcc versions later than 13 are not supported! The nvcc flag '-allow-unsupported-compiler' can be \
+used to override this version check; however, using an unsupported host compiler may cause compilation \
+failure or incorrect run time execution."""
 LINKER_FAILS = """/usr/bin/ld: cannot find -lstdc++: No such file or directory
 collect2: error: ld returned 1 exit status"""
-NO_HEADERS = "cc1plus: fatal error: cuda_runtime.h: No such file or directory\ncompilation terminated."
+NO_HEADERS = (
+    "cc1plus: fatal error: cuda_runtime.h: No such file or directory\ncompilation terminated."
+)
 
 
 def failing_nvcc(tool: Tools, script: str, **options: Any) -> Path:
@@ -240,7 +272,8 @@ def says(text: str) -> str:
     [
         (
             says(GCC_REFUSED),
-            "host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than 13",
+            "host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later "
+            "than 13",
         ),
         (says(LINKER_FAILS), "ld: cannot find -lstdc++: No such file or directory"),
         (says(NO_HEADERS), "cc1plus: fatal error: cuda_runtime.h: No such file or directory"),
@@ -255,7 +288,12 @@ def says(text: str) -> str:
     ids=["gcc too new", "linker", "no headers", "words on stdout", "silent", "crash", "hangs"],
 )
 def test_an_nvcc_that_does_not_compile_is_passed_over_with_its_words(
-    script: str, words: str, build: ModuleType, tool: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str,
+    words: str,
+    build: ModuleType,
+    tool: Tools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiler(tool)
     failing_nvcc(tool, script)
@@ -291,8 +329,11 @@ def test_nvcc_is_tried_on_a_small_file_with_its_own_compiler(
 ) -> None:
     compiler(tool)
     seen = tmp_path / "seen"
-    failing_nvcc(tool, f'echo "$NVCC_CCBIN $@" > {shlex.quote(str(seen))}; for a in "$@"; do case "$a" in *.cu) '
-                       f'/bin/cat "$a" >> {shlex.quote(str(seen))};; esac; done')  # fmt: skip
+    failing_nvcc(
+        tool,
+        f'echo "$NVCC_CCBIN $@" > {shlex.quote(str(seen))}; for a in "$@"; do case "$a" in *.cu) '
+        f'/bin/cat "$a" >> {shlex.quote(str(seen))};; esac; done',
+    )
     monkeypatch.setenv("NVCC_CCBIN", "/opt/gcc-13/bin/g++")
     monkeypatch.setenv("PDD_FAST_CUDA_ARCHS", "90,80")
     plan = build.decide()
@@ -312,10 +353,21 @@ def test_an_nvcc_of_another_wording_is_still_used(build: ModuleType, tool: Tools
 
 @pytest.mark.parametrize(
     ("asked", "archs"),
-    [("90", ["90"]), ("80,90", ["80", "90"]), ("90; 80;", ["90", "80"]), ("90a", ["90a"]), (" ", None), ("", None)],
+    [
+        ("90", ["90"]),
+        ("80,90", ["80", "90"]),
+        ("90; 80;", ["90", "80"]),
+        ("90a", ["90a"]),
+        (" ", None),
+        ("", None),
+    ],
 )
 def test_architectures_can_be_chosen(
-    asked: str, archs: list[str] | None, build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch
+    asked: str,
+    archs: list[str] | None,
+    build: ModuleType,
+    tool: Tools,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     compiler(tool)
     tool("nvcc", answers=NVCC)
@@ -331,11 +383,15 @@ def test_architectures_that_nvcc_does_not_know_are_refused(
     tool("nvcc", answers=NVCC)
     monkeypatch.setenv("PDD_FAST_CUDA_ARCHS", f"80,{unknown}")
     sentence = refusal(build)
-    assert sentence.startswith("pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows (75, 80, ")
+    assert sentence.startswith(
+        "pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows (75, 80, "
+    )
     assert sentence.endswith(f", got {unknown}")
 
 
-def test_the_record_holds_no_path_of_the_machine(build: ModuleType, tool: Tools, tmp_path: Path) -> None:
+def test_the_record_holds_no_path_of_the_machine(
+    build: ModuleType, tool: Tools, tmp_path: Path
+) -> None:
     compiler(tool)
     tool("nvcc", answers=NVCC)
     text = json.dumps(build.decide().record())
@@ -354,13 +410,17 @@ def commands(ninja: Any, folder: Path) -> list[list[str]]:
         pytest.skip("ninja is not installed")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
-    text = subprocess.run([found, "-C", folder, "-t", "commands"], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [found, "-C", folder, "-t", "commands"], capture_output=True, text=True, check=True
+    ).stdout
     return [shlex.split(line) for line in text.splitlines()]
 
 
 def everything(build: ModuleType, folder: Path, archs: list[str] | None = None) -> list[list[str]]:
     """The commands that build both libraries with made-up compilers."""
-    plan = build.Plan("my++", ["baseline", "avx2", "avx512"], "my nvcc", "13.0", archs or ["80", "90"])
+    plan = build.Plan(
+        "my++", ["baseline", "avx2", "avx512"], "my nvcc", "13.0", archs or ["80", "90"]
+    )
     ninja = build.NinjaFile(plan, folder)
     ninja.cpu(folder / "_cpu.so")
     ninja.cuda(folder / "_cuda.so")
@@ -382,8 +442,14 @@ def test_every_source_is_compiled(build: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_only_the_operators_are_compiled_for_newer_processors(build: ModuleType, tmp_path: Path) -> None:
-    found = [command for command in everything(build, tmp_path) if command[0] == "my++" and "-c" in command]
+def test_only_the_operators_are_compiled_for_newer_processors(
+    build: ModuleType, tmp_path: Path
+) -> None:
+    found = [
+        command
+        for command in everything(build, tmp_path)
+        if command[0] == "my++" and "-c" in command
+    ]
     # Two modules, a binding, the threads, three levels of every operator.
     assert len(found) == 4 + 3 * (len(build.OPERATORS) + len(build.CPU_OPERATORS))
     for command in found:
@@ -391,14 +457,20 @@ def test_only_the_operators_are_compiled_for_newer_processors(build: ModuleType,
         march = [flag for flag in command if flag.startswith("-march=")]
         newer = {"cpu_avx2": ["-march=x86-64-v3"], "cpu_avx512": ["-march=x86-64-v4"]}
         assert march == (newer.get(backend[0], []) if backend else [])
-        assert ("/where pybind11 lies" in command) == (not backend and "module.cpp" in command[command.index("-c") + 1])
+        assert ("/where pybind11 lies" in command) == (
+            not backend and "module.cpp" in command[command.index("-c") + 1]
+        )
         assert "-DPDD_X86" in command
         assert "-pthread" in command
 
 
 @pytest.mark.usefixtures("quiet")
 def test_every_architecture_gets_code_and_the_newest_ptx(build: ModuleType, tmp_path: Path) -> None:
-    found = [c for c in everything(build, tmp_path, ["100", "90a", "80"]) if c[0] == "my nvcc" and "-c" in c]
+    found = [
+        c
+        for c in everything(build, tmp_path, ["100", "90a", "80"])
+        if c[0] == "my nvcc" and "-c" in c
+    ]
     assert len(found) == 1 + len(build.OPERATORS)
     for command in found:
         assert [flag for flag in command if flag.startswith("-gencode")] == [
@@ -409,7 +481,9 @@ def test_every_architecture_gets_code_and_the_newest_ptx(build: ModuleType, tmp_
         ]
 
 
-def test_warnings_become_errors_on_request(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_become_errors_on_request(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PDD_FAST_WERROR", "0")
     assert not any("-Werror" in command for command in everything(build, tmp_path))
     monkeypatch.setenv("PDD_FAST_WERROR", "1")
@@ -450,7 +524,9 @@ def test_without_ninja_the_build_says_what_to_install(
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     ninja = build.NinjaFile(build.Plan("true", ["baseline"]), tmp_path / "build")
-    with pytest.raises(SystemExit, match="pdd-fast: ninja is needed to build; install it with `pip install ninja`"):
+    with pytest.raises(
+        SystemExit, match="pdd-fast: ninja is needed to build; install it with `pip install ninja`"
+    ):
         ninja.run()
 
 
@@ -481,12 +557,17 @@ def test_the_build_prints_and_records_what_it_decided(
     assert printed[0].startswith("pdd-fast: CPU kernels: baseline, avx2, avx512 with ")
     assert printed[1] == "pdd-fast: CUDA kernels: no (no nvcc on PATH or in CUDA_HOME)"
     record = json.loads((tmp_path / "pdd_fast" / "_build.json").read_text())
-    assert record["cpu"] == {"compiler": "g++ (made up) 1.2.3", "levels": ["baseline", "avx2", "avx512"]}
+    assert record["cpu"] == {
+        "compiler": "g++ (made up) 1.2.3",
+        "levels": ["baseline", "avx2", "avx512"],
+    }
     assert record["cuda"] is None
     assert [extension.name for extension in command.extensions] == ["pdd_fast._cpu"]
 
 
-def test_cuda_kernels_of_an_earlier_build_do_not_stay(command: Any, tool: Tools, tmp_path: Path) -> None:
+def test_cuda_kernels_of_an_earlier_build_do_not_stay(
+    command: Any, tool: Tools, tmp_path: Path
+) -> None:
     library = tmp_path / command.get_ext_filename("pdd_fast._cuda")
     library.write_text("of an earlier build")
     command.run()
@@ -499,15 +580,27 @@ def test_with_nvcc_both_libraries_are_built(command: Any, tool: Tools, tmp_path:
     library.write_text("of an earlier build")
     command.run()
     assert library.exists()  # ninja replaces it
-    assert [extension.name for extension in command.extensions] == ["pdd_fast._cpu", "pdd_fast._cuda"]
+    assert [extension.name for extension in command.extensions] == [
+        "pdd_fast._cpu",
+        "pdd_fast._cuda",
+    ]
     record = json.loads((tmp_path / "pdd_fast" / "_build.json").read_text())
     assert record["cuda"] == {"nvcc": "13.0", "archs": ["80", "86", "90", "100", "120"]}
 
 
 def test_the_build_needs_no_torch() -> None:
-    program = f"import setuptools, sys; setuptools.setup = dict; sys.path.insert(0, {str(ROOT)!r}); import setup"
+    program = (
+        f"import setuptools, sys; setuptools.setup = dict; sys.path.insert(0, "
+        f"{str(ROOT)!r}); import setup"
+    )
     found = subprocess.run(
-        [sys.executable, "-c", f"{program}; print('torch' in sys.modules, setup.CPU_LEVELS['baseline'])"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"{program}; print('torch' in sys.modules, setup.CPU_LEVELS['baseline'])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert found.stdout == "False []\n"

@@ -1,5 +1,6 @@
-"""What the documentation promises: its commands are those of continuous integration, its examples run, its links lead
-somewhere, and the settings it names exist."""
+"""What the documentation promises: its commands are those of continuous integration, its examples
+run, its links lead somewhere, and the settings it names exist.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def test_continuous_integration_runs_the_commands_of_the_readme() -> None:
@@ -38,7 +41,10 @@ def test_continuous_integration_runs_the_commands_of_the_readme() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small run where the examples look for theirs."""
     folder = tmp_path_factory.mktemp("examples")
-    run = Run.create(folder / "runs" / "digits-ipc10-stages5-seed0", resolve(**(tiny.SETTINGS | {"iterations": 1})))
+    run = Run.create(
+        folder / "runs" / "digits-ipc10-stages5-seed0",
+        resolve(**(tiny.SETTINGS | {"iterations": 1})),
+    )
     distill(run)
     return folder
 
@@ -52,7 +58,9 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code: str, folder: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     # An example that shows what it prints shows it in comments.
     for shown in re.findall(r"print\(.*\)\s+# (.*)", code):

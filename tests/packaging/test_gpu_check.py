@@ -46,7 +46,7 @@ def outcomes(folder: Path) -> dict[str, str]:
     return {found["name"]: found["outcome"] for found in record["steps"]}
 
 
-# ---- without a GPU --------------------------------------------------------------------------------------------------
+# ---- without a GPU ----
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -55,9 +55,9 @@ def test_without_a_gpu_one_sentence_and_status_2(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "gpu_check.py"), "--out", str(tmp_path / "out")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert (
-        result.stderr
-        == f"gpu-check: torch {torch.__version__} finds no GPU here; run this where nvidia-smi lists one\n"
+    assert result.stderr == (
+        f"gpu-check: torch {torch.__version__} finds no GPU here; run this where "
+        f"nvidia-smi lists one\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -71,10 +71,15 @@ def test_without_a_gpu_one_sentence_and_status_2(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_missing_is_said(
-    facts: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    facts: dict[str, Any],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    monkeypatch.setattr(importlib.import_module("machine"), "ask", lambda with_gpu: facts | {"commit": "abc"})
+) -> None:
+    monkeypatch.setattr(
+        importlib.import_module("machine"), "ask", lambda with_gpu: facts | {"commit": "abc"}
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
     with pytest.raises(SystemExit) as ended:
@@ -91,7 +96,7 @@ def test_make_calls_it() -> None:
     assert "tools/gpu_check.py --out" in recipe
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- what is run ----
 
 
 def tool(path: Path) -> Path:
@@ -132,15 +137,29 @@ def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "find_tool", lambda name: f"/cuda/bin/{name}")
     found = {step.name: step for step in all_steps()}
     assert list(found) == [
-        "build", "what was built", "tests on the GPU", "memcheck", "memcheck sees a planted mistake", "racecheck",
-        "initcheck", "initcheck sees a planted mistake", "synccheck", "bench unroll-b20-n50-w128-s32-dsa",
-        "bench unroll-b100-n30-w128-s32-dsa", "bench unroll-b256-n20-w128-s32-dsa", "bench step-b256-w128-s32-dsa",
+        "build",
+        "what was built",
+        "tests on the GPU",
+        "memcheck",
+        "memcheck sees a planted mistake",
+        "racecheck",
+        "initcheck",
+        "initcheck sees a planted mistake",
+        "synccheck",
+        "bench unroll-b20-n50-w128-s32-dsa",
+        "bench unroll-b100-n30-w128-s32-dsa",
+        "bench unroll-b256-n20-w128-s32-dsa",
+        "bench step-b256-w128-s32-dsa",
         "bench gradient-matching-b128-r64-k10-w128-s32",
         "bench dsa-single-b256",
-    ]  # fmt: skip
+    ]
     assert found["build"].environment == {"PDD_FAST_CUDA": "1", "PDD_FAST_CUDA_ARCHS": "90"}
     assert found["memcheck"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert list(found["racecheck"].command[:3]) == ["/cuda/bin/compute-sanitizer", "--tool", "racecheck"]
+    assert list(found["racecheck"].command[:3]) == [
+        "/cuda/bin/compute-sanitizer",
+        "--tool",
+        "racecheck",
+    ]
     assert not any(step.missing for step in found.values())
     assert "build" not in [step.name for step in all_steps("--skip-build")]
     assert all_steps("--all-tests")[-1].name == "all other tests"
@@ -149,7 +168,9 @@ def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_program_that_is_run_exists() -> None:
-    scripts = [part for step in all_steps("--all-tests") for part in step.command if part.endswith(".py")]
+    scripts = [
+        part for step in all_steps("--all-tests") for part in step.command if part.endswith(".py")
+    ]
     assert len(scripts) == 6
     assert all(Path(script).is_file() for script in scripts)
 
@@ -187,28 +208,49 @@ def test_steps_are_chosen_by_how_their_names_begin(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as ended:
         gpu_check.chosen(made_up, [], ["profile"])
     assert ended.value.code == 2
-    said = "gpu-check: there is no step 'profile'; the steps are: build; iteration 1x1; iteration 2x2; memcheck\n"
+    said = (
+        "gpu-check: there is no step 'profile'; the steps are: build; iteration 1x1; "
+        "iteration 2x2; memcheck\n"
+    )
     assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(("option", "on_gpu"), [("only", True), ("no", False)])
 def test_tests_that_need_a_gpu_are_told_from_the_rest(option: str, on_gpu: bool) -> None:
-    files = [str(ROOT / "tests" / name) for name in ("ops/test_ops.py", "packaging/test_gpu_check.py")]
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "-p", "gpu_tests", "-c"]
+    files = [
+        str(ROOT / "tests" / name) for name in ("ops/test_ops.py", "packaging/test_gpu_check.py")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "gpu_tests",
+        "-c",
+    ]
     command += [str(ROOT / "pyproject.toml"), f"--gpu={option}", *files]
     path = os.pathsep.join([str(TOOLS), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     tests = [line for line in result.stdout.splitlines() if "::" in line]
     assert len(tests) > 10
     assert all(("[cuda" in test) == on_gpu for test in tests)
 
 
-def test_what_the_sanitizers_run_calls_every_operator_and_sees_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_sanitizers_run_calls_every_operator_and_sees_wrong_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import cases
 
     driver = module("sanitizer_driver")
-    assert {operator.name for operator, _ in driver.calls()} == {operator.name for operator in cases.OPERATORS}
+    assert {operator.name for operator, _ in driver.calls()} == {
+        operator.name for operator in cases.OPERATORS
+    }
     monkeypatch.setattr(cases, "OPERATORS", [cases.OPERATORS[-1]])
     assert driver.run(torch.device("cpu")) == len(list(driver.calls())) > 3
     monkeypatch.setattr(cases, "relative_error", lambda found, expected: float("nan"))
@@ -223,12 +265,17 @@ def test_inputs_are_copied_as_they_lie(device: torch.device) -> None:
     assert torch.equal(found.cpu(), tensor)
 
 
-# ---- the runner -----------------------------------------------------------------------------------------------------
+# ---- the runner ----
 
 
 def test_all_green(tmp_path: Path) -> None:
-    report = run_all([step("One, first", "print('| a | b |\\n|---|---|\\n| 1 | 2 |\\nnoise')", tables=True),
-                      step("two", "print('7 passed')", says=r"\d passed")], tmp_path)  # fmt: skip
+    report = run_all(
+        [
+            step("One, first", "print('| a | b |\\n|---|---|\\n| 1 | 2 |\\nnoise')", tables=True),
+            step("two", "print('7 passed')", says=r"\d passed"),
+        ],
+        tmp_path,
+    )
     assert report.green
     record = json.loads((tmp_path / "report.json").read_text())
     assert record["green"]
@@ -245,12 +292,14 @@ def test_all_green(tmp_path: Path) -> None:
 
 def test_of_a_benchmarks_log_tables_captions_and_conclusions_are_kept() -> None:
     log = (
-        "step-b4-w4-s8: 1/5 measurements  4 s/measurement\nstep-b4-w4-s8: PyTorch, compiled: failed: SomeError\n"
+        "step-b4-w4-s8: 1/5 measurements  4 s/measurement\nstep-b4-w4-s8: PyTorch, compiled: "
+        "failed: SomeError\n"
         "step-b4-w4-s8: one training step: 4 images\n\n| a |\n|---|\n\nFloor: 3 F.\n\n"
         "Best exact alternative in float32: x.\n"
     )
     assert steps.tables_in(log) == (
-        "step-b4-w4-s8: one training step: 4 images\n\n| a |\n|---|\n\nBest exact alternative in float32: x.\n"
+        "step-b4-w4-s8: one training step: 4 images\n\n| a |\n|---|\n\nBest exact alternative in "
+        "float32: x.\n"
     )
 
 
@@ -259,8 +308,14 @@ def test_a_step_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
         step("fails", "import sys; print('the reason'); sys.exit(3)"),
         step("says nothing", "", says="0 errors"),
         step("is not there", ""),
-        step("means to fail", "import sys; print('seen'); sys.exit(9)", says="seen", any_status=True),
-        step("has a setting", "import os; assert os.environ['A_SETTING'] == '1'", environment={"A_SETTING": "1"}),
+        step(
+            "means to fail", "import sys; print('seen'); sys.exit(9)", says="seen", any_status=True
+        ),
+        step(
+            "has a setting",
+            "import os; assert os.environ['A_SETTING'] == '1'",
+            environment={"A_SETTING": "1"},
+        ),
     ]
     made_up[2] = steps.Step("is not there", [str(tmp_path / "missing")], 60)
     report = run_all(made_up, tmp_path)
@@ -305,8 +360,11 @@ sys.path.append(sys.argv[1])
 import gpu_check
 from steps import Step
 gpu_check.preflight = lambda args: {"commit": "abc"}
-commands = {"first": "print('done')", "second": "import time; print('begun', flush=True); time.sleep(20)", "third": ""}
-gpu_check.all_steps = lambda args, facts: [Step(n, [sys.executable, "-I", "-c", c], 60) for n, c in commands.items()]
+second = "import time; print('begun', flush=True); time.sleep(20)"
+commands = {"first": "print('done')", "second": second, "third": ""}
+gpu_check.all_steps = lambda args, facts: [
+    Step(n, [sys.executable, "-I", "-c", c], 60) for n, c in commands.items()
+]
 sys.exit(gpu_check.main(sys.argv[2:]))
 """
 
@@ -318,7 +376,9 @@ def begun(log: Path) -> bool:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_an_interruption_leaves_the_report_so_far(sent: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUNNER, str(TOOLS), "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         until = time.monotonic() + 60
         while not begun(tmp_path / "second.log") and time.monotonic() < until:
             time.sleep(0.05)
@@ -326,19 +386,31 @@ def test_an_interruption_leaves_the_report_so_far(sent: signal.Signals, tmp_path
         process.wait(60)
     lost = sent == signal.SIGKILL  # as when the machine goes
     assert process.returncode == (-sent if lost else 130)
-    assert outcomes(tmp_path) == {"first": "ok", "second": "running" if lost else "interrupted", "third": "not run"}
+    assert outcomes(tmp_path) == {
+        "first": "ok",
+        "second": "running" if lost else "interrupted",
+        "third": "not run",
+    }
     assert "| first | ok |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(("program", "status"), [("", 0), ("raise SystemExit(1)", 1)])
 def test_the_exit_status_is_that_of_the_report(
-    program: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: str,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu_check, "preflight", lambda args: {"commit": "abc"})
-    monkeypatch.setattr(gpu_check, "all_steps", lambda args, facts: [step("only", program), step("other", "")])
+    monkeypatch.setattr(
+        gpu_check, "all_steps", lambda args, facts: [step("only", program), step("other", "")]
+    )
     monkeypatch.setenv("PDD_FAST_COMMIT", "set again afterwards")
     monkeypatch.chdir(tmp_path)
     assert gpu_check.main(["--out", "here", "--skip", "other"]) == status
     assert outcomes(tmp_path / "here") == {"only": "failed" if status else "ok"}
     said = capsys.readouterr().out
-    assert said.endswith(f"{'NOT green' if status else 'green'}: {tmp_path / 'here' / 'report.md'}\n")
+    assert said.endswith(
+        f"{'NOT green' if status else 'green'}: {tmp_path / 'here' / 'report.md'}\n"
+    )

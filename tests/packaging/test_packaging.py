@@ -27,8 +27,21 @@ import pdd_fast
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = importlib.metadata.distribution("pdd-fast")
 # Large, or made by working here.
-NOT_COPIED = {".git", ".venv", "bench", "build", "data", "dist", "pdd_fast.egg-info", "runs", "venv"}
-MAPPED = ("benchmarks", "cli")  # folders beside pdd_fast/ that are packages inside of it once installed
+NOT_COPIED = {
+    ".git",
+    ".venv",
+    "bench",
+    "build",
+    "data",
+    "dist",
+    "pdd_fast.egg-info",
+    "runs",
+    "venv",
+}
+MAPPED = (
+    "benchmarks",
+    "cli",
+)  # folders beside pdd_fast/ that are packages inside of it once installed
 IMPORTED_AS = {"scikit-learn": "sklearn", "pillow": "PIL"}
 
 
@@ -43,15 +56,25 @@ def is_editable() -> bool:
 
 def sources() -> set[str]:
     """The files of the packages in the repository, under the names that they are installed by."""
-    found = {path.relative_to(ROOT) for path in (ROOT / "pdd_fast").rglob("*") if path.suffix in (".py", ".toml")}
+    found = {
+        path.relative_to(ROOT)
+        for path in (ROOT / "pdd_fast").rglob("*")
+        if path.suffix in (".py", ".toml")
+    }
     names = {str(path) for path in found} | {"pdd_fast/py.typed"}
-    return names | {f"pdd_fast/{mapped}/{path.name}" for mapped in MAPPED for path in (ROOT / mapped).glob("*.py")}
+    return names | {
+        f"pdd_fast/{mapped}/{path.name}"
+        for mapped in MAPPED
+        for path in (ROOT / mapped).glob("*.py")
+    }
 
 
 def require_contents(found: Iterable[str]) -> None:
     """The packages' files are ``sources()``, the build's record and libraries, and nothing else."""
     files = {name for name in found if not name.endswith(".pyc")}
-    libraries = {name for name in files if name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))}
+    libraries = {
+        name for name in files if name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+    }
     assert {name.partition(".")[0] for name in libraries} - {"pdd_fast/_cuda"} == {"pdd_fast/_cpu"}
     assert files - libraries == sources() | {"pdd_fast/_build.json"}
 
@@ -66,7 +89,9 @@ def test_the_metadata_are_the_projects() -> None:
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Summary"] == project()["project"]["description"]
     licence = [file for file in DISTRIBUTION.files or () if file.name == "LICENSE"]
-    assert [Path(str(file.locate())).read_bytes() for file in licence] == [(ROOT / "LICENSE").read_bytes()]
+    assert [Path(str(file.locate())).read_bytes() for file in licence] == [
+        (ROOT / "LICENSE").read_bytes()
+    ]
 
 
 def test_the_entry_point_is_the_command_line() -> None:
@@ -79,14 +104,24 @@ def test_the_entry_point_is_the_command_line() -> None:
 
 def test_the_command_is_on_the_path() -> None:
     (script,) = (f for f in DISTRIBUTION.files or () if f.name in ("pdd-fast", "pdd-fast.exe"))
-    found = subprocess.run([str(script.locate()), "--version"], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [str(script.locate()), "--version"], capture_output=True, text=True, check=True
+    )
     assert found.stdout == f"pdd-fast, version {pdd_fast.__version__}\n"
 
 
 def test_no_other_top_level_name_is_installed() -> None:
     assert (DISTRIBUTION.read_text("top_level.txt") or "").split() == ["pdd_fast"]
-    tops = {file.parts[0] for file in DISTRIBUTION.files or () if file.parts[0] not in ("..", "__pycache__")}
-    ours = {top for top in tops if not re.fullmatch(r"pdd_fast-.*\.dist-info|__editable__.*pdd_fast.*", top)}
+    tops = {
+        file.parts[0]
+        for file in DISTRIBUTION.files or ()
+        if file.parts[0] not in ("..", "__pycache__")
+    }
+    ours = {
+        top
+        for top in tops
+        if not re.fullmatch(r"pdd_fast-.*\.dist-info|__editable__.*pdd_fast.*", top)
+    }
     assert ours == (set() if is_editable() else {"pdd_fast"})
 
 
@@ -94,7 +129,8 @@ def test_folders_of_the_repository_cannot_be_imported(tmp_path: Path) -> None:
     program = (
         "import importlib.util as u, json, sys\n"
         "specs = {name: u.find_spec(name) for name in sys.argv[1:]}\n"
-        "print(json.dumps({n: [s.origin, *(s.submodule_search_locations or [])] for n, s in specs.items() if s}))\n"
+        "print(json.dumps({n: [s.origin, *(s.submodule_search_locations or [])] for n, s in "
+        "specs.items() if s}))\n"
     )
     folders = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier()]
     assert {"benchmarks", "cli", "csrc", "tests", "pdd_fast"} <= set(folders)
@@ -106,16 +142,19 @@ def test_folders_of_the_repository_cannot_be_imported(tmp_path: Path) -> None:
         check=True,
     )
     ours = {
-        name for name, places in json.loads(found.stdout).items()
+        name
+        for name, places in json.loads(found.stdout).items()
         if any(place and Path(place).is_relative_to(ROOT) for place in places)
-    }  # fmt: skip
+    }
     assert ours <= {"pdd_fast"}
 
 
 def test_types_recipes_record_and_library_are_installed() -> None:
     package = resources.files("pdd_fast")
     assert (package / "py.typed").is_file()
-    recipes = {entry.name for entry in (package / "recipes").iterdir() if entry.name.endswith(".toml")}
+    recipes = {
+        entry.name for entry in (package / "recipes").iterdir() if entry.name.endswith(".toml")
+    }
     assert recipes == {path.name for path in (ROOT / "pdd_fast" / "recipes").glob("*.toml")}
     assert "digits.toml" in recipes
     assert set(json.loads((package / "_build.json").read_text(encoding="utf-8"))) == {
@@ -137,17 +176,24 @@ def test_the_cuda_library_of_all_architectures_stays_below_40_megabytes() -> Non
     assert Path(spec.origin).stat().st_size < 40e6 / 6 * max(len(record["cuda"]["archs"]), 1)
 
 
-@pytest.mark.skipif(is_editable(), reason="an editable install holds a pointer to the sources, not the files")
+@pytest.mark.skipif(
+    is_editable(), reason="an editable install holds a pointer to the sources, not the files"
+)
 def test_every_file_is_installed_and_no_other() -> None:
     require_contents(str(file) for file in DISTRIBUTION.files or () if file.parts[0] == "pdd_fast")
 
 
 def test_every_package_is_listed() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pdd_fast").rglob("__init__.py")}
-    names = {".".join(folder.parts) for folder in folders} | {f"pdd_fast.{mapped}" for mapped in MAPPED}
+    names = {".".join(folder.parts) for folder in folders} | {
+        f"pdd_fast.{mapped}" for mapped in MAPPED
+    }
     setuptools = project()["tool"]["setuptools"]
     assert set(setuptools["packages"]) == names
-    assert setuptools["package-dir"] == {"pdd_fast": "pdd_fast", **{f"pdd_fast.{mapped}": mapped for mapped in MAPPED}}
+    assert setuptools["package-dir"] == {
+        "pdd_fast": "pdd_fast",
+        **{f"pdd_fast.{mapped}": mapped for mapped in MAPPED},
+    }
 
 
 # ---- dependencies ----
@@ -166,7 +212,10 @@ def requirements(extra: str | None = None) -> set[str]:
 
 def imported(*folders: Path) -> set[str]:
     """Top-level names that the modules in ``folders`` import from elsewhere."""
-    names, own = set(), {"pdd_fast", "setup", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    names, own = (
+        set(),
+        {"pdd_fast", "setup", *(path.stem for path in (ROOT / "tests").rglob("*.py"))},
+    )
     for path in (path for folder in folders for path in folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -187,7 +236,11 @@ def test_what_is_imported_is_required_and_what_is_required_is_imported() -> None
 
 
 def test_the_tests_import_what_their_extra_brings() -> None:
-    brings = modules(requirements()) | modules(requirements("test")) | modules(requirements("torchvision"))
+    brings = (
+        modules(requirements())
+        | modules(requirements("test"))
+        | modules(requirements("torchvision"))
+    )
     build = {re.split(r"[^a-z0-9]", name)[0] for name in project()["build-system"]["requires"]}
     assert imported(ROOT / "tests") - build <= brings
 
@@ -206,11 +259,17 @@ def backend(function: str, target: Path, folder: Path, **environment: str) -> Pa
     if int(setuptools.__version__.partition(".")[0]) < 77:
         pytest.skip("setuptools is older than the project's build requires")
     target.mkdir()
-    program = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
+    program = (
+        "import sys; from setuptools import build_meta; getattr(build_meta, "
+        "sys.argv[1])(sys.argv[2])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program, function, str(target)],
-        cwd=folder, env=os.environ | environment, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = target.iterdir()
     return made
@@ -226,7 +285,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return NOT_COPIED & set(names) if Path(place) == ROOT else set()
 
     shutil.copytree(ROOT, copy, ignore=left_out)
-    for name in ("pdd_fast/_build.json", "pdd_fast/_cpu.made-here.so", "cli/__pycache__/main.pyc", "csrc/core/here.so"):
+    for name in (
+        "pdd_fast/_build.json",
+        "pdd_fast/_cpu.made-here.so",
+        "cli/__pycache__/main.pyc",
+        "csrc/core/here.so",
+    ):
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("{}")
     return backend("build_sdist", folder / "out", copy)
@@ -243,30 +307,55 @@ def packed(archive: Path) -> set[str]:
 
 def test_a_source_distribution_holds_all_that_a_build_reads(archive: Path) -> None:
     files = packed(archive)
-    below = [path for folder in ("csrc", *MAPPED) for path in (ROOT / folder).rglob("*") if path.is_file()]
-    needed = {str(path.relative_to(ROOT)) for path in below if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")}
+    below = [
+        path
+        for folder in ("csrc", *MAPPED)
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    ]
+    needed = {
+        str(path.relative_to(ROOT))
+        for path in below
+        if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")
+    }
     assert len({name for name in needed if name.endswith((".h", ".cuh"))}) >= 10
-    needed |= {name for name in sources() if not name.startswith(tuple(f"pdd_fast/{mapped}/" for mapped in MAPPED))}
+    needed |= {
+        name
+        for name in sources()
+        if not name.startswith(tuple(f"pdd_fast/{mapped}/" for mapped in MAPPED))
+    }
     assert needed | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"} <= files
 
 
 def test_a_source_distribution_holds_the_tests(archive: Path) -> None:
     suffixes = (".py", ".cpp", ".cu", ".h")
-    needed = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*") if path.suffix in suffixes}
+    needed = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*")
+        if path.suffix in suffixes
+    }
     assert needed <= packed(archive)
 
 
 def test_a_source_distribution_holds_nothing_else(archive: Path) -> None:
     files = packed(archive)
     suffixes = {
-        "csrc": (".h", ".cuh", ".cpp", ".cu"), "benchmarks": (".py",), "cli": (".py",),
+        "csrc": (".h", ".cuh", ".cpp", ".cu"),
+        "benchmarks": (".py",),
+        "cli": (".py",),
         "pdd_fast": (".py", ".toml", ".typed"),
-        "tests": (".py", ".cpp", ".cu", ".h"), "docs": (".md",), "pdd_fast.egg-info": (".txt", "PKG-INFO"),
-    }  # fmt: skip
+        "tests": (".py", ".cpp", ".cu", ".h"),
+        "docs": (".md",),
+        "pdd_fast.egg-info": (".txt", "PKG-INFO"),
+    }
     top = {"setup.py", "setup.cfg", "pyproject.toml", "LICENSE", "MANIFEST.in", "PKG-INFO"}
     for name in files:
         folder, slash, _ = name.partition("/")
-        assert name.endswith(suffixes.get(folder, ())) if slash else name in top or name.endswith(".md"), name
+        assert (
+            name.endswith(suffixes.get(folder, ()))
+            if slash
+            else name in top or name.endswith(".md")
+        ), name
         assert "__pycache__" not in name
     assert "pdd_fast/_build.json" not in files
 
@@ -284,10 +373,18 @@ def test_a_wheel_from_the_source_distribution_runs(archive: Path, tmp_path: Path
         require_contents(name for name in names if name.startswith("pdd_fast/"))
         file.extractall(tmp_path / "installed")
     # The folder comes before an installed pdd_fast, an editable one too.
-    program = "import pdd_fast; from pdd_fast.cli.main import run; print(pdd_fast.__file__); run(['env', '--json'])"
+    program = (
+        "import pdd_fast; from pdd_fast.cli.main import run; print(pdd_fast.__file__); "
+        "run(['env', '--json'])"
+    )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     place, facts = done.stdout.splitlines()
     assert Path(place) == tmp_path / "installed" / "pdd_fast" / "__init__.py"

@@ -39,7 +39,9 @@ def test_random_real_images_are_of_their_class_and_none_comes_twice() -> None:
     groups = bench.random_real_rows([2, 1, 3], "a purpose", 5)
     assert [len(group) for group in groups] == [20, 10, 30]
     for group, count in zip(groups, [2, 1, 3], strict=True):
-        assert bench.train.labels[group].tolist() == [label for label in range(10) for _ in range(count)]
+        assert bench.train.labels[group].tolist() == [
+            label for label in range(10) for _ in range(count)
+        ]
     rows = torch.cat(groups).tolist()
     assert len(set(rows)) == len(rows)
     again = bench.random_real_rows([2, 1, 3], "a purpose", 5)
@@ -78,12 +80,20 @@ def test_on_a_gpu_as_many_as_fit_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) 
     assert bench.side_by_side == 16
     prepare(expert_batch=512, union_batch=64, precision="bfloat16")
     assert 0 < asked[1] < asked[0]  # as many images, in 16 bits
-    assert prepare(expert_batch=2**17, width=64).side_by_side == 3  # 2^29 numbers each, and fewer than 2^31
+    assert (
+        prepare(expert_batch=2**17, width=64).side_by_side == 3
+    )  # 2^29 numbers each, and fewer than 2^31
 
 
 @pytest.mark.parametrize(
     ("count", "size", "groups"),
-    [(4, 1, [[0], [1], [2], [3]]), (5, 3, [[0, 1, 2], [3, 4]]), (3, 3, [[0, 1, 2]]), (2, 16, [[0, 1]]), (0, 4, [])],
+    [
+        (4, 1, [[0], [1], [2], [3]]),
+        (5, 3, [[0, 1, 2], [3, 4]]),
+        (3, 3, [[0, 1, 2]]),
+        (2, 16, [[0, 1]]),
+        (0, 4, []),
+    ],
 )
 def test_groups_cover_all_in_order(count: int, size: int, groups: list[list[int]]) -> None:
     assert [list(group) for group in prepare(side_by_side=size).groups(count)] == groups

@@ -17,19 +17,34 @@ from torch import Tensor
 from pdd_fast.networks.parameters import flatten_parameters
 from pdd_fast.progressive import experts
 from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.experts import keep_starts, make_experts, record_trajectories, stored_start
+from pdd_fast.progressive.experts import (
+    keep_starts,
+    make_experts,
+    record_trajectories,
+    stored_start,
+)
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter, Task
 from pdd_fast.settings import Config, resolve
 from pdd_fast.storage.run import Run
-from pdd_fast.storage.trajectories import Trajectory, list_trajectories, partial_path, trajectory_path
+from pdd_fast.storage.trajectories import (
+    Trajectory,
+    list_trajectories,
+    partial_path,
+    trajectory_path,
+)
 from pdd_fast.training.sgd import Loop, Sgd, Students, accuracies
 
 EPOCHS, EXPERTS = 4, 2
 
 
 def configuration(**changes: Any) -> Config:
-    settings = {"experts": EXPERTS, "expert_train_epochs": EPOCHS, "expert_momentum": 0.5, "checkpoint_seconds": 0}
+    settings = {
+        "experts": EXPERTS,
+        "expert_train_epochs": EPOCHS,
+        "expert_momentum": 0.5,
+        "checkpoint_seconds": 0,
+    }
     return resolve(**(tiny.SETTINGS | settings | changes))
 
 
@@ -41,7 +56,12 @@ class Recorder(Reporter):
     """Keeps what it is told; raises at the ``limit``-th epoch that is finished."""
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit, self.epochs, self.totals, self.advances = limit, 0, list[tuple[int, int]](), list[int]()
+        self.limit, self.epochs, self.totals, self.advances = (
+            limit,
+            0,
+            list[tuple[int, int]](),
+            list[int](),
+        )
         self.values: list[dict[str, Any]] = []
 
     @contextmanager
@@ -92,7 +112,7 @@ def starting(bench: Workbench) -> Callable[[range], Tensor]:
     return lambda group: bench.initial_students("expert", group).theta
 
 
-# ---- what is stored ---------------------------------------------------------------------------------------------
+# ---- what is stored ----
 
 
 def test_there_is_a_file_for_every_expert_and_nothing_else(finished: Run) -> None:
@@ -108,15 +128,25 @@ def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
         assert last.dtype == torch.float32
         validation = bench.data.validation
         (reached,) = accuracies(bench.engine, last[None], validation.images, validation.labels)
-        expected = {"network": bench.network, "data": "digits", "seed": 0, "index": number, "purpose": "expert"}
+        expected = {
+            "network": bench.network,
+            "data": "digits",
+            "seed": 0,
+            "index": number,
+            "purpose": "expert",
+        }
         expected |= {"whitening": "none", "normalisation": bench.data.normalisation.to_dict()}
         expected |= {"fingerprint": bench.data.fingerprint, "classes": list("0123456789")}
         assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
         assert trajectory.metadata["network"]["width"] == 4
 
 
-def test_checkpoint_0_is_the_start_and_every_expert_has_its_own(finished: Run, bench: Workbench) -> None:
-    first, second = (trajectory.checkpoint(0) for trajectory in list_trajectories(finished.experts_dir))
+def test_checkpoint_0_is_the_start_and_every_expert_has_its_own(
+    finished: Run, bench: Workbench
+) -> None:
+    first, second = (
+        trajectory.checkpoint(0) for trajectory in list_trajectories(finished.experts_dir)
+    )
     assert torch.equal(first, bench.initial_parameters("expert", 0))
     assert torch.equal(second, bench.initial_parameters("expert", 1))
     assert not torch.equal(first, second)
@@ -129,13 +159,17 @@ def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, bench:
         for epoch in range(EPOCHS):
             loop.epoch(bench.config.expert_lr, [bench.generator("expert", number, epoch)])
             assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1))
-        assert float(students.velocity.norm()) > 0  # so the interrupted runs below have a momentum to lose
+        assert (
+            float(students.velocity.norm()) > 0
+        )  # so the interrupted runs below have a momentum to lose
 
 
 def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one shared memory with another or with the network, the last epoch would stand in its place too."""
+    """Where one shared memory with another or with the network, the last epoch would stand in its
+    place too.
+    """
     written: list[list[Tensor]] = []
 
     def keep(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
@@ -144,7 +178,9 @@ def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
     monkeypatch.setattr(experts, "write_trajectory", keep)
     starts = [starting(bench)(range(k, k + 1)) for k in range(EXPERTS)]
     kept = [start.clone() for start in starts]
-    record_trajectories(bench, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, "")
+    record_trajectories(
+        bench, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, ""
+    )
     for start, copy, checkpoints in zip(starts, kept, written, strict=True):
         assert torch.equal(start, copy)
         assert torch.equal(checkpoints[0], copy[0])
@@ -162,7 +198,9 @@ def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path
     finally:
         images.copy_(kept)
     other = made(tmp_path / "run", configuration())
-    for found, expected in zip(list_trajectories(tmp_path), list_trajectories(other.experts_dir), strict=True):
+    for found, expected in zip(
+        list_trajectories(tmp_path), list_trajectories(other.experts_dir), strict=True
+    ):
         assert torch.equal(found.checkpoint(EPOCHS), expected.checkpoint(EPOCHS))
         assert found.metadata["held_out_accuracy"] != expected.metadata["held_out_accuracy"]
 
@@ -171,12 +209,19 @@ def test_the_papers_choice_trains_on_all_training_images(bench: Workbench, tmp_p
     paper = Workbench.prepare(configuration(select="test", experts=1))
     record_trajectories(paper, tmp_path, starting(bench), 1, "expert", SILENT, "")
     train, validation = bench.data.train, bench.data.validation
-    images, labels = torch.cat([train.images, validation.images]), torch.cat([train.labels, validation.labels])
+    images, labels = (
+        torch.cat([train.images, validation.images]),
+        torch.cat([train.labels, validation.labels]),
+    )
     students = bench.initial_students("expert", [0])
-    Loop(bench.real_sgd, students, images, labels).epoch(bench.config.expert_lr, [bench.generator("expert", 0, 0)])
+    Loop(bench.real_sgd, students, images, labels).epoch(
+        bench.config.expert_lr, [bench.generator("expert", 0, 0)]
+    )
     trajectory = Trajectory(trajectory_path(tmp_path, 0))
     assert torch.equal(trajectory.checkpoint(1), students.theta[0])
-    (reached,) = accuracies(bench.engine, students.theta, bench.data.test.images, bench.data.test.labels)
+    (reached,) = accuracies(
+        bench.engine, students.theta, bench.data.test.images, bench.data.test.labels
+    )
     assert trajectory.metadata["held_out_accuracy"] == round(reached, 2)
 
 
@@ -198,12 +243,18 @@ def test_some_rows_are_trained_on_as_a_set_of_their_own_and_not_copied(
     assert torch.equal(Trajectory(trajectory_path(tmp_path, 0)).checkpoint(1), students.theta[0])
 
 
-def test_seed_and_purpose_change_the_trajectories(finished: Run, bench: Workbench, tmp_path: Path) -> None:
+def test_seed_and_purpose_change_the_trajectories(
+    finished: Run, bench: Workbench, tmp_path: Path
+) -> None:
     expected = Trajectory(trajectory_path(finished.experts_dir, 0))
     other_seed = made(tmp_path / "seed", configuration(seed=1))
-    assert not torch.equal(Trajectory(trajectory_path(other_seed.experts_dir, 0)).checkpoint(0), expected.checkpoint(0))
+    assert not torch.equal(
+        Trajectory(trajectory_path(other_seed.experts_dir, 0)).checkpoint(0), expected.checkpoint(0)
+    )
     folder = tmp_path / "purpose"
-    record_trajectories(bench, folder, lambda group: expected.checkpoint(0)[None], 1, "transition", SILENT, "")
+    record_trajectories(
+        bench, folder, lambda group: expected.checkpoint(0)[None], 1, "transition", SILENT, ""
+    )
     found = Trajectory(trajectory_path(folder, 0))
     assert torch.equal(found.checkpoint(0), expected.checkpoint(0))
     assert not torch.equal(found.checkpoint(1), expected.checkpoint(1))
@@ -214,22 +265,27 @@ def test_experts_learn(finished: Run) -> None:
         assert trajectory.metadata["held_out_accuracy"] > 20  # ten classes: guessing reaches 10
 
 
-# ---- interruptions ----------------------------------------------------------------------------------------------
+# ---- interruptions ----
 
 
 @pytest.mark.parametrize("limit", [1, 3, EPOCHS, EPOCHS + 2, 2 * EPOCHS])
-def test_a_trajectory_does_not_show_an_interruption(finished: Run, tmp_path: Path, limit: int) -> None:
+def test_a_trajectory_does_not_show_an_interruption(
+    finished: Run, tmp_path: Path, limit: int
+) -> None:
     run = interrupt(tmp_path / "run", configuration(), limit)
     assert len(list(run.experts_dir.glob("*.safetensors"))) == (limit - 1) // EPOCHS
     make_experts(Run.open(run.path))
     assert contents(run.experts_dir) == contents(finished.experts_dir)
 
 
-def test_a_trajectory_does_not_show_an_interruption_after_every_epoch(finished: Run, tmp_path: Path) -> None:
+def test_a_trajectory_does_not_show_an_interruption_after_every_epoch(
+    finished: Run, tmp_path: Path
+) -> None:
     run = Run.create(tmp_path / "run", configuration())
     interruptions = 0
     while True:
-        # The epoch that is reported last is not saved yet: two an attempt are the least that get on.
+        # The epoch that is reported last is not saved yet: two an attempt are the least that get
+        #     on.
         recorder = Recorder(2)
         try:
             make_experts(run, recorder)
@@ -242,8 +298,12 @@ def test_a_trajectory_does_not_show_an_interruption_after_every_epoch(finished: 
 
 
 def test_finished_epochs_are_not_trained_again(tmp_path: Path) -> None:
-    run = interrupt(tmp_path / "run", configuration(), limit=EPOCHS + 3)  # the second expert, two epochs saved
-    assert [path.name for path in run.experts_dir.glob("*.partial")] == [partial_path(run.experts_dir, 1).name]
+    run = interrupt(
+        tmp_path / "run", configuration(), limit=EPOCHS + 3
+    )  # the second expert, two epochs saved
+    assert [path.name for path in run.experts_dir.glob("*.partial")] == [
+        partial_path(run.experts_dir, 1).name
+    ]
     recorder = Recorder()
     make_experts(run, recorder)
     assert recorder.totals == [(EXPERTS * EPOCHS, EPOCHS)]
@@ -252,7 +312,9 @@ def test_finished_epochs_are_not_trained_again(tmp_path: Path) -> None:
     assert [value["network"] for value in recorder.values if "network" in value] == [2, 2]
 
 
-def test_work_is_saved_only_as_often_as_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_is_saved_only_as_often_as_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [0.0]
 
     def tick() -> float:
@@ -278,7 +340,9 @@ def test_work_is_saved_only_as_often_as_was_asked(tmp_path: Path, monkeypatch: p
     assert saved == []
 
 
-def test_existing_experts_are_not_trained_again(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_experts_are_not_trained_again(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run.create(tmp_path / "run", configuration())
     run.experts_dir.mkdir()
     kept = trajectory_path(run.experts_dir, 0)
@@ -318,7 +382,9 @@ def test_experts_of_another_run_that_do_not_fit_are_named(
     assert sorted(run.experts_dir.iterdir()) == [foreign]
 
 
-def test_a_kill_between_the_last_two_writes_leaves_nothing_behind(finished: Run, tmp_path: Path) -> None:
+def test_a_kill_between_the_last_two_writes_leaves_nothing_behind(
+    finished: Run, tmp_path: Path
+) -> None:
     run = Run.create(tmp_path / "run", configuration())
     run.experts_dir.mkdir()
     for number in range(EXPERTS):
@@ -338,10 +404,15 @@ def test_a_damaged_partial_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_an_expert_that_diverges_is_named_at_once_and_not_stored(together: int, tmp_path: Path) -> None:
+def test_an_expert_that_diverges_is_named_at_once_and_not_stored(
+    together: int, tmp_path: Path
+) -> None:
     run = Run.create(tmp_path / "run", configuration(expert_lr=1e30, side_by_side=together))
     recorder = Recorder()
-    with pytest.raises(RunError, match=r"^experts: network 1 diverged in epoch 1, .*; lower expert_lr \(now 1e\+30\)$"):
+    with pytest.raises(
+        RunError,
+        match=r"^experts: network 1 diverged in epoch 1, .*; lower expert_lr \(now 1e\+30\)$",
+    ):
         make_experts(run, recorder)
     assert recorder.epochs == 0
     assert not list(run.experts_dir.iterdir())
@@ -363,7 +434,10 @@ def test_a_start_that_diverged_is_named_before_its_trajectory(
         else:
             keep_starts(bench, tmp_path, start, SILENT, "stage 2")
 
-    said = r"^stage 2: network 2 diverged on the images of the stages before, .*; lower inner_lr or lr_lr$"
+    said = (
+        r"^stage 2: network 2 diverged on the images of the stages before, .*; lower "
+        r"inner_lr or lr_lr$"
+    )
     with pytest.raises(RunError, match=said):
         make()
     assert not trajectory_path(tmp_path, 1).exists()
@@ -377,7 +451,7 @@ def test_two_processes_do_not_train_in_one_run(tmp_path: Path) -> None:
     assert not run.experts_dir.exists()
 
 
-# ---- groups ---------------------------------------------------------------------------------------------------------
+# ---- groups ----
 
 MANY = 5  # experts, in groups of three and two
 
@@ -391,7 +465,9 @@ def finished_in_groups(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made(tmp_path_factory.mktemp("groups") / "run", grouped())
 
 
-def test_experts_are_trained_in_groups_that_stay_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_trained_in_groups_that_stay_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     epoch = Loop.epoch
 
@@ -405,14 +481,20 @@ def test_experts_are_trained_in_groups_that_stay_the_same(tmp_path: Path, monkey
     assert seen == [3] * EPOCHS + [2] * EPOCHS
     assert recorder.totals == [(MANY * EPOCHS, 0)]
     assert sum(recorder.advances) == MANY * EPOCHS
-    assert [v["network"] for v in recorder.values if "network" in v] == ["1-3"] * EPOCHS + ["4-5"] * EPOCHS
+    assert [v["network"] for v in recorder.values if "network" in v] == ["1-3"] * EPOCHS + [
+        "4-5"
+    ] * EPOCHS
 
 
 def test_experts_in_groups_are_those_trained_alone(finished_in_groups: Run, tmp_path: Path) -> None:
-    """But for rounding: each has its own start, order and draws. A wrong draw would differ by the whole of an epoch."""
+    """But for rounding: each has its own start, order and draws. A wrong draw would differ by the
+    whole of an epoch.
+    """
     alone = made(tmp_path / "run", configuration(experts=MANY))
     for one, other in zip(
-        list_trajectories(finished_in_groups.experts_dir), list_trajectories(alone.experts_dir), strict=True
+        list_trajectories(finished_in_groups.experts_dir),
+        list_trajectories(alone.experts_dir),
+        strict=True,
     ):
         assert torch.equal(one.checkpoint(0), other.checkpoint(0))
         assert one.metadata["index"] == other.metadata["index"]
@@ -421,7 +503,9 @@ def test_experts_in_groups_are_those_trained_alone(finished_in_groups: Run, tmp_
 
 
 @pytest.mark.parametrize("limit", range(1, 2 * EPOCHS + 1))
-def test_a_group_does_not_show_an_interruption(finished_in_groups: Run, tmp_path: Path, limit: int) -> None:
+def test_a_group_does_not_show_an_interruption(
+    finished_in_groups: Run, tmp_path: Path, limit: int
+) -> None:
     """After the ``limit``-th epoch of the eight that two groups take."""
     run = interrupt(tmp_path / "run", grouped(), limit)
     assert len(list(run.experts_dir.glob("*.safetensors"))) == 3 * ((limit - 1) // EPOCHS)
@@ -449,16 +533,22 @@ def test_a_stop_between_the_files_of_a_group_leaves_no_trace(
         patch.setattr(experts, "write_trajectory", stop)
         with pytest.raises(Interrupted):
             make_experts(run)
-    assert list(run.experts_dir.glob("*.partial")) == [partial_path(run.experts_dir, written // 3 * 3)]
+    assert list(run.experts_dir.glob("*.partial")) == [
+        partial_path(run.experts_dir, written // 3 * 3)
+    ]
     recorder = Recorder()
     make_experts(Run.open(run.path), recorder)
     assert contents(run.experts_dir) == contents(finished_in_groups.experts_dir)
-    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing finished is written again
+    assert {
+        path: path.stat().st_mtime_ns for path in times
+    } == times  # nothing finished is written again
     assert recorder.totals == [(MANY * EPOCHS, written * EPOCHS)]
     assert sum(recorder.advances) == (MANY - written) * EPOCHS
 
 
-def test_a_group_that_lacks_one_is_trained_again_and_the_one_written(finished_in_groups: Run, tmp_path: Path) -> None:
+def test_a_group_that_lacks_one_is_trained_again_and_the_one_written(
+    finished_in_groups: Run, tmp_path: Path
+) -> None:
     run = Run.create(tmp_path / "run", grouped())
     run.experts_dir.mkdir()
     for k in (0, 2, 3, 4):
@@ -471,7 +561,9 @@ def test_a_group_that_lacks_one_is_trained_again_and_the_one_written(finished_in
     assert [v["network"] for v in recorder.values if "network" in v] == [2] * EPOCHS
 
 
-def test_work_of_a_group_of_another_size_is_begun_again(finished_in_groups: Run, tmp_path: Path) -> None:
+def test_work_of_a_group_of_another_size_is_begun_again(
+    finished_in_groups: Run, tmp_path: Path
+) -> None:
     """As where a run goes on on another device. What groups of another size finished is kept."""
     run = interrupt(tmp_path / "run", configuration(experts=MANY), limit=EPOCHS + 3)
     assert [path.name for path in run.experts_dir.glob("*.partial")] == ["trajectory-001.partial"]
@@ -490,7 +582,7 @@ def test_work_of_a_group_of_another_size_is_begun_again(finished_in_groups: Run,
     assert contents(other.experts_dir) == contents(alone.experts_dir)
 
 
-# ---- starts that are kept before the first epoch --------------------------------------------------------------------
+# ---- starts that are kept before the first epoch ----
 
 
 def test_starts_that_were_kept_leave_no_trace(finished_in_groups: Run, tmp_path: Path) -> None:
@@ -517,7 +609,9 @@ def test_starts_that_were_kept_leave_no_trace(finished_in_groups: Run, tmp_path:
     assert len(recorder.totals) == 1
 
 
-def test_starts_of_finished_trajectories_are_not_made_again(finished_in_groups: Run, tmp_path: Path) -> None:
+def test_starts_of_finished_trajectories_are_not_made_again(
+    finished_in_groups: Run, tmp_path: Path
+) -> None:
     bench, asked = Workbench.prepare(grouped()), list[range]()
     for k in range(3):
         path = trajectory_path(finished_in_groups.experts_dir, k)
@@ -539,7 +633,9 @@ def test_starts_of_groups_of_another_size_are_made_again(tmp_path: Path) -> None
     keep_starts(alone, tmp_path, starting(alone), SILENT, "")
     keep_starts(together, tmp_path, starting(together), SILENT, "")
     for k in range(MANY):
-        assert torch.equal(stored_start(together, tmp_path, k), together.initial_students("expert", [k]).theta[0])
+        assert torch.equal(
+            stored_start(together, tmp_path, k), together.initial_students("expert", [k]).theta[0]
+        )
     record_trajectories(together, tmp_path, starting(together), EPOCHS, "expert", SILENT, "")
     assert not list(tmp_path.glob("*.partial"))
 

@@ -1,4 +1,6 @@
-"""Which examples a stage is made from: scores as the paper defines them, bands, and a run that keeps to them."""
+"""Which examples a stage is made from: scores as the paper defines them, bands, and a run that
+keeps to them.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ CPU = torch.device("cpu")
 
 
 class Told:
-    """An engine whose logits are right or wrong as the parameters say: one number of them for each image."""
+    """An engine whose logits are right or wrong as the parameters say: one number of them for each
+    image.
+    """
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         right = theta[images.flatten().long()] > 0
@@ -47,7 +51,9 @@ class Told:
 
 
 def told(path: Path, *rows: str) -> Trajectory:
-    """A trajectory after whose epochs images are right (1) or wrong (0): a text for each epoch, a letter each image."""
+    """A trajectory after whose epochs images are right (1) or wrong (0): a text for each epoch, a
+    letter each image.
+    """
     write_trajectory(path, [torch.tensor([float(letter) for letter in row]) for row in rows], {})
     return Trajectory(path)
 
@@ -64,7 +70,10 @@ def test_forgotten_is_what_was_right_and_is_wrong_after_the_next_epoch(
 
 
 def test_a_band_is_closed_below_and_open_above_and_the_last_has_no_end() -> None:
-    scores, labels = torch.tensor([0.0, 9.99, 10.0, 19.9, 20.0, 50.0]), torch.zeros(6, dtype=torch.int64)
+    scores, labels = (
+        torch.tensor([0.0, 9.99, 10.0, 19.9, 20.0, 50.0]),
+        torch.zeros(6, dtype=torch.int64),
+    )
     found = [band(scores, labels, stage, 3, 10.0, least=1).int().tolist() for stage in (1, 2, 3)]
     assert found == [[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]
     assert band(scores, labels, 1, 1, 10.0, least=1).all()
@@ -77,7 +86,9 @@ def test_a_class_with_too_few_takes_the_nearest() -> None:
 
 
 def configured(**changes: Any) -> Any:
-    return resolve(**(tiny.SETTINGS | {"filter": "forgetting", "filter_band": 0.4, "experts": 3} | changes))
+    return resolve(
+        **(tiny.SETTINGS | {"filter": "forgetting", "filter_band": 0.4, "experts": 3} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +108,9 @@ def scores(run: Run, bench: Workbench) -> Tensor:
     return forgetting_scores(bench, list_trajectories(run.experts_dir), run.forgetting_file, SILENT)
 
 
-def test_scores_are_the_mean_over_all_experts_and_are_kept(run: Run, bench: Workbench, scores: Tensor) -> None:
+def test_scores_are_the_mean_over_all_experts_and_are_kept(
+    run: Run, bench: Workbench, scores: Tensor
+) -> None:
     experts = list_trajectories(run.experts_dir)
     each = [times_forgotten(bench.engine, expert, bench.train, CPU) for expert in experts]
     torch.testing.assert_close(scores, torch.stack(each).mean(0))
@@ -106,7 +119,9 @@ def test_scores_are_the_mean_over_all_experts_and_are_kept(run: Run, bench: Work
     assert len(scores.unique()) > 3
 
 
-def test_scores_go_on_where_they_were_interrupted(run: Run, bench: Workbench, scores: Tensor, tmp_path: Path) -> None:
+def test_scores_go_on_where_they_were_interrupted(
+    run: Run, bench: Workbench, scores: Tensor, tmp_path: Path
+) -> None:
     experts, seen = list_trajectories(run.experts_dir), list[int]()
 
     class Stopping:
@@ -127,7 +142,9 @@ def test_scores_go_on_where_they_were_interrupted(run: Run, bench: Workbench, sc
         forgetting_scores(bench, experts[:2], tmp_path / "f", SILENT)
 
 
-def test_stages_start_from_their_bands_and_from_no_image_twice(bench: Workbench, scores: Tensor) -> None:
+def test_stages_start_from_their_bands_and_from_no_image_twice(
+    bench: Workbench, scores: Tensor
+) -> None:
     bands = stage_bands(bench, scores)
     assert len({tuple(inside.tolist()) for inside in bands}) == 3
     assert all(int(torch.bincount(bench.train.labels[inside]).min()) >= 10 for inside in bands)
@@ -138,9 +155,12 @@ def test_stages_start_from_their_bands_and_from_no_image_twice(bench: Workbench,
     assert len(torch.cat(rows).unique()) == 30
 
 
-def test_every_stage_matches_trajectories_on_its_own_examples(run: Run, bench: Workbench, scores: Tensor) -> None:
-    """Real epochs are trained on the band alone: made again from it, the first trajectory of stage 1 has the same bits,
-    and on all examples it has not."""
+def test_every_stage_matches_trajectories_on_its_own_examples(
+    run: Run, bench: Workbench, scores: Tensor
+) -> None:
+    """Real epochs are trained on the band alone: made again from it, the first trajectory of stage
+    1 has the same bits, and on all examples it has not.
+    """
     kept = stage_bands(bench, scores)[0].nonzero().flatten()
     stored = list_trajectories(run.stage_trajectories_dir(1))
     assert len(stored) == 3
@@ -175,7 +195,7 @@ def test_without_a_filter_a_run_is_another(run: Run, tmp_path: Path) -> None:
     assert plain.distilled_file.read_bytes() != run.distilled_file.read_bytes()
 
 
-# ---- what the earlier stages have taught ----------------------------------------------------------------------------
+# ---- what the earlier stages have taught ----
 
 
 COUNTS = st.integers(1, 4).flatmap(
@@ -211,9 +231,14 @@ def test_an_example_is_learned_where_all_networks_get_it_right() -> None:
     assert unlearned(right, 4, labels, least=1).all()
 
 
-# Networks that learn enough from ten images for a third of the examples to be dropped after one stage, and two thirds
-# after two.
-LEARNED: dict[str, Any] = {"filter": "learned", "experts": 3, "transition_epochs": 20, "inner_lr": 0.05}
+# Networks that learn enough from ten images for a third of the examples to be dropped after one
+# stage, and two thirds after two.
+LEARNED: dict[str, Any] = {
+    "filter": "learned",
+    "experts": 3,
+    "transition_epochs": 20,
+    "inner_lr": 0.05,
+}
 
 
 def learning(**changes: Any) -> Config:
@@ -228,13 +253,20 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def left(run: Run, bench: Workbench, stage: int) -> list[int]:
-    """The examples of a stage, plainly: those that one of the starts gets wrong, and where a class has fewer than ten
-    of them the first of its others."""
+    """The examples of a stage, plainly: those that one of the starts gets wrong, and where a class
+    has fewer than ten of them the first of its others.
+    """
     if stage == 1:
         return list(range(len(bench.train)))
-    starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.stage_trajectories_dir(stage))]
+    starts = [
+        trajectory.checkpoint(0)
+        for trajectory in list_trajectories(run.stage_trajectories_dir(stage))
+    ]
     assert len(starts) == run.config.experts
-    right = [bench.engine.logits(theta, bench.train.images).argmax(1) == bench.train.labels for theta in starts]
+    right = [
+        bench.engine.logits(theta, bench.train.images).argmax(1) == bench.train.labels
+        for theta in starts
+    ]
     wrong = [not all(column) for column in zip(*(row.tolist() for row in right), strict=True)]
     found = [row for row, is_wrong in enumerate(wrong) if is_wrong]
     for label in range(bench.data.num_classes):
@@ -245,7 +277,9 @@ def left(run: Run, bench: Workbench, stage: int) -> list[int]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_stage_keeps_what_a_start_of_its_trajectories_gets_wrong(learned: Run, bench: Workbench, stage: int) -> None:
+def test_a_stage_keeps_what_a_start_of_its_trajectories_gets_wrong(
+    learned: Run, bench: Workbench, stage: int
+) -> None:
     rows = left(learned, bench, stage)
     found = FILTERS["learned"](learned, bench, SILENT).rows(stage)
     assert found is not None
@@ -256,15 +290,23 @@ def test_a_stage_keeps_what_a_start_of_its_trajectories_gets_wrong(learned: Run,
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(learned: Run, bench: Workbench, stage: int) -> None:
-    """Made again from what is left alone, every recorded epoch has the same bits; from all examples the first has
-    not."""
+def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(
+    learned: Run, bench: Workbench, stage: int
+) -> None:
+    """Made again from what is left alone, every recorded epoch has the same bits; from all examples
+    the first has not.
+    """
     stored = list_trajectories(learned.stage_trajectories_dir(stage))
     for k, trajectory in enumerate(stored):
         assert trajectory.epochs == learned.config.transition_real_epochs
-        for rows, same in ((left(learned, bench, stage), True), (list(range(len(bench.train))), False)):
+        for rows, same in (
+            (left(learned, bench, stage), True),
+            (list(range(len(bench.train))), False),
+        ):
             students = Students.start(trajectory.checkpoint(0)[None])
-            loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
+            loop = Loop(
+                bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows]
+            )
             for epoch in range(trajectory.epochs if same else 1):
                 loop.epoch(learned.config.expert_lr, [bench.generator(f"stage-{stage}", k, epoch)])
                 assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1)) == same
@@ -274,8 +316,12 @@ def test_the_first_stage_matches_the_experts(learned: Run) -> None:
     assert not learned.stage_trajectories_dir(1).exists()
 
 
-def test_no_stage_starts_from_an_image_that_is_learned_and_none_from_one_twice(tmp_path: Path) -> None:
-    """With two images a class and stage, of which a stage without the filter would take a third or more elsewhere."""
+def test_no_stage_starts_from_an_image_that_is_learned_and_none_from_one_twice(
+    tmp_path: Path,
+) -> None:
+    """With two images a class and stage, of which a stage without the filter would take a third or
+    more elsewhere.
+    """
     run = Run.create(tmp_path / "run", learning(ipc=6, iterations=0))
     distill(run)
     bench, found, used = Workbench.prepare(run.config), load_distilled(run.path), list[int]()
@@ -311,7 +357,9 @@ def test_what_is_learned_is_counted_on_from_where_it_was_interrupted(
         def task(self, name: str, total: int, unit: str, done: int = 0) -> Any:
             raise AssertionError(name)
 
-    assert torch.equal(times_learned(bench, start, 3, file, NoTask()), total)  # nothing is left to do or to be said
+    assert torch.equal(
+        times_learned(bench, start, 3, file, NoTask()), total
+    )  # nothing is left to do or to be said
     with pytest.raises(UsageError, match=r"must be for \d+ examples and .*'experts': 2"):
         times_learned(bench, start, 2, file, SILENT)
 
@@ -326,10 +374,16 @@ def test_experts_from_elsewhere_teach_the_same(learned: Run, tmp_path: Path) -> 
 
 
 def test_what_later_stages_need_of_earlier_ones_is_in_the_run(learned: Run, tmp_path: Path) -> None:
-    """The last stage made again, by a process that has not seen the others: it starts from no image of theirs."""
+    """The last stage made again, by a process that has not seen the others: it starts from no image
+    of theirs.
+    """
     again = Run.create(tmp_path / "again", learning())
     distill(again)
-    for path in (again.learned_file(2), again.stage_file(3), again.distilled_file):  # the first from the trajectories
+    for path in (
+        again.learned_file(2),
+        again.stage_file(3),
+        again.distilled_file,
+    ):  # the first from the trajectories
         path.unlink()
     distill(Run.open(again.path))
     assert again.distilled_file.read_bytes() == learned.distilled_file.read_bytes()

@@ -22,9 +22,14 @@ def experts(folder: Path, net: torch.nn.Module, count: int) -> list[Trajectory]:
 
 
 @pytest.mark.parametrize("kind", ["fused", "autograd"])
-def test_the_mean_of_the_last_epochs_probabilities(tmp_path: Path, device: torch.device, kind: str) -> None:
+def test_the_mean_of_the_last_epochs_probabilities(
+    tmp_path: Path, device: torch.device, kind: str
+) -> None:
     net = pdd_fast.ConvNet(3, 4, (9, 8), width=5, depth=2).to(device)
-    found, images = experts(tmp_path, net.cpu(), 3), torch.randn(1003, 3, 9, 8).to(device)  # more than a batch
+    found, images = (
+        experts(tmp_path, net.cpu(), 3),
+        torch.randn(1003, 3, 9, 8).to(device),
+    )  # more than a batch
     labels = soft_labels(engines.choose(net.to(device), kind), found, images)
     assert labels.device.type == device.type
     total = torch.zeros(1003, 4, dtype=torch.float64)

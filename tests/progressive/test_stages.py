@@ -1,4 +1,6 @@
-"""The stages: what they make, that a run can be stopped anywhere, and that stopping leaves no trace in the result."""
+"""The stages: what they make, that a run can be stopped anywhere, and that stopping leaves no trace
+in the result.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, int]:
 
 def measured(run: Run) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock or the allocator says."""
-    return [{k: v for k, v in row.items() if k not in ("seconds", "memory")} for row in run.metrics.read()]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "memory")}
+        for row in run.metrics.read()
+    ]
 
 
 def test_the_run_directory(finished: tuple[Run, int]) -> None:
@@ -109,10 +114,16 @@ def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int])
     for stage, group in enumerate(rows, start=1):
         measured_here = [row for row in run.metrics.read() if row["stage"] == stage]
         judged = [row for row in measured_here if "held_out_accuracy" in row]
-        best = max(judged, key=lambda row: (row["held_out_accuracy"], row["iteration"]))["iteration"]
+        best = max(judged, key=lambda row: (row["held_out_accuracy"], row["iteration"]))[
+            "iteration"
+        ]
         assert torch.equal(found.subset(stage).images, start.train.images[group]) == (best == 0)
-        learned = [row["inner_lr"] for row in measured_here if "loss" in row and row["iteration"] == best]
-        assert float(found.learning_rates[stage - 1]) == pytest.approx(learned[0] if learned else 0.02, rel=1e-6)
+        learned = [
+            row["inner_lr"] for row in measured_here if "loss" in row and row["iteration"] == best
+        ]
+        assert float(found.learning_rates[stage - 1]) == pytest.approx(
+            learned[0] if learned else 0.02, rel=1e-6
+        )
 
 
 def test_judged_only_at_the_end_the_last_images_are_kept(tmp_path: Path) -> None:
@@ -120,7 +131,9 @@ def test_judged_only_at_the_end_the_last_images_are_kept(tmp_path: Path) -> None
     found = distill(run)
     assert [r["iteration"] for r in run.metrics.read() if "held_out_accuracy" in r] == [4, 4, 4]
     start = Workbench.prepare(run.config)
-    for stage, rows in enumerate(start.random_real_rows(run.config.ipc_by_stage, "initial images"), start=1):
+    for stage, rows in enumerate(
+        start.random_real_rows(run.config.ipc_by_stage, "initial images"), start=1
+    ):
         assert not torch.equal(found.subset(stage).images, start.train.images[rows])
     rates = found.learning_rates.tolist()
     assert len(set(rates)) == 3  # learned apart, each from inner_lr
@@ -151,7 +164,12 @@ def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, i
             students = Students.start(list_trajectories(before)[k].checkpoint(0)[None])
             draw = bench.generator("transition", stage, k)
             bench.train_on_union(
-                students, union.images, union.labels, union.rates[-1], run.config.transition_epochs, [draw]
+                students,
+                union.images,
+                union.labels,
+                union.rates[-1],
+                run.config.transition_epochs,
+                [draw],
             )
             assert torch.equal(trajectory.checkpoint(0), students.theta[0])
             assert not torch.equal(trajectory.checkpoint(1), students.theta[0])
@@ -173,7 +191,9 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
             draws = [bench.generator("selection", j, stage)]
             rate, epochs = union.rates[-1], run.config.eval_epochs
             bench.train_on_union(students, union.images, union.labels, rate, epochs, draws)
-        expected += accuracies(bench.engine, students.theta, bench.held_out.images, bench.held_out.labels)
+        expected += accuracies(
+            bench.engine, students.theta, bench.held_out.images, bench.held_out.labels
+        )
     assert len(set(expected)) > 1
     score = selection.score(unions[2])
     # Side by side, rounding may move one of the 144 held-out images across a boundary.
@@ -181,7 +201,9 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
     assert selection.score(unions[2]) == score
 
 
-def test_twice_gives_the_same_bytes_and_another_seed_others(finished: tuple[Run, int], tmp_path: Path) -> None:
+def test_twice_gives_the_same_bytes_and_another_seed_others(
+    finished: tuple[Run, int], tmp_path: Path
+) -> None:
     run, _ = finished
     again = Run.create(tmp_path / "again", configuration())
     distill(again)
@@ -209,8 +231,13 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(
 
 def test_learned_labels_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:
     changes = {
-        "labels": "learned", "lr_label": 5.0, "stages": 2, "ipc": 2, "expert_train_epochs": 3, "checkpoint_seconds": 0,
-    }  # fmt: skip
+        "labels": "learned",
+        "lr_label": 5.0,
+        "stages": 2,
+        "ipc": 2,
+        "expert_train_epochs": 3,
+        "checkpoint_seconds": 0,
+    }
     whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
     distill(whole, counter)
     for limit in range(3, counter.count + 1, 2):
@@ -245,49 +272,86 @@ def test_labels_are_what_the_experts_say_and_learned_from_there_on(tmp_path: Pat
     assert not torch.equal(learned.subset(2).images, sets["soft", 4].subset(2).images)
 
 
-def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_bytes(tmp_path: Path) -> None:
+def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_bytes(
+    tmp_path: Path,
+) -> None:
     """Four networks in groups of three and one; experts, transitions and selection alike."""
     changes = {
-        "experts": 4, "eval_networks": 4, "side_by_side": 3, "stages": 2, "ipc": 2, "expert_train_epochs": 3,
-        "iterations": 1, "eval_every": 0, "eval_epochs": 1, "transition_epochs": 1, "checkpoint_seconds": 0,
-    }  # fmt: skip
+        "experts": 4,
+        "eval_networks": 4,
+        "side_by_side": 3,
+        "stages": 2,
+        "ipc": 2,
+        "expert_train_epochs": 3,
+        "iterations": 1,
+        "eval_every": 0,
+        "eval_epochs": 1,
+        "transition_epochs": 1,
+        "checkpoint_seconds": 0,
+    }
     whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
     distill(whole, counter)
     expected, expected_metrics = bytes_of(whole), measured(whole)
     assert len(list_trajectories(whole.stage_trajectories_dir(2))) == 4
     assert counter.count > 20
     for limit in range(1, counter.count + 1):
-        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", configuration(**changes), limit)
+        stopped = stopped_and_continued(
+            tmp_path / f"stopped-{limit}", configuration(**changes), limit
+        )
         assert bytes_of(stopped) == expected, limit
         assert measured(stopped) == expected_metrics, limit
 
 
-def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_the_same_bytes(tmp_path: Path) -> None:
-    """Three networks in groups of two and one: stopped between starts, while they are asked, and in real epochs."""
+def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    """Three networks in groups of two and one: stopped between starts, while they are asked, and in
+    real epochs.
+    """
     changes = {
-        "filter": "learned", "experts": 3, "side_by_side": 2, "transition_epochs": 20, "inner_lr": 0.05,
-        "iterations": 1, "eval_every": 0, "eval_epochs": 1, "expert_train_epochs": 2, "max_start_epoch": 0,
-    }  # fmt: skip
+        "filter": "learned",
+        "experts": 3,
+        "side_by_side": 2,
+        "transition_epochs": 20,
+        "inner_lr": 0.05,
+        "iterations": 1,
+        "eval_every": 0,
+        "eval_epochs": 1,
+        "expert_train_epochs": 2,
+        "max_start_epoch": 0,
+    }
     whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
     distill(whole, counter)
     expected, expected_metrics = bytes_of(whole), measured(whole)
     assert {"stage-2/learned.safetensors", "stage-3/learned.safetensors"} < set(expected)
     assert counter.tasks == [
-        "experts", "stage 1/3",
-        *(name for s in (2, 3) for name in (
-            f"starts of stage {s}/3", "what is learned", f"transition to stage {s}/3", f"stage {s}/3",
-        )),
-    ]  # fmt: skip
+        "experts",
+        "stage 1/3",
+        *(
+            name
+            for s in (2, 3)
+            for name in (
+                f"starts of stage {s}/3",
+                "what is learned",
+                f"transition to stage {s}/3",
+                f"stage {s}/3",
+            )
+        ),
+    ]
     for kept_every_time in (True, False):
         for limit in range(1, counter.count + 1, 1 if kept_every_time else 7):
             config = configuration(**changes, checkpoint_seconds=0 if kept_every_time else 1000)
-            stopped = stopped_and_continued(tmp_path / f"stopped-{limit}-{kept_every_time}", config, limit)
+            stopped = stopped_and_continued(
+                tmp_path / f"stopped-{limit}-{kept_every_time}", config, limit
+            )
             assert bytes_of(stopped) == expected, limit
             assert measured(stopped) == expected_metrics, limit
             assert not list(stopped.path.rglob("*.partial"))
 
 
-def test_starts_that_were_trained_are_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_that_were_trained_are_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of three networks, stopped after the second start and then in the second's real epochs."""
     changes = {"filter": "learned", "experts": 3, "stages": 2, "ipc": 2, "checkpoint_seconds": 1000}
     run, trained = Run.create(tmp_path / "run", configuration(**changes)), list[int]()
@@ -326,12 +390,15 @@ def test_starts_that_were_trained_are_not_trained_again(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("engine", ["fused", "composed"], indirect=True)
 @pytest.mark.usefixtures("engine")
 def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
-    """But for rounding, and with the kernel, where they take turns, to the bit. No image moves (lr_img and lr_lr 0), so
-    that stage 2 starts from the same union."""
+    """But for rounding, and with the kernel, where they take turns, to the bit. No image moves
+    (lr_img and lr_lr 0), so that stage 2 starts from the same union.
+    """
     take_turns = convnet.available()
     found = []
     for together in (1, 3):
-        config = configuration(experts=4, stages=2, ipc=2, lr_img=0, lr_lr=0, eval_networks=4, side_by_side=together)
+        config = configuration(
+            experts=4, stages=2, ipc=2, lr_img=0, lr_lr=0, eval_networks=4, side_by_side=together
+        )
         run = Run.create(tmp_path / f"{together}", config)
         distill(run)
         found.append(run)
@@ -344,12 +411,18 @@ def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
                 assert torch.equal(one, other)
             else:
                 assert 0 < float((one - other).norm()) < 1e-3 * way, (k, epoch)
-    scores = [[row["held_out_accuracy"] for row in run.metrics.read() if "held_out_accuracy" in row] for run in found]
-    # One of the 144 held-out images may lie so near a boundary that rounding decides, and this is a mean of four.
+    scores = [
+        [row["held_out_accuracy"] for row in run.metrics.read() if "held_out_accuracy" in row]
+        for run in found
+    ]
+    # One of the 144 held-out images may lie so near a boundary that rounding decides, and this is a
+    # mean of four.
     assert scores[0] == pytest.approx(scores[1], abs=100 / 144 / 2)
 
 
-def test_stopped_again_and_again_gives_the_same_bytes(finished: tuple[Run, int], tmp_path: Path) -> None:
+def test_stopped_again_and_again_gives_the_same_bytes(
+    finished: tuple[Run, int], tmp_path: Path
+) -> None:
     run, _ = finished
     stopped = Run.create(tmp_path / "run", configuration(checkpoint_seconds=0))
     for _ in range(200):
@@ -367,8 +440,9 @@ def start_in_background(folder: Path, **changes: Any) -> subprocess.Popen[bytes]
     flags = tiny.flags(**changes)
     return subprocess.Popen(
         [sys.executable, "-c", main, "distill", "--run-dir", str(folder), *flags],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def test_killed_in_the_middle_of_stage_two_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -411,7 +485,10 @@ def test_two_processes_keep_out_of_one_directory(finished: tuple[Run, int]) -> N
         ({"lr_img": 1e30}, r"stage 1, iteration \d+: .*lr_img \(now 1e\+30\)"),
         ({"lr_lr": 1e6}, r"stage 1, iteration \d+: .*lr_lr \(now 1e\+06\)"),
         # A rate so large that the loss wants less of it, and a step that takes it below zero.
-        ({"lr_lr": 1e3, "inner_lr": 0.5}, r"stage 1, iteration 1: the learned inner rate became -.*lr_lr \(now 1000\)"),
+        (
+            {"lr_lr": 1e3, "inner_lr": 0.5},
+            r"stage 1, iteration 1: the learned inner rate became -.*lr_lr \(now 1000\)",
+        ),
     ],
 )
 def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
@@ -453,7 +530,8 @@ def test_both_engines_and_both_memories_learn_the_same_images(tmp_path: Path) ->
     for engine in ("fused", "autograd"):
         for memory in ("recompute", "cache"):
             run = Run.create(
-                tmp_path / f"{engine}-{memory}", configuration(engine=engine, memory=memory, stages=1, iterations=2)
+                tmp_path / f"{engine}-{memory}",
+                configuration(engine=engine, memory=memory, stages=1, iterations=2),
             )
             found[engine, memory] = distill(run).images
     first = found.pop(("fused", "recompute"))
@@ -470,7 +548,12 @@ def test_selection_by_test_images_trains_on_all_training_images(tmp_path: Path) 
     assert by_validation.held_out is by_validation.data.validation
     assert len(by_validation.train) == len(bench.data.train)
     distill(Run.create(tmp_path / "run", config), SILENT)
-    assert Trajectory(tmp_path / "run" / "experts" / "trajectory-000.safetensors").metadata["held_out_accuracy"] > 0
+    assert (
+        Trajectory(tmp_path / "run" / "experts" / "trajectory-000.safetensors").metadata[
+            "held_out_accuracy"
+        ]
+        > 0
+    )
 
 
 def test_configuration_is_stored_whole(finished: tuple[Run, int]) -> None:

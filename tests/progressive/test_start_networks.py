@@ -1,4 +1,5 @@
-"""Start networks of methods without trajectories: mixing, and training through the earlier unions."""
+"""Start networks of methods without trajectories: mixing, and training through the earlier
+unions."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from pdd_fast.training.sgd import Students
 
 
 def bench(**changes: Any) -> Workbench:
-    own = {"base": "idc", "factor": 1, "augment_mode": "single", "transition_epochs": 6, "cutmix": 0}
+    own = {
+        "base": "idc",
+        "factor": 1,
+        "augment_mode": "single",
+        "transition_epochs": 6,
+        "cutmix": 0,
+    }
     return Workbench.prepare(resolve(**(tiny.SETTINGS | own | changes)))
 
 
@@ -67,7 +74,9 @@ def test_a_step_is_that_of_torchs_optimiser() -> None:
         F.cross_entropy(net(images[rows]), labels[rows]).backward()
         optimiser.step()
         sgd.step(students, images, weights, [rows], 0.1, [torch.Generator()])
-    torch.testing.assert_close(students.theta[0], pdd_fast.flatten_parameters(net), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        students.theta[0], pdd_fast.flatten_parameters(net), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_networks_were_trained_on_every_earlier_union_and_know_it() -> None:

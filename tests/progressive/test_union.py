@@ -17,7 +17,9 @@ from pdd_fast.storage.distilled import load_distilled
 @pytest.fixture(scope="module")
 def bench() -> Workbench:
     return Workbench.prepare(
-        resolve("digits", stages=3, ipc=4, width=4, depth=2, seed=5, augment="color_crop", device="cpu")
+        resolve(
+            "digits", stages=3, ipc=4, width=4, depth=2, seed=5, augment="color_crop", device="cpu"
+        )
     )
 
 
@@ -26,7 +28,9 @@ def grown(bench: Workbench, stages: int, rates: tuple[float, ...] = (0.05, 0.1, 
     union = Union.empty(bench)
     for stage in range(1, stages + 1):
         labels = torch.arange(10).repeat_interleave(stage)
-        union = union.extended(torch.full((len(labels), 1, 8, 8), float(stage)), labels, rates[stage - 1])
+        union = union.extended(
+            torch.full((len(labels), 1, 8, 8), float(stage)), labels, rates[stage - 1]
+        )
     return union
 
 
@@ -54,7 +58,9 @@ def test_adding_a_stage_leaves_the_union_before_it_alone(bench: Workbench) -> No
 
 
 @pytest.mark.parametrize(("stage", "rows"), [(1, 10), (2, 30), (3, 60)])
-def test_a_union_up_to_a_stage_holds_the_stages_before(bench: Workbench, stage: int, rows: int) -> None:
+def test_a_union_up_to_a_stage_holds_the_stages_before(
+    bench: Workbench, stage: int, rows: int
+) -> None:
     images, labels = grown(bench, 3).up_to(stage)
     assert len(images) == len(labels) == rows
     assert images.max() == stage
@@ -105,7 +111,9 @@ def test_what_is_stored_does_not_depend_on_interruptions(tmp_path: Path, bench: 
     resumed = Union.load(tmp_path / "stage", bench)
     for stage in (2, 3):
         labels = torch.arange(10).repeat_interleave(stage)
-        resumed = resumed.extended(torch.full((len(labels), 1, 8, 8), float(stage)), labels, (0.1, 0.2)[stage - 2])
+        resumed = resumed.extended(
+            torch.full((len(labels), 1, 8, 8), float(stage)), labels, (0.1, 0.2)[stage - 2]
+        )
         resumed.distilled(bench).save(tmp_path / "stage")
         resumed = Union.load(tmp_path / "stage", bench)
     assert (tmp_path / "stage").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -121,13 +129,18 @@ def test_a_distilled_set_says_what_someone_else_needs(tmp_path: Path, bench: Wor
         "classes": list("0123456789"),
         "augmentation": {"strategy": "color_crop", "mode": "single"},
         "network": {
-            "name": "ConvNet", "in_channels": 1, "num_classes": 10, "image_size": [8, 8], "width": 4, "depth": 2,
+            "name": "ConvNet",
+            "in_channels": 1,
+            "num_classes": 10,
+            "image_size": [8, 8],
+            "width": 4,
+            "depth": 2,
         },
         "labels": "hard",
         "base": "mtt",
         "seed": 5,
         "pdd_fast": __version__,
-    }  # fmt: skip
+    }
     assert [len(found.subset(stage)) for stage in (1, 2)] == [10, 20]
     assert found.union(1).learning_rate == pytest.approx(0.05)
 

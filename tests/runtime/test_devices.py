@@ -60,13 +60,17 @@ def test_a_gpu_too_many_is_named() -> None:
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_a_gpu_that_is_not_there_is_named_with_the_command_that_says_more(name: str) -> None:
-    with pytest.raises(UsageError, match=f"device '{name}' cannot be used: torch finds no GPU; `pdd-fast env`"):
+    with pytest.raises(
+        UsageError, match=f"device '{name}' cannot be used: torch finds no GPU; `pdd-fast env`"
+    ):
         resolve_device(name)
 
 
 @EITHER
 @pytest.mark.usefixtures("gpus")
-@pytest.mark.parametrize("name", ["", "gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cpu:1", "cpu:-1", "mps", "meta"])
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "cpu:1", "cpu:-1", "mps", "meta"]
+)
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"device must be auto, cpu, cuda or cuda:N, got '{name}'"):
         resolve_device(name)

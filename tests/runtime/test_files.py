@@ -93,7 +93,9 @@ def test_tensors_that_cannot_be_written_leave_the_old_file(tmp_path: Path) -> No
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_files_get_the_permissions_that_open_would_give(tmp_path: Path, umask: int, mode: int) -> None:
+def test_files_get_the_permissions_that_open_would_give(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
     before = os.umask(umask)
     try:
         write_text(tmp_path / "text", "a")
@@ -133,7 +135,9 @@ def test_a_file_system_that_cannot_be_flushed_is_written_all_the_same(
     assert content(tmp_path) == {"text": b"a"}
 
 
-def test_a_disk_that_fails_is_no_file_system_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_no_file_system_that_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(handle: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -148,7 +152,10 @@ def test_a_disk_that_fails_is_no_file_system_that_cannot(tmp_path: Path, monkeyp
 
 
 def test_the_order_of_names_does_not_matter(tmp_path: Path) -> None:
-    first, second = {"a": torch.ones(2), "b": torch.zeros(3)}, {"b": torch.zeros(3), "a": torch.ones(2)}
+    first, second = (
+        {"a": torch.ones(2), "b": torch.zeros(3)},
+        {"b": torch.zeros(3), "a": torch.ones(2)},
+    )
     save_tensors(tmp_path / "1", first, {"x": 1, "y": {"p": 2, "q": 3}})
     save_tensors(tmp_path / "2", second, {"y": {"q": 3, "p": 2}, "x": 1})
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
@@ -156,12 +163,16 @@ def test_the_order_of_names_does_not_matter(tmp_path: Path) -> None:
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from pathlib import Path; from pdd_fast.runtime.files import save_tensors\n"
-        "save_tensors(Path(sys.argv[1]), {n: torch.arange(3) for n in 'edcba'}, {n: [n, 1] for n in 'vwxyz'})"
+        "import sys, torch; from pathlib import Path; from pdd_fast.runtime.files import "
+        "save_tensors\n"
+        "save_tensors(Path(sys.argv[1]), {n: torch.arange(3) for n in 'edcba'}, {n: [n, 1] for n "
+        "in 'vwxyz'})"
     )
     environment = os.environ | {"PYTHONHASHSEED": "4711"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "1")], check=True, env=environment)
-    save_tensors(tmp_path / "2", {n: torch.arange(3) for n in "abcde"}, {n: [n, 1] for n in "zyxwv"})
+    save_tensors(
+        tmp_path / "2", {n: torch.arange(3) for n in "abcde"}, {n: [n, 1] for n in "zyxwv"}
+    )
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
@@ -176,7 +187,9 @@ def test_tensors_come_back_bit_by_bit(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert (tensor.dtype, tensor.shape) == (expected[name].dtype, expected[name].shape)
-        stored, original = (t.contiguous().view(-1).view(torch.uint8) for t in (tensor, expected[name]))
+        stored, original = (
+            t.contiguous().view(-1).view(torch.uint8) for t in (tensor, expected[name])
+        )
         assert torch.equal(stored, original)
 
 
@@ -226,8 +239,12 @@ def test_a_missing_file_is_named(tmp_path: Path, read: Callable[[Path], Any]) ->
         read(tmp_path / "gone" / "file")
 
 
-@pytest.mark.parametrize(("read", "message"), [(read_json, "cannot be read as JSON"), (read_tensors, "is not a file")])
-def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, read: Callable[[Path], Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("read", "message"), [(read_json, "cannot be read as JSON"), (read_tensors, "is not a file")]
+)
+def test_a_folder_in_place_of_a_file_is_named(
+    tmp_path: Path, read: Callable[[Path], Any], message: str
+) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(UsageError, match=f"/folder {message}"):
         read(tmp_path / "folder")
@@ -247,7 +264,9 @@ def test_a_cut_file_is_named(data: st.DataObject) -> None:
         save_tensors(path, {"x": torch.ones(3), "y": torch.ones(2, 2)}, {"a": 1})
         whole = path.read_bytes()
         path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-        with pytest.raises(UsageError, match=r"/cut\.safetensors is damaged or is not a safetensors file: "):
+        with pytest.raises(
+            UsageError, match=r"/cut\.safetensors is damaged or is not a safetensors file: "
+        ):
             read_tensors(path)
 
 
@@ -269,7 +288,9 @@ def test_a_damaged_header_is_named_or_harmless(changes: list[tuple[int, int]]) -
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"pdd_fast": "[1, 2]"}])
-def test_a_file_of_another_program_is_named(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+def test_a_file_of_another_program_is_named(
+    tmp_path: Path, metadata: dict[str, str] | None
+) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "theirs", metadata=metadata)
     with pytest.raises(UsageError, match="/theirs was not written by pdd-fast"):
         read_tensors(tmp_path / "theirs")
@@ -295,13 +316,22 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
     ("found", "said"),
     [
         (b"", "it is empty; copy or download it again"),
-        (POINTER, "it is a pointer of Git LFS, not the file that it stands for; fetch that with `git lfs pull`"),
-        (b"\n<!DOCTYPE html><html>Quota", "it is a web page, not the file that was asked for; download it again"),
+        (
+            POINTER,
+            "it is a pointer of Git LFS, not the file that it stands for; fetch that with `git "
+            "lfs pull`",
+        ),
+        (
+            b"\n<!DOCTYPE html><html>Quota",
+            "it is a web page, not the file that was asked for; download it again",
+        ),
         (b"<HTML><head>", "it is a web page, not the file that was asked for; download it again"),
     ],
     ids=["empty", "LFS", "page", "old page"],
 )
-@pytest.mark.parametrize("read", [read_tensors, read_pickled_tensors, partial(read_pickled_tensors, mapped=True)])
+@pytest.mark.parametrize(
+    "read", [read_tensors, read_pickled_tensors, partial(read_pickled_tensors, mapped=True)]
+)
 def test_what_stands_in_for_a_file_is_named(
     found: bytes, said: str, read: Callable[[Path], Any], tmp_path: Path
 ) -> None:

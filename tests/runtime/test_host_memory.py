@@ -1,4 +1,6 @@
-"""The machine's memory, as Linux tells it of a machine, of a job and of a container; and where nobody tells."""
+"""The machine's memory, as Linux tells it of a machine, of a job and of a container; and where
+nobody tells.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 MiB, half of them free, and no control groups."""
     monkeypatch.setattr(host, "ROOT", tmp_path)
     write(
-        tmp_path / "proc/meminfo", "MemTotal:  65536 kB\nMemFree:  1 kB\nMemAvailable:  32768 kB\nHugePages_Total: 0\n"
+        tmp_path / "proc/meminfo",
+        "MemTotal:  65536 kB\nMemFree:  1 kB\nMemAvailable:  32768 kB\nHugePages_Total: 0\n",
     )
     return tmp_path
 
@@ -45,7 +48,9 @@ def test_a_groups_limit_counts_where_it_is_lower(root: Path) -> None:
     assert (host.total(), host.free()) == (1_000_000, 700_000)
     group(root / "sys/fs/cgroup/jobs/one", 600_000, 250_000)
     assert (host.total(), host.free()) == (600_000, 350_000)
-    group(root / "sys/fs/cgroup/jobs/one", 2 * GB, 700_000_000)  # more than the machine has, and hardly in use
+    group(
+        root / "sys/fs/cgroup/jobs/one", 2 * GB, 700_000_000
+    )  # more than the machine has, and hardly in use
     group(root / "sys/fs/cgroup/jobs", "max", 700_000_000)
     assert (host.total(), host.free()) == (65536 * 1024, 32768 * 1024)
 
@@ -73,7 +78,9 @@ def test_a_group_that_is_full_has_nothing(root: Path) -> None:
     assert host.free() == 0
 
 
-def test_without_proc_the_systems_pages_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_proc_the_systems_pages_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host, "ROOT", tmp_path)
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}
     monkeypatch.setattr(os, "sysconf", lambda name: sizes[name])

@@ -1,4 +1,6 @@
-"""Locks on file systems that have none: one process at a time, and nobody kept out by a process that is gone."""
+"""Locks on file systems that have none: one process at a time, and nobody kept out by a process
+that is gone.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from pdd_fast.runtime import locks
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.locks import OWNER, locked
 
-pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="directories are locked on POSIX systems only")
+pytestmark = pytest.mark.skipif(
+    locks.fcntl is None, reason="directories are locked on POSIX systems only"
+)
 
 HOLD = """
 import errno, os, sys, time, warnings
@@ -70,7 +74,10 @@ def owners(folder: Path) -> list[int]:
 
 def holder(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", HOLD + WAIT, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", HOLD + WAIT, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "locked\n"
@@ -86,12 +93,18 @@ def test_a_file_takes_the_place_of_a_lock_and_goes_with_the_block(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    said = rf"the file system of {tmp_path} has no locks \({os.strerror(number)}\): {OWNER}-\* in it keeps other"
+    said = (
+        rf"the file system of {tmp_path} has no locks \({os.strerror(number)}\): "
+        rf"{OWNER}-\* in it keeps other"
+    )
     with ExitStack() as inside:
         with pytest.warns(UserWarning, match=said):
             inside.enter_context(locked(tmp_path))
         assert owners(tmp_path) == [os.getpid()]
-        with pytest.raises(UsageError, match=f"is in use by another process, {os.getpid()}; "), locked(tmp_path):
+        with (
+            pytest.raises(UsageError, match=f"is in use by another process, {os.getpid()}; "),
+            locked(tmp_path),
+        ):
             pass
         assert owners(tmp_path) == [os.getpid()]
     assert owners(tmp_path) == []
@@ -105,13 +118,20 @@ def test_a_block_that_fails_keeps_nobody_out(tmp_path: Path, without_locks: None
 
 
 @pytest.mark.filterwarnings("ignore:the file system")
-def test_another_process_is_kept_out_until_it_is_gone_however_it_went(tmp_path: Path, without_locks: None) -> None:
+def test_another_process_is_kept_out_until_it_is_gone_however_it_went(
+    tmp_path: Path, without_locks: None
+) -> None:
     process = holder(tmp_path)
     try:
-        with pytest.raises(UsageError, match=f"is in use by another process, {process.pid}; "), locked(tmp_path):
+        with (
+            pytest.raises(UsageError, match=f"is in use by another process, {process.pid}; "),
+            locked(tmp_path),
+        ):
             pass
         os.kill(process.pid, signal.SIGKILL)
-        while not os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT):  # dead, and nobody has waited for it
+        while not os.waitid(
+            os.P_PID, process.pid, os.WEXITED | os.WNOWAIT
+        ):  # dead, and nobody has waited for it
             pass
         with locked(tmp_path):
             assert owners(tmp_path) == [os.getpid()]
@@ -186,5 +206,8 @@ def test_a_run_is_made_and_resumed_without_locks(tmp_path: Path, without_locks: 
     leave(tmp_path / "run", pid=2**22 + 1)  # as SIGKILL does
     assert command(["distill", "--resume", "--run-dir", run]) == 0
     assert owners(tmp_path / "run") == []
-    assert command(["experts", *tiny.flags(device="cuda:99"), "--run-dir", str(tmp_path / "wrong")]) == 2
+    assert (
+        command(["experts", *tiny.flags(device="cuda:99"), "--run-dir", str(tmp_path / "wrong")])
+        == 2
+    )
     assert not (tmp_path / "wrong").exists()  # nothing was made in it

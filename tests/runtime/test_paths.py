@@ -1,4 +1,6 @@
-"""Where things lie: runs that go on in other working directories, data that have moved, home directories."""
+"""Where things lie: runs that go on in other working directories, data that have moved, home
+directories.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,18 @@ from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, write_trajectory
 
 SMALL = {
-    "stages": 2, "ipc": 2, "experts": 1, "expert_train_epochs": 3, "iterations": 1, "eval_networks": 1,
-    "eval_epochs": 1, "transition_epochs": 1, "union_epochs": 1, "repeats": 1, "augment": "none",
-}  # fmt: skip
+    "stages": 2,
+    "ipc": 2,
+    "experts": 1,
+    "expert_train_epochs": 3,
+    "iterations": 1,
+    "eval_networks": 1,
+    "eval_epochs": 1,
+    "transition_epochs": 1,
+    "union_epochs": 1,
+    "repeats": 1,
+    "augment": "none",
+}
 
 
 def call(*arguments: str | Path) -> tuple[int, str]:
@@ -53,7 +64,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def begun(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that has its experts, made with relative paths; the working directory is another one since."""
+    """A run that has its experts, made with relative paths; the working directory is another one
+    since.
+    """
     assert call("experts", *flags(dataset="imagefolder:birds"), "--run-dir", "run")[0] == 0
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -73,7 +86,11 @@ def without_record(run: Path, **settings: Any) -> None:
     for path in (run / "experts").iterdir():
         trajectory = Trajectory(path)
         vectors = [trajectory.checkpoint(epoch) for epoch in range(trajectory.epochs + 1)]
-        kept = {key: value for key, value in trajectory.metadata.items() if key not in ("fingerprint", "classes")}
+        kept = {
+            key: value
+            for key, value in trajectory.metadata.items()
+            if key not in ("fingerprint", "classes")
+        }
         write_trajectory(path, vectors, kept)
 
 
@@ -106,7 +123,10 @@ def test_experts_and_other_runs_are_found_from_anywhere(
     assert call(*again, "experts_from=here/run", "--dataset", "imagefolder:here/birds")[0] == 0
     status, said = call(*again, "experts_from=run")
     assert status == 2
-    assert f"experts_from must be {begun} as in the run that is continued, got {here.parent / 'run'}" in said
+    assert (
+        f"experts_from must be {begun} as in the run that is continued, got {here.parent / 'run'}"
+        in said
+    )
 
 
 def test_paths_in_a_configuration_become_absolute_where_they_are_used(
@@ -149,7 +169,9 @@ def test_data_are_named_where_they_lie_now(begun: Path, here: Path) -> None:
 def test_a_moved_run_has_the_bytes_of_one_that_stayed(begun: Path, here: Path) -> None:
     shutil.copytree(begun, here / "copy")
     assert call("distill", "--resume", "--run-dir", here / "copy")[0] == 0
-    assert call("distill", "--resume", "--run-dir", begun, "--dataset", moved(here, "birds"))[0] == 0
+    assert (
+        call("distill", "--resume", "--run-dir", begun, "--dataset", moved(here, "birds"))[0] == 0
+    )
     for name in ("distilled.safetensors", "stage-1/distilled.safetensors"):
         assert (begun / name).read_bytes() == (here / "copy" / name).read_bytes()
 
@@ -179,12 +201,15 @@ def add_class(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (edit, "with other images or labels (fingerprint "), (rename, "with the training images in another order"),
+        (edit, "with other images or labels (fingerprint "),
+        (rename, "with the training images in another order"),
         (rename_class, "with class 'bee', not imagefolder:moved with 'bug' in its place"),
         (add_class, "of 2 classes, not imagefolder:moved of 3"),
     ],
-)  # fmt: skip
-def test_other_data_are_refused_in_one_sentence(change: Any, said: str, begun: Path, here: Path) -> None:
+)
+def test_other_data_are_refused_in_one_sentence(
+    change: Any, said: str, begun: Path, here: Path
+) -> None:
     place = moved(here)
     change(here.parent / "moved")
     before = stored(begun)
@@ -207,7 +232,15 @@ def test_the_continuation_of_a_run_on_moved_data_says_where_they_lie(
         status, said = call("distill", "--resume", "--run-dir", begun, "--dataset", place)
     assert status == 130
     again = shlex.split(said.rpartition("continue with: ")[2])
-    assert again == ["pdd-fast", "distill", "--resume", "--run-dir", str(begun), "--set", f"dataset={place}"]
+    assert again == [
+        "pdd-fast",
+        "distill",
+        "--resume",
+        "--run-dir",
+        str(begun),
+        "--set",
+        f"dataset={place}",
+    ]
     assert call(*again[1:])[0] == 0
 
 
@@ -244,7 +277,12 @@ def test_old_runs_are_known_by_name(begun: Path, here: Path) -> None:
     shutil.copytree(here / "birds", here.parent / "other" / "birds")
     shutil.move(here / "birds", here.parent / "renamed")
     status, said = call(
-        "distill", "--resume", "--run-dir", begun, "--dataset", f"imagefolder:{here.parent / 'renamed'}"
+        "distill",
+        "--resume",
+        "--run-dir",
+        begun,
+        "--dataset",
+        f"imagefolder:{here.parent / 'renamed'}",
     )
     assert status == 2
     assert "imagefolder:birds, not imagefolder:renamed" in said
@@ -267,10 +305,15 @@ def test_old_runs_on_relative_paths_go_on_where_they_were_made(
 
 def test_experts_of_other_data_of_the_same_name_are_refused(begun: Path, here: Path) -> None:
     photographs(here.parent / "other" / "birds", seed=1, count=6)
-    settings = flags(dataset=f"imagefolder:{here.parent / 'other' / 'birds'}", experts_from=str(begun))
+    settings = flags(
+        dataset=f"imagefolder:{here.parent / 'other' / 'birds'}", experts_from=str(begun)
+    )
     status, said = call("experts", *settings, "--run-dir", here / "second")
     assert (status, said.count("\n")) == (2, 1)
-    assert "trajectory-000.safetensors: data must be the run's, got imagefolder:birds with other images" in said
+    assert (
+        "trajectory-000.safetensors: data must be the run's, got imagefolder:birds with other "
+        "images" in said
+    )
     assert not (here / "second").exists()
 
 
@@ -285,9 +328,12 @@ def test_experts_of_the_same_data_under_another_name_serve(begun: Path, here: Pa
 
 @pytest.mark.parametrize(
     ("classes", "said"),
-    [(("ant", "bee", "cat"), "of 3 classes, not imagefolder:birds of 2"), (("ant", "bug"), "with class 'bug'"),
-     (("ant", "bee"), "with other images or labels")],
-)  # fmt: skip
+    [
+        (("ant", "bee", "cat"), "of 3 classes, not imagefolder:birds of 2"),
+        (("ant", "bug"), "with class 'bug'"),
+        (("ant", "bee"), "with other images or labels"),
+    ],
+)
 def test_against_a_run_on_other_data_is_one_sentence(
     classes: tuple[str, ...], said: str, begun: Path, here: Path
 ) -> None:
@@ -303,37 +349,59 @@ def test_against_a_run_on_other_data_is_one_sentence(
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-def test_against_an_old_set_with_more_classes_is_one_sentence(soft: bool, begun: Path, here: Path) -> None:
+def test_against_an_old_set_with_more_classes_is_one_sentence(
+    soft: bool, begun: Path, here: Path
+) -> None:
     assert call("distill", "--resume", "--run-dir", begun)[0] == 0
     found = load_distilled(begun)
     labels = torch.full((len(found.labels), 3), 1 / 3) if soft else torch.full_like(found.labels, 2)
-    old = {key: value for key, value in found.metadata.items() if key not in ("fingerprint", "classes")}
+    old = {
+        key: value for key, value in found.metadata.items() if key not in ("fingerprint", "classes")
+    }
     replace(found, labels=labels, metadata=old).save(here / "old.safetensors")
     status, err = call("evaluate", begun, "--against", here / "old.safetensors")
     assert (status, err.count("\n")) == (2, 1)
     assert (
-        "labels must have 2 columns, one for each class, got 3" if soft else "labels must lie in [0, 2), got 2..2"
+        "labels must have 2 columns, one for each class, got 3"
+        if soft
+        else "labels must lie in [0, 2), got 2..2"
     ) in err
 
 
 def test_a_set_of_other_data_in_a_runs_place_is_not_judged(begun: Path) -> None:
     assert call("distill", "--resume", "--run-dir", begun)[0] == 0
     found = load_distilled(begun)
-    replace(found, metadata=found.metadata | {"fingerprint": "bbbb-cc"}).save(begun / "distilled.safetensors")
+    replace(found, metadata=found.metadata | {"fingerprint": "bbbb-cc"}).save(
+        begun / "distilled.safetensors"
+    )
     status, said = call("evaluate", begun)
     assert status == 2
-    assert "distilled.safetensors must be for the run's data, got one for imagefolder:birds with other images" in said
+    assert (
+        "distilled.safetensors must be for the run's data, got one for imagefolder:birds with "
+        "other images" in said
+    )
 
 
-@pytest.mark.parametrize("settings", [{"whitening": "zca"}, {"filter": "forgetting"}], ids=["whitening", "forgetting"])
+@pytest.mark.parametrize(
+    "settings", [{"whitening": "zca"}, {"filter": "forgetting"}], ids=["whitening", "forgetting"]
+)
 def test_what_a_run_keeps_of_its_data_is_not_taken_for_other_data(
     settings: dict[str, str], begun: Path, here: Path
 ) -> None:
     assert (
-        call("distill", *flags(dataset=f"imagefolder:{here / 'birds'}", **settings), "--run-dir", here / "second")[0]
+        call(
+            "distill",
+            *flags(dataset=f"imagefolder:{here / 'birds'}", **settings),
+            "--run-dir",
+            here / "second",
+        )[0]
         == 0
     )
-    (kept,) = [path for path in (here / "second").glob("*.safetensors") if path.stem in ("whitening", "forgetting")]
+    (kept,) = [
+        path
+        for path in (here / "second").glob("*.safetensors")
+        if path.stem in ("whitening", "forgetting")
+    ]
     tensors, metadata = read_tensors(kept)
     assert metadata["fingerprint"] == stored(here / "second")["data"]["fingerprint"]
     for path in (here / "second").glob("stage-*"):
@@ -342,7 +410,10 @@ def test_what_a_run_keeps_of_its_data_is_not_taken_for_other_data(
     save_tensors(kept, tensors, metadata | {"fingerprint": "bbbb-cc"})
     status, said = call("distill", "--resume", "--run-dir", here / "second")
     assert status == 2
-    assert f"{kept} must be for the run's data, got one for imagefolder:birds with other images" in said
+    assert (
+        f"{kept} must be for the run's data, got one for imagefolder:birds with other images"
+        in said
+    )
     for old in ("fingerprint", "classes"):
         metadata.pop(old)
     save_tensors(kept, tensors, metadata)
@@ -352,14 +423,40 @@ def test_what_a_run_keeps_of_its_data_is_not_taken_for_other_data(
 # ---- the home directory ----
 
 
-def test_a_tilde_is_the_home_directory_in_every_path(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_directory_in_every_path(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.chdir(here.parent)
     own = flags(dataset="imagefolder:~/birds")
     assert call("distill", *own, "--run-dir=~/run")[0] == 0
-    assert call("distill", "--resume", "--run-dir=~/run", "--dataset=imagefolder:~/birds", "--data-dir=~/data")[0] == 0
-    assert call("experts", *flags(dataset="imagefolder:~/birds", experts_from="~/run"), "--run-dir=~/second")[0] == 0
-    assert call("evaluate", "~/run", "--against=~/run/distilled.safetensors", "--dataset=imagefolder:~/birds")[0] == 0
+    assert (
+        call(
+            "distill",
+            "--resume",
+            "--run-dir=~/run",
+            "--dataset=imagefolder:~/birds",
+            "--data-dir=~/data",
+        )[0]
+        == 0
+    )
+    assert (
+        call(
+            "experts",
+            *flags(dataset="imagefolder:~/birds", experts_from="~/run"),
+            "--run-dir=~/second",
+        )[0]
+        == 0
+    )
+    assert (
+        call(
+            "evaluate",
+            "~/run",
+            "--against=~/run/distilled.safetensors",
+            "--dataset=imagefolder:~/birds",
+        )[0]
+        == 0
+    )
     assert call("show", "~/run")[0] == 0
     assert call("export", "~/run", "--output=~/mtt")[0] == 0
     ablate = ["ablate", "--stages=1", "--conditioning=on", "--seeds=1", "--output=~/ablation"]

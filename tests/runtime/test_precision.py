@@ -1,4 +1,6 @@
-"""The precision of convolutions: what its names mean, and that torch's flags are set around a pass and put back."""
+"""The precision of convolutions: what its names mean, and that torch's flags are set around a pass
+and put back.
+"""
 
 from __future__ import annotations
 
@@ -54,17 +56,22 @@ def test_auto_is_what_the_device_has(name: str, on_cpu: str, on_cuda: str) -> No
 def test_names() -> None:
     assert [precision.check(name) for name in precision.NAMES] == ["float32", "tf32", "bfloat16"]
     for name in ("auto", "fp16", ""):
-        with pytest.raises(ValueError, match=rf"^precision must be one of float32, tf32, bfloat16, got '{name}'$"):
+        with pytest.raises(
+            ValueError, match=rf"^precision must be one of float32, tf32, bfloat16, got '{name}'$"
+        ):
             precision.check(name)
 
 
 def test_only_bfloat16_stores_in_another_type() -> None:
     assert precision.storage("float32", torch.float32) == torch.float32
     assert precision.storage("tf32", torch.float32) == torch.float32
-    assert precision.storage("tf32", torch.float64) == torch.float64  # TF32 is about float32 tensors alone
+    assert (
+        precision.storage("tf32", torch.float64) == torch.float64
+    )  # TF32 is about float32 tensors alone
     assert precision.storage("bfloat16", torch.float32) == torch.bfloat16
     with pytest.raises(
-        TypeError, match=r"^precision 'bfloat16' needs parameters of torch\.float32, got torch\.float64$"
+        TypeError,
+        match=r"^precision 'bfloat16' needs parameters of torch\.float32, got torch\.float64$",
     ):
         precision.storage("bfloat16", torch.float64)
 
@@ -117,9 +124,13 @@ def test_on_the_cpu_nothing_is_set() -> None:
         assert flags() == before
 
 
-@pytest.mark.usefixtures("composed")  # on the CPU one kernel makes a pass, in the precision of its numbers
+@pytest.mark.usefixtures(
+    "composed"
+)  # on the CPU one kernel makes a pass, in the precision of its numbers
 @pytest.mark.parametrize("name", ["fused", "autograd"])
-def test_every_pass_of_an_engine_runs_in_its_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_pass_of_an_engine_runs_in_its_precision(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Depth counts the passes that are under way, so that a convolution outside of one is seen."""
     asked: list[tuple[str, torch.device]] = []
     depth, convolved = 0, 0
@@ -141,7 +152,9 @@ def test_every_pass_of_an_engine_runs_in_its_precision(name: str, monkeypatch: p
             self.inner.__exit__(*error)
 
     class Convolutions(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             nonlocal convolved
             if "convolution" in str(function):
                 assert depth > 0, function
@@ -152,7 +165,11 @@ def test_every_pass_of_an_engine_runs_in_its_precision(name: str, monkeypatch: p
     net = pdd_fast.ConvNet(2, 3, 8, width=4, depth=2)
     engine = engines.choose(net, name, "tf32")
     theta = pdd_fast.flatten_parameters(net)
-    images, labels, direction = torch.randn(5, 2, 8, 8), torch.randint(3, (5,)), torch.randn(len(theta))
+    images, labels, direction = (
+        torch.randn(5, 2, 8, 8),
+        torch.randint(3, (5,)),
+        torch.randn(len(theta)),
+    )
 
     def passes() -> Iterator[Any]:
         yield engine.logits(theta, images)
@@ -162,7 +179,9 @@ def test_every_pass_of_an_engine_runs_in_its_precision(name: str, monkeypatch: p
             yield engine.dual(theta, images, labels, direction, saved)
         for networks in (1, 3):
             many = theta.expand(networks, -1)
-            yield engine.gradients(many, images.expand(networks, -1, -1, -1, -1), labels.expand(networks, -1))
+            yield engine.gradients(
+                many, images.expand(networks, -1, -1, -1, -1), labels.expand(networks, -1)
+            )
             yield engine.logits_of(many, images)
 
     with Convolutions():
@@ -176,7 +195,8 @@ def test_every_pass_of_an_engine_runs_in_its_precision(name: str, monkeypatch: p
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 def test_on_a_gpu_the_flags_reach_the_convolutions() -> None:
-    """TF32 keeps 10 bits of an operand's mantissa: errors of about 2^-11, where float32 has 2^-24."""
+    """TF32 keeps 10 bits of an operand's mantissa: errors of about 2^-11, where float32 has
+    2^-24."""
     net = pdd_fast.ConvNet(16, 4, 16, width=32, depth=1).cuda()
     theta, images = pdd_fast.flatten_parameters(net), torch.randn(8, 16, 16, 16, device="cuda")
 
@@ -190,13 +210,22 @@ def test_on_a_gpu_the_flags_reach_the_convolutions() -> None:
     assert 1e-4 < error("bfloat16") < 3e-2
 
 
-# ---- benchmarks/precision.py ----------------------------------------------------------------------------------------
+# ---- benchmarks/precision.py ----
 
 
 def test_emulated_tf32_rounds_to_nearest_and_ties_to_even() -> None:
     unit = 2.0**-10  # of numbers in [1, 2)
     given = torch.tensor(
-        [1.0, 1 + unit, 1 + 0.49 * unit, 1 + 0.51 * unit, 1 + 0.5 * unit, 1 + 1.5 * unit, 0.0, 2 - unit / 4]
+        [
+            1.0,
+            1 + unit,
+            1 + 0.49 * unit,
+            1 + 0.51 * unit,
+            1 + 0.5 * unit,
+            1 + 1.5 * unit,
+            0.0,
+            2 - unit / 4,
+        ]
     )
     expected = torch.tensor([1.0, 1 + unit, 1.0, 1 + unit, 1.0, 1 + 2 * unit, 0.0, 2.0])
     assert torch.equal(precision_benchmark.rounded(given), expected)
@@ -206,7 +235,17 @@ def test_emulated_tf32_rounds_to_nearest_and_ties_to_even() -> None:
 
 
 def test_the_benchmark_measures_every_precision(tmp_path: Path) -> None:
-    arguments = ["--steps", "1", "2", "--batch=4", "--seeds=2", "--width=4", "--depth=2", "--size=8", "--device=cpu"]
+    arguments = [
+        "--steps",
+        "1",
+        "2",
+        "--batch=4",
+        "--seeds=2",
+        "--width=4",
+        "--depth=2",
+        "--size=8",
+        "--device=cpu",
+    ]
     arguments += ["--threads=1", f"--output={tmp_path / 'record.json'}"]
     command = [sys.executable, "-P", "-m", "pdd_fast.benchmarks.precision", *arguments]
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
@@ -215,6 +254,8 @@ def test_the_benchmark_measures_every_precision(tmp_path: Path) -> None:
         (steps, name) for steps in (1, 2) for name in ("float32", "tf32, emulated", "bfloat16")
     ]
     for row in record["results"]:
-        low, high = {"float32": (0, 1e-4), "tf32, emulated": (1e-5, 0.1), "bfloat16": (1e-4, 0.3)}[row["precision"]]
+        low, high = {"float32": (0, 1e-4), "tf32, emulated": (1e-5, 0.1), "bfloat16": (1e-4, 0.3)}[
+            row["precision"]
+        ]
         assert low <= row["images"] < high, row
         assert len(row["images_all"]) == 2

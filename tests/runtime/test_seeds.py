@@ -15,7 +15,9 @@ PURPOSE = st.lists(st.text(max_size=8) | st.integers(-(10**6), 10**6), max_size=
 
 
 @given(SEED, PURPOSE)
-def test_a_derived_seed_is_one_that_every_library_takes(seed: int, purpose: tuple[str | int, ...]) -> None:
+def test_a_derived_seed_is_one_that_every_library_takes(
+    seed: int, purpose: tuple[str | int, ...]
+) -> None:
     derived = derive(seed, *purpose)
     assert 0 <= derived < 2**63
     assert derived == derive(seed, *purpose)
@@ -40,7 +42,9 @@ def test_another_seed_or_purpose_gives_another_seed(
         (("a', 'b",), ("a", "b")),
     ],
 )
-def test_purposes_that_read_alike_are_told_apart(one: tuple[str | int, ...], other: tuple[str | int, ...]) -> None:
+def test_purposes_that_read_alike_are_told_apart(
+    one: tuple[str | int, ...], other: tuple[str | int, ...]
+) -> None:
     assert derive(0, *one) != derive(0, *other)
 
 

@@ -1,4 +1,6 @@
-"""Distilled sets: what is stored comes back, unions train like any data set, and what does not fit is named."""
+"""Distilled sets: what is stored comes back, unions train like any data set, and what does not fit
+is named.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
 
 def test_a_file_of_something_else_is_named_with_what_it_lacks(tmp_path: Path) -> None:
     save_tensors(tmp_path / "t", {"checkpoints": torch.ones(2, 3)}, {})
-    message = "/t is not a distilled set: it lacks images, labels, stage, learning_rates, normalisation"
+    message = (
+        "/t is not a distilled set: it lacks images, labels, stage, learning_rates, normalisation"
+    )
     with pytest.raises(UsageError, match=message):
         load_distilled(tmp_path / "t")
     write_json(tmp_path / "j", {"images": []})
@@ -104,9 +108,11 @@ def test_a_file_whose_content_does_not_fit_is_named(
     tmp_path: Path, change: dict[str, torch.Tensor], metadata: dict[str, Any]
 ) -> None:
     tensors = {
-        "images": torch.zeros(2, 1, 2, 2), "labels": torch.zeros(2, dtype=torch.int64),
-        "stage": torch.tensor([1, 2]), "learning_rates": torch.ones(2),
-    }  # fmt: skip
+        "images": torch.zeros(2, 1, 2, 2),
+        "labels": torch.zeros(2, dtype=torch.int64),
+        "stage": torch.tensor([1, 2]),
+        "learning_rates": torch.ones(2),
+    }
     normalisation = {"normalisation": {"mean": [0.0], "std": [1.0]}}
     save_tensors(tmp_path / "set", tensors, normalisation)
     assert load_distilled(tmp_path / "set").stages == 2
@@ -119,16 +125,24 @@ def test_a_file_whose_content_does_not_fit_is_named(
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.randoms(use_true_random=False))
-def test_a_union_is_all_subsets_up_to_its_stage_in_any_order_of_rows(sizes: list[int], shuffled: Any) -> None:
+def test_a_union_is_all_subsets_up_to_its_stage_in_any_order_of_rows(
+    sizes: list[int], shuffled: Any
+) -> None:
     ordered = a_set(tuple(sizes))
     rows = list(range(len(ordered.images)))
     shuffled.shuffle(rows)
-    mixed = replace(ordered, images=ordered.images[rows], labels=ordered.labels[rows], stage=ordered.stage[rows])
+    mixed = replace(
+        ordered, images=ordered.images[rows], labels=ordered.labels[rows], stage=ordered.stage[rows]
+    )
     for stage in range(1, len(sizes) + 1):
         union, subset = mixed.union(stage), mixed.subset(stage)
         assert len(union) == sum(sizes[:stage])
         assert len(subset) == sizes[stage - 1]
-        assert union.learning_rate == subset.learning_rate == pytest.approx(float(ordered.learning_rates[stage - 1]))
+        assert (
+            union.learning_rate
+            == subset.learning_rate
+            == pytest.approx(float(ordered.learning_rates[stage - 1]))
+        )
         parts = torch.cat([mixed.subset(s).images for s in range(1, stage + 1)])
         assert sorted(parts[:, 0, 0, 0].tolist()) == sorted(union.images[:, 0, 0, 0].tolist())
     assert len(mixed.union()) == sum(sizes)
@@ -162,7 +176,9 @@ def test_a_network_learns_a_union() -> None:
 @pytest.mark.parametrize("stage", [0, -1, 4])
 def test_a_stage_that_is_not_there_is_named(stage: int) -> None:
     for ask in (a_set().union, a_set().subset):
-        with pytest.raises(ValueError, match=rf"DistilledSet: stage must lie in \[1, 3\], got {stage}"):
+        with pytest.raises(
+            ValueError, match=rf"DistilledSet: stage must lie in \[1, 3\], got {stage}"
+        ):
             ask(stage)
 
 
@@ -180,7 +196,10 @@ def test_pixels_undo_the_normalisation_and_stay_in_the_unit_interval() -> None:
 
 def test_the_representation_says_what_it_is() -> None:
     assert repr(a_set()) == "DistilledSet(made up: 8 images of 3×4×5 in 3 stages)"
-    assert repr(replace(a_set(), metadata={})) == "DistilledSet(unknown data: 8 images of 3×4×5 in 3 stages)"
+    assert (
+        repr(replace(a_set(), metadata={}))
+        == "DistilledSet(unknown data: 8 images of 3×4×5 in 3 stages)"
+    )
 
 
 def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
@@ -196,11 +215,20 @@ def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": torch.zeros(8, 4, 5)}, r"images must have shape \[n, C, H, W\], got \(8, 4, 5\)"),
+        (
+            {"images": torch.zeros(8, 4, 5)},
+            r"images must have shape \[n, C, H, W\], got \(8, 4, 5\)",
+        ),
         ({"images": torch.tensor(1.0)}, r"images must have shape \[n, C, H, W\], got \(\)"),
         ({"labels": torch.zeros(7, dtype=torch.int64)}, "labels must have 8 rows, got 7"),
-        ({"labels": torch.full((8,), 0.5)}, "labels must be class indices or .* that are no whole numbers"),
-        ({"labels": torch.full((8,), float("nan"))}, "labels must be class indices .* that are no whole numbers"),
+        (
+            {"labels": torch.full((8,), 0.5)},
+            "labels must be class indices or .* that are no whole numbers",
+        ),
+        (
+            {"labels": torch.full((8,), float("nan"))},
+            "labels must be class indices .* that are no whole numbers",
+        ),
         (
             {"labels": torch.zeros(8, 2, dtype=torch.int64)},
             r"labels must be one-hot where they are integers .*, got other rows of \(8, 2\)",
@@ -217,37 +245,79 @@ def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
             {"labels": torch.zeros(8, 1, dtype=torch.int64)},
             r"labels must be class indices .*, got \(8, 1\); pass labels",
         ),
-        ({"labels": torch.zeros(8, 2, 1)}, r"labels must be .*, got torch\.float32 of shape \(8, 2, 1\)"),
+        (
+            {"labels": torch.zeros(8, 2, 1)},
+            r"labels must be .*, got torch\.float32 of shape \(8, 2, 1\)",
+        ),
         ({"labels": torch.arange(8) - 1}, r"labels must lie in \[0, 2\), got -1\.\.6"),
-        ({"labels": torch.arange(8) - 1, "metadata": {}}, r"labels must lie from 0 on, got -1\.\.6"),
-        ({"labels": torch.full((8, 2), -3.0)}, r"labels must be probabilities in \[0, 1\], got -3\.\.-3; if .* logits"),
-        ({"labels": torch.full((8, 2), 7.0)}, r"labels must be probabilities in \[0, 1\], got 7\.\.7; if .* logits"),
+        (
+            {"labels": torch.arange(8) - 1, "metadata": {}},
+            r"labels must lie from 0 on, got -1\.\.6",
+        ),
+        (
+            {"labels": torch.full((8, 2), -3.0)},
+            r"labels must be probabilities in \[0, 1\], got -3\.\.-3; if .* logits",
+        ),
+        (
+            {"labels": torch.full((8, 2), 7.0)},
+            r"labels must be probabilities in \[0, 1\], got 7\.\.7; if .* logits",
+        ),
         (
             {"labels": torch.arange(8) % 4, "metadata": {"classes": list("abc")}},
             r"labels must lie in \[0, 3\), got 0\.\.3",
         ),
-        ({"labels": torch.rand(8, 2), "metadata": {"classes": list("abc")}}, "labels must have 3 columns, .*, got 2"),
+        (
+            {"labels": torch.rand(8, 2), "metadata": {"classes": list("abc")}},
+            "labels must have 3 columns, .*, got 2",
+        ),
         (
             {"images": torch.ones(8, 3, 4, 5, dtype=torch.uint8)},
             r"images must be .*, got torch\.uint8; divide pixels by 255",
         ),
-        ({"images": torch.ones(8, 3, 4, 5, dtype=torch.int64)}, r"images must be .* normalized .*, got torch\.int64"),
+        (
+            {"images": torch.ones(8, 3, 4, 5, dtype=torch.int64)},
+            r"images must be .* normalized .*, got torch\.int64",
+        ),
         (
             {"images": torch.randint(0, 256, (8, 3, 4, 5)).float()},
             "images must be .*, got whole numbers from 0 on; divide",
         ),
         ({"stage": torch.ones(9, dtype=torch.int64)}, "stage must have 8 rows, got 9"),
-        ({"stage": torch.ones(8, 1, dtype=torch.int64)}, r"stage must be a vector, got shape \(8, 1\)"),
-        ({"stage": torch.tensor([1, 1, 1, 1, 3, 3, 3, 3])}, r"stage must number 1\.\.3 without gaps, got \[1, 3\]"),
+        (
+            {"stage": torch.ones(8, 1, dtype=torch.int64)},
+            r"stage must be a vector, got shape \(8, 1\)",
+        ),
+        (
+            {"stage": torch.tensor([1, 1, 1, 1, 3, 3, 3, 3])},
+            r"stage must number 1\.\.3 without gaps, got \[1, 3\]",
+        ),
         ({"stage": torch.arange(8) % 3}, r"stage must number 1\.\.3 without gaps, got \[0, 1, 2\]"),
-        ({"learning_rates": torch.ones(2)}, r"stage must number 1\.\.2 without gaps, got \[1, 2, 3\]"),
+        (
+            {"learning_rates": torch.ones(2)},
+            r"stage must number 1\.\.2 without gaps, got \[1, 2, 3\]",
+        ),
         ({"learning_rates": torch.tensor(0.1)}, r"learning_rates must be a vector, got shape \(\)"),
-        ({"learning_rates": torch.tensor([0.1, 0.0, 0.1])}, r"learning_rates must be above 0, got \[0\.1"),
-        ({"learning_rates": torch.tensor([0.1, float("inf"), 0.1])}, "learning_rates must be finite"),
-        ({"images": torch.full((8, 3, 4, 5), float("inf"))}, "images must be finite, got NaN or infinity"),
+        (
+            {"learning_rates": torch.tensor([0.1, 0.0, 0.1])},
+            r"learning_rates must be above 0, got \[0\.1",
+        ),
+        (
+            {"learning_rates": torch.tensor([0.1, float("inf"), 0.1])},
+            "learning_rates must be finite",
+        ),
+        (
+            {"images": torch.full((8, 3, 4, 5), float("inf"))},
+            "images must be finite, got NaN or infinity",
+        ),
         ({"labels": torch.full((8, 2), float("nan"))}, "labels must be finite"),
-        ({"normalisation": Normalisation((0.0,), (1.0,))}, r"normalisation mean must have 3 numbers, got \(0\.0,\)"),
-        ({"normalisation": Normalisation((0.0,) * 3, (1.0,))}, r"normalisation std must have 3 numbers, got \(1\.0,\)"),
+        (
+            {"normalisation": Normalisation((0.0,), (1.0,))},
+            r"normalisation mean must have 3 numbers, got \(0\.0,\)",
+        ),
+        (
+            {"normalisation": Normalisation((0.0,) * 3, (1.0,))},
+            r"normalisation std must have 3 numbers, got \(1\.0,\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
@@ -255,7 +325,9 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
         replace(a_set(), **change)
 
 
-@pytest.mark.parametrize("kind", [torch.int32, torch.int8, torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "kind", [torch.int32, torch.int8, torch.uint8, torch.float32, torch.float64, torch.bfloat16]
+)
 def test_class_indices_of_any_type_are_class_indices(kind: torch.dtype) -> None:
     expected = torch.arange(8) % 3
     found = replace(a_set(), labels=expected.to(kind), metadata={}).labels
@@ -266,7 +338,9 @@ def test_class_indices_of_any_type_are_class_indices(kind: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_one_hot_rows_of_integers_are_class_indices(kind: torch.dtype) -> None:
     expected = torch.tensor([2, 0, 1, 2, 2, 0, 1, 1])
-    found = replace(a_set(), labels=torch.nn.functional.one_hot(expected, 3).to(kind), metadata={}).labels
+    found = replace(
+        a_set(), labels=torch.nn.functional.one_hot(expected, 3).to(kind), metadata={}
+    ).labels
     assert found.dtype == torch.int64
     assert torch.equal(found, expected)
 
@@ -287,9 +361,13 @@ def test_images_and_probabilities_are_float32(kind: torch.dtype, tmp_path: Path)
 def formed(factor: int = 2) -> DistilledSet:
     draw = torch.Generator().manual_seed(0)
     return DistilledSet(
-        torch.randn(6, 3, 8, 8, generator=draw), torch.tensor([0, 1, 2] * 2), torch.tensor([1] * 3 + [2] * 3),
-        torch.tensor([0.1, 0.2]), Normalisation((0.5,) * 3, (0.25,) * 3), factor=factor,
-    )  # fmt: skip
+        torch.randn(6, 3, 8, 8, generator=draw),
+        torch.tensor([0, 1, 2] * 2),
+        torch.tensor([1] * 3 + [2] * 3),
+        torch.tensor([0.1, 0.2]),
+        Normalisation((0.5,) * 3, (0.25,) * 3),
+        factor=factor,
+    )
 
 
 def test_a_union_is_what_its_images_hold_and_raw_what_is_stored(tmp_path: Path) -> None:
@@ -312,7 +390,12 @@ def test_a_set_from_before_has_one_image_in_each(tmp_path: Path) -> None:
     assert torch.equal(one.union().images, one.images)
     save_tensors(
         tmp_path / "set",
-        {"images": one.images, "labels": one.labels, "stage": one.stage, "learning_rates": one.learning_rates},
+        {
+            "images": one.images,
+            "labels": one.labels,
+            "stage": one.stage,
+            "learning_rates": one.learning_rates,
+        },
         {"normalisation": one.normalisation.to_dict()},
     )
     assert load_distilled(tmp_path / "set").factor == 1

@@ -18,7 +18,10 @@ from pdd_fast.storage.distilled import DistilledSet, load_distilled
 from pdd_fast.storage.mtt_images import read_mtt, write_mtt
 
 NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-FILES = ["settings.json", *(f"stage-{s}/{kind}_best.pt" for s in (1, 2) for kind in ("images", "labels"))]
+FILES = [
+    "settings.json",
+    *(f"stage-{s}/{kind}_best.pt" for s in (1, 2) for kind in ("images", "labels")),
+]
 
 
 def distilled(soft: bool = False) -> DistilledSet:
@@ -26,9 +29,18 @@ def distilled(soft: bool = False) -> DistilledSet:
     draw = torch.Generator().manual_seed(0)
     images = torch.randn(5, 3, 4, 6, generator=draw)
     labels = torch.rand(5, 2, generator=draw) if soft else torch.tensor([0, 1, 0, 1, 1])
-    metadata = {"data": "photographs", "classes": ["a", "b"], "augmentation": {"strategy": "flip", "mode": "single"}}
+    metadata = {
+        "data": "photographs",
+        "classes": ["a", "b"],
+        "augmentation": {"strategy": "flip", "mode": "single"},
+    }
     return DistilledSet(
-        images, labels, torch.tensor([1, 2, 1, 2, 2]), torch.tensor([0.1, 0.2]), NORMALISATION, metadata
+        images,
+        labels,
+        torch.tensor([1, 2, 1, 2, 2]),
+        torch.tensor([0.1, 0.2]),
+        NORMALISATION,
+        metadata,
     )
 
 
@@ -39,10 +51,15 @@ def test_files_are_what_the_scripts_read(soft: bool, tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path / "out")) for path in written) == FILES
     for stage, count in ((1, 2), (2, 3)):
         folder = tmp_path / "out" / f"stage-{stage}"
-        images, labels = (torch.load(folder / f"{kind}_best.pt", weights_only=True) for kind in ("images", "labels"))
+        images, labels = (
+            torch.load(folder / f"{kind}_best.pt", weights_only=True)
+            for kind in ("images", "labels")
+        )
         assert torch.equal(images, expected.subset(stage).images)
         assert torch.equal(labels, expected.subset(stage).labels)
-        assert (folder / "images_best.pt").stat().st_size < 4 * count * 72 + 3000  # its own images alone
+        assert (
+            folder / "images_best.pt"
+        ).stat().st_size < 4 * count * 72 + 3000  # its own images alone
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["learning_rates"] == pytest.approx([0.1, 0.2])
     assert (settings["data"], settings["whitening"]) == ("photographs", "none")
@@ -85,12 +102,16 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
     assert read(tmp_path / "none").endswith("images_best.pt does not exist")
     assert read().startswith("no folders hold no distilled set: ")
-    assert "stage-1 hold no distilled set: DistilledSet: stage must number 1..2" in read(stage, rates=(0.1, 0.2))
+    assert "stage-1 hold no distilled set: DistilledSet: stage must number 1..2" in read(
+        stage, rates=(0.1, 0.2)
+    )
     mark = tmp_path / "it ran"
     for content, message in (
-        (Harmful(mark), "is refused: it holds more than tensors"), ({"a": 1}, "must hold a tensor"),
-        (torch.tensor(1), "must hold a tensor"), (torch.zeros(3, dtype=torch.int64), "hold no distilled set"),
-    ):  # fmt: skip
+        (Harmful(mark), "is refused: it holds more than tensors"),
+        ({"a": 1}, "must hold a tensor"),
+        (torch.tensor(1), "must hold a tensor"),
+        (torch.zeros(3, dtype=torch.int64), "hold no distilled set"),
+    ):
         torch.save(content, stage / "labels_best.pt")
         assert message in read(stage), content
     assert not mark.exists()
@@ -98,7 +119,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "labels_best.pt" in read(stage)
 
 
-def test_the_command_writes_a_runs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_runs_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     expected = distilled()
     (tmp_path / "run").mkdir()
     expected.save(tmp_path / "run" / "distilled.safetensors")
@@ -118,9 +141,13 @@ def test_the_command_writes_a_runs_images(tmp_path: Path, capsys: pytest.Capture
 def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> None:
     draw = torch.Generator().manual_seed(0)
     stored = DistilledSet(
-        torch.randn(4, 3, 8, 8, generator=draw), torch.arange(4), torch.ones(4, dtype=torch.int64), torch.tensor([0.1]),
-        Normalisation((0.5,) * 3, (0.25,) * 3), factor=2,
-    )  # fmt: skip
+        torch.randn(4, 3, 8, 8, generator=draw),
+        torch.arange(4),
+        torch.ones(4, dtype=torch.int64),
+        torch.tensor([0.1]),
+        Normalisation((0.5,) * 3, (0.25,) * 3),
+        factor=2,
+    )
     for raw, expected in ((False, stored.union()), (True, stored.union(raw=True))):
         folder = tmp_path / str(raw)
         write_mtt(stored, folder, raw)
@@ -130,7 +157,13 @@ def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> N
     again = read_mtt([tmp_path / "True/stage-1"], [0.1], stored.normalisation, factor=2)
     assert torch.equal(again.union().images, stored.union().images)
     stored.save(tmp_path / "set.safetensors")
-    arguments = ["export", str(tmp_path / "set.safetensors"), "--output", str(tmp_path / "called"), "--raw"]
+    arguments = [
+        "export",
+        str(tmp_path / "set.safetensors"),
+        "--output",
+        str(tmp_path / "called"),
+        "--raw",
+    ]
     assert run(arguments) == 0
     assert torch.equal(torch.load(tmp_path / "called/stage-1/images_best.pt"), stored.images)
 
@@ -152,21 +185,24 @@ def test_logits_are_refused_unless_they_are_said_to_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         read_mtt([stage], [0.1], NORMALISATION)
     assert (
-        'labels must be probabilities in [0, 1], got -2..4; if they are logits, give their softmax (labels="logits"'
-        in (str(caught.value))
+        "labels must be probabilities in [0, 1], got -2..4; if they are logits, give their "
+        'softmax (labels="logits"' in (str(caught.value))
     )
     found = read_mtt([stage], [0.1], NORMALISATION, labels="logits")
     torch.testing.assert_close(found.labels, logits.exp() / logits.exp().sum(1, keepdim=True))
     for labels in (logits.double(), logits.half()):
         torch.save(labels, stage / "labels_best.pt")
-        torch.testing.assert_close(read_mtt([stage], [0.1], NORMALISATION, labels="logits").labels, found.labels)
+        torch.testing.assert_close(
+            read_mtt([stage], [0.1], NORMALISATION, labels="logits").labels, found.labels
+        )
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.zeros(2), torch.zeros(2, 1)])
 def test_what_cannot_be_logits_is_not_read_as_them(labels: torch.Tensor, tmp_path: Path) -> None:
     stage = rewritten(tmp_path, labels=labels)
     with pytest.raises(
-        UsageError, match=r"labels_best\.pt must hold logits, floating-point \[n, classes\], got torch\."
+        UsageError,
+        match=r"labels_best\.pt must hold logits, floating-point \[n, classes\], got torch\.",
     ):
         read_mtt([stage], [0.1], NORMALISATION, labels="logits")
     with pytest.raises(UsageError, match=r"^labels must be auto or logits, got 'soft'$"):
@@ -177,7 +213,10 @@ def test_what_cannot_be_logits_is_not_read_as_them(labels: torch.Tensor, tmp_pat
     ("content", "said"),
     [
         ({"labels": torch.tensor([0, 2])}, r"labels must lie in \[0, 2\), got 0\.\.2"),
-        ({"labels": torch.tensor([-1, 1], dtype=torch.int32)}, r"labels must lie in \[0, 2\), got -1\.\.1"),
+        (
+            {"labels": torch.tensor([-1, 1], dtype=torch.int32)},
+            r"labels must lie in \[0, 2\), got -1\.\.1",
+        ),
         ({"labels": torch.rand(2, 3)}, "labels must have 2 columns, one for each class, got 3"),
         ({"labels": torch.rand(2, 1)}, "labels must be class indices .* of 2 classes or more"),
         (
@@ -186,7 +225,9 @@ def test_what_cannot_be_logits_is_not_read_as_them(labels: torch.Tensor, tmp_pat
         ),
     ],
 )
-def test_what_cannot_be_right_is_refused(content: dict[str, torch.Tensor], said: str, tmp_path: Path) -> None:
+def test_what_cannot_be_right_is_refused(
+    content: dict[str, torch.Tensor], said: str, tmp_path: Path
+) -> None:
     stage = rewritten(tmp_path, **content)
     with pytest.raises(UsageError, match=f"stage-1 hold no distilled set: DistilledSet: {said}"):
         read_mtt([stage], [0.1], NORMALISATION, metadata={"classes": ["a", "b"]})
@@ -195,11 +236,13 @@ def test_what_cannot_be_right_is_refused(content: dict[str, torch.Tensor], said:
 @pytest.mark.parametrize(
     "labels",
     [
-        torch.tensor([1, 0], dtype=torch.int32), torch.tensor([1.0, 0.0]),
-        torch.tensor([[0, 1], [1, 0]]), torch.tensor([[False, True], [True, False]]),
+        torch.tensor([1, 0], dtype=torch.int32),
+        torch.tensor([1.0, 0.0]),
+        torch.tensor([[0, 1], [1, 0]]),
+        torch.tensor([[False, True], [True, False]]),
     ],
     ids=["int32", "float", "one-hot", "mask"],
-)  # fmt: skip
+)
 def test_class_indices_in_other_forms_are_read(labels: torch.Tensor, tmp_path: Path) -> None:
     found = read_mtt([rewritten(tmp_path, labels=labels)], [0.1], NORMALISATION)
     assert found.labels.dtype == torch.int64

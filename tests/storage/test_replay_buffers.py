@@ -27,10 +27,16 @@ from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, list_trajectories, write_trajectory
 
 
-def checkpoints(count: int = 2, epochs: int = 3, sizes: tuple[int, ...] = (4, 3)) -> list[list[list[Tensor]]]:
-    """``count`` trajectories as the scripts have them in memory, of tensors of different numbers."""
+def checkpoints(
+    count: int = 2, epochs: int = 3, sizes: tuple[int, ...] = (4, 3)
+) -> list[list[list[Tensor]]]:
+    """``count`` trajectories as the scripts have them in memory, of tensors of different
+    numbers."""
     draw = torch.Generator().manual_seed(0)
-    return [[[torch.randn(n, 2, generator=draw) for n in sizes] for _ in range(epochs + 1)] for _ in range(count)]
+    return [
+        [[torch.randn(n, 2, generator=draw) for n in sizes] for _ in range(epochs + 1)]
+        for _ in range(count)
+    ]
 
 
 def refused(path: Path, content: Any, **options: Any) -> str:
@@ -47,9 +53,16 @@ def test_every_checkpoint_comes_back_as_one_vector(tmp_path: Path) -> None:
     found = read_buffer(path)
     assert len(found) == 2
     for trajectory, expected in zip(found, content, strict=True):
-        assert (trajectory.path, trajectory.epochs, trajectory.parameters, trajectory.metadata) == (path, 3, 14, {})
+        assert (trajectory.path, trajectory.epochs, trajectory.parameters, trajectory.metadata) == (
+            path,
+            3,
+            14,
+            {},
+        )
         for epoch, tensors in enumerate(expected):
-            assert torch.equal(trajectory.checkpoint(epoch), torch.cat([t.flatten() for t in tensors]))
+            assert torch.equal(
+                trajectory.checkpoint(epoch), torch.cat([t.flatten() for t in tensors])
+            )
         start, target = trajectory.pair(1, 2)
         assert torch.equal(start, trajectory.checkpoint(1))
         assert torch.equal(target, trajectory.checkpoint(3))
@@ -61,7 +74,9 @@ def test_buffers_are_taken_by_number(tmp_path: Path) -> None:
     for number in (0, 2, 10, 1):
         torch.save(checkpoints(1), tmp_path / f"replay_buffer_{number}.pt")
     (tmp_path / "other.pt").write_bytes(b"")
-    assert [path.stem for path in buffer_files(tmp_path)] == [f"replay_buffer_{n}" for n in (0, 1, 2, 10)]
+    assert [path.stem for path in buffer_files(tmp_path)] == [
+        f"replay_buffer_{n}" for n in (0, 1, 2, 10)
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -85,10 +100,22 @@ def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [[], [[]], [[[]]], {}, torch.zeros(3), [[[torch.zeros(2, dtype=torch.int64)]]], [[torch.zeros(3)]], [3]]
+    "content",
+    [
+        [],
+        [[]],
+        [[[]]],
+        {},
+        torch.zeros(3),
+        [[[torch.zeros(2, dtype=torch.int64)]]],
+        [[torch.zeros(3)]],
+        [3],
+    ],
 )
 def test_what_is_no_list_of_trajectories_is_refused(content: Any, tmp_path: Path) -> None:
-    assert "must hold a list of trajectories of lists of tensors" in refused(tmp_path / "b.pt", content)
+    assert "must hold a list of trajectories of lists of tensors" in refused(
+        tmp_path / "b.pt", content
+    )
 
 
 def test_checkpoints_have_to_be_alike(tmp_path: Path) -> None:
@@ -111,7 +138,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     torch.save(checkpoints(), path)
     for content in (path.read_bytes()[:200], b"text"):
         path.write_bytes(content)
-        with pytest.raises(UsageError, match=r"^.*replay_buffer_0\.pt (cannot be read: |is refused)"):
+        with pytest.raises(
+            UsageError, match=r"^.*replay_buffer_0\.pt (cannot be read: |is refused)"
+        ):
             read_buffer(path)
 
 
@@ -124,17 +153,24 @@ def test_a_buffer_of_the_format_before_torch_1_6_is_read(tmp_path: Path) -> None
 
 def named(content: list[list[list[Tensor]]]) -> list[list[OrderedDict[str, Tensor]]]:
     """The same with state dicts for lists."""
-    return [[OrderedDict((f"features.{i}.weight", t) for i, t in enumerate(c)) for c in each] for each in content]
+    return [
+        [OrderedDict((f"features.{i}.weight", t) for i, t in enumerate(c)) for c in each]
+        for each in content
+    ]
 
 
-@pytest.mark.parametrize("kind", ["state dicts", "plain dicts", "parameters", "one trajectory", "half precision"])
+@pytest.mark.parametrize(
+    "kind", ["state dicts", "plain dicts", "parameters", "one trajectory", "half precision"]
+)
 def test_what_means_the_same_is_converted(kind: str, tmp_path: Path) -> None:
     content, path = checkpoints(), tmp_path / "replay_buffer_0.pt"
     stored: Any = named(content)
     if kind == "plain dicts":
         stored = [[dict(checkpoint) for checkpoint in each] for each in stored]
     elif kind == "parameters":
-        stored = [[list(map(torch.nn.Parameter, checkpoint)) for checkpoint in each] for each in content]
+        stored = [
+            [list(map(torch.nn.Parameter, checkpoint)) for checkpoint in each] for each in content
+        ]
     elif kind == "one trajectory":
         stored, content = stored[0], content[:1]
     elif kind == "half precision":
@@ -166,11 +202,12 @@ def test_a_checkpoint_that_is_not_finite_is_named(value: float, tmp_path: Path) 
     with pytest.raises(UsageError) as caught:
         second.checkpoint(2)
     assert str(caught.value).startswith(
-        f"{path}: trajectory 1: checkpoint 2 must be finite, got NaN or infinity: this network diverged in training; "
+        f"{path}: trajectory 1: checkpoint 2 must be finite, got NaN or infinity: this network "
+        f"diverged in training; "
     )
 
 
-# ---- as experts of a run ------------------------------------------------------------------------------------------
+# ---- as experts of a run ----
 
 
 def configured(**changes: Any) -> Any:
@@ -196,7 +233,9 @@ def buffers(trained: Run, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["run", "folder", "buffers"])
-def test_experts_from_elsewhere_give_the_same_run(kind: str, trained: Run, buffers: Path, tmp_path: Path) -> None:
+def test_experts_from_elsewhere_give_the_same_run(
+    kind: str, trained: Run, buffers: Path, tmp_path: Path
+) -> None:
     folder = {"run": trained.path, "folder": trained.experts_dir, "buffers": buffers}[kind]
     run = Run.create(tmp_path / "new", configured(experts_from=str(folder)))
     distill(run)
@@ -215,7 +254,10 @@ def test_the_first_experts_are_taken(buffers: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"experts": 3}, r"experts must be at most 2, as many as .* holds, got 3$"),
-        ({"width": 5}, r"replay_buffer_0\.pt: parameters must be \d+ as in the run's configuration, got \d+$"),
+        (
+            {"width": 5},
+            r"replay_buffer_0\.pt: parameters must be \d+ as in the run's configuration, got \d+$",
+        ),
         (
             {"max_start_epoch": 3, "expert_train_epochs": 5},
             r"at least max_start_epoch \+ expert_epochs epochs \(5\), got 4$",
@@ -231,18 +273,29 @@ def test_experts_that_do_not_serve_are_named(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"whitening": "zca"}, "whitening must be zca .* got none"), ({"width": 5}, "network must be .*'width': 5.*")],
+    [
+        ({"whitening": "zca"}, "whitening must be zca .* got none"),
+        ({"width": 5}, "network must be .*'width': 5.*"),
+    ],
 )
-def test_our_own_files_say_more(changes: dict[str, Any], message: str, trained: Run, tmp_path: Path) -> None:
+def test_our_own_files_say_more(
+    changes: dict[str, Any], message: str, trained: Run, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=message):
-        make_experts(Run.create(tmp_path / "new", configured(experts_from=str(trained.path), **changes)))
+        make_experts(
+            Run.create(tmp_path / "new", configured(experts_from=str(trained.path), **changes))
+        )
 
 
 def test_a_folder_without_experts_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
         with pytest.raises(UsageError, match=f"{folder} holds no trajectories$"):
-            make_experts(Run.create(tmp_path / f"of {folder}", configured(experts_from=str(tmp_path / folder))))
+            make_experts(
+                Run.create(
+                    tmp_path / f"of {folder}", configured(experts_from=str(tmp_path / folder))
+                )
+            )
 
 
 def test_a_vector_is_in_the_order_of_parameters(trained: Run, buffers: Path) -> None:
@@ -263,13 +316,17 @@ def refusal(content: Any, folder: Path, **changes: Any) -> str:
     """What is said of experts in ``folder`` whose first buffer is ``content``."""
     torch.save(content, folder / "replay_buffer_0.pt")
     with pytest.raises(UsageError) as caught:
-        make_experts(Run.create(Path(mkdtemp(dir=folder)), configured(experts_from=str(folder), **changes)))
+        make_experts(
+            Run.create(Path(mkdtemp(dir=folder)), configured(experts_from=str(folder), **changes))
+        )
     return str(caught.value)
 
 
 @pytest.mark.parametrize("order", [[4, 5, 0, 1, 2, 3], [0, 1, 2, 3, 5, 4], [1, 0, 2, 3, 4, 5]])
 def test_tensors_in_another_order_are_another_network(order: list[int], buffers: Path) -> None:
-    content = [[[checkpoint[place] for place in order] for checkpoint in each] for each in stored(buffers)]
+    content = [
+        [[checkpoint[place] for place in order] for checkpoint in each] for each in stored(buffers)
+    ]
     place = next(i for i, (a, b) in enumerate(zip(order, range(6), strict=True)) if a != b)
     message = refusal(content, buffers)
     assert f"replay_buffer_0.pt: tensor {place} of a checkpoint must be " in message
@@ -277,21 +334,37 @@ def test_tensors_in_another_order_are_another_network(order: list[int], buffers:
 
 
 def test_tensors_of_other_shapes_with_as_many_numbers_are_another_network(buffers: Path) -> None:
-    content = [[[t.flatten() for t in checkpoint] for checkpoint in each] for each in stored(buffers)]
-    assert "tensor 0 of a checkpoint must be blocks.0.0.weight (4, 1, 3, 3) as" in refusal(content, buffers)
-    content = [[[torch.cat([t.flatten() for t in checkpoint])] for checkpoint in each] for each in stored(buffers)]
-    assert "tensor 0 of a checkpoint must be blocks.0.0.weight (4, 1, 3, 3) as" in refusal(content, buffers)
-
-
-def test_more_tensors_with_as_many_numbers_are_another_network(buffers: Path) -> None:
-    content = [[[*c[:-1], c[-1][:5], c[-1][5:]] for c in each] for each in stored(buffers)]
-    assert "tensor 5 of a checkpoint must be classifier.bias (10,) as in the run's ConvNet, got (5,)" in refusal(
+    content = [
+        [[t.flatten() for t in checkpoint] for checkpoint in each] for each in stored(buffers)
+    ]
+    assert "tensor 0 of a checkpoint must be blocks.0.0.weight (4, 1, 3, 3) as" in refusal(
+        content, buffers
+    )
+    content = [
+        [[torch.cat([t.flatten() for t in checkpoint])] for checkpoint in each]
+        for each in stored(buffers)
+    ]
+    assert "tensor 0 of a checkpoint must be blocks.0.0.weight (4, 1, 3, 3) as" in refusal(
         content, buffers
     )
 
 
-NAMES = ["features.0.weight", "features.0.bias", "features.1.weight", "features.1.bias", "classifier.weight",
-         "classifier.bias"]  # fmt: skip
+def test_more_tensors_with_as_many_numbers_are_another_network(buffers: Path) -> None:
+    content = [[[*c[:-1], c[-1][:5], c[-1][5:]] for c in each] for each in stored(buffers)]
+    assert (
+        "tensor 5 of a checkpoint must be classifier.bias (10,) as in the run's ConvNet, got (5,)"
+        in refusal(content, buffers)
+    )
+
+
+NAMES = [
+    "features.0.weight",
+    "features.0.bias",
+    "features.1.weight",
+    "features.1.bias",
+    "classifier.weight",
+    "classifier.bias",
+]
 
 
 def test_names_tell_tensors_of_one_shape_apart(buffers: Path, trained: Run, tmp_path: Path) -> None:
@@ -299,10 +372,14 @@ def test_names_tell_tensors_of_one_shape_apart(buffers: Path, trained: Run, tmp_
         return [[{NAMES[i]: c[i] for i in order} | more for c in each] for each in original]
 
     original = stored(buffers)
-    message = refusal(with_names([0, 1, 3, 2, 4, 5]), buffers)  # bias and weight of the norm, both of 4 numbers
+    message = refusal(
+        with_names([0, 1, 3, 2, 4, 5]), buffers
+    )  # bias and weight of the norm, both of 4 numbers
     assert "tensor 2 of a checkpoint must be blocks.0.1.weight (4,) as" in message
     assert "got features.1.bias (4,)" in message
-    message = refusal(with_names(list(range(6)), **{"features.1.running_mean": torch.zeros(4)}), buffers)
+    message = refusal(
+        with_names(list(range(6)), **{"features.1.running_mean": torch.zeros(4)}), buffers
+    )
     assert "which has instance norm, got one with batch norm (features.1.running_mean)" in message
     torch.save(with_names(list(range(6))), buffers / "replay_buffer_0.pt")
     run = Run.create(tmp_path / "right", configured(experts_from=str(buffers)))
@@ -313,17 +390,23 @@ def test_names_tell_tensors_of_one_shape_apart(buffers: Path, trained: Run, tmp_
 @pytest.mark.parametrize(
     ("epoch", "changes", "seen"),
     [
-        (0, {}, True), (3, {}, True), (4, {}, False),  # matching reaches max_start_epoch + expert_epochs = 3
-        (4, {"filter": "forgetting"}, True), (4, {"labels": "soft"}, True),
+        (0, {}, True),
+        (3, {}, True),
+        (4, {}, False),  # matching reaches max_start_epoch + expert_epochs = 3
+        (4, {"filter": "forgetting"}, True),
+        (4, {"labels": "soft"}, True),
     ],
-)  # fmt: skip
+)
 def test_experts_that_diverged_are_named_before_any_work(
     epoch: int, changes: dict[str, Any], seen: bool, buffers: Path, trained: Run, tmp_path: Path
 ) -> None:
     content = stored(buffers)
     content[0][epoch][4][0, 0] = float("nan")
     if seen:
-        named = f"replay_buffer_0.pt: trajectory 0: checkpoint {epoch} must be finite, got NaN or infinity"
+        named = (
+            f"replay_buffer_0.pt: trajectory 0: checkpoint {epoch} must be finite, got "
+            f"NaN or infinity"
+        )
         assert named in refusal(content, buffers, **changes)
     else:
         torch.save(content, buffers / "replay_buffer_0.pt")
@@ -344,6 +427,7 @@ def test_our_own_experts_that_diverged_are_named_too(trained: Run, tmp_path: Pat
         else:
             run = Run.create(tmp_path / "new", configured(experts_from=str(folder)))
         with pytest.raises(
-            UsageError, match=r"trajectory-001\.safetensors: checkpoint 1 must be finite, got NaN or inf"
+            UsageError,
+            match=r"trajectory-001\.safetensors: checkpoint 1 must be finite, got NaN or inf",
         ):
             distill(run)

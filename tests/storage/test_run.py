@@ -1,4 +1,6 @@
-"""Run directories: made once, opened again, kept from two processes at a time, and left whole by a kill."""
+"""Run directories: made once, opened again, kept from two processes at a time, and left whole by a
+kill.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_an_empty_folder_becomes_a_run(tmp_path: Path) -> None:
 
 def test_a_run_is_not_overwritten(run: Run) -> None:
     before = (run.path / "config.json").read_bytes()
-    with pytest.raises(UsageError, match="/run exists; continue it with --resume or choose another --run-dir"):
+    with pytest.raises(
+        UsageError, match="/run exists; continue it with --resume or choose another --run-dir"
+    ):
         Run.create(run.path, resolve(seed=12))
     assert (run.path / "config.json").read_bytes() == before
 
@@ -61,7 +65,9 @@ def test_what_is_there_and_is_no_run_is_left_alone(tmp_path: Path, kind: str) ->
     else:
         path.mkdir()
         (path / "chapter").write_text("mine")
-    with pytest.raises(UsageError, match="/thesis exists and is not a run directory; choose another --run-dir"):
+    with pytest.raises(
+        UsageError, match="/thesis exists and is not a run directory; choose another --run-dir"
+    ):
         Run.create(path, CONFIG)
     assert (path if kind == "file" else path / "chapter").read_text() == "mine"
 
@@ -109,13 +115,27 @@ def test_the_default_directory_says_what_the_run_is(dataset: str, name: str) -> 
 
 def test_the_places_are_those_that_are_documented(run: Run) -> None:
     places = [
-        run.experts_dir, run.stage_dir(1), run.stage_trajectories_dir(2), run.stage_file(2), run.distilled_file,
-        run.metrics_file, run.evaluation_file, run.images_file, run.accuracy_file,
-    ]  # fmt: skip
+        run.experts_dir,
+        run.stage_dir(1),
+        run.stage_trajectories_dir(2),
+        run.stage_file(2),
+        run.distilled_file,
+        run.metrics_file,
+        run.evaluation_file,
+        run.images_file,
+        run.accuracy_file,
+    ]
     assert [str(place.relative_to(run.path)) for place in places] == [
-        "experts", "stage-1", "stage-2/trajectories", "stage-2/distilled.safetensors", "distilled.safetensors",
-        "metrics.jsonl", "evaluation.json", "images.png", "accuracy.png",
-    ]  # fmt: skip
+        "experts",
+        "stage-1",
+        "stage-2/trajectories",
+        "stage-2/distilled.safetensors",
+        "distilled.safetensors",
+        "metrics.jsonl",
+        "evaluation.json",
+        "images.png",
+        "accuracy.png",
+    ]
 
 
 # ---- one process at a time ----
@@ -132,7 +152,10 @@ with Run.open(sys.argv[1]).lock():
 @pytest.mark.skipif(locks.fcntl is None, reason="runs are locked on POSIX systems only")
 def test_a_run_is_kept_from_two_processes_until_the_first_is_gone_however_it_went(run: Run) -> None:
     other = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(run.path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert other.stdout is not None
@@ -157,7 +180,9 @@ def test_a_lock_ends_with_its_block(run: Run) -> None:
     assert Run.open(run.path).config == CONFIG  # the lock's file is no obstacle
 
 
-def test_runs_work_unlocked_where_the_system_has_no_locks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_work_unlocked_where_the_system_has_no_locks(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(locks, "fcntl", None)
     with run.lock(), run.lock():
         run.metrics.append(stage=1)
@@ -166,7 +191,10 @@ def test_runs_work_unlocked_where_the_system_has_no_locks(run: Run, monkeypatch:
 
 # ---- metrics ----
 
-ROW = st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5))
+ROW = st.dictionaries(
+    st.text(max_size=5),
+    st.none() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+)
 
 
 def test_metrics_are_lines_of_json_in_the_order_of_appending(run: Run) -> None:
@@ -179,7 +207,12 @@ def test_metrics_are_lines_of_json_in_the_order_of_appending(run: Run) -> None:
 
 
 @given(
-    st.lists(ROW.map(lambda row: {f"_{key}": value for key, value in row.items()}), min_size=1, max_size=4), st.data()
+    st.lists(
+        ROW.map(lambda row: {f"_{key}": value for key, value in row.items()}),
+        min_size=1,
+        max_size=4,
+    ),
+    st.data(),
 )
 def test_a_kill_in_the_middle_of_a_line_costs_that_line_alone(
     rows: list[dict[str, object]], data: st.DataObject
@@ -194,7 +227,10 @@ def test_a_kill_in_the_middle_of_a_line_costs_that_line_alone(
         path.write_bytes(torn)
         found = metrics.read()
         assert found == rows[: len(found)]
-        assert len(found) - torn.count(b"\n") in (0, 1)  # 1: the last line lacks nothing but its end
+        assert len(found) - torn.count(b"\n") in (
+            0,
+            1,
+        )  # 1: the last line lacks nothing but its end
         metrics.append(after="the kill")
         assert metrics.read() == [*found, {"after": "the kill"}]
 
@@ -266,5 +302,7 @@ def test_an_evaluation_comes_back_and_a_missing_one_is_named(run: Run) -> None:
 @pytest.mark.parametrize("content", ["[]", "{}", '{"stages": 2, "steps": [], "protocol": {}}'])
 def test_json_that_is_no_evaluation_is_refused(run: Run, content: str) -> None:
     run.evaluation_file.write_text(content)
-    with pytest.raises(UsageError, match=r"/run/evaluation\.json is not an evaluation: it lacks .*results"):
+    with pytest.raises(
+        UsageError, match=r"/run/evaluation\.json is not an evaluation: it lacks .*results"
+    ):
         run.read_evaluation()

@@ -1,4 +1,6 @@
-"""Stored trajectories: read a checkpoint at a time, in the order of their numbers, kept half-way bit by bit."""
+"""Stored trajectories: read a checkpoint at a time, in the order of their numbers, kept half-way
+bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ from pdd_fast.storage.trajectories import (
 def store(folder: Path, index: int, epochs: int = 2, parameters: int = 3) -> Path:
     """A trajectory whose checkpoint e is filled with 100·index + e."""
     path = trajectory_path(folder, index)
-    write_trajectory(path, [torch.full((parameters,), 100.0 * index + e) for e in range(epochs + 1)], {"index": index})
+    write_trajectory(
+        path,
+        [torch.full((parameters,), 100.0 * index + e) for e in range(epochs + 1)],
+        {"index": index},
+    )
     return path
 
 
@@ -96,11 +102,19 @@ def test_a_target_beyond_the_end_is_named(tmp_path: Path) -> None:
 
 def test_what_is_no_trajectory_is_named(tmp_path: Path) -> None:
     save_tensors(tmp_path / "other", {"images": torch.ones(2)}, {})
-    with pytest.raises(UsageError, match="/other is not a trajectory: it holds no tensor 'checkpoints'"):
+    with pytest.raises(
+        UsageError, match="/other is not a trajectory: it holds no tensor 'checkpoints'"
+    ):
         Trajectory(tmp_path / "other")
-    for name, wrong in (("flat", torch.ones(4)), ("empty", torch.ones(0, 4)), ("deep", torch.ones(2, 2, 2))):
+    for name, wrong in (
+        ("flat", torch.ones(4)),
+        ("empty", torch.ones(0, 4)),
+        ("deep", torch.ones(2, 2, 2)),
+    ):
         save_tensors(tmp_path / name, {"checkpoints": wrong}, {})
-        with pytest.raises(UsageError, match=rf"/{name}: checkpoints must have shape \[epochs \+ 1, P\], got"):
+        with pytest.raises(
+            UsageError, match=rf"/{name}: checkpoints must have shape \[epochs \+ 1, P\], got"
+        ):
             Trajectory(tmp_path / name)
 
 
@@ -130,11 +144,16 @@ def test_a_folder_without_trajectories_is_named(tmp_path: Path, make: bool) -> N
 
 
 @pytest.mark.parametrize(("epochs", "parameters"), [(3, 3), (2, 4)])
-def test_the_first_trajectory_of_another_shape_is_named(tmp_path: Path, epochs: int, parameters: int) -> None:
+def test_the_first_trajectory_of_another_shape_is_named(
+    tmp_path: Path, epochs: int, parameters: int
+) -> None:
     store(tmp_path, 0)
     store(tmp_path, 1)
     store(tmp_path, 2, epochs, parameters)
-    message = f"/trajectory-002.safetensors must have 2 epochs of 3 parameters .* got {epochs} of {parameters}"
+    message = (
+        f"/trajectory-002.safetensors must have 2 epochs of 3 parameters .* got "
+        f"{epochs} of {parameters}"
+    )
     with pytest.raises(UsageError, match=message):
         list_trajectories(tmp_path)
 
@@ -147,8 +166,13 @@ def test_the_first_trajectory_of_another_shape_is_named(tmp_path: Path, epochs: 
     st.sampled_from([torch.float32, torch.float64]),
     st.lists(st.floats(width=32), min_size=2, max_size=2),
 )
-def test_a_half_made_trajectory_comes_back_bit_by_bit(count: int, dtype: torch.dtype, odd: list[float]) -> None:
-    checkpoints = [torch.cat([torch.randn(3, dtype=dtype), torch.tensor(odd, dtype=dtype)]) for _ in range(count)]
+def test_a_half_made_trajectory_comes_back_bit_by_bit(
+    count: int, dtype: torch.dtype, odd: list[float]
+) -> None:
+    checkpoints = [
+        torch.cat([torch.randn(3, dtype=dtype), torch.tensor(odd, dtype=dtype)])
+        for _ in range(count)
+    ]
     state = {"velocity": torch.randn(5, dtype=dtype), "checkpoints": torch.tensor(3)}
     with TemporaryDirectory() as name:
         write_partial(Path(name), 7, checkpoints, state)
@@ -156,10 +180,15 @@ def test_a_half_made_trajectory_comes_back_bit_by_bit(count: int, dtype: torch.d
     assert found is not None
     assert len(found[0]) == count
     assert found[1].keys() == state.keys()
-    pairs = [*zip(found[0], checkpoints, strict=True), *((found[1][key], state[key]) for key in state)]
+    pairs = [
+        *zip(found[0], checkpoints, strict=True),
+        *((found[1][key], state[key]) for key in state),
+    ]
     for mine, original in pairs:
         assert (mine.dtype, mine.shape) == (original.dtype, original.shape)
-        assert torch.equal(mine.reshape(-1).view(torch.uint8), original.reshape(-1).view(torch.uint8))
+        assert torch.equal(
+            mine.reshape(-1).view(torch.uint8), original.reshape(-1).view(torch.uint8)
+        )
 
 
 def test_nothing_half_made_is_none(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Every operator with the inputs it is tried on. A new operator is tested by adding a row to OPERATORS."""
+"""Every operator with the inputs it is tried on. A new operator is tested by adding a row to
+OPERATORS.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +18,38 @@ from pdd_fast.ops import cross_entropy as ce
 from pdd_fast.ops import dsa as dsa_ops
 from pdd_fast.ops import norm_relu_pool as nrp
 
-# Rounding of float32 in sums over at most 65 x 33 pixels and over the batch; float64 differs by the order of additions.
+# Rounding of float32 in sums over at most 65 x 33 pixels and over the batch; float64 differs by the
+# order of additions.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
-# Half a unit in the last of the 8 and 11 bits that a result is stored in, and what float32 adds to it.
+# Half a unit in the last of the 8 and 11 bits that a result is stored in, and what float32 adds to
+# it.
 HALF_TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
-# Batch, channels, height, width: odd sides, channels that fill no vector, one image, tiny planes. A 2 x 2 plane whose
-# four pixels are all active (or none) has a gradient of exactly 0, hence 45 of them with five different biases.
+# Batch, channels, height, width: odd sides, channels that fill no vector, one image, tiny planes. A
+# 2 x 2 plane whose four pixels are all active (or none) has a gradient of exactly 0, hence 45 of
+# them with five different biases.
 IMAGES = [
-    (9, 5, 2, 2), (2, 3, 5, 4), (3, 8, 8, 8), (2, 17, 7, 9), (1, 33, 3, 2), (4, 32, 16, 16), (2, 128, 4, 4),
+    (9, 5, 2, 2),
+    (2, 3, 5, 4),
+    (3, 8, 8, 8),
+    (2, 17, 7, 9),
+    (1, 33, 3, 2),
+    (4, 32, 16, 16),
+    (2, 128, 4, 4),
     (1, 1, 33, 17),
-    # Channels in whole packs of 16 bytes with idle lanes beside them; planes of more than 64 and more than 256 windows,
-    # which the CUDA kernels keep in part and read again.
-    (2, 24, 6, 5), (1, 8, 17, 31), (1, 16, 34, 33),
-]  # fmt: skip
+    # Channels in whole packs of 16 bytes with idle lanes beside them; planes of more than 64 and
+    # more than 256 windows, which the CUDA kernels keep in part and read again.
+    (2, 24, 6, 5),
+    (1, 8, 17, 31),
+    (1, 16, 34, 33),
+]
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator as the dispatcher knows it, its reference, and sample arguments (tensors on the CPU)."""
+    """An operator as the dispatcher knows it, its reference, and sample arguments (tensors on the
+    CPU).
+    """
 
     name: str
     function: Callable[..., Any]
@@ -59,7 +74,9 @@ def layouts(tensor: Tensor) -> Iterator[Tensor]:
     """The same images in planar and channels-last memory, and as a slice of something larger."""
     yield tensor.contiguous()
     yield tensor.contiguous(memory_format=torch.channels_last)
-    larger = torch.randn(len(tensor) + 1, tensor.shape[1] + 2, *tensor.shape[2:], dtype=tensor.dtype)
+    larger = torch.randn(
+        len(tensor) + 1, tensor.shape[1] + 2, *tensor.shape[2:], dtype=tensor.dtype
+    )
     larger[1:, 1:-1] = tensor
     yield larger[1:, 1:-1]
 
@@ -95,7 +112,17 @@ def _norm_relu_pool_dual_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...
         z, z_tangent, weight, weight_tangent, bias = arguments[:5]
         out, statistics = nrp.norm_relu_pool_dual_reference(*arguments[:-1], True)
         grad, grad_tangent = torch.randn_like(out), torch.randn_like(out)
-        yield grad, grad_tangent, z, z_tangent, statistics, weight, weight_tangent, bias, arguments[-1]
+        yield (
+            grad,
+            grad_tangent,
+            z,
+            z_tangent,
+            statistics,
+            weight,
+            weight_tangent,
+            bias,
+            arguments[-1],
+        )
 
 
 def _labels(batch: int, classes: int, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -118,7 +145,15 @@ def _cross_entropy_dual(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 def _dsa(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     strategies = [*dsa_ops.OPERATIONS, "color_crop_cutout_flip_scale_rotate"]
-    shapes = [(3, 1, 8, 8), (2, 3, 7, 5), (1, 3, 33, 17), (4, 2, 1, 6), (2, 3, 32, 32), (2, 4, 5, 12), (1, 5, 6, 4)]
+    shapes = [
+        (3, 1, 8, 8),
+        (2, 3, 7, 5),
+        (1, 3, 33, 17),
+        (4, 2, 1, 6),
+        (2, 3, 32, 32),
+        (2, 4, 5, 12),
+        (1, 5, 6, 4),
+    ]
     for shape in shapes:
         for strategy in strategies:
             draw = DSA(strategy, mode="multiple").sample(shape[0], (shape[2], shape[3]))
@@ -126,7 +161,10 @@ def _dsa(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
                 packed = draw.packed(torch.device("cpu"))
                 yield images, packed.values, packed.operations, list(packed.cutout_size), False
     # Images that go through different operations, as many as there are or fewer.
-    several = [DSA(name, mode="multiple").sample(2, (9, 6)) for name in ("crop_color_flip", "rotate", "none", "scale")]
+    several = [
+        DSA(name, mode="multiple").sample(2, (9, 6))
+        for name in ("crop_color_flip", "rotate", "none", "scale")
+    ]
     packed = PackedDraws.of(several)
     for images in layouts(torch.randn(8, 3, 9, 6, dtype=dtype)):
         yield images, packed.values, packed.operations, list(packed.cutout_size), False
@@ -138,7 +176,13 @@ def _dsa_adjoint(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 def _add_rows(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for shape, added in (((5, 3, 4, 4), 9), ((1, 7), 1), ((40, 2, 5, 3), 64), ((3, 1), 0), ((130, 33), 70)):
+    for shape, added in (
+        ((5, 3, 4, 4), 9),
+        ((1, 7), 1),
+        ((40, 2, 5, 3), 64),
+        ((3, 1), 0),
+        ((130, 33), 70),
+    ):
         target, rows = torch.randn(shape, dtype=dtype), torch.randn(added, *shape[1:], dtype=dtype)
         yield target, torch.randint(shape[0], (added,)), rows
 
@@ -148,24 +192,41 @@ def _op(name: str) -> Callable[..., Any]:
 
 
 OPERATORS = [
-    Operator("norm_relu_pool", _op("norm_relu_pool"), nrp.norm_relu_pool_reference, _norm_relu_pool, True),
     Operator(
-        "norm_relu_pool_backward", _op("norm_relu_pool_backward"), nrp.norm_relu_pool_backward_reference,
-        _norm_relu_pool_backward, True,
+        "norm_relu_pool", _op("norm_relu_pool"), nrp.norm_relu_pool_reference, _norm_relu_pool, True
     ),
     Operator(
-        "norm_relu_pool_dual", _op("norm_relu_pool_dual"), nrp.norm_relu_pool_dual_reference, _norm_relu_pool_dual, True
+        "norm_relu_pool_backward",
+        _op("norm_relu_pool_backward"),
+        nrp.norm_relu_pool_backward_reference,
+        _norm_relu_pool_backward,
+        True,
     ),
     Operator(
-        "norm_relu_pool_dual_backward", _op("norm_relu_pool_dual_backward"),
-        nrp.norm_relu_pool_dual_backward_reference, _norm_relu_pool_dual_backward, True,
+        "norm_relu_pool_dual",
+        _op("norm_relu_pool_dual"),
+        nrp.norm_relu_pool_dual_reference,
+        _norm_relu_pool_dual,
+        True,
+    ),
+    Operator(
+        "norm_relu_pool_dual_backward",
+        _op("norm_relu_pool_dual_backward"),
+        nrp.norm_relu_pool_dual_backward_reference,
+        _norm_relu_pool_dual_backward,
+        True,
     ),
     Operator("cross_entropy", _op("cross_entropy"), ce.cross_entropy_reference, _cross_entropy),
-    Operator("cross_entropy_dual", _op("cross_entropy_dual"), ce.cross_entropy_dual_reference, _cross_entropy_dual),
+    Operator(
+        "cross_entropy_dual",
+        _op("cross_entropy_dual"),
+        ce.cross_entropy_dual_reference,
+        _cross_entropy_dual,
+    ),
     Operator("dsa", _op("dsa"), dsa_ops.dsa_reference, _dsa, True),
     Operator("dsa_adjoint", _op("dsa_adjoint"), dsa_ops.dsa_adjoint_reference, _dsa_adjoint, True),
     Operator("add_rows", _op("add_rows"), rows_ops.add_rows_reference, _add_rows),
-]  # fmt: skip
+]
 
 
 class Harmful:

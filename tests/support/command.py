@@ -41,7 +41,11 @@ def call(*arguments: str | Path) -> Outcome:
 def call_main(*arguments: str | Path, encoding: str = "utf-8") -> Outcome:
     """The entry point in this process, as if stdout and stderr had ``encoding``."""
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
-    with redirect_stdout(streams[0]), redirect_stderr(streams[1]), pytest.raises(SystemExit) as exit_:
+    with (
+        redirect_stdout(streams[0]),
+        redirect_stderr(streams[1]),
+        pytest.raises(SystemExit) as exit_,
+    ):
         cli.main([str(a) for a in arguments])
     for stream in streams:
         stream.seek(0)
@@ -55,6 +59,11 @@ def process(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     program = [sys.executable, "-P", "-c", "from pdd_fast.cli.main import main; main()"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.Popen(
-        [*program, *map(str, arguments)], text=True, env=environment,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+        [*program, *map(str, arguments)],
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )

@@ -1,4 +1,6 @@
-"""Compiles the CUDA sources for the host, where native/host stands in for CUDA, and runs the operators with them."""
+"""Compiles the CUDA sources for the host, where native/host stands in for CUDA, and runs the
+operators with them.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ SOURCES = ROOT / "csrc"
 HOST = ROOT / "tests" / "native" / "host"
 STAND_IN = [HOST / name for name in ("block.cpp", "fibre.cpp", "runtime.cpp")]
 COMPILER = shutil.which("g++")
-# The kernels' .bss, which holds their static shared memory alone, between two symbols for block.cpp to spoil:
-# g++ ignores a section attribute in a template.
+# The kernels' .bss, which holds their static shared memory alone, between two symbols for block.cpp
+# to spoil: g++ ignores a section attribute in a template.
 SHARED_MEMORY = """SECTIONS {
   .pdd_shared (NOLOAD) : {
     PROVIDE_HIDDEN(__start_pdd_shared = .);
@@ -39,8 +41,12 @@ SHARED_MEMORY = """SECTIONS {
 # pytestmark of what compiles here.
 NEEDS_COMPILER = [
     pytest.mark.skipif(COMPILER is None, reason="g++ is not on PATH"),
-    pytest.mark.skipif(sys.platform != "linux", reason="g++ may be another compiler, without OpenMP and GNU ld"),
-    pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the sources are not beside the tests"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="g++ may be another compiler, without OpenMP and GNU ld"
+    ),
+    pytest.mark.skipif(
+        not (ROOT / "setup.py").is_file(), reason="the sources are not beside the tests"
+    ),
 ]
 
 
@@ -58,13 +64,17 @@ def built_with(name: str) -> Any:
 
 def run_compiler(*arguments: str | Path) -> None:
     assert COMPILER is not None
-    result = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [COMPILER, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise CompileError(result.stderr)
 
 
 def flags_for(sources: Path) -> list[str]:
-    """How the kernels below ``sources`` are compiled; their packs are read through other types, as nvcc allows."""
+    """How the kernels below ``sources`` are compiled; their packs are read through other types, as
+    nvcc allows.
+    """
     return [
         *("-std=c++17", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),
         *("-DPDD_BACKEND=cuda", "-DPDD_HALF", "-DPDD_CUDA_ON_HOST", f"-I{HOST}", f"-I{sources}"),
@@ -72,11 +82,17 @@ def flags_for(sources: Path) -> list[str]:
 
 
 def compiled(folder: Path, sources: Iterable[Path], flags: Sequence[str]) -> list[Path]:
-    """One object for every source, two compilers at a time; SHARED_MEMORY goes by the names of the kernels' objects."""
+    """One object for every source, two compilers at a time; SHARED_MEMORY goes by the names of the
+    kernels' objects.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(source: Path) -> Path:
-        name = f"{source.parent.name}.cu.o" if source.suffix == ".cu" else f"{source.stem}_{source.parent.name}.o"
+        name = (
+            f"{source.parent.name}.cu.o"
+            if source.suffix == ".cu"
+            else f"{source.stem}_{source.parent.name}.o"
+        )
         run_compiler(*flags, "-x", "c++", "-c", source, "-o", folder / name)
         return folder / name
 
@@ -92,16 +108,22 @@ def linked(target: Path, objects: Iterable[Path], *flags: str) -> Path:
 
 
 def kernels(sources: Path = SOURCES) -> list[Path]:
-    """All that runs the kernels, the largest first: two compilers are then done at about the same time."""
+    """All that runs the kernels, the largest first: two compilers are then done at about the same
+    time.
+    """
     found = [sources / "ops" / operator / "cuda.cu" for operator in built_with("OPERATORS")]
     return [*sorted(found, key=lambda path: -path.stat().st_size), *STAND_IN]
 
 
 def module_flags(sources: Path = SOURCES) -> list[str]:
-    """For the Python module; grids have at most 3 blocks, so that blocks have more than one task to do."""
+    """For the Python module; grids have at most 3 blocks, so that blocks have more than one task to
+    do.
+    """
     import pybind11
 
-    python = [f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    python = [
+        f"-isystem{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())
+    ]
     return [*flags_for(sources), *python, "-DPDD_MODULE=_cuda_host", "-DPDD_LARGEST_GRID=3"]
 
 
@@ -122,6 +144,8 @@ def load_module(path: Path) -> ModuleType:
 def use(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators call ``library`` for tensors on the CPU, images of 16 bits included."""
     monkeypatch.setattr(_native, "_load", lambda device_type: (library, None))
-    monkeypatch.setattr(_registry, "computed_in_32_bits", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(
+        _registry, "computed_in_32_bits", lambda function, *arguments: function(*arguments)
+    )
     for name in [name for name in os.environ if name.startswith("PDD_HOST_")]:
         monkeypatch.delenv(name)

@@ -8,7 +8,9 @@ import numpy as np
 from PIL import Image
 
 
-def photographs(root: Path, seed: int = 0, classes: tuple[str, ...] = ("ant", "bee"), count: int = 4) -> Path:
+def photographs(
+    root: Path, seed: int = 0, classes: tuple[str, ...] = ("ant", "bee"), count: int = 4
+) -> Path:
     """A folder of images of noise, of both splits."""
     draw = np.random.default_rng(seed)
     for part in ("train", "test"):

@@ -1,4 +1,6 @@
-"""The unroll as a textbook writes it: every step through autograd with its graph kept. What the engines are held to."""
+"""The unroll as a textbook writes it: every step through autograd with its graph kept. What the
+engines are held to.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def unroll(
             packed = draw.packed(x.device)
             x = dsa_reference(x, packed.values, packed.operations, list(packed.cutout_size), False)
         parts = theta.split([shape.numel() for shape in shapes.values()])
-        parameters = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        parameters = {
+            name: part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
         loss = F.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y)
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
         theta = theta - (rates if rates.dim() == 0 else rates[i]) * gradient

@@ -1,4 +1,6 @@
-"""A stand-in for CUDA graphs on the CPU: operators are recorded with their tensors and run again on the same memory."""
+"""A stand-in for CUDA graphs on the CPU: operators are recorded with their tensors and run again on
+the same memory.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 # What makes the host wait for a GPU, or reads the host's memory: none of it can be captured.
 UNCAPTURABLE = (
-    "_local_scalar_dense", "nonzero", "masked_select", "unique", "equal.default", "is_nonzero", "lift_fresh",
-)  # fmt: skip
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "equal.default",
+    "is_nonzero",
+    "lift_fresh",
+)
 
 
 class _Record(TorchDispatchMode):
@@ -20,7 +28,9 @@ class _Record(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = str(function)
         if any(part in name for part in UNCAPTURABLE):
             raise RuntimeError(f"{name} cannot be captured\nand some advice")
@@ -39,7 +49,10 @@ class Recording:
     def replay(self) -> None:
         for function, args, kwargs, out in self._calls:
             returns = function._schema.returns
-            if all(r.alias_info is not None and not r.alias_info.is_write for r in returns) and returns:
+            if (
+                all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+                and returns
+            ):
                 continue  # a view: of the same memory as before
             again = function(*args, **kwargs)
             if any(r.alias_info is not None for r in returns):
@@ -53,7 +66,8 @@ class Recording:
 class Recorder:
     """A backend for :class:`pdd_fast.training.cuda_graphs.Replay` that counts what it is asked for.
 
-    A capture runs the function as well, which is without effect for functions whose outputs are not among their inputs.
+    A capture runs the function as well, which is without effect for functions whose outputs are not
+    among their inputs.
     """
 
     def __init__(self) -> None:

@@ -40,7 +40,9 @@ class Stopper(Reporter):
 
 
 def stopped_and_continued(path: Path, config: Config, limit: int) -> Run:
-    """A run that was stopped at its ``limit``-th report and then finished by another process, as it were."""
+    """A run that was stopped at its ``limit``-th report and then finished by another process, as it
+    were.
+    """
     stopped = Run.create(path, config)
     with pytest.raises(Stopped):
         distill(stopped, Stopper(limit))
@@ -50,4 +52,7 @@ def stopped_and_continued(path: Path, config: Config, limit: int) -> Run:
 
 def bytes_of(run: Run) -> dict[str, bytes]:
     """Every file that the result consists of."""
-    return {str(p.relative_to(run.path)): p.read_bytes() for p in sorted(run.path.rglob("*.safetensors"))}
+    return {
+        str(p.relative_to(run.path)): p.read_bytes()
+        for p in sorted(run.path.rglob("*.safetensors"))
+    }

@@ -1,4 +1,6 @@
-"""Capture and replay: who is called when, what a failure leaves behind, and inputs that arrive whole."""
+"""Capture and replay: who is called when, what a failure leaves behind, and inputs that arrive
+whole.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from pdd_fast.training.cuda_graphs import CaptureWarning, CudaBackend, Graph, Re
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch finds less than two GPUs")
+needs_two = pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="torch finds less than two GPUs"
+)
 
 
 class Fake:
@@ -57,7 +61,7 @@ class Counter:
         self.calls += 1
 
 
-# ---- the order of things --------------------------------------------------------------------------------------------
+# ---- the order of things ----
 
 
 def test_the_first_call_warms_up_the_second_captures_and_every_call_is_one_run() -> None:
@@ -82,7 +86,10 @@ def test_without_a_gpu_or_not_enabled_it_is_simply_called(options: dict[str, Any
 
 
 def test_a_capture_that_fails_warns_once_and_every_call_still_is_one_run() -> None:
-    counter, fake = Counter(), Fake(RuntimeError("operation not permitted.\nCompile with TORCH_USE_CUDA_DSA"))
+    counter, fake = (
+        Counter(),
+        Fake(RuntimeError("operation not permitted.\nCompile with TORCH_USE_CUDA_DSA")),
+    )
     replay = Replay(counter, CPU, backend=fake)
     with warnings.catch_warnings(record=True, action="always") as seen:
         for calls in range(1, 5):
@@ -90,7 +97,8 @@ def test_a_capture_that_fails_warns_once_and_every_call_still_is_one_run() -> No
             assert counter.calls == calls
     assert [w.category for w in seen] == [CaptureWarning]
     assert [str(w.message) for w in seen] == [
-        "the computation could not be captured as a CUDA graph (operation not permitted); it goes on kernel by kernel, "
+        "the computation could not be captured as a CUDA graph (operation not permitted); it goes "
+        "on kernel by kernel, "
         "with the same results but slower"
     ]
     assert fake.log == ["warm up", "capture"]
@@ -117,7 +125,9 @@ def test_what_a_failed_capture_held_is_gone_when_the_call_is_made_after_all() ->
             held.append(weakref.ref(memory))
             raise RuntimeError("no")
 
-    replay = Replay(lambda: seen.append(bool(held) and held[0]() is not None), CPU, backend=Failing())
+    replay = Replay(
+        lambda: seen.append(bool(held) and held[0]() is not None), CPU, backend=Failing()
+    )
     replay()
     gc.disable()
     try:
@@ -161,7 +171,7 @@ def test_an_interrupted_capture_is_made_at_the_next_call() -> None:
     assert fake.log == ["warm up", "capture", "capture", "replay"]
 
 
-# ---- streams --------------------------------------------------------------------------------------------------------
+# ---- streams ----
 
 
 class FakeCuda:
@@ -202,7 +212,9 @@ class FakeCuda:
         return object()
 
     @contextmanager
-    def graph(self, graph: object, stream: FakeCuda._Stream, capture_error_mode: str) -> Iterator[None]:
+    def graph(
+        self, graph: object, stream: FakeCuda._Stream, capture_error_mode: str
+    ) -> Iterator[None]:
         self.current = stream.name
         self.log.append(f"begin on {self.current}, {capture_error_mode}")
         try:
@@ -214,7 +226,9 @@ class FakeCuda:
         self.current = "main"
 
 
-def test_the_warm_up_runs_on_the_side_after_what_was_and_before_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warm_up_runs_on_the_side_after_what_was_and_before_what_follows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda = FakeCuda(monkeypatch)
     CudaBackend(CUDA).warm_up(lambda: cuda.log.append(f"run on {cuda.current}"))
     assert cuda.log == ["on cuda:0", "side waits for main", "run on side", "main waits for side"]
@@ -231,12 +245,16 @@ def test_a_warm_up_that_fails_is_waited_for_too(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_capture_is_made_on_the_side(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
-    assert CudaBackend(CUDA).capture(lambda: cuda.log.append(f"record on {cuda.current}")) is not None
+    assert (
+        CudaBackend(CUDA).capture(lambda: cuda.log.append(f"record on {cuda.current}")) is not None
+    )
     assert cuda.log == ["on cuda:0", "begin on side, thread_local", "record on side", "end"]
     assert cuda.current == "main"
 
 
-@pytest.mark.parametrize("ends", [None, RuntimeError("operation failed due to a previous error during capture")])
+@pytest.mark.parametrize(
+    "ends", [None, RuntimeError("operation failed due to a previous error during capture")]
+)
 def test_a_capture_that_fails_says_why_and_leaves_the_stream_as_it_was(
     monkeypatch: pytest.MonkeyPatch, ends: Exception | None
 ) -> None:
@@ -256,17 +274,23 @@ def test_a_capture_that_only_fails_to_end_says_so(monkeypatch: pytest.MonkeyPatc
     assert cuda.current == "main"
 
 
-# ---- uploads --------------------------------------------------------------------------------------------------------
+# ---- uploads ----
 
 SHAPES: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-    "vector": ((5,), torch.float32), "flag": ((), torch.bool), "matrix": ((3, 7), torch.float64),
-    "indices": ((2, 2), torch.int64), "small": ((3,), torch.int32),
-}  # fmt: skip
+    "vector": ((5,), torch.float32),
+    "flag": ((), torch.bool),
+    "matrix": ((3, 7), torch.float64),
+    "indices": ((2, 2), torch.int64),
+    "small": ((3,), torch.int32),
+}
 
 
 def drawn(seed: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return {name: torch.randint(0, 2, shape, generator=draw).to(dtype) for name, (shape, dtype) in SHAPES.items()}
+    return {
+        name: torch.randint(0, 2, shape, generator=draw).to(dtype)
+        for name, (shape, dtype) in SHAPES.items()
+    }
 
 
 def test_every_write_arrives_whole_in_the_same_place(device: torch.device) -> None:
@@ -297,7 +321,11 @@ def test_sources_may_have_any_strides_and_another_type(device: torch.device) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vector": None}, "sources must be vector, flag, matrix, indices, small, got flag, matrix, indices, small"),
+        (
+            {"vector": None},
+            "sources must be vector, flag, matrix, indices, small, got flag, matrix, indices, "
+            "small",
+        ),
         ({"other": torch.zeros(1)}, "sources must be vector, .*, got .*, other"),
         ({"vector": torch.zeros(1)}, r"vector must have shape \(5,\), got \(1,\)"),
     ],
@@ -314,7 +342,9 @@ def test_sources_that_do_not_fit_are_named_and_nothing_is_written(
         assert torch.equal(upload.tensors[name], expected)
 
 
-def test_a_buffer_is_written_again_only_after_its_last_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_buffer_is_written_again_only_after_its_last_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     log: list[str] = []
 
     class Event:
@@ -342,7 +372,7 @@ def test_a_buffer_is_written_again_only_after_its_last_copy(monkeypatch: pytest.
     assert log == ["wait for a", "a under way", "wait for b", "b under way"] * 2
 
 
-# ---- on a GPU -------------------------------------------------------------------------------------------------------
+# ---- on a GPU ----
 
 
 class Product:
@@ -436,4 +466,6 @@ def test_the_memory_of_a_graph_goes_with_its_replay() -> None:
     assert torch.cuda.memory_reserved() > before
     del replay
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + (1 << 22)  # 4 MiB: what a library may have taken for good
+    assert torch.cuda.memory_reserved() <= before + (
+        1 << 22
+    )  # 4 MiB: what a library may have taken for good

@@ -24,8 +24,8 @@ from pdd_fast.runtime import host_memory as host
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.training.memory import training_bytes
 
-# Started by exec from a process as large as pytest with torch, a child inherits that process's peak on Linux: VmHWM is
-# reset with the new address space, ru_maxrss is not.
+# Started by exec from a process as large as pytest with torch, a child inherits that process's peak
+# on Linux: VmHWM is reset with the new address space, ru_maxrss is not.
 CHILD = """
 import json, sys
 import torch, pdd_fast
@@ -55,31 +55,49 @@ print(json.dumps(found))
 """
 
 
-def shape(batch: int, size: int = 32, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PassShape:
+def shape(
+    batch: int, size: int = 32, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PassShape:
     """Of colour images."""
     return PassShape(batch, (3, size, size), dtype, torch.device(device))
 
 
-needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+needs_proc = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="reads /proc/self/status"
+)
 
 
 def steady_environment() -> dict[str, str]:
     """Return an environment in which two runs of a program reach the same peak within 1 %.
 
-    A low threshold for mmap gives every tensor back to the system when it is freed. One thread needs one workspace.
-    Without these, the difference between two peaks varied from 0.54 to 0.90 of the limit.
+    A low threshold for mmap gives every tensor back to the system when it is freed. One thread
+    needs one workspace. Without these, the difference between two peaks varied from 0.54 to 0.90 of
+    the limit.
     """
     return os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
 
 
 def measure(
-    width: int, size: int, batch: int, depth: int, steps: list[int], engine: str, memory: str, limit: int | None = None
+    width: int,
+    size: int,
+    batch: int,
+    depth: int,
+    steps: list[int],
+    engine: str,
+    memory: str,
+    limit: int | None = None,
 ) -> dict[str, int]:
-    """Bytes at the peak after each of the numbers of steps, one after another in one process; parameters beside."""
+    """Bytes at the peak after each of the numbers of steps, one after another in one process;
+    parameters beside.
+    """
     bound = "" if limit is None else str(limit)
     arguments = [*map(str, (width, size, batch, depth)), engine, memory, bound, *map(str, steps)]
     output = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], check=True, capture_output=True, text=True, env=steady_environment()
+        [sys.executable, "-c", CHILD, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=steady_environment(),
     )
     return json.loads(output.stdout)
 
@@ -87,8 +105,9 @@ def measure(
 @needs_proc
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
 def test_a_step_more_takes_one_parameter_vector_more(engine: str) -> None:
-    # 40 steps first, so that libraries, threads and the allocator's pools are all there. What is kept of 16 images of
-    # 8x8 at width 128 is half of the vector a step, and more with autograd: keeping it could not hide in the tolerance.
+    # 40 steps first, so that libraries, threads and the allocator's pools are all there. What is
+    # kept of 16 images of 8x8 at width 128 is half of the vector a step, and more with autograd:
+    # keeping it could not hide in the tolerance.
     found = measure(128, 8, 16, 3, [40, 140], engine, "recompute")
     vector = 4 * found["parameters"]
     growth = (found["140"] - found["40"]) / 100
@@ -99,7 +118,9 @@ def test_a_step_more_takes_one_parameter_vector_more(engine: str) -> None:
 def test_the_cache_is_what_grows() -> None:
     """The other mode, so that the measurement is known to see activations."""
     found = measure(128, 8, 16, 3, [40, 140], "fused", "cache")
-    each = engines.choose(ConvNet(3, 10, 8, 128, 3)).kept_bytes(shape(16, 8)) + 4 * found["parameters"]
+    each = (
+        engines.choose(ConvNet(3, 10, 8, 128, 3)).kept_bytes(shape(16, 8)) + 4 * found["parameters"]
+    )
     assert 0.9 * each <= (found["140"] - found["40"]) / 100 <= 1.1 * each
 
 
@@ -107,7 +128,9 @@ def test_the_cache_is_what_grows() -> None:
 @pytest.mark.parametrize(("engine", "steps", "fitting"), [("fused", 30, 20), ("autograd", 9, 5)])
 def test_what_is_kept_stays_within_its_limit(engine: str, steps: int, fitting: int) -> None:
     """Beside what recomputing all takes; and what there is room for is used."""
-    limit = int((fitting + 0.5) * engines.choose(ConvNet(3, 10, 32, 32, 3), engine).kept_bytes(shape(32)))
+    limit = int(
+        (fitting + 0.5) * engines.choose(ConvNet(3, 10, 32, 32, 3), engine).kept_bytes(shape(32))
+    )
     without = measure(32, 32, 32, 3, [steps], engine, "recompute")[str(steps)]
     found = measure(32, 32, 32, 3, [steps], engine, "auto", limit)[str(steps)] - without
     assert 0.6 * limit <= found <= 1.1 * limit
@@ -120,10 +143,10 @@ def test_fifty_steps_of_fifty_images_fit_in_1500_megabytes() -> None:
     assert measure(128, 32, 50, 3, [50], "fused", "recompute")["50"] < 1.5e9
 
 
-# ---- the formulas ---------------------------------------------------------------------------------------------------
+# ---- the formulas ----
 
-# A small case first, so that libraries and threads are there; the peak of the large one is counted from what is
-# resident after it.
+# A small case first, so that libraries and threads are there; the peak of the large one is counted
+# from what is resident after it.
 FORMULA_CHILD = """
 import json, sys
 import test_memory
@@ -146,10 +169,19 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 
 def iterate(
-    batch: int, steps: int, images: int, width: int = 32, size: int = 32, engine: str = "fused",
-    memory_mode: str = "recompute", keep: int = 0, device: str = "cpu", frozen_each: int = 1,
-) -> int:  # fmt: skip
-    """One iteration on ``images`` learned and ``frozen_each`` times as many frozen images; what it should have taken.
+    batch: int,
+    steps: int,
+    images: int,
+    width: int = 32,
+    size: int = 32,
+    engine: str = "fused",
+    memory_mode: str = "recompute",
+    keep: int = 0,
+    device: str = "cpu",
+    frozen_each: int = 1,
+) -> int:
+    """One iteration on ``images`` learned and ``frozen_each`` times as many frozen images; what it
+    should have taken.
 
     With memory_mode="auto" the limit has room for ``keep`` steps.
     """
@@ -158,9 +190,14 @@ def iterate(
     labels = torch.arange(frozen + images, device=device) % 10
     chosen, on = engines.choose(net, engine), shape(batch, size, device)
     step = MatchingStep(
-        chosen, labels, torch.randn(frozen, 3, size, size, device=device), steps=steps, batch=batch, memory=memory_mode,
+        chosen,
+        labels,
+        torch.randn(frozen, 3, size, size, device=device),
+        steps=steps,
+        batch=batch,
+        memory=memory_mode,
         memory_limit=keep * chosen.kept_bytes(on) if memory_mode == "auto" else None,
-    )  # fmt: skip
+    )
     start = torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
     batches = torch.stack([torch.randperm(frozen + images)[:batch] for _ in range(steps)])
     inputs = MatchingInputs(start, start + 0.01, batches, None)
@@ -178,29 +215,69 @@ def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu")
     images = data.index_select(0, index).unflatten(0, (networks, -1))
     chosen = engines.choose(net, engine)
     _, gradient = chosen.gradients(theta, images, (index % 10).unflatten(0, (networks, -1)))
-    theta.addcmul_(velocity.mul_(0.9).add_(gradient.add_(theta, alpha=5e-4)), torch.full_like(theta[:, :1], 0.01))
+    theta.addcmul_(
+        velocity.mul_(0.9).add_(gradient.add_(theta, alpha=5e-4)),
+        torch.full_like(theta[:, :1], 0.01),
+    )
     return training_bytes(chosen, shape(batch, device=device), networks)
 
 
 FORMULAS: dict[str, dict[str, Any]] = {
     "an iteration": {"run": "iterate", "batch": 128, "steps": 2, "images": 100},
     "wide": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "width": 64},
-    "many parameters": {"run": "iterate", "batch": 16, "steps": 60, "images": 10, "width": 128, "size": 8},
+    "many parameters": {
+        "run": "iterate",
+        "batch": 16,
+        "steps": 60,
+        "images": 10,
+        "width": 128,
+        "size": 8,
+    },
     "many images": {"run": "iterate", "batch": 16, "steps": 2, "images": 1500},
-    "many frozen images": {"run": "iterate", "batch": 16, "steps": 2, "images": 500, "frozen_each": 20},
-    "kept activations": {"run": "iterate", "batch": 64, "steps": 6, "images": 100, "memory_mode": "cache"},
-    "some kept": {"run": "iterate", "batch": 64, "steps": 9, "images": 100, "memory_mode": "auto", "keep": 5},
+    "many frozen images": {
+        "run": "iterate",
+        "batch": 16,
+        "steps": 2,
+        "images": 500,
+        "frozen_each": 20,
+    },
+    "kept activations": {
+        "run": "iterate",
+        "batch": 64,
+        "steps": 6,
+        "images": 100,
+        "memory_mode": "cache",
+    },
+    "some kept": {
+        "run": "iterate",
+        "batch": 64,
+        "steps": 9,
+        "images": 100,
+        "memory_mode": "auto",
+        "keep": 5,
+    },
     "autograd": {"run": "iterate", "batch": 64, "steps": 2, "images": 50, "engine": "autograd"},
     "autograd, kept": {
-        "run": "iterate", "batch": 64, "steps": 4, "images": 50, "engine": "autograd", "memory_mode": "cache",
+        "run": "iterate",
+        "batch": 64,
+        "steps": 4,
+        "images": 50,
+        "engine": "autograd",
+        "memory_mode": "cache",
     },
     "autograd, some kept": {
-        "run": "iterate", "batch": 64, "steps": 5, "images": 50, "engine": "autograd", "memory_mode": "auto", "keep": 3,
+        "run": "iterate",
+        "batch": 64,
+        "steps": 5,
+        "images": 50,
+        "engine": "autograd",
+        "memory_mode": "auto",
+        "keep": 3,
     },
     "a training step": {"run": "train", "batch": 256, "networks": 1},
     "four networks": {"run": "train", "batch": 64, "networks": 4},
     "four networks, autograd": {"run": "train", "batch": 128, "networks": 4, "engine": "autograd"},
-}  # fmt: skip
+}
 
 
 @needs_proc
@@ -210,8 +287,11 @@ def test_the_formulas_agree_with_what_a_process_takes(name: str) -> None:
     environment = steady_environment() | {"PYTHONPATH": folder}
     output = subprocess.run(
         [sys.executable, "-c", FORMULA_CHILD, json.dumps(FORMULAS[name])],
-        check=True, capture_output=True, text=True, env=environment,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     found = json.loads(output.stdout)
     assert 0.75 * found["measured"] <= found["estimate"] <= 1.25 * found["measured"], found
 
@@ -223,7 +303,10 @@ def test_the_formulas_agree_with_what_a_gpu_allocates(name: str) -> None:
     run = {"iterate": iterate, "train": train}[options.pop("run")]
     for count in {"batch", "images"} & options.keys():
         options[count] *= 8  # large against what cuDNN works in, which no formula knows
-    run(**options | {"batch": 2} | ({"images": 2, "steps": 2} if "steps" in options else {}), device="cuda")
+    run(
+        **options | {"batch": 2} | ({"images": 2, "steps": 2} if "steps" in options else {}),
+        device="cuda",
+    )
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     estimate = run(**options, device="cuda")
@@ -235,16 +318,25 @@ def test_the_formulas_agree_with_what_a_gpu_allocates(name: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
 def test_estimates_grow_with_everything(engine: str, device: str) -> None:
-    chosen, counts = engines.choose(ConvNet(3, 10, 32, 32, 3), engine), {"steps": 5, "learned": 10, "frozen": 10}
+    chosen, counts = (
+        engines.choose(ConvNet(3, 10, 32, 32, 3), engine),
+        {"steps": 5, "learned": 10, "frozen": 10},
+    )
     least = matching_bytes(chosen, shape(10, device=device), **counts, kept=0)
     for name in counts:
-        assert matching_bytes(chosen, shape(10, device=device), **counts | {name: 20}, kept=0) > least, name
+        assert (
+            matching_bytes(chosen, shape(10, device=device), **counts | {name: 20}, kept=0) > least
+        ), name
     for larger in (shape(20, device=device), shape(10, device=device, dtype=torch.float64)):
         assert matching_bytes(chosen, larger, **counts, kept=0) > least
-    by_kept = [matching_bytes(chosen, shape(10, device=device), **counts, kept=kept) for kept in range(6)]
+    by_kept = [
+        matching_bytes(chosen, shape(10, device=device), **counts, kept=kept) for kept in range(6)
+    ]
     assert sorted(by_kept) == by_kept
     assert by_kept[5] > least
-    assert training_bytes(chosen, shape(20, device=device)) > training_bytes(chosen, shape(10, device=device))
+    assert training_bytes(chosen, shape(20, device=device)) > training_bytes(
+        chosen, shape(10, device=device)
+    )
 
 
 def test_networks_on_a_gpu_lie_side_by_side_and_elsewhere_take_turns() -> None:
@@ -272,7 +364,7 @@ def test_the_kernel_takes_less_than_the_composed_passes() -> None:
     assert chosen.working_bytes(kernel, dual=True) < 0.7 * chosen.working_bytes(composed, dual=True)
 
 
-# ---- what a device has ----------------------------------------------------------------------------------------------
+# ---- what a device has ----
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -298,11 +390,11 @@ def test_what_torch_holds_and_does_not_use_is_available() -> None:
 def test_what_there_is_in_all_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "total", lambda: 5)
     monkeypatch.setattr(host, "free", lambda: 3)
-    assert (device_memory.total(GPU), device_memory.total(CPU), device_memory.free(CPU, reclaimable=4)) == (
-        80_000_000_000,
-        5,
-        7,
-    )
+    assert (
+        device_memory.total(GPU),
+        device_memory.total(CPU),
+        device_memory.free(CPU, reclaimable=4),
+    ) == (80_000_000_000, 5, 7)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -310,7 +402,9 @@ def test_more_than_there_is_is_refused_in_a_sentence() -> None:
     device_memory.require(GPU, 32_000_000_000, "stage 3: an iteration", "width (now 128)")
     device_memory.require(CPU, 10**15, "stage 3: an iteration", "width (now 128)")
     with pytest.raises(UsageError) as raised:
-        device_memory.require(GPU, 91_200_000_000, "stage 3: an iteration", "inner_batch (now 512) or width (now 128)")
+        device_memory.require(
+            GPU, 91_200_000_000, "stage 3: an iteration", "inner_batch (now 512) or width (now 128)"
+        )
     assert str(raised.value) == (
         "stage 3: an iteration would take about 91 GB and cuda:0 has 32 GB; "
         "lower inner_batch (now 512) or width (now 128)"
@@ -331,7 +425,9 @@ def test_groups_fill_half_of_the_whole_device(each: int, most: int, group: int) 
 def test_out_of_memory_becomes_a_sentence() -> None:
     with (
         pytest.raises(RunError) as raised,
-        device_memory.explained(GPU, "stage 3, iteration 12", "inner_batch (now 512) or width (now 128)"),
+        device_memory.explained(
+            GPU, "stage 3, iteration 12", "inner_batch (now 512) or width (now 128)"
+        ),
     ):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
@@ -351,7 +447,9 @@ def test_so_does_that_of_the_host() -> None:
         raise MemoryError
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ValueError("no"), KeyboardInterrupt()]
+)
 def test_other_errors_pass_as_they_are(error: BaseException) -> None:
     with pytest.raises(type(error)) as raised, device_memory.explained(CPU, "work", "x"):
         raise error
@@ -371,8 +469,16 @@ def test_a_gpu_that_runs_out_says_so_and_can_be_used_again() -> None:
 
 @pytest.mark.parametrize(
     ("size", "words"),
-    [(0, "1 MB"), (4_000_000, "4 MB"), (151_000_000, "151 MB"), (999_000_000, "999 MB"), (1_000_000_000, "1.0 GB"),
-     (9_940_000_000, "9.9 GB"), (10_400_000_000, "10 GB"), (91_000_000_000, "91 GB")],
-)  # fmt: skip
+    [
+        (0, "1 MB"),
+        (4_000_000, "4 MB"),
+        (151_000_000, "151 MB"),
+        (999_000_000, "999 MB"),
+        (1_000_000_000, "1.0 GB"),
+        (9_940_000_000, "9.9 GB"),
+        (10_400_000_000, "10 GB"),
+        (91_000_000_000, "91 GB"),
+    ],
+)
 def test_bytes_in_words(size: int, words: str) -> None:
     assert device_memory.format_bytes(size) == words

@@ -1,4 +1,6 @@
-"""The SGD that all plain training shares, against torch.optim.SGD on the module itself, one network and several."""
+"""The SGD that all plain training shares, against torch.optim.SGD on the module itself, one network
+and several.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Problem:
     images: Tensor
     labels: Tensor
 
-    def sgd(self, engine: str = "fused", batch: int = 4, dsa: DSA = EVERYTHING, **settings: Any) -> Sgd:
+    def sgd(
+        self, engine: str = "fused", batch: int = 4, dsa: DSA = EVERYTHING, **settings: Any
+    ) -> Sgd:
         return Sgd(engines.choose(self.net, engine), dsa, batch, **settings)
 
     def students(self, networks: int = 1) -> Students:
@@ -48,7 +52,9 @@ def make(count: int = 10, soft: bool = False, device: torch.device | str = "cpu"
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
-    labels = torch.randn(count, CLASSES).double().softmax(1) if soft else torch.arange(count) % CLASSES
+    labels = (
+        torch.randn(count, CLASSES).double().softmax(1) if soft else torch.arange(count) % CLASSES
+    )
     images = torch.randn(count, 2, 8, 6, dtype=torch.float64)
     net.to(device)
     return Problem(net, flatten_parameters(net), images.to(device), labels.to(device))
@@ -76,8 +82,12 @@ class Reference:
         F.cross_entropy(self.net(augment(images, p)), labels).backward()
         self.optimiser.step()
 
-    def run(self, problem: Problem, rates: Sequence[float], generator: torch.Generator) -> list[Tensor]:
-        """One step at each of the rates, a new random order whenever all images were seen; parameters after each."""
+    def run(
+        self, problem: Problem, rates: Sequence[float], generator: torch.Generator
+    ) -> list[Tensor]:
+        """One step at each of the rates, a new random order whenever all images were seen;
+        parameters after each.
+        """
         count, seen, rows = len(problem.images), list[Tensor](), list[Tensor]()
         for rate in rates:
             if not rows:
@@ -103,7 +113,9 @@ NETWORKS = pytest.mark.parametrize("networks", [1, 3])
 @NETWORKS
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"momentum": 0.9}, {"weight_decay": 0.05}, {"momentum": 0.5, "weight_decay": 0.05}], ids=str
+    "settings",
+    [{}, {"momentum": 0.9}, {"weight_decay": 0.05}, {"momentum": 0.5, "weight_decay": 0.05}],
+    ids=str,
 )
 def test_steps_equal_torch_optim_sgd(
     engine: str, networks: int, soft: bool, settings: dict[str, float], device: torch.device
@@ -134,7 +146,11 @@ def test_an_epoch_takes_every_image_once(engine: str, networks: int) -> None:
     for k, seed in enumerate(seeds):
         reference = Reference(problem, sgd, start[k])
         reference.run(problem, [RATE] * 3, draws(seed)[0])
-        close(students.theta[k], reference.run(problem, [RATE / 2] * 3, draws(seed + 10)[0])[-1], start[k])
+        close(
+            students.theta[k],
+            reference.run(problem, [RATE / 2] * 3, draws(seed + 10)[0])[-1],
+            start[k],
+        )
 
 
 class Watched(engines.FusedEngine):
@@ -153,7 +169,9 @@ def test_every_network_goes_through_all_images_in_a_random_order_of_its_own() ->
     problem = make(count=11)
     engine = Watched(ConvNet(2, 11, (8, 6), width=4, depth=1).double())
     students = Students.start(flatten_parameters(engine.net).repeat(3, 1))
-    loop = Loop(Sgd(engine, EVERYTHING, 4), students, problem.images, torch.eye(11).double())  # an image, a class
+    loop = Loop(
+        Sgd(engine, EVERYTHING, 4), students, problem.images, torch.eye(11).double()
+    )  # an image, a class
     loop.epoch(RATE, draws(0, 1, 2))
     assert [tuple(labels.shape) for labels in engine.seen] == [(3, 4), (3, 4), (3, 3)]
     orders = [tuple(order) for order in torch.cat(engine.seen, 1).tolist()]
@@ -169,16 +187,22 @@ def test_networks_may_be_trained_on_images_of_their_own() -> None:
     stops = sgd.run(together, problem.images, problem.labels, RATE, 5, draws(4, 5, 6), (2, 5), rows)
     for k, row in enumerate(rows):
         alone = Students.start(problem.students(3).theta[k : k + 1])
-        seen = sgd.run(alone, problem.images[row], problem.labels[row], RATE, 5, draws(4 + k), (2, 5))
+        seen = sgd.run(
+            alone, problem.images[row], problem.labels[row], RATE, 5, draws(4 + k), (2, 5)
+        )
         for found, expected in zip(stops, seen, strict=True):
             close(found[k], expected[0], problem.students(3).theta[k])
 
 
 @pytest.mark.parametrize("mode", ["single", "multiple"])
 def test_networks_side_by_side_draw_what_they_would_alone(mode: str, device: torch.device) -> None:
-    """ "single" draws another operation for every network; its numbers are right only where each keeps its own."""
+    """ "single" draws another operation for every network; its numbers are right only where each
+    keeps its own.
+    """
     problem = make(device=device)
-    sgd = problem.sgd(dsa=DSA("color_crop_cutout_flip_scale_rotate", mode=mode), momentum=0.9, weight_decay=0.01)
+    sgd = problem.sgd(
+        dsa=DSA("color_crop_cutout_flip_scale_rotate", mode=mode), momentum=0.9, weight_decay=0.01
+    )
     together = problem.students(5)
     sgd.run(together, problem.images, problem.labels, RATE, 8, draws(*range(5)))
     for k in range(5):
@@ -256,7 +280,9 @@ def test_images_labels_and_start_are_left_alone(engine: str, networks: int) -> N
     parameters = flatten_parameters(problem.net)
     for dsa in (EVERYTHING, DSA("none")):
         sgd = problem.sgd(engine, dsa=dsa, momentum=0.9, weight_decay=0.1)
-        sgd.run(Students.start(start), problem.images, problem.labels, RATE, 4, draws(*range(networks)))
+        sgd.run(
+            Students.start(start), problem.images, problem.labels, RATE, 4, draws(*range(networks))
+        )
     for tensor, copy in zip((start, problem.images, problem.labels), copies, strict=True):
         assert torch.equal(tensor, copy)
     assert torch.equal(flatten_parameters(problem.net), parameters)
@@ -288,7 +314,9 @@ def test_steps_change_the_students_in_place() -> None:
     assert float(velocity.norm()) > 0
 
 
-@pytest.mark.parametrize(("images", "batch", "steps"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (9, 1, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (9, 1, 9)], ids=str
+)
 def test_steps_of_an_epoch(images: int, batch: int, steps: int) -> None:
     problem = make(count=images)
     sgd = problem.sgd(batch=batch)
@@ -300,12 +328,16 @@ def test_steps_of_an_epoch(images: int, batch: int, steps: int) -> None:
     assert torch.equal(ours[0].get_state(), theirs[0].get_state())
 
 
-# ---- what a step reads ----------------------------------------------------------------------------------------------
+# ---- what a step reads ----
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])
-def test_how_many_steps_are_drawn_at_a_time_makes_no_difference(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of 4, 4 and 2 images, so that both kinds of steps are wound back in the middle of an epoch."""
+def test_how_many_steps_are_drawn_at_a_time_makes_no_difference(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 4, 4 and 2 images, so that both kinds of steps are wound back in the middle of an
+    epoch.
+    """
     problem = make()
     sgd = problem.sgd(momentum=0.9)
     expected, found = problem.students(2), problem.students(2)
@@ -334,12 +366,17 @@ def test_a_step_that_counts_on_the_device_reads_the_same(dsa: DSA, device: torch
     tapes = [tape.Tape(3, 6, dsa, torch.float32, device, counted) for counted in (True, False)]
     for rates in ((0.5, 0.25, 0.125), (2.0, 1.0)):
         drawn = [
-            tape.Drawn(torch.randint(9, (2, 3)), [dsa.sample(3, (8, 6), generator) for _ in range(2)]) for _ in rates
+            tape.Drawn(
+                torch.randint(9, (2, 3)), [dsa.sample(3, (8, 6), generator) for _ in range(2)]
+            )
+            for _ in rates
         ]
         for one in tapes:
             one.write(drawn, rates)
         for step, rate in zip(drawn, rates, strict=True):
-            expected = torch.cat([augment(images[3 * k : 3 * k + 3], step.augmentations[k]) for k in range(2)])
+            expected = torch.cat(
+                [augment(images[3 * k : 3 * k + 3], step.augmentations[k]) for k in range(2)]
+            )
             for one in tapes:
                 assert torch.equal(one.indices().cpu(), step.indices.flatten())
                 assert one.rate().dim() == 0
@@ -348,7 +385,9 @@ def test_a_step_that_counts_on_the_device_reads_the_same(dsa: DSA, device: torch
                 one.advance()
 
 
-def test_steps_go_through_replays_that_are_asked_for_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_go_through_replays_that_are_asked_for_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[tuple[torch.device, bool]] = []
     calls = 0
 
@@ -370,7 +409,9 @@ def test_steps_go_through_replays_that_are_asked_for_or_not(monkeypatch: pytest.
         loop = Loop(problem.sgd(graph=graph), problem.students(), problem.images, problem.labels)
         for _ in range(4):
             loop.epoch(RATE, draws())
-        assert made == [(torch.device("cpu"), graph)] * 2  # of 4 images and of 2, once for all epochs
+        assert (
+            made == [(torch.device("cpu"), graph)] * 2
+        )  # of 4 images and of 2, once for all epochs
         assert calls == 12
 
 
@@ -391,19 +432,23 @@ def test_graphs_give_the_bits_of_single_launches(networks: int) -> None:
     found = []
     for graph in (True, False):
         students = problem.students(networks)
-        loop = Loop(problem.sgd(graph=graph, momentum=0.9), students, problem.images, problem.labels)
+        loop = Loop(
+            problem.sgd(graph=graph, momentum=0.9), students, problem.images, problem.labels
+        )
         for epoch in range(4):
             loop.epoch(RATE, draws(*(epoch + 10 * k for k in range(networks))))
         found.append(students.theta)
     assert torch.equal(*found)
 
 
-# ---- accuracy -------------------------------------------------------------------------------------------------------
+# ---- accuracy ----
 
 
 @ENGINES
 @pytest.mark.parametrize("batch", [1, 4, 10, 1000])
-def test_accuracy_counts_what_the_network_gets_right(engine: str, batch: int, device: torch.device) -> None:
+def test_accuracy_counts_what_the_network_gets_right(
+    engine: str, batch: int, device: torch.device
+) -> None:
     problem = make(device=device)
     with torch.no_grad():
         best = problem.net(problem.images).argmax(1)
@@ -411,7 +456,9 @@ def test_accuracy_counts_what_the_network_gets_right(engine: str, batch: int, de
     wrong = (best + 1) % CLASSES
     for right in (0, 3, 10):
         labels = torch.cat([best[:right], wrong[right:]])
-        assert accuracies(runner, problem.theta[None], problem.images, labels, batch) == [10.0 * right]
+        assert accuracies(runner, problem.theta[None], problem.images, labels, batch) == [
+            10.0 * right
+        ]
 
 
 @ENGINES
@@ -421,5 +468,8 @@ def test_accuracy_is_that_of_every_network_s_own_parameters(engine: str) -> None
     theta = torch.zeros(CLASSES, len(problem.theta), dtype=torch.float64)
     for label in range(CLASSES):
         theta[label, label - CLASSES] = 1  # the last numbers are the logits' biases
-    shares = [100.0 * int((problem.labels == label).sum()) / len(problem.labels) for label in range(CLASSES)]
+    shares = [
+        100.0 * int((problem.labels == label).sum()) / len(problem.labels)
+        for label in range(CLASSES)
+    ]
     assert accuracies(runner, theta, problem.images, problem.labels) == shares

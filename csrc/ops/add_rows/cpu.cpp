@@ -9,7 +9,8 @@ template <class T>
 Status add_rows(const AddRows<T>& p, Context context) {
     for (int64_t r = 0; r < p.added; ++r)
         if (p.index[r] < 0 || p.index[r] >= p.count) return kRowOutOfRange;
-    // A row is copied, looked for among those that are added, and added to as often as it occurs: once, or less.
+    // A row is copied, looked for among those that are added, and added to as often as it occurs:
+    // once, or less.
     const double each = move_time<T>(4 * p.length + p.added);
     parallel_for(p.count, context.threads, each, [&](int64_t j) {
         T* out = p.out + j * p.length;

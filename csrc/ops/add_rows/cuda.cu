@@ -1,7 +1,8 @@
-// Each thread owns one number of the result (four where rows are a multiple of 16 bytes) and looks through the whole
-// index: a few hundred integers that all threads of a block read together, so the cost is that of the rows. Nothing is
-// added by atomics and the order is that of the index, so the bits are the same every time; sorting the index first, as
-// index_put_ does, takes five launches more.
+// Each thread owns one number of the result (four where rows are a multiple of 16 bytes) and looks
+// through the whole index: a few hundred integers that all threads of a block read together, so the
+// cost is that of the rows. Nothing is added by atomics and the order is that of the index, so the
+// bits are the same every time; sorting the index first, as index_put_ does, takes five launches
+// more.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/operators.h"
@@ -35,8 +36,8 @@ Status add_rows(const AddRows<T>& p, Context context) {
     constexpr int V = kPack<T>;
     const bool packed = p.length % V == 0 && aligned(p.target, p.rows, p.out);
     const int64_t tasks = packed ? p.count * p.length / V : p.count * p.length;
-    return launch(packed ? add_rows_kernel<T, V> : add_rows_kernel<T, 1>, grid_for((tasks + kThreads - 1) / kThreads),
-                  kThreads, 0, context, p);
+    return launch(packed ? add_rows_kernel<T, V> : add_rows_kernel<T, 1>,
+                  grid_for((tasks + kThreads - 1) / kThreads), kThreads, 0, context, p);
 }
 
 PDD_INSTANTIATE(add_rows, AddRows)

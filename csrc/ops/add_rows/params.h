@@ -1,5 +1,5 @@
-// Rows added where an index says, an index maybe more than once: what goes in and out. n = rows of the result, b = rows
-// added, D = numbers in a row.
+// Rows added where an index says, an index maybe more than once: what goes in and out. n = rows of
+// the result, b = rows added, D = numbers in a row.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct AddRows {
     const T* target;               // [n, D]
     const int64_t* index;          // [b], each in [0, n); others add nothing
     const T* rows;                 // [b, D]
-    T* out;                        // [n, D] target[j] + sum of rows[r] over index[r] == j, in the order of r
+    T* out;  // [n, D] target[j] + sum of rows[r] over index[r] == j, in the order of r
 };
 
 }  // namespace pdd

@@ -1,6 +1,6 @@
-// How images lie in memory inside a pass: in blocks of 16 channels, [B, blocks, H, W, 16]. A plane of one block is
-// contiguous, 16 KB for 16x16 floats: it fits the first-level cache, and every cache line of it is used whole.
-// Channels that fill up the last block are zero.
+// How images lie in memory inside a pass: in blocks of 16 channels, [B, blocks, H, W, 16]. A plane
+// of one block is contiguous, 16 KB for 16x16 floats: it fits the first-level cache, and every
+// cache line of it is used whole. Channels that fill up the last block are zero.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,9 @@ struct BlockedImages {
     T* data;
     int64_t blocks, pixels;
 
-    T* plane(int64_t image, int64_t block) const { return data + (image * blocks + block) * pixels * kBlock; }
+    T* plane(int64_t image, int64_t block) const {
+        return data + (image * blocks + block) * pixels * kBlock;
+    }
     T* image(int64_t i) const { return plane(i, 0); }
 };
 

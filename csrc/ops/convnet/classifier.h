@@ -22,19 +22,22 @@ struct Classifier {
         parallel_for(batch, threads, multiply_time<T>(classes * features), [&](int64_t b) {
             for (int64_t k = 0; k < classes; ++k) {
                 T* to = logits + b * classes + k;
-                *to = (add ? *to : T(0)) + (bias ? bias[k] : T(0)) + dot(x + b * features, weight + k * features);
+                *to = (add ? *to : T(0)) + (bias ? bias[k] : T(0)) +
+                      dot(x + b * features, weight + k * features);
             }
         });
     }
 
     // grad [K, F] (+)= g [B, K] transposed by x [B, F].
     void weight_grad(const T* g, const T* x, T* grad, bool add) const {
-        combine(classes, batch, add, grad, x, [&](int64_t k, int64_t b) { return g[b * classes + k]; });
+        combine(classes, batch, add, grad, x,
+                [&](int64_t k, int64_t b) { return g[b * classes + k]; });
     }
 
     // grad [B, F] (+)= g [B, K] by weight [K, F].
     void input_grad(const T* g, const T* weight, T* grad, bool add) const {
-        combine(batch, classes, add, grad, weight, [&](int64_t b, int64_t k) { return g[b * classes + k]; });
+        combine(batch, classes, add, grad, weight,
+                [&](int64_t b, int64_t k) { return g[b * classes + k]; });
     }
 
     // grad [K] = sum of g [B, K] over B.
@@ -51,7 +54,8 @@ struct Classifier {
         V sums[4] = {};  // so that an addition need not wait for the one before
         int64_t i = 0;
         for (; i + 4 * lanes <= features; i += 4 * lanes)
-            for (int64_t j = 0; j < 4; ++j) sums[j] += M::load(a + i + j * lanes) * M::load(b + i + j * lanes);
+            for (int64_t j = 0; j < 4; ++j)
+                sums[j] += M::load(a + i + j * lanes) * M::load(b + i + j * lanes);
         const V all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         T sum = 0;
         for (int64_t j = 0; j < lanes; ++j) sum += all[j];
@@ -61,7 +65,8 @@ struct Classifier {
 
     // to[r][f] (+)= sum over s of factor(r, s) * from[s][f].
     template <class Factor>
-    void combine(int64_t rows, int64_t terms, bool add, T* to, const T* from, const Factor& factor) const {
+    void combine(int64_t rows, int64_t terms, bool add, T* to, const T* from,
+                 const Factor& factor) const {
         constexpr int64_t run = 4 * lanes;
         parallel_for(rows, threads, multiply_time<T>(terms * features), [&](int64_t r) {
             int64_t f = 0;

@@ -1,7 +1,8 @@
-// The passes over the whole network on the CPU. Between a layer's products and the next layer nothing is written to
-// memory that is not needed again: a plane of 16 channels of a convolution's result goes through norm, ReLU and
-// pooling, and its gradient back through them, in the cache of the thread that made it. docs/mathematics.md, section 2,
-// has the dual pass; docs/performance.md what it takes.
+// The passes over the whole network on the CPU. Between a layer's products and the next layer
+// nothing is written to memory that is not needed again: a plane of 16 channels of a convolution's
+// result goes through norm, ReLU and pooling, and its gradient back through them, in the cache of
+// the thread that made it. docs/mathematics.md, section 2, has the dual pass; docs/performance.md
+// what it takes.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -28,9 +29,9 @@ struct Activations {
     BlockedImages<T> input[2];     // of the block (the first block's is the image: none)
     BlockedImages<T> z[2];         // its convolution's result (the first block's is made again)
     BlockedImages<T> grad_out[2];  // gradient of what the block gives
-    T* statistics[4];              // [B, C] each: mean, rstd and, in a dual pass, mean_tangent and kappa
-    T* affine[4];                  // [C] each: weight, bias and their tangents
-    T* parts[2];                   // [B, C] each: an image's terms of the gradients of weight and bias
+    T* statistics[4];  // [B, C] each: mean, rstd and, in a dual pass, mean_tangent and kappa
+    T* affine[4];      // [C] each: weight, bias and their tangents
+    T* parts[2];       // [B, C] each: an image's terms of the gradients of weight and bias
 };
 
 // k: 0 for values, 1 for tangents.
@@ -44,11 +45,13 @@ void place_activations(const ConvNetShape& s, int k, Arena<T>& arena, Activation
             all[l].z[k] = arena.images(s.batch, shape.out_blocks, shape.pixels());
         }
         all[l].grad_out[k] = arena.images(s.batch, shape.out_blocks, pooled);
-        for (int i = 2 * k; i < 2 * k + 2; ++i) all[l].statistics[i] = arena.take(s.batch * shape.out_blocks * kBlock);
+        for (int i = 2 * k; i < 2 * k + 2; ++i)
+            all[l].statistics[i] = arena.take(s.batch * shape.out_blocks * kBlock);
     }
 }
 
-// Values that a later pass can go on from; what `kept` buffers hold. Gives the place of the features [B, F].
+// Values that a later pass can go on from; what `kept` buffers hold. Gives the place of the
+// features [B, F].
 template <class T>
 T* place_values(const ConvNetShape& s, Arena<T>& arena, Activations<T>* all) {
     place_activations(s, 0, arena, all);
@@ -61,18 +64,21 @@ int64_t scratch_of(const ConvNetShape& s, int numbers) {
     for (int64_t l = 0; l < s.depth; ++l) {
         const LayerShape shape = layer_shape(s, l);
         const int64_t planes = numbers * shape.pixels() * kBlock;
-        const int64_t own = l == 0 ? ImageLayer<T>::scratch(shape) : WinogradLayer<T>::scratch(shape);
+        const int64_t own =
+            l == 0 ? ImageLayer<T>::scratch(shape) : WinogradLayer<T>::scratch(shape);
         most = std::max(most, planes + own);
     }
     return most + kBlock;  // threads write to lines of their own
 }
 
-// Winograd takes 36 products a tile of 4x4 results where the direct convolution takes 9 a result. Measured with 8, 16,
-// 32 and 128 channels (AVX2): faster wherever that is fewer, 1.03 times at 5x5 to 2.3 times at 16x16 (gradients of
-// whole networks of two blocks); equal or slower at 2x2, where it is as many.
+// Winograd takes 36 products a tile of 4x4 results where the direct convolution takes 9 a result.
+// Measured with 8, 16, 32 and 128 channels (AVX2): faster wherever that is fewer, 1.03 times at 5x5
+// to 2.3 times at 16x16 (gradients of whole networks of two blocks); equal or slower at 2x2, where
+// it is as many.
 inline bool by_winograd(const LayerShape& s, int convolution) {
     if (convolution != kConvolutionAuto) return convolution == kConvolutionWinograd;
-    return winograd::kPoints * winograd::tiles(s.height) * winograd::tiles(s.width) < 9 * s.pixels();
+    return winograd::kPoints * winograd::tiles(s.height) * winograd::tiles(s.width) <
+           9 * s.pixels();
 }
 
 // One pass over a batch: everything that lies in memory while it runs.
@@ -81,9 +87,9 @@ class Pass {
     using Layer = Activations<T>;
 
   public:
-    // `direction`: nullptr for a pass over values, or what they move along: then all that follows is on dual numbers.
-    // `kept`: where the values lie, or nullptr: in the workspace; a dual pass finds them there, or has to make them
-    // again.
+    // `direction`: nullptr for a pass over values, or what they move along: then all that follows
+    // is on dual numbers. `kept`: where the values lie, or nullptr: in the workspace; a dual pass
+    // finds them there, or has to make them again.
     Pass(const ConvNetInput<T>& input, const T* direction, T* kept, int threads)
         : in_(input),
           s_(input.shape),
@@ -153,12 +159,13 @@ class Pass {
     void forward() const {
         const LayerShape first = layer_shape(s_, 0);
         const double each = numbers_ * images_.plane_time() + norm_time(first);
-        parallel_with_scratch(s_.batch * first.out_blocks, threads_, each, [&](int64_t i, int thread) {
-            const int64_t image = i / first.out_blocks, block = i % first.out_blocks;
-            const Planes z = planes_in(scratch(thread), first);
-            for (int k = 0; k < numbers_; ++k) images_.convolve(k, image, block, z[k]);
-            norm(0, image, block, z);
-        });
+        parallel_with_scratch(
+            s_.batch * first.out_blocks, threads_, each, [&](int64_t i, int thread) {
+                const int64_t image = i / first.out_blocks, block = i % first.out_blocks;
+                const Planes z = planes_in(scratch(thread), first);
+                for (int k = 0; k < numbers_; ++k) images_.convolve(k, image, block, z[k]);
+                norm(0, image, block, z);
+            });
         for (int64_t l = 1; l < s_.depth; ++l) {
             Arena<T> own = arena_;
             with_layer(l, false, own, [&](const auto& layer) { forward_layer(l, layer); });
@@ -172,10 +179,11 @@ class Pass {
 
     // ---- backward ----
 
-    // From the gradients of the logits to that of theta, and to the images': [B, C_in, H, W]; in a dual pass to the
-    // tangents of both. `grad_logits`: one, or two. In a dual pass `grad_theta` may be nullptr; `grad_images` may be in
-    // any, and `wanted` [B] says whose it is, nullptr: all.
-    void backward(const T* const* grad_logits, T* grad_theta, const bool* wanted, T* grad_images) const {
+    // From the gradients of the logits to that of theta, and to the images': [B, C_in, H, W]; in a
+    // dual pass to the tangents of both. `grad_logits`: one, or two. In a dual pass `grad_theta`
+    // may be nullptr; `grad_images` may be in any, and `wanted` [B] says whose it is, nullptr: all.
+    void backward(const T* const* grad_logits, T* grad_theta, const bool* wanted,
+                  T* grad_images) const {
         const int asked = numbers_ - 1;  // the number whose gradients are asked for
         if (grad_theta) {
             T* grad = grad_theta + classifier_offset(s_);
@@ -190,10 +198,12 @@ class Pass {
         }
         for (int64_t l = s_.depth - 1; l > 0; --l) {
             Arena<T> own = arena_;
-            with_layer(l, true, own, [&](const auto& layer) { backward_layer(l, layer, grad_theta); });
+            with_layer(l, true, own,
+                       [&](const auto& layer) { backward_layer(l, layer, grad_theta); });
         }
         const LayerShape first = layer_shape(s_, 0);
-        const double each = first.out_blocks * (3 * numbers_ * images_.plane_time() + norm_time(first));
+        const double each =
+            first.out_blocks * (3 * numbers_ * images_.plane_time() + norm_time(first));
         parallel_with_scratch(s_.batch, threads_, each, [&](int64_t image, int thread) {
             const bool moves = grad_images && (!wanted || wanted[image]);
             if (!moves && !grad_theta) return;
@@ -248,15 +258,20 @@ class Pass {
         return {images[0].plane(image, block), dual() ? images[1].plane(image, block) : nullptr};
     }
 
-    int64_t of_plane(int64_t image, int64_t block) const { return (image * blocks_of(s_.channels) + block) * kBlock; }
+    int64_t of_plane(int64_t image, int64_t block) const {
+        return (image * blocks_of(s_.channels) + block) * kBlock;
+    }
     PlaneShape plane_shape(int64_t l) const { return {1, kBlock, s_.height >> l, s_.width >> l}; }
     // Where block l's result goes; after the last block, where its gradient will lie.
     T* result(int64_t l, int k, int64_t image, int64_t block) const {
-        return (l + 1 < s_.depth ? layers_[l + 1].input[k] : layers_[l].grad_out[k]).plane(image, block);
+        return (l + 1 < s_.depth ? layers_[l + 1].input[k] : layers_[l].grad_out[k])
+            .plane(image, block);
     }
 
     // Nanoseconds of norm or norm_backward of a plane.
-    double norm_time(const LayerShape& s) const { return numbers_ * move_time<T>(4 * s.pixels() * kBlock); }
+    double norm_time(const LayerShape& s) const {
+        return numbers_ * move_time<T>(4 * s.pixels() * kBlock);
+    }
 
     template <class Params, class Run>
     static void each_vector(const Params& p, const Run& run) {
@@ -276,7 +291,9 @@ class Pass {
                                     result(l, 0, image, block),
                                     a.statistics[0] + at,
                                     a.statistics[1] + at};
-            return each_vector(p, [](const auto& plane, const auto& params) { norm_relu_pool_plane(plane, params); });
+            return each_vector(p, [](const auto& plane, const auto& params) {
+                norm_relu_pool_plane(plane, params);
+            });
         }
         const NormReluPoolDual<T> p{plane_shape(l),
                                     in_.eps,
@@ -292,11 +309,14 @@ class Pass {
                                     a.statistics[1] + at,
                                     a.statistics[2] + at,
                                     a.statistics[3] + at};
-        each_vector(p, [](const auto& plane, const auto& params) { norm_relu_pool_dual_plane(plane, params); });
+        each_vector(p, [](const auto& plane, const auto& params) {
+            norm_relu_pool_dual_plane(plane, params);
+        });
     }
 
     // In a dual pass the values' grad_z may be nullptr.
-    void norm_backward(int64_t l, int64_t image, int64_t block, const Planes& z, const Planes& grad_z) const {
+    void norm_backward(int64_t l, int64_t image, int64_t block, const Planes& z,
+                       const Planes& grad_z) const {
         const Layer& a = layers_[l];
         const int64_t at = of_plane(image, block), c = block * kBlock;
         if (!dual()) {
@@ -310,8 +330,9 @@ class Pass {
                                             grad_z[0],
                                             a.parts[0] + at,
                                             a.parts[1] + at};
-            return each_vector(
-                p, [](const auto& plane, const auto& params) { norm_relu_pool_backward_plane(plane, params); });
+            return each_vector(p, [](const auto& plane, const auto& params) {
+                norm_relu_pool_backward_plane(plane, params);
+            });
         }
         const NormReluPoolDualBackward<T> p{plane_shape(l),
                                             a.grad_out[0].plane(image, block),
@@ -329,11 +350,13 @@ class Pass {
                                             grad_z[1],
                                             a.parts[0] + at,
                                             a.parts[1] + at};
-        each_vector(p,
-                    [](const auto& plane, const auto& params) { norm_relu_pool_dual_backward_plane(plane, params); });
+        each_vector(p, [](const auto& plane, const auto& params) {
+            norm_relu_pool_dual_backward_plane(plane, params);
+        });
     }
 
-    // Sums of the images' terms, to where norm weight and bias lie; biases of convolutions have no gradient.
+    // Sums of the images' terms, to where norm weight and bias lie; biases of convolutions have no
+    // gradient.
     void finish_affine(T* grad) const {
         for (int64_t l = 0; l < s_.depth; ++l) {
             const BlockOffsets at = block_offsets(s_, l);
@@ -361,13 +384,15 @@ class Pass {
         }
     }
 
-    // Calls body(task, whether of tangents) for the numbers that are made. A tangent is two products and a value one:
-    // in turn, so that threads, which get contiguous ranges, get as much of either.
+    // Calls body(task, whether of tangents) for the numbers that are made. A tangent is two
+    // products and a value one: in turn, so that threads, which get contiguous ranges, get as much
+    // of either.
     template <class Body>
     void each_made(int64_t tasks, double of_values, const Body& body) const {
         const int64_t made = numbers_ - first_;
         const double each = of_values * (dual() ? 3 - first_ : 1) / made;
-        parallel_for(tasks * made, threads_, each, [&](int64_t i) { body(i / made, first_ + i % made == 1); });
+        parallel_for(tasks * made, threads_, each,
+                     [&](int64_t i) { body(i / made, first_ + i % made == 1); });
     }
 
     template <class Conv>
@@ -381,16 +406,19 @@ class Pass {
             parallel_with_scratch(count * blocks, threads_, moved, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
                 for (int k = 0; k < numbers_; ++k)
-                    conv.set_input(k, image, block, a.input[k].plane(first + image, block), scratch(thread));
+                    conv.set_input(k, image, block, a.input[k].plane(first + image, block),
+                                   scratch(thread));
             });
             each_made(conv.forward_tasks(count), conv.forward_time(count),
                       [&](int64_t task, bool tangent) { conv.forward(task, count, tangent); });
-            parallel_with_scratch(count * blocks, threads_, moved + normed, [&](int64_t i, int thread) {
-                const int64_t image = i / blocks, block = i % blocks;
-                const Planes z = planes_of(a.z, first + image, block);
-                for (int k = first_; k < numbers_; ++k) conv.get_output(k, image, block, z[k], scratch(thread));
-                norm(l, first + image, block, z);
-            });
+            parallel_with_scratch(count * blocks, threads_, moved + normed,
+                                  [&](int64_t i, int thread) {
+                                      const int64_t image = i / blocks, block = i % blocks;
+                                      const Planes z = planes_of(a.z, first + image, block);
+                                      for (int k = first_; k < numbers_; ++k)
+                                          conv.get_output(k, image, block, z[k], scratch(thread));
+                                      norm(l, first + image, block, z);
+                                  });
         });
     }
 
@@ -403,36 +431,44 @@ class Pass {
         if (grad_theta) conv.clear_weight_grad(threads_);
         const double moved = numbers_ * conv.plane_time(), normed = norm_time(shape);
         each_chunk(conv, [&](int64_t first, int64_t count) {
-            parallel_with_scratch(count * blocks, threads_, 2 * moved + normed, [&](int64_t i, int thread) {
-                const int64_t image = i / blocks, block = i % blocks;
-                const Planes grad_z = planes_in(scratch(thread), shape);
-                T* own = scratch(thread) + numbers_ * shape.pixels() * kBlock;
-                norm_backward(l, first + image, block, planes_of(a.z, first + image, block), grad_z);
-                for (int k = 0; k < numbers_; ++k) {
-                    conv.set_grad(k, image, block, grad_z[k], own);
-                    if (grad_theta) conv.set_input(k, image, block, a.input[k].plane(first + image, block), own);
-                }
-            });
+            parallel_with_scratch(
+                count * blocks, threads_, 2 * moved + normed, [&](int64_t i, int thread) {
+                    const int64_t image = i / blocks, block = i % blocks;
+                    const Planes grad_z = planes_in(scratch(thread), shape);
+                    T* own = scratch(thread) + numbers_ * shape.pixels() * kBlock;
+                    norm_backward(l, first + image, block, planes_of(a.z, first + image, block),
+                                  grad_z);
+                    for (int k = 0; k < numbers_; ++k) {
+                        conv.set_grad(k, image, block, grad_z[k], own);
+                        if (grad_theta)
+                            conv.set_input(k, image, block, a.input[k].plane(first + image, block),
+                                           own);
+                    }
+                });
             each_made(conv.input_grad_tasks(count), conv.input_grad_time(count),
                       [&](int64_t task, bool tangent) { conv.input_grad(task, count, tangent); });
             if (grad_theta)
-                parallel_for(conv.weight_grad_tasks(count), threads_, numbers_ * conv.weight_grad_time(count),
+                parallel_for(conv.weight_grad_tasks(count), threads_,
+                             numbers_ * conv.weight_grad_time(count),
                              [&](int64_t task) { conv.add_weight_grad(task, count, dual()); });
             parallel_with_scratch(count * blocks, threads_, moved, [&](int64_t i, int thread) {
                 const int64_t image = i / blocks, block = i % blocks;
                 for (int k = first_; k < numbers_; ++k)
-                    conv.get_input_grad(k, image, block, below.grad_out[k].plane(first + image, block),
+                    conv.get_input_grad(k, image, block,
+                                        below.grad_out[k].plane(first + image, block),
                                         scratch(thread));
             });
         });
         if (grad_theta) conv.weight_grad(grad_theta + at, threads_);
     }
 
-    // ---- between the last block and the linear layer: features in the order (channel, row, column) ----
+    // ---- between the last block and the linear layer: features in the order (channel, row,
+    // column) ----
 
     template <class Move>
     void each_feature(int k, T* features, const Move& move) const {
-        const int64_t pixels = (s_.height >> s_.depth) * (s_.width >> s_.depth), each = classifier_.features;
+        const int64_t pixels = (s_.height >> s_.depth) * (s_.width >> s_.depth),
+                      each = classifier_.features;
         const BlockedImages<T>& images = layers_[s_.depth - 1].grad_out[k];
         for (int64_t b = 0; b < s_.batch; ++b)
             for (int64_t c = 0; c < images.blocks * kBlock; ++c)
@@ -446,7 +482,8 @@ class Pass {
         });
     }
     void scatter_features(int k) const {
-        each_feature(k, grad_features_[k], [](T* blocked, const T* feature) { *blocked = feature ? *feature : T(0); });
+        each_feature(k, grad_features_[k],
+                     [](T* blocked, const T* feature) { *blocked = feature ? *feature : T(0); });
     }
 
     void image_grad(T* by_tap, T* images, int64_t row) const {
@@ -472,16 +509,16 @@ class Pass {
 
 template <class T>
 Status loss(const Pass<T>& pass, const ConvNetGradient<T>& p, Context context) {
-    return cross_entropy<T>(
-        {p.input.shape.batch, p.input.shape.classes, pass.logits(0), p.hard, p.soft, p.losses, pass.grad_logits()[0]},
-        context);
+    return cross_entropy<T>({p.input.shape.batch, p.input.shape.classes, pass.logits(0), p.hard,
+                             p.soft, p.losses, pass.grad_logits()[0]},
+                            context);
 }
 
 template <class T>
 Status loss_dual(const Pass<T>& pass, const ConvNetDual<T>& p, Context context) {
     return cross_entropy_dual<T>(
-        {p.input.shape.batch, p.input.shape.classes, pass.logits(0), pass.logits(1), p.hard, p.soft, p.losses_tangent,
-         pass.grad_logits()[0], pass.grad_logits()[1], p.labels_tangent},
+        {p.input.shape.batch, p.input.shape.classes, pass.logits(0), pass.logits(1), p.hard, p.soft,
+         p.losses_tangent, pass.grad_logits()[0], pass.grad_logits()[1], p.labels_tangent},
         context);
 }
 
@@ -521,7 +558,8 @@ Status convnet_dual(const ConvNetDual<T>& p, Context context) {
     pass.forward();
     if (const Status bad = loss_dual(pass, p, context)) return bad;
     if (p.theta_tangent || p.wanted)
-        pass.backward(pass.grad_logits(), p.theta_tangent, p.wanted, p.wanted ? p.images_tangent : nullptr);
+        pass.backward(pass.grad_logits(), p.theta_tangent, p.wanted,
+                      p.wanted ? p.images_tangent : nullptr);
     return kSuccess;
 }
 

@@ -1,6 +1,7 @@
-// A convolution between blocks of the network as it is defined, a few images at a time; the same functions as
-// winograd_layer.h. Images and gradients are copied to planes with a border of zeros, so that every pixel's sum has the
-// same form: 3 blocks of rows, each 3 pixels of 16 channels, contiguous.
+// A convolution between blocks of the network as it is defined, a few images at a time; the same
+// functions as winograd_layer.h. Images and gradients are copied to planes with a border of zeros,
+// so that every pixel's sum has the same form: 3 blocks of rows, each 3 pixels of 16 channels,
+// contiguous.
 #pragma once
 
 #include <algorithm>
@@ -37,8 +38,9 @@ class DirectLayer {
 
     // ---- weights ----
 
-    // Packs w [C, C_in, 3, 3] (k = 0) or its tangent (1) as [out blocks][in blocks][9][16 in][16 out]; `transposed`:
-    // with in and out exchanged and the filters turned by half a circle, for the adjoint in the input.
+    // Packs w [C, C_in, 3, 3] (k = 0) or its tangent (1) as [out blocks][in blocks][9][16 in][16
+    // out]; `transposed`: with in and out exchanged and the filters turned by half a circle, for
+    // the adjoint in the input.
     void set_weights(int k, const T* w, bool transposed, int threads) const {
         const int64_t to_blocks = transposed ? s_.in_blocks : s_.out_blocks;
         const int64_t from_blocks = transposed ? s_.out_blocks : s_.in_blocks;
@@ -47,10 +49,14 @@ class DirectLayer {
             for (int tap = 0; tap < 9; ++tap) {
                 for (int64_t f = 0; f < kBlock; ++f) {
                     for (int64_t t = 0; t < kBlock; ++t, ++to) {
-                        const int64_t a = i / from_blocks * kBlock + t, b = i % from_blocks * kBlock + f;
+                        const int64_t a = i / from_blocks * kBlock + t,
+                                      b = i % from_blocks * kBlock + f;
                         const int64_t out = transposed ? b : a, in = transposed ? a : b;
                         const bool exists = out < s_.out_channels && in < s_.in_channels;
-                        *to = exists ? w[9 * (out * s_.in_channels + in) + (transposed ? 8 - tap : tap)] : T(0);
+                        *to =
+                            exists
+                                ? w[9 * (out * s_.in_channels + in) + (transposed ? 8 - tap : tap)]
+                                : T(0);
                     }
                 }
             }
@@ -63,18 +69,20 @@ class DirectLayer {
     }
 
     void weight_grad(T* dw, int threads) const {
-        parallel_for(s_.out_blocks * s_.in_blocks, threads, 3 * move_time<T>(kFilters), [&](int64_t i) {
-            const T* from = weight_grad_ + i * kFilters;
-            for (int tap = 0; tap < 9; ++tap) {
-                for (int64_t f = 0; f < kBlock; ++f) {
-                    for (int64_t t = 0; t < kBlock; ++t, ++from) {
-                        const int64_t out = i / s_.in_blocks * kBlock + t, in = i % s_.in_blocks * kBlock + f;
-                        if (out < s_.out_channels && in < s_.in_channels)
-                            dw[9 * (out * s_.in_channels + in) + tap] = *from;
-                    }
-                }
-            }
-        });
+        parallel_for(s_.out_blocks * s_.in_blocks, threads, 3 * move_time<T>(kFilters),
+                     [&](int64_t i) {
+                         const T* from = weight_grad_ + i * kFilters;
+                         for (int tap = 0; tap < 9; ++tap) {
+                             for (int64_t f = 0; f < kBlock; ++f) {
+                                 for (int64_t t = 0; t < kBlock; ++t, ++from) {
+                                     const int64_t out = i / s_.in_blocks * kBlock + t,
+                                                   in = i % s_.in_blocks * kBlock + f;
+                                     if (out < s_.out_channels && in < s_.in_channels)
+                                         dw[9 * (out * s_.in_channels + in) + tap] = *from;
+                                 }
+                             }
+                         }
+                     });
     }
 
     // ---- a chunk of images: what goes in ----
@@ -94,13 +102,17 @@ class DirectLayer {
     int64_t weight_grad_tasks(int64_t) const { return s_.out_blocks * s_.in_blocks; }
 
     void forward(int64_t task, int64_t, bool tangent) const {
-        if (!tangent) return convolve(inputs_[0], weights_[0], results_[0], s_.in_blocks, task, Write::replace);
+        if (!tangent)
+            return convolve(inputs_[0], weights_[0], results_[0], s_.in_blocks, task,
+                            Write::replace);
         convolve(inputs_[0], weights_[1], results_[1], s_.in_blocks, task, Write::replace);
         convolve(inputs_[1], weights_[0], results_[1], s_.in_blocks, task, Write::add);
     }
 
     void input_grad(int64_t task, int64_t, bool tangent) const {
-        if (!tangent) return convolve(grads_[0], weights_[0], results_[0], s_.out_blocks, task, Write::replace);
+        if (!tangent)
+            return convolve(grads_[0], weights_[0], results_[0], s_.out_blocks, task,
+                            Write::replace);
         convolve(grads_[1], weights_[0], results_[1], s_.out_blocks, task, Write::replace);
         convolve(grads_[0], weights_[1], results_[1], s_.out_blocks, task, Write::add);
     }
@@ -112,11 +124,15 @@ class DirectLayer {
     }
 
     // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
-    double forward_time(int64_t) const { return multiply_time<T>(9 * s_.pixels() * s_.in_blocks * kBlock * kBlock); }
+    double forward_time(int64_t) const {
+        return multiply_time<T>(9 * s_.pixels() * s_.in_blocks * kBlock * kBlock);
+    }
     double input_grad_time(int64_t) const {
         return multiply_time<T>(9 * s_.pixels() * s_.out_blocks * kBlock * kBlock);
     }
-    double weight_grad_time(int64_t count) const { return multiply_time<T>(count * s_.pixels() * kFilters); }
+    double weight_grad_time(int64_t count) const {
+        return multiply_time<T>(count * s_.pixels() * kFilters);
+    }
     double plane_time() const { return move_time<T>(padded_) / 2; }
 
     // ---- what comes out ----
@@ -142,16 +158,18 @@ class DirectLayer {
         std::fill_n(to, row_ - kBlock, T(0));
     }
 
-    // A result's plane from all `blocks` of an image, one after the other: a block's plane and filters, 20 KB and 9 KB
-    // for 16x16 floats, then stay in the first-level cache while they are used, which all of them together would not.
-    void convolve(const T* images, const T* weights, const BlockedImages<T>& to, int64_t blocks, int64_t task,
-                  Write how) const {
+    // A result's plane from all `blocks` of an image, one after the other: a block's plane and
+    // filters, 20 KB and 9 KB for 16x16 floats, then stay in the first-level cache while they are
+    // used, which all of them together would not.
+    void convolve(const T* images, const T* weights, const BlockedImages<T>& to, int64_t blocks,
+                  int64_t task, Write how) const {
         const int64_t image = task / to.blocks, block = task % to.blocks;
         for (int64_t from = 0; from < blocks; ++from) {
-            multiply_all_rows<T>(s_.pixels(),
-                                 Grid<T>{images + (image * blocks + from) * padded_, s_.width, kBlock, row_},
-                                 Runs{3, row_, 3 * kBlock}, weights + (block * blocks + from) * kFilters,
-                                 to.plane(image, block), kBlock, from == 0 ? how : Write::add);
+            multiply_all_rows<T>(
+                s_.pixels(),
+                Grid<T>{images + (image * blocks + from) * padded_, s_.width, kBlock, row_},
+                Runs{3, row_, 3 * kBlock}, weights + (block * blocks + from) * kFilters,
+                to.plane(image, block), kBlock, from == 0 ? how : Write::add);
         }
     }
 
@@ -161,8 +179,10 @@ class DirectLayer {
             const T* input = inputs + (image * s_.in_blocks + in) * padded_;
             const T* grad = grads + (image * s_.out_blocks + out) * padded_ + row_ + kBlock;
             multiply_all_pixels<T>(
-                9 * kBlock, [&](int64_t term) { return term / (3 * kBlock) * row_ + term % (3 * kBlock); },
-                Pixels<T>{input, grad, s_.height, s_.width, kBlock, row_, row_}, weight_grad_ + task * kFilters);
+                9 * kBlock,
+                [&](int64_t term) { return term / (3 * kBlock) * row_ + term % (3 * kBlock); },
+                Pixels<T>{input, grad, s_.height, s_.width, kBlock, row_, row_},
+                weight_grad_ + task * kFilters);
         }
     }
 

@@ -24,7 +24,13 @@ struct Needs {
 
 inline LayerShape layer_shape(const ConvNetShape& s, int64_t layer) {
     const int64_t in = layer == 0 ? s.in_channels : s.channels;
-    return {s.batch, in, s.channels, s.height >> layer, s.width >> layer, blocks_of(in), blocks_of(s.channels)};
+    return {s.batch,
+            in,
+            s.channels,
+            s.height >> layer,
+            s.width >> layer,
+            blocks_of(in),
+            blocks_of(s.channels)};
 }
 
 // Offsets in the flat vector.
@@ -37,7 +43,8 @@ inline int64_t block_size(const ConvNetShape& s, int64_t in_channels) {
 }
 
 inline BlockOffsets block_offsets(const ConvNetShape& s, int64_t layer) {
-    const int64_t start = layer == 0 ? 0 : block_size(s, s.in_channels) + (layer - 1) * block_size(s, s.channels);
+    const int64_t start =
+        layer == 0 ? 0 : block_size(s, s.in_channels) + (layer - 1) * block_size(s, s.channels);
     const int64_t end = start + block_size(s, layer == 0 ? s.in_channels : s.channels);
     return {start, end - 3 * s.channels, end - 2 * s.channels, end - s.channels};
 }

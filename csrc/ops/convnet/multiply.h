@@ -1,5 +1,6 @@
-// The two matrix products that all convolutions here are made of. Each keeps a tile of results in registers: kRows x 16
-// numbers, 12 registers of AVX2's 16 (or of AVX-512's 32), which is what hides the latency of a multiply-add.
+// The two matrix products that all convolutions here are made of. Each keeps a tile of results in
+// registers: kRows x 16 numbers, 12 registers of AVX2's 16 (or of AVX-512's 32), which is what
+// hides the latency of a multiply-add.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Rows of a tile: 12 accumulators; with AVX-512 a double fills two registers a row, of which there are 32.
+// Rows of a tile: 12 accumulators; with AVX-512 a double fills two registers a row, of which there
+// are 32.
 template <class T>
 constexpr int kRows = kVectors<T> >= 12 ? 1 : 12 / kVectors<T>;
 
@@ -37,9 +39,11 @@ struct Tile {
     }
 };
 
-// c[i][0..16) (+)= sum over the runs of a[i][k] * b[k][0..16) for N rows; b is contiguous over all runs.
+// c[i][0..16) (+)= sum over the runs of a[i][k] * b[k][0..16) for N rows; b is contiguous over all
+// runs.
 template <class T, int N>
-inline void multiply_rows(const T* const* a, const Runs& runs, const T* b, T* c, int64_t c_stride, Write how) {
+inline void multiply_rows(const T* const* a, const Runs& runs, const T* b, T* c, int64_t c_stride,
+                          Write how) {
     using V = Vector<T>;
     using M = Memory<V>;
     Tile<T, N> tile;
@@ -57,16 +61,16 @@ inline void multiply_rows(const T* const* a, const Runs& runs, const T* b, T* c,
 }
 
 template <class T, int N = kRows<T>>
-inline void multiply_some_rows(int64_t rows, const T* const* a, const Runs& runs, const T* b, T* c, int64_t c_stride,
-                               Write how) {
+inline void multiply_some_rows(int64_t rows, const T* const* a, const Runs& runs, const T* b, T* c,
+                               int64_t c_stride, Write how) {
     if constexpr (N > 1) {
         if (rows < N) return multiply_some_rows<T, N - 1>(rows, a, runs, b, c, c_stride, how);
     }
     multiply_rows<T, N>(a, runs, b, c, c_stride, how);
 }
 
-// Where rows start: at `first`, `pixel` apart, and after each `width` of them at a distance of `row` from the last
-// such.
+// Where rows start: at `first`, `pixel` apart, and after each `width` of them at a distance of
+// `row` from the last such.
 template <class T>
 struct Grid {
     const T* first;
@@ -75,8 +79,8 @@ struct Grid {
 
 // Rows [0, count) of the grid.
 template <class T>
-inline void multiply_all_rows(int64_t count, const Grid<T>& grid, const Runs& runs, const T* b, T* c, int64_t c_stride,
-                              Write how) {
+inline void multiply_all_rows(int64_t count, const Grid<T>& grid, const Runs& runs, const T* b,
+                              T* c, int64_t c_stride, Write how) {
     const T* line = grid.first;
     int64_t column = 0;
     for (int64_t done = 0; done < count; done += kRows<T>) {

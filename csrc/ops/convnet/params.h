@@ -1,9 +1,11 @@
-// The whole ConvNet, depth x [3x3 convolution, instance norm with affine, ReLU, 2x2 average pool] and a linear layer:
-// what its passes take and give. Parameters lie in one flat vector in the order of the network's parameters():
-// per block convolution weight [C, C_in, 3, 3], convolution bias [C], norm weight [C], norm bias [C]; then linear
-// weight [K, F] and bias [K], F = C * (H >> depth) * (W >> depth).
+// The whole ConvNet, depth x [3x3 convolution, instance norm with affine, ReLU, 2x2 average pool]
+// and a linear layer: what its passes take and give. Parameters lie in one flat vector in the order
+// of the network's parameters(): per block convolution weight [C, C_in, 3, 3], convolution bias
+// [C], norm weight [C], norm bias [C]; then linear weight [K, F] and bias [K], F = C * (H >> depth)
+// * (W >> depth).
 //
-// A convolution's bias has no effect, the norm removes it: it is not read, and its gradients are zero.
+// A convolution's bias has no effect, the norm removes it: it is not read, and its gradients are
+// zero.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +29,8 @@ struct ConvNetInput {
     const T* theta;           // [P]
     const T* images;          // [B, C_in, H, W], elements image_stride apart
     int64_t image_stride[4];  // in elements
-    T* workspace;             // as many numbers as convnet_sizes says, on 64 bytes; what it holds does not matter
+    T* workspace;  // as many numbers as convnet_sizes says, on 64 bytes; what it holds does not
+                   // matter
 };
 
 struct ConvNetSizes {
@@ -38,7 +41,7 @@ struct ConvNetSizes {
 template <class T>
 struct ConvNetForward {
     ConvNetInput<T> input;
-    T* kept;    // for a backward pass, as many numbers as convnet_sizes says, on 64 bytes; or nullptr
+    T* kept;  // for a backward pass, as many numbers as convnet_sizes says, on 64 bytes; or nullptr
     T* logits;  // [B, K]
 };
 
@@ -69,14 +72,15 @@ struct ConvNetDual {
     ConvNetInput<T> input;
     const int64_t* hard;  // [B] or nullptr
     const T* soft;        // [B, K] or nullptr
-    T* kept;              // from convnet_gradient at the same point, only read; or nullptr: made again
-    const T* direction;   // [P]
-    const bool* wanted;   // [B]: images whose gradient is; nullptr: none are
-    T* losses_tangent;    // [B] tangents of the losses; their mean is the gradient along the direction
-    T* theta_tangent;     // [P] tangent of the gradient, or nullptr
-    T* images_tangent;    // [B, C_in, H, W] contiguous: tangent of the gradient with respect to the images; written
-                          // where wanted
-    T* labels_tangent;    // [B, K] with respect to soft labels, or nullptr
+    T* kept;  // from convnet_gradient at the same point, only read; or nullptr: made again
+    const T* direction;  // [P]
+    const bool* wanted;  // [B]: images whose gradient is; nullptr: none are
+    T* losses_tangent;   // [B] tangents of the losses; their mean is the gradient along the
+                         // direction
+    T* theta_tangent;    // [P] tangent of the gradient, or nullptr
+    T* images_tangent;   // [B, C_in, H, W] contiguous: tangent of the gradient with respect to the
+                        // images; written where wanted
+    T* labels_tangent;  // [B, K] with respect to soft labels, or nullptr
 };
 
 }  // namespace pdd

@@ -34,8 +34,8 @@ Status cross_entropy(const CrossEntropy<T>& p, Context context) {
     const T scale = T(1) / static_cast<T>(p.batch);
     parallel_for(p.batch, context.threads, time_of_sample(p), [&](int64_t b) {
         const int64_t row = b * p.classes;
-        p.losses[b] =
-            cross_entropy_sample(Alone{}, p.logits + row, label_of<T>(p, b), p.classes, scale, p.grad_logits + row);
+        p.losses[b] = cross_entropy_sample(Alone{}, p.logits + row, label_of<T>(p, b), p.classes,
+                                           scale, p.grad_logits + row);
     });
     return kSuccess;
 }
@@ -47,8 +47,9 @@ Status cross_entropy_dual(const CrossEntropyDual<T>& p, Context context) {
     parallel_for(p.batch, context.threads, time_of_sample(p), [&](int64_t b) {
         const int64_t row = b * p.classes;
         p.losses_tangent[b] = cross_entropy_dual_sample(
-            Alone{}, p.logits + row, p.logits_tangent + row, label_of<T>(p, b), p.classes, scale, p.grad_logits + row,
-            p.grad_logits_tangent + row, p.grad_labels_tangent ? p.grad_labels_tangent + row : nullptr);
+            Alone{}, p.logits + row, p.logits_tangent + row, label_of<T>(p, b), p.classes, scale,
+            p.grad_logits + row, p.grad_logits_tangent + row,
+            p.grad_labels_tangent ? p.grad_labels_tangent + row : nullptr);
     });
     return kSuccess;
 }

@@ -1,5 +1,6 @@
-// One warp a sample, its lanes across the classes: reads and writes are runs of neighbouring numbers, and the sums are
-// butterflies. A label out of range gives a loss of NaN; telling the host would cost a synchronisation.
+// One warp a sample, its lanes across the classes: reads and writes are runs of neighbouring
+// numbers, and the sums are butterflies. A label out of range gives a loss of NaN; telling the host
+// would cost a synchronisation.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/cross_entropy/math.h"
@@ -34,7 +35,9 @@ __device__ Label<T> label_of(const Params& p, int64_t b) {
 template <class Body>
 __device__ __forceinline__ void each_sample(int64_t batch, const Body& body) {
     const int64_t step = static_cast<int64_t>(gridDim.x) * kSamples;
-    for (int64_t b = static_cast<int64_t>(blockIdx.x) * kSamples + threadIdx.x / 32; b < batch; b += step) body(b);
+    for (int64_t b = static_cast<int64_t>(blockIdx.x) * kSamples + threadIdx.x / 32; b < batch;
+         b += step)
+        body(b);
 }
 
 template <class T>
@@ -43,21 +46,23 @@ __global__ void __launch_bounds__(kThreads, 4) cross_entropy_kernel(const CrossE
     const Warp warp{threadIdx.x % 32};
     each_sample(p.batch, [&](int64_t b) {
         const int64_t row = b * p.classes;
-        const T loss =
-            cross_entropy_sample(warp, p.logits + row, label_of<T>(p, b), p.classes, scale, p.grad_logits + row);
+        const T loss = cross_entropy_sample(warp, p.logits + row, label_of<T>(p, b), p.classes,
+                                            scale, p.grad_logits + row);
         if (warp.first == 0) p.losses[b] = loss;
     });
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) cross_entropy_dual_kernel(const CrossEntropyDual<T> p) {
+__global__ void __launch_bounds__(kThreads, 4)
+    cross_entropy_dual_kernel(const CrossEntropyDual<T> p) {
     const T scale = T(1) / static_cast<T>(p.batch);
     const Warp warp{threadIdx.x % 32};
     each_sample(p.batch, [&](int64_t b) {
         const int64_t row = b * p.classes;
         const T loss_tangent = cross_entropy_dual_sample(
-            warp, p.logits + row, p.logits_tangent + row, label_of<T>(p, b), p.classes, scale, p.grad_logits + row,
-            p.grad_logits_tangent + row, p.grad_labels_tangent ? p.grad_labels_tangent + row : nullptr);
+            warp, p.logits + row, p.logits_tangent + row, label_of<T>(p, b), p.classes, scale,
+            p.grad_logits + row, p.grad_logits_tangent + row,
+            p.grad_labels_tangent ? p.grad_labels_tangent + row : nullptr);
         if (warp.first == 0) p.losses_tangent[b] = loss_tangent;
     });
 }

@@ -1,5 +1,7 @@
-// The formulas of softmax cross-entropy for one sample, value and dual, shared by the CPU and CUDA back ends.
-//   loss = -sum_k y_k log p_k,   p = softmax(l),   gradient of the batch mean: (p_k sum(y) - y_k) / B
+// The formulas of softmax cross-entropy for one sample, value and dual, shared by the CPU and CUDA
+// back ends.
+//   loss = -sum_k y_k log p_k,   p = softmax(l),   gradient of the batch mean: (p_k sum(y) - y_k) /
+//   B
 #pragma once
 
 #include <cmath>
@@ -9,8 +11,8 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Who works on a row of logits: one thread alone here, a warp in cuda.cu. A member takes every step-th class from its
-// first on; sum and max are over the members, the same for all of them.
+// Who works on a row of logits: one thread alone here, a warp in cuda.cu. A member takes every
+// step-th class from its first on; sum and max are over the members, the same for all of them.
 struct Alone {
     static constexpr int64_t first = 0, step = 1;
 
@@ -28,7 +30,8 @@ struct Alone {
 template <class Team, class T>
 PDD_HD T log_sum_exp(const Team& team, const T* logits, int64_t classes) {
     T largest = logits[0];
-    for (int64_t k = team.first; k < classes; k += team.step) largest = logits[k] > largest ? logits[k] : largest;
+    for (int64_t k = team.first; k < classes; k += team.step)
+        largest = logits[k] > largest ? logits[k] : largest;
     largest = team.max(largest);
     T sum = 0;
     for (int64_t k = team.first; k < classes; k += team.step) sum += exp(logits[k] - largest);
@@ -57,14 +60,16 @@ struct Label {
 
 // The loss, for all members alike.
 template <class Team, class T>
-PDD_HD T cross_entropy_sample(const Team& team, const T* logits, Label<T> label, int64_t classes, T scale, T* grad) {
+PDD_HD T cross_entropy_sample(const Team& team, const T* logits, Label<T> label, int64_t classes,
+                              T scale, T* grad) {
     const T lse = log_sum_exp(team, logits, classes);
     const T total = label.total(team, classes);
     T sum = 0;
     for (int64_t k = team.first; k < classes; k += team.step) {
         const T log_p = logits[k] - lse;
         const T y = label.weight(k);
-        if (y != T(0)) sum -= y * log_p;  // 0 * log 0 is 0: a class of weight 0 may have a logit of -inf
+        if (y != T(0))
+            sum -= y * log_p;  // 0 * log 0 is 0: a class of weight 0 may have a logit of -inf
         grad[k] = (exp(log_p) * total - y) * scale;
     }
     return team.sum(sum) + label.poison(classes);
@@ -72,11 +77,13 @@ PDD_HD T cross_entropy_sample(const Team& team, const T* logits, Label<T> label,
 
 // The tangent of the loss, for all members alike.
 template <class Team, class T>
-PDD_HD T cross_entropy_dual_sample(const Team& team, const T* logits, const T* tangent, Label<T> label, int64_t classes,
-                                   T scale, T* grad, T* grad_tangent, T* grad_label_tangent) {
+PDD_HD T cross_entropy_dual_sample(const Team& team, const T* logits, const T* tangent,
+                                   Label<T> label, int64_t classes, T scale, T* grad,
+                                   T* grad_tangent, T* grad_label_tangent) {
     const T lse = log_sum_exp(team, logits, classes);
     T lse_tangent = 0;
-    for (int64_t k = team.first; k < classes; k += team.step) lse_tangent += exp(logits[k] - lse) * tangent[k];
+    for (int64_t k = team.first; k < classes; k += team.step)
+        lse_tangent += exp(logits[k] - lse) * tangent[k];
     lse_tangent = team.sum(lse_tangent);
     const T total = label.total(team, classes);
     T sum = 0;

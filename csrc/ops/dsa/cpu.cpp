@@ -1,6 +1,6 @@
-// One task is one image. It goes through the operations from its input to its output, between two planar buffers where
-// there are several (12 KB each for 3x32x32 floats: first-level cache); a single operation on planar memory reads the
-// input and writes the output.
+// One task is one image. It goes through the operations from its input to its output, between two
+// planar buffers where there are several (12 KB each for 3x32x32 floats: first-level cache); a
+// single operation on planar memory reads the input and writes the output.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -24,7 +24,8 @@ struct Scratch {
 
     static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
     static int64_t bytes(ImageShape shape) {
-        return 2 * padded(shape.elements() * static_cast<int64_t>(sizeof(T))) + padded(sampling_bytes<T>(shape));
+        return 2 * padded(shape.elements() * static_cast<int64_t>(sizeof(T))) +
+               padded(sampling_bytes<T>(shape));
     }
 
     Scratch(char* memory, ImageShape shape) {
@@ -74,8 +75,8 @@ void apply(const Task<T>& task, int operation, const T* image, T* out) {
 
 // One image through the operations: operation(k) for k in [0, count), in the order applied.
 template <class T, class Operation>
-void augment(const Task<T>& task, int64_t count, const Operation& operation, const View<const T>& input,
-             const View<T>& output, const Scratch<T>& scratch) {
+void augment(const Task<T>& task, int64_t count, const Operation& operation,
+             const View<const T>& input, const View<T>& output, const Scratch<T>& scratch) {
     const ImageShape shape = task.shape;
     int64_t last = count - 1;
     while (last >= 0 && task.does_nothing(operation(last))) --last;
@@ -87,7 +88,8 @@ void augment(const Task<T>& task, int64_t count, const Operation& operation, con
         if (task.does_nothing(number)) continue;
         if (number == kScale || number == kRotate) {
             const View<T> to = k == last ? output : planar_view(scratch.buffers[free], shape);
-            const Sampling sampling = number == kScale ? scaling(task.draws, shape) : rotation(task.draws, shape);
+            const Sampling sampling =
+                number == kScale ? scaling(task.draws, shape) : rotation(task.draws, shape);
             resample(from, to, shape, sampling, task.adjoint, scratch.sampling);
             from = {to.data, to.channel, to.row, to.column};
         } else {
@@ -109,7 +111,10 @@ void augment(const Task<T>& task, int64_t count, const Operation& operation, con
 
 // What an operation costs, in times of what moving the image costs.
 int64_t cost(int operation) {
-    return operation == kColor ? 5 : operation == kScale || operation == kRotate ? 16 : operation == kNothing ? 0 : 1;
+    return operation == kColor                           ? 5
+           : operation == kScale || operation == kRotate ? 16
+           : operation == kNothing                       ? 0
+                                                         : 1;
 }
 
 template <class T>
@@ -121,20 +126,24 @@ Status each_image(const Dsa<T>& p, bool adjoint, Context context) {
         moves += cost(p.operations[k]);
     }
     // 40 moves of 3x32x32 numbers take 10 microseconds.
-    const double each = static_cast<double>(moves * shape.elements()) / static_cast<double>(p.batch) / 12;
+    const double each =
+        static_cast<double>(moves * shape.elements()) / static_cast<double>(p.batch) / 12;
     const int threads = threads_worth(p.batch, context.threads, each);
     const int64_t bytes = Scratch<T>::bytes(shape);
     const std::unique_ptr<char, void (*)(void*)> memory(
-        static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes * threads))), std::free);
+        static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes * threads))),
+        std::free);
     if (!memory) return kOutOfMemory;
     parallel_with_scratch(p.batch, threads, each, [&](int64_t b, int thread) {
-        const Task<T> task{shape, {p.draws + b, p.batch}, p.cutout_height, p.cutout_width, p.linear, adjoint};
+        const Task<T> task{
+            shape, {p.draws + b, p.batch}, p.cutout_height, p.cutout_width, p.linear, adjoint};
         const int64_t *in = p.input_stride, *out = p.output_stride;
         const auto operation = [&](int64_t k) {
             return p.operations[(adjoint ? p.operation_count - 1 - k : k) * p.batch + b];
         };
         augment<T>(task, p.operation_count, operation, {p.input + b * in[0], in[1], in[2], in[3]},
-                   {p.output + b * out[0], out[1], out[2], out[3]}, {memory.get() + thread * bytes, shape});
+                   {p.output + b * out[0], out[1], out[2], out[3]},
+                   {memory.get() + thread * bytes, shape});
     });
     return kSuccess;
 }

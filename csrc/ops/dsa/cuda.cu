@@ -1,6 +1,7 @@
-// One block is one image. It is read into shared memory, goes through the operations between two planar buffers there,
-// and is written back, so device memory is read once and written once whatever the number of operations. Images too
-// large for shared memory do the same in scratch of the device's.
+// One block is one image. It is read into shared memory, goes through the operations between two
+// planar buffers there, and is written back, so device memory is read once and written once
+// whatever the number of operations. Images too large for shared memory do the same in scratch of
+// the device's.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/dsa/math.h"
@@ -11,11 +12,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How an image lies in memory: one run of numbers, channel by channel or pixel by pixel, or neither.
+// How an image lies in memory: one run of numbers, channel by channel or pixel by pixel, or
+// neither.
 enum class Layout : int { planar, channels_last, strided };
 
-// The image's sizes for arithmetic on indices, which divides a lot: an integer division takes three times as long in 64
-// bits. pdd_fast/ops/dsa.py refuses images of 2^31 numbers and more.
+// The image's sizes for arithmetic on indices, which divides a lot: an integer division takes three
+// times as long in 64 bits. pdd_fast/ops/dsa.py refuses images of 2^31 numbers and more.
 struct Size {
     int channels, height, width;
 
@@ -33,12 +35,15 @@ __device__ __forceinline__ void for_each(int count, const Body& body) {
     for (int k = static_cast<int>(threadIdx.x); k < count; k += kThreads) body(k);
 }
 
-// Calls body(planar index, offset in memory) for every number of image b that is not moved in packs.
+// Calls body(planar index, offset in memory) for every number of image b that is not moved in
+// packs.
 template <class Body>
-__device__ __forceinline__ void each_strided(const int64_t (&stride)[4], const Size& size, const Body& body) {
+__device__ __forceinline__ void each_strided(const int64_t (&stride)[4], const Size& size,
+                                             const Body& body) {
     for_each(size.elements(), [&](int k) {
         const int pixel = k % size.pixels();
-        body(k, k / size.pixels() * stride[1] + pixel / size.width * stride[2] + pixel % size.width * stride[3]);
+        body(k, k / size.pixels() * stride[1] + pixel / size.width * stride[2] +
+                    pixel % size.width * stride[3]);
     });
 }
 
@@ -49,11 +54,12 @@ __device__ __forceinline__ int planar_index(Layout layout, const Size& size, int
 
 // `packed`: the images begin at multiples of a pack and hold whole packs.
 template <class T>
-__device__ void load(const T* image, const int64_t (&stride)[4], Layout layout, bool packed, const Size& size,
-                     Compute<T>* planar) {
+__device__ void load(const T* image, const int64_t (&stride)[4], Layout layout, bool packed,
+                     const Size& size, Compute<T>* planar) {
     constexpr int V = kPack<T>;
     if (layout == Layout::strided) {
-        each_strided(stride, size, [&](int k, int64_t at) { planar[k] = load_pack<1>(image + at).get(0); });
+        each_strided(stride, size,
+                     [&](int k, int64_t at) { planar[k] = load_pack<1>(image + at).get(0); });
     } else if (packed) {
         for_each(size.elements() / V, [&](int n) {
             const Pack<T, V> pack = load_pack<V>(image + n * V);
@@ -61,14 +67,15 @@ __device__ void load(const T* image, const int64_t (&stride)[4], Layout layout, 
             for (int v = 0; v < V; ++v) planar[planar_index(layout, size, n * V + v)] = pack.get(v);
         });
     } else {
-        for_each(size.elements(),
-                 [&](int k) { planar[planar_index(layout, size, k)] = load_pack<1>(image + k).get(0); });
+        for_each(size.elements(), [&](int k) {
+            planar[planar_index(layout, size, k)] = load_pack<1>(image + k).get(0);
+        });
     }
 }
 
 template <class T>
-__device__ void store(T* image, const int64_t (&stride)[4], Layout layout, bool packed, const Size& size,
-                      const Compute<T>* planar) {
+__device__ void store(T* image, const int64_t (&stride)[4], Layout layout, bool packed,
+                      const Size& size, const Compute<T>* planar) {
     constexpr int V = kPack<T>;
     if (layout == Layout::strided) {
         each_strided(stride, size, [&](int k, int64_t at) { image[at] = narrow<T>(planar[k]); });
@@ -80,7 +87,8 @@ __device__ void store(T* image, const int64_t (&stride)[4], Layout layout, bool 
             store_pack(image + n * V, pack);
         });
     } else {
-        for_each(size.elements(), [&](int k) { image[k] = narrow<T>(planar[planar_index(layout, size, k)]); });
+        for_each(size.elements(),
+                 [&](int k) { image[k] = narrow<T>(planar[planar_index(layout, size, k)]); });
     }
 }
 
@@ -92,7 +100,8 @@ __device__ void saturate(S* image, const Size& size, S factor) {
         S mean = 0;
         for (int c = 0; c < size.channels; ++c) mean += image[c * pixels + k];
         mean *= inverse;
-        for (int c = 0; c < size.channels; ++c) image[c * pixels + k] = blend(image[c * pixels + k], mean, factor);
+        for (int c = 0; c < size.channels; ++c)
+            image[c * pixels + k] = blend(image[c * pixels + k], mean, factor);
     });
     __syncthreads();
 }
@@ -132,7 +141,8 @@ __device__ void mirror(const S* image, S* out, const Size& size) {
 }
 
 template <class S>
-__device__ void sample(const S* image, S* out, const ImageShape& shape, const Size& size, const Sampling& sampling) {
+__device__ void sample(const S* image, S* out, const ImageShape& shape, const Size& size,
+                       const Sampling& sampling) {
     for_each(size.pixels(), [&](int k) {
         const Taps taps(sampling, shape, k / size.width, k % size.width);
         for (int c = 0; c < size.channels; ++c)
@@ -147,15 +157,16 @@ __device__ void sample_adjoint(const S* grad, S* out, const ImageShape& shape, c
         const int p = k / size.width, q = k % size.width;
         const Reach reach(sampling, shape, p, q);
         for (int c = 0; c < size.channels; ++c)
-            out[c * size.pixels() + k] = gather(grad + c * size.pixels(), sampling, reach, shape, p, q);
+            out[c * size.pixels() + k] =
+                gather(grad + c * size.pixels(), sampling, reach, shape, p, q);
     });
 }
 
-// Applies one operation, or its transpose, to image; out is the other buffer. Gives the one that holds the
-// result.
+// Applies one operation, or its transpose, to image; out is the other buffer. Gives the one that
+// holds the result.
 template <class T, class S>
-__device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& shape, const Dsa<T>& p, S* image,
-                    S* out, S* partial) {
+__device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& shape,
+                    const Dsa<T>& p, S* image, S* out, S* partial) {
     const Size size(shape);
     const int64_t sign = adjoint ? -1 : 1;
     switch (operation) {
@@ -188,7 +199,8 @@ __device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& 
             break;
         case kScale:
         case kRotate: {
-            const Sampling sampling = operation == kScale ? scaling(draws, shape) : rotation(draws, shape);
+            const Sampling sampling =
+                operation == kScale ? scaling(draws, shape) : rotation(draws, shape);
             if (adjoint) {
                 sample_adjoint(image, out, shape, size, sampling);
             } else {
@@ -216,20 +228,22 @@ __global__ void __launch_bounds__(kThreads, 2) dsa_kernel(const Dsa<T> p, const 
     __shared__ S partial[kThreads / 32];
     const ImageShape shape{p.channels, p.height, p.width};
     const Size size(shape);
-    S* first =
-        p.scratch ? p.scratch + int64_t{2} * blockIdx.x * size.elements() : reinterpret_cast<S*>(dynamic_shared());
+    S* first = p.scratch ? p.scratch + int64_t{2} * blockIdx.x * size.elements()
+                         : reinterpret_cast<S*>(dynamic_shared());
     S* second = first + size.elements();
     for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
         const Draws draws{p.draws + b, p.batch};
         S* image = first;
-        load(p.input + b * p.input_stride[0], p.input_stride, plan.input, plan.packed_input, size, image);
+        load(p.input + b * p.input_stride[0], p.input_stride, plan.input, plan.packed_input, size,
+             image);
         __syncthreads();
         for (int64_t n = 0; n < p.operation_count; ++n) {
             const int64_t number = plan.adjoint ? p.operation_count - 1 - n : n;
             image = apply(p.operations[number * p.batch + b], plan.adjoint, draws, shape, p, image,
                           image == first ? second : first, partial);
         }
-        store(p.output + b * p.output_stride[0], p.output_stride, plan.output, plan.packed_output, size, image);
+        store(p.output + b * p.output_stride[0], p.output_stride, plan.output, plan.packed_output,
+              size, image);
         __syncthreads();
     }
 }
@@ -237,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, 2) dsa_kernel(const Dsa<T> p, const 
 // An axis of one element may have any stride.
 Layout layout_of(const ImageShape& s, const int64_t (&stride)[4]) {
     const auto is = [&](int64_t of_channel, int64_t of_row, int64_t of_column) {
-        return (s.channels == 1 || stride[1] == of_channel) && (s.height == 1 || stride[2] == of_row) &&
-               (s.width == 1 || stride[3] == of_column);
+        return (s.channels == 1 || stride[1] == of_channel) &&
+               (s.height == 1 || stride[2] == of_row) && (s.width == 1 || stride[3] == of_column);
     };
     if (is(s.height * s.width, s.width, 1)) return Layout::planar;
     if (is(1, s.width * s.channels, s.channels)) return Layout::channels_last;
@@ -258,19 +272,23 @@ template <class T>
 Status run(const Dsa<T>& p, bool adjoint, Context context) {
     const ImageShape shape{p.channels, p.height, p.width};
     const Plan plan{layout_of(shape, p.input_stride), layout_of(shape, p.output_stride),
-                    in_packs(shape, p.input_stride, p.input), in_packs(shape, p.output_stride, p.output), adjoint};
-    if (p.scratch) return launch(dsa_kernel<T>, grid_for(p.scratch_images), kThreads, 0, context, p, plan);
+                    in_packs(shape, p.input_stride, p.input),
+                    in_packs(shape, p.output_stride, p.output), adjoint};
+    if (p.scratch)
+        return launch(dsa_kernel<T>, grid_for(p.scratch_images), kThreads, 0, context, p, plan);
     const int64_t bytes = shared_bytes(shape, static_cast<int>(sizeof(Compute<T>)));
-    constexpr int64_t without_asking = 47 * 1024;  // of 48, what the kernel has of its own taken off
+    constexpr int64_t without_asking =
+        47 * 1024;  // of 48, what the kernel has of its own taken off
     if (bytes > without_asking) {
-        const cudaError_t error =
-            cudaFuncSetAttribute(dsa_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+        const cudaError_t error = cudaFuncSetAttribute(
+            dsa_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
         if (error != cudaSuccess) {
             cudaGetLastError();
             return static_cast<Status>(error);
         }
     }
-    return launch(dsa_kernel<T>, grid_for(p.batch), kThreads, static_cast<size_t>(bytes), context, p, plan);
+    return launch(dsa_kernel<T>, grid_for(p.batch), kThreads, static_cast<size_t>(bytes), context,
+                  p, plan);
 }
 
 }  // namespace
@@ -282,7 +300,8 @@ int64_t dsa_scratch_images(DsaShape s, int number_bytes) {
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (bytes <= most - 1024) return 0;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    const int64_t blocks = 8 * static_cast<int64_t>(processors);  // as many as are on the device at a time
+    const int64_t blocks =
+        8 * static_cast<int64_t>(processors);  // as many as are on the device at a time
     return s.batch < blocks ? s.batch : blocks;
 }
 

@@ -12,7 +12,8 @@ template <class T>
 struct FourOf {
     typedef T type __attribute__((vector_size(4 * sizeof(T))));
     typedef T unaligned __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
-    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> indices __attribute__((vector_size(4 * sizeof(T))));
+    typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> indices
+        __attribute__((vector_size(4 * sizeof(T))));
 };
 template <class T>
 using Four = typename FourOf<T>::type;
@@ -35,10 +36,14 @@ void store_four(T* to, Four<T> four) {
 // Eight shuffles; number by number it would take twelve.
 template <class T>
 void transpose(Four<T> (&v)[4]) {
-    const Four<T> low01 = PDD_SHUFFLE(T, v[0], v[1], 0, 4, 1, 5), high01 = PDD_SHUFFLE(T, v[0], v[1], 2, 6, 3, 7);
-    const Four<T> low23 = PDD_SHUFFLE(T, v[2], v[3], 0, 4, 1, 5), high23 = PDD_SHUFFLE(T, v[2], v[3], 2, 6, 3, 7);
-    v[0] = PDD_SHUFFLE(T, low01, low23, 0, 1, 4, 5), v[1] = PDD_SHUFFLE(T, low01, low23, 2, 3, 6, 7);
-    v[2] = PDD_SHUFFLE(T, high01, high23, 0, 1, 4, 5), v[3] = PDD_SHUFFLE(T, high01, high23, 2, 3, 6, 7);
+    const Four<T> low01 = PDD_SHUFFLE(T, v[0], v[1], 0, 4, 1, 5),
+                  high01 = PDD_SHUFFLE(T, v[0], v[1], 2, 6, 3, 7);
+    const Four<T> low23 = PDD_SHUFFLE(T, v[2], v[3], 0, 4, 1, 5),
+                  high23 = PDD_SHUFFLE(T, v[2], v[3], 2, 6, 3, 7);
+    v[0] = PDD_SHUFFLE(T, low01, low23, 0, 1, 4, 5),
+    v[1] = PDD_SHUFFLE(T, low01, low23, 2, 3, 6, 7);
+    v[2] = PDD_SHUFFLE(T, high01, high23, 0, 1, 4, 5),
+    v[3] = PDD_SHUFFLE(T, high01, high23, 2, 3, 6, 7);
 }
 
 #undef PDD_SHUFFLE

@@ -1,8 +1,10 @@
-// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; docs/mathematics.md, section 5) at one
-// pixel, shared by the CPU and CUDA back ends. Images are planar here: element (c, i, j) lies at (c*H + i)*W + j.
+// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; docs/mathematics.md,
+// section 5) at one pixel, shared by the CPU and CUDA back ends. Images are planar here: element
+// (c, i, j) lies at (c*H + i)*W + j.
 //
-// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather too: for an input
-// pixel it visits the few outputs whose taps can reach it, so no thread ever adds to another's result.
+// Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather
+// too: for an input pixel it visits the few outputs whose taps can reach it, so no thread ever adds
+// to another's result.
 #pragma once
 
 #include <cmath>
@@ -20,8 +22,8 @@ struct ImageShape {
     PDD_HD int64_t elements() const { return channels * height * width; }
 };
 
-// value, a double or several, held to [low, high], NaN to low. A draw may be any number; one that does not fit an
-// integer must not be cast.
+// value, a double or several, held to [low, high], NaN to low. A draw may be any number; one that
+// does not fit an integer must not be cast.
 template <class Value>
 PDD_HD Value held(Value value, double low, double high) {
     const Value lowest = Value{} + low, highest = Value{} + high;
@@ -37,24 +39,29 @@ struct Draws {
     int64_t batch;
 
     PDD_HD double operator[](int draw) const { return first[draw * batch]; }
-    PDD_HD int64_t integer(int draw) const { return static_cast<int64_t>(held(first[draw * batch], -kFar, kFar)); }
+    PDD_HD int64_t integer(int draw) const {
+        return static_cast<int64_t>(held(first[draw * batch], -kFar, kFar));
+    }
 };
 
 // Rows [top, bottom) and columns [left, right) that cutout blanks.
 struct Box {
     int64_t top, bottom, left, right;
 
-    PDD_HD bool contains(int64_t i, int64_t j) const { return i >= top && i < bottom && j >= left && j < right; }
+    PDD_HD bool contains(int64_t i, int64_t j) const {
+        return i >= top && i < bottom && j >= left && j < right;
+    }
 };
 
 PDD_HD Box cutout_box(Draws draws, int64_t height, int64_t width) {
-    const int64_t top = draws.integer(kCutoutH) - height / 2, left = draws.integer(kCutoutW) - width / 2;
+    const int64_t top = draws.integer(kCutoutH) - height / 2,
+                  left = draws.integer(kCutoutW) - width / 2;
     return {top, top + height, left, left + width};
 }
 
-// Where an output pixel is sampled: position = centre + M (pixel - centre), in pixels. Equals affine_grid
-// followed by grid_sample with align_corners=True; double for every type, since the rounding of a position is
-// multiplied by the difference of neighbouring pixels.
+// Where an output pixel is sampled: position = centre + M (pixel - centre), in pixels. Equals
+// affine_grid followed by grid_sample with align_corners=True; double for every type, since the
+// rounding of a position is multiplied by the difference of neighbouring pixels.
 struct Sampling {
     double xx, xy, yx, yy;  // M: x from x, x from y, y from x, y from y
     double cx, cy;
@@ -62,8 +69,12 @@ struct Sampling {
     // The position of a pixel is the column's part of it, and then the row's.
     PDD_HD double column_x(int64_t j) const { return cx + xx * (static_cast<double>(j) - cx); }
     PDD_HD double column_y(int64_t j) const { return cy + yx * (static_cast<double>(j) - cx); }
-    PDD_HD double x(int64_t i, int64_t j) const { return column_x(j) + xy * (static_cast<double>(i) - cy); }
-    PDD_HD double y(int64_t i, int64_t j) const { return column_y(j) + yy * (static_cast<double>(i) - cy); }
+    PDD_HD double x(int64_t i, int64_t j) const {
+        return column_x(j) + xy * (static_cast<double>(i) - cy);
+    }
+    PDD_HD double y(int64_t i, int64_t j) const {
+        return column_y(j) + yy * (static_cast<double>(i) - cy);
+    }
 };
 
 PDD_HD Sampling scaling(Draws draws, ImageShape shape) {
@@ -81,7 +92,8 @@ struct Turn {
 
 PDD_HD Turn turn_of(double angle) {
 #if defined(__CUDA_ARCH__)
-    // cos and sin keep an array in local memory for angles beyond 10^5; those of multiples of pi do not.
+    // cos and sin keep an array in local memory for angles beyond 10^5; those of multiples of pi do
+    // not.
     double sine, cosine;
     sincospi(angle * 0.31830988618379067154, &sine, &cosine);
     return {cosine, sine};
@@ -91,9 +103,10 @@ PDD_HD Turn turn_of(double angle) {
 }
 
 PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
-    // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation in them
-    // carries the ratio of the sides. A side of one pixel has the coordinate 0 alone.
-    const double across = static_cast<double>(shape.width - 1), down = static_cast<double>(shape.height - 1);
+    // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation
+    // in them carries the ratio of the sides. A side of one pixel has the coordinate 0 alone.
+    const double across = static_cast<double>(shape.width - 1),
+                 down = static_cast<double>(shape.height - 1);
     const Turn turn = turn_of(draws[kAngle]);
     return {turn.cosine,
             down > 0 ? -turn.sine * across / down : 0.0,
@@ -109,14 +122,16 @@ PDD_HD double tap(double distance) {
     return weight > 0 ? weight : 0;
 }
 
-// Along one axis, tap() of the two pixels around a position, or several: `first`, its floor, which may lie outside,
-// and the next.
+// Along one axis, tap() of the two pixels around a position, or several: `first`, its floor, which
+// may lie outside, and the next.
 template <class Value>
 struct Neighbours {
     Value first, weight, next_weight;
 
     PDD_HD Neighbours(Value position, Value floor)
-        : first(floor), weight(1.0 - (position - floor)), next_weight(1.0 - ((floor + 1.0) - position)) {}
+        : first(floor),
+          weight(1.0 - (position - floor)),
+          next_weight(1.0 - ((floor + 1.0) - position)) {}
 };
 
 // The four taps of one output pixel.
@@ -149,17 +164,20 @@ struct Taps {
     }
 };
 
-// The output pixels whose taps can reach one input pixel: a box around its image under the inverse of M.
+// The output pixels whose taps can reach one input pixel: a box around its image under the inverse
+// of M.
 struct Reach {
     int64_t top, bottom, left, right;  // inclusive
 
     PDD_HD Reach(const Sampling& s, ImageShape shape, int64_t p, int64_t q) {
-        constexpr double slack = 1e-6;  // for the rounding of the inverse; a pixel too many has weight 0
+        constexpr double slack =
+            1e-6;  // for the rounding of the inverse; a pixel too many has weight 0
         const double determinant = s.xx * s.yy - s.xy * s.yx;
         top = left = 0;
         bottom = shape.height - 1;
         right = shape.width - 1;
-        if (fabs(determinant) < 1e-9) return;  // a plane squeezed to a line: every output is looked at
+        if (fabs(determinant) < 1e-9)
+            return;  // a plane squeezed to a line: every output is looked at
         const double dx = static_cast<double>(q) - s.cx, dy = static_cast<double>(p) - s.cy;
         const double j = s.cx + (s.yy * dx - s.xy * dy) / determinant;
         const double i = s.cy + (s.xx * dy - s.yx * dx) / determinant;
@@ -174,11 +192,13 @@ struct Reach {
 
 // What the outputs of one channel give back to input pixel (p, q).
 template <class T>
-PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape shape, int64_t p, int64_t q) {
+PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape shape, int64_t p,
+                int64_t q) {
     T sum = 0;
     for (int64_t i = reach.top; i <= reach.bottom; ++i) {
         for (int64_t j = reach.left; j <= reach.right; ++j) {
-            const double weight = tap(s.y(i, j) - static_cast<double>(p)) * tap(s.x(i, j) - static_cast<double>(q));
+            const double weight =
+                tap(s.y(i, j) - static_cast<double>(p)) * tap(s.x(i, j) - static_cast<double>(q));
             if (weight > 0) sum += static_cast<T>(weight) * grad[i * shape.width + j];
         }
     }

@@ -1,5 +1,5 @@
-// Differentiable Siamese augmentation: what goes in and out. Arbitrary strides, in elements, so that both
-// layouts are read and written without a copy.
+// Differentiable Siamese augmentation: what goes in and out. Arbitrary strides, in elements, so
+// that both layouts are read and written without a copy.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,15 @@
 namespace pdd {
 
 // The operations' numbers; pdd_fast/ops/dsa.py holds the same list.
-enum DsaOperation : int { kNothing = -1, kColor = 0, kCrop = 1, kCutout = 2, kFlip = 3, kScale = 4, kRotate = 5 };
+enum DsaOperation : int {
+    kNothing = -1,
+    kColor = 0,
+    kCrop = 1,
+    kCutout = 2,
+    kFlip = 3,
+    kScale = 4,
+    kRotate = 5
+};
 
 // The rows of Dsa::draws; pdd_fast/ops/dsa.py holds the same list.
 enum DsaDraw : int {
@@ -33,12 +41,12 @@ struct Dsa {
     int64_t cutout_height, cutout_width;  // size of the square that cutout blanks
     int64_t operation_count;
     const int* operations;  // [operation_count, B] DsaOperation, in the order applied
-    bool linear;            // leave out what is constant in the image (brightness); the adjoint ignores it
-    const double* draws;    // [kDsaDraws, B]
-    const T* input;         // [B, C, H, W], strides below
-    T* output;              // [B, C, H, W], strides below
+    bool linear;  // leave out what is constant in the image (brightness); the adjoint ignores it
+    const double* draws;                        // [kDsaDraws, B]
+    const T* input;                             // [B, C, H, W], strides below
+    T* output;                                  // [B, C, H, W], strides below
     int64_t input_stride[4], output_stride[4];  // of B, C, H, W
-    Compute<T>* scratch;                        // [dsa_scratch_images, 2, C * H * W]; nullptr where that is 0
+    Compute<T>* scratch;  // [dsa_scratch_images, 2, C * H * W]; nullptr where that is 0
     int64_t scratch_images;
 };
 

@@ -11,8 +11,9 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Adds the sums of kFours * 4 rows, one after another, to total. A row's numbers are added one after another too, each
-// addition waiting for the one before it, so many rows are summed at a time, four in a vector.
+// Adds the sums of kFours * 4 rows, one after another, to total. A row's numbers are added one
+// after another too, each addition waiting for the one before it, so many rows are summed at a
+// time, four in a vector.
 template <int kFours, class T>
 void add_row_sums(const T* rows, int64_t width, T& total) {
     Four<T> sums[kFours] = {};
@@ -48,8 +49,9 @@ T mean_of(const T* image, ImageShape shape) {
     return total / static_cast<T>(shape.elements());
 }
 
-// Of before(number) for every number. The means of a few pixels at a time lie in memory, so that they are rounded:
-// where a compiler keeps them in registers it may fold their product with `inverse` into what they are subtracted from.
+// Of before(number) for every number. The means of a few pixels at a time lie in memory, so that
+// they are rounded: where a compiler keeps them in registers it may fold their product with
+// `inverse` into what they are subtracted from.
 template <class T, class Before>
 void saturate(const T* image, T* out, ImageShape shape, T factor, Before before) {
     constexpr int64_t kMost = 256;
@@ -62,7 +64,9 @@ void saturate(const T* image, T* out, ImageShape shape, T factor, Before before)
         T* __restrict to = out + first;
         if (shape.channels == 3) {
             for (int64_t k = 0; k < count; ++k)
-                means[k] = (before(from[k]) + before(from[pixels + k]) + before(from[2 * pixels + k])) * inverse;
+                means[k] =
+                    (before(from[k]) + before(from[pixels + k]) + before(from[2 * pixels + k])) *
+                    inverse;
         } else {
             for (int64_t k = 0; k < count; ++k) means[k] = before(from[k]);
             for (int64_t c = 1; c < shape.channels; ++c)
@@ -83,7 +87,8 @@ void contrast(T* image, ImageShape shape, T factor) {
 
 template <class T>
 void color(const T* image, T* out, ImageShape shape, Draws draws, bool linear) {
-    const T brightness = static_cast<T>(draws[kBrightness]), saturation = static_cast<T>(draws[kSaturation]);
+    const T brightness = static_cast<T>(draws[kBrightness]),
+            saturation = static_cast<T>(draws[kSaturation]);
     if (linear) {
         saturate(image, out, shape, saturation, [](T value) { return value; });
     } else {
@@ -95,11 +100,12 @@ void color(const T* image, T* out, ImageShape shape, Draws draws, bool linear) {
 template <class T>
 void color_adjoint(const T* grad, T* out, ImageShape shape, Draws draws) {
     const T mean = mean_of(grad, shape), factor = static_cast<T>(draws[kContrast]);
-    saturate(grad, out, shape, static_cast<T>(draws[kSaturation]), [=](T value) { return blend(value, mean, factor); });
+    saturate(grad, out, shape, static_cast<T>(draws[kSaturation]),
+             [=](T value) { return blend(value, mean, factor); });
 }
 
-// out[i, j] = image[i + u, j + v], zero outside. A plane is moved as one run of numbers; what then has come from a
-// neighbouring row is blanked.
+// out[i, j] = image[i + u, j + v], zero outside. A plane is moved as one run of numbers; what then
+// has come from a neighbouring row is blanked.
 template <class T>
 void shift(const T* image, T* out, ImageShape shape, int64_t u, int64_t v) {
     const int64_t height = shape.height, width = shape.width, pixels = shape.pixels();
@@ -144,9 +150,11 @@ void mirror(const T* image, T* out, ImageShape shape) {
     using M = Memory<Vector<T>>;
     constexpr int64_t lanes = kLanes<T, Vector<T>>;
     const int64_t width = shape.width;
-    for (int64_t row = 0; row < shape.channels * shape.height; ++row, image += width, out += width) {
+    for (int64_t row = 0; row < shape.channels * shape.height;
+         ++row, image += width, out += width) {
         int64_t j = 0;
-        for (; j + lanes <= width; j += lanes) M::store(out + j, reversed<T>(M::load(image + width - lanes - j)));
+        for (; j + lanes <= width; j += lanes)
+            M::store(out + j, reversed<T>(M::load(image + width - lanes - j)));
         for (; j < width; ++j) out[j] = image[width - 1 - j];
     }
 }

@@ -1,6 +1,6 @@
-// Scale and rotate of one image, and their transposes. Positions and weights are computed once for all channels, a tap
-// is up to four channels of a pixel in one register, and the image lies in a frame of zeros as wide as taps reach, so
-// that none has to be asked whether it is inside.
+// Scale and rotate of one image, and their transposes. Positions and weights are computed once for
+// all channels, a tap is up to four channels of a pixel in one register, and the image lies in a
+// frame of zeros as wide as taps reach, so that none has to be asked whether it is inside.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,8 @@ inline Doubles floor_of(Doubles v) {
     return v;
 }
 
-// Rounded once where the instruction set can, as compilers do with the formulas in math.h where both factors change.
+// Rounded once where the instruction set can, as compilers do with the formulas in math.h where
+// both factors change.
 inline Doubles multiply_add(double a, double b, Doubles c) {
 #if defined(__FP_FAST_FMA)
     for (int l = 0; l < kLanes<double, Doubles>; ++l) c[l] = std::fma(a, b, c[l]);
@@ -45,7 +46,8 @@ inline Doubles multiply_add(double a, double b, Doubles c) {
 #endif
 }
 
-// The integer in whole + 2^52, a double whose lowest digit is worth one: no instruction before AVX-512 converts.
+// The integer in whole + 2^52, a double whose lowest digit is worth one: no instruction before
+// AVX-512 converts.
 constexpr double kOnes = 4503599627370496.0;
 inline Integers integers(Doubles whole_and_ones) {
     return reinterpret_cast<Integers>(whole_and_ones) - int64_t{0x4330000000000000};
@@ -78,7 +80,8 @@ template <class T>
 class SamplingRow {
   public:
     static int64_t bytes(ImageShape shape) {
-        return rounded(shape.width) * static_cast<int64_t>(3 * sizeof(double) + sizeof(int64_t) + 4 * sizeof(T));
+        return rounded(shape.width) *
+               static_cast<int64_t>(3 * sizeof(double) + sizeof(int64_t) + 4 * sizeof(T));
     }
 
     SamplingRow(void* memory, const Sampling& sampling, ImageShape shape, int64_t pixel_bytes)
@@ -92,7 +95,8 @@ class SamplingRow {
           turned_(sampling.xy != 0 || sampling.yx != 0) {
         for (int k = 0; k < 3; ++k) of_column_[k] = static_cast<double*>(memory) + k * columns_;
         at_ = reinterpret_cast<int64_t*>(of_column_[2] + columns_);
-        for (int k = 0; k < 4; ++k) weights_[k] = reinterpret_cast<T*>(at_ + columns_) + k * columns_;
+        for (int k = 0; k < 4; ++k)
+            weights_[k] = reinterpret_cast<T*>(at_ + columns_) + k * columns_;
         for (int64_t j = 0; j < columns_; ++j) of_column_[0][j] = sampling.column_x(j);
         if (turned_) {
             for (int64_t j = 0; j < columns_; ++j) of_column_[1][j] = sampling.column_y(j);
@@ -107,11 +111,16 @@ class SamplingRow {
         }
     }
 
-    const int64_t* at() const { return at_; }              // bytes from the frame's corner to the upper left tap
-    const T* weights(int k) const { return weights_[k]; }  // of that tap, the one to its right, and those below
+    const int64_t* at() const {
+        return at_;
+    }  // bytes from the frame's corner to the upper left tap
+    const T* weights(int k) const {
+        return weights_[k];
+    }  // of that tap, the one to its right, and those below
 
     void move_to(int64_t i) {
-        const SamplingRow row = *this;  // a copy can't change by what is stored: it stays in registers
+        const SamplingRow row =
+            *this;  // a copy can't change by what is stored: it stays in registers
         const double dy = static_cast<double>(i) - row.sampling_.cy;
         if (!row.turned_) {  // a row has one y, and all rows have the same x
             const double y = held(row.sampling_.y(i, 0), -1, row.height_);
@@ -121,10 +130,13 @@ class SamplingRow {
             return;
         }
         for (int64_t j = 0; j < row.columns_; j += kTogether) {
-            const Doubles y = held(multiply_add(row.sampling_.yy, dy, row.of_column(1, j)), -1, row.height_);
-            const Doubles x = held(multiply_add(row.sampling_.xy, dy, row.of_column(0, j)), -1, row.width_);
+            const Doubles y =
+                held(multiply_add(row.sampling_.yy, dy, row.of_column(1, j)), -1, row.height_);
+            const Doubles x =
+                held(multiply_add(row.sampling_.xy, dy, row.of_column(0, j)), -1, row.width_);
             const Neighbours<Doubles> columns(x, floor_of(x));
-            row.set(j, Neighbours<Doubles>(y, floor_of(y)), columns.first, columns.weight, columns.next_weight);
+            row.set(j, Neighbours<Doubles>(y, floor_of(y)), columns.first, columns.weight,
+                    columns.next_weight);
         }
     }
 
@@ -132,12 +144,15 @@ class SamplingRow {
     using M = Memory<Doubles>;
     static constexpr int64_t kTogether = kLanes<double, Doubles>;
 
-    static int64_t rounded(int64_t width) { return (width + kTogether - 1) / kTogether * kTogether; }
+    static int64_t rounded(int64_t width) {
+        return (width + kTogether - 1) / kTogether * kTogether;
+    }
 
     Doubles of_column(int k, int64_t j) const { return M::load(of_column_[k] + j); }
 
     template <class Rows>
-    void set(int64_t j, const Rows& rows, Doubles first, Doubles weight, Doubles next_weight) const {
+    void set(int64_t j, const Rows& rows, Doubles first, Doubles weight,
+             Doubles next_weight) const {
         const Integers at = integers(rows.first * down_ + (first * across_ + corner_));
         std::memcpy(at_ + j, &at, sizeof(at));
         store(weights_[0] + j, rows.weight * weight);
@@ -155,7 +170,8 @@ class SamplingRow {
     int64_t columns_;
     double height_, width_, across_, down_, corner_;
     bool turned_;
-    // Turned: what a column gives to x and to y. Else: its first tap's column, and the weights of it and the next.
+    // Turned: what a column gives to x and to y. Else: its first tap's column, and the weights of
+    // it and the next.
     double* of_column_[3];
     int64_t* at_;
     T* weights_[4];
@@ -179,7 +195,8 @@ void load_row(const View<const T>& from, int64_t c, int64_t i, int64_t width, co
     }
     for (; j < width; ++j) {
         Pixel pixel{};
-        for (int n = 0; n < N; ++n) PixelOf<T, N>::set(pixel, n, row[n * from.channel + j * from.column]);
+        for (int n = 0; n < N; ++n)
+            PixelOf<T, N>::set(pixel, n, row[n * from.channel + j * from.column]);
         body(j, pixel);
     }
 }
@@ -192,7 +209,8 @@ void store_row(const View<T>& to, int64_t c, int64_t i, int64_t width, const Mak
     if constexpr (N > 1) {
         if (to.column == 1) {
             for (; j + 4 <= width; j += 4) {
-                typename PixelOf<T, N>::type v[4] = {pixel(j), pixel(j + 1), pixel(j + 2), pixel(j + 3)};
+                typename PixelOf<T, N>::type v[4] = {pixel(j), pixel(j + 1), pixel(j + 2),
+                                                     pixel(j + 3)};
                 transpose<T>(v);
                 for (int n = 0; n < N; ++n) store_four(row + n * to.channel + j, v[n]);
             }
@@ -200,7 +218,8 @@ void store_row(const View<T>& to, int64_t c, int64_t i, int64_t width, const Mak
     }
     for (; j < width; ++j) {
         const auto value = pixel(j);
-        for (int n = 0; n < N; ++n) row[n * to.channel + j * to.column] = PixelOf<T, N>::get(value, n);
+        for (int n = 0; n < N; ++n)
+            row[n * to.channel + j * to.column] = PixelOf<T, N>::get(value, n);
     }
 }
 
@@ -220,12 +239,14 @@ struct Sampler {
         for (int64_t i = 0; i < shape.height; ++i) {
             Pixel* target = line(i);
             target[-1] = target[shape.width] = target[shape.width + 1] = Pixel{};
-            load_row<T, N>(image, c, i, shape.width, [=](int64_t j, const Pixel& pixel) { target[j] = pixel; });
+            load_row<T, N>(image, c, i, shape.width,
+                           [=](int64_t j, const Pixel& pixel) { target[j] = pixel; });
         }
         std::fill_n(line(shape.height) - 1, 2 * frame.width, Pixel{});
 
         const int64_t* at = row.at();
-        const T *w0 = row.weights(0), *w1 = row.weights(1), *w2 = row.weights(2), *w3 = row.weights(3);
+        const T *w0 = row.weights(0), *w1 = row.weights(1), *w2 = row.weights(2),
+                *w3 = row.weights(3);
         const char *above = reinterpret_cast<const char*>(framed),
                    *below = reinterpret_cast<const char*>(framed + frame.width);
         for (int64_t i = 0; i < shape.height; ++i) {
@@ -243,12 +264,15 @@ struct Sampler {
         }
     }
 
-    // Every output adds to the pixels that it was sampled from, row after row: gather()'s sums in gather()'s order.
+    // Every output adds to the pixels that it was sampled from, row after row: gather()'s sums in
+    // gather()'s order.
     void sample_adjoint(const View<const T>& grad, const View<T>& out, int64_t c) {
         std::fill_n(framed, frame.pixels(), Pixel{});
         const int64_t* at = row.at();
-        const T *w0 = row.weights(0), *w1 = row.weights(1), *w2 = row.weights(2), *w3 = row.weights(3);
-        char *above = reinterpret_cast<char*>(framed), *below = reinterpret_cast<char*>(framed + frame.width);
+        const T *w0 = row.weights(0), *w1 = row.weights(1), *w2 = row.weights(2),
+                *w3 = row.weights(3);
+        char *above = reinterpret_cast<char*>(framed),
+             *below = reinterpret_cast<char*>(framed + frame.width);
         for (int64_t i = 0; i < shape.height; ++i) {
             row.move_to(i);
             load_row<T, N>(grad, c, i, shape.width, [=](int64_t j, const Pixel& value) {
@@ -261,7 +285,8 @@ struct Sampler {
             });
         }
         for (int64_t i = 0; i < shape.height; ++i)
-            store_row<T, N>(out, c, i, shape.width, [pixels = line(i)](int64_t j) { return pixels[j]; });
+            store_row<T, N>(out, c, i, shape.width,
+                            [pixels = line(i)](int64_t j) { return pixels[j]; });
     }
 };
 
@@ -278,8 +303,8 @@ int64_t sampling_bytes(ImageShape shape) {
 }
 
 template <class T>
-void resample(const View<const T>& from, const View<T>& to, ImageShape shape, const Sampling& sampling, bool adjoint,
-              char* memory) {
+void resample(const View<const T>& from, const View<T>& to, ImageShape shape,
+              const Sampling& sampling, bool adjoint, char* memory) {
     const auto some = [&](auto number, int64_t c) {
         using Pixel = typename PixelOf<T, number>::type;
         Sampler<T, number> sampler{

@@ -36,14 +36,16 @@ bool is_channels_last(const View<T>& v, ImageShape s) {
            (s.height == 1 || v.row == s.width * s.channels);
 }
 
-// memcpy takes 4 microseconds for 12 KB where the target lies less than 64 bytes behind the source modulo 4096 (glibc
-// 2.36 on Zen 3, by rep movsb), and 0.14 elsewhere; crops move images by such distances. This: 0.15 to 0.19 anywhere.
+// memcpy takes 4 microseconds for 12 KB where the target lies less than 64 bytes behind the source
+// modulo 4096 (glibc 2.36 on Zen 3, by rep movsb), and 0.14 elsewhere; crops move images by such
+// distances. This: 0.15 to 0.19 anywhere.
 template <class T>
 void copy_run(const T* from, T* to, int64_t count) {
     using M = Memory<Vector<T>>;
     constexpr int64_t lanes = kLanes<T, Vector<T>>;
     int64_t k = 0;
-    for (; k + 2 * lanes <= count; k += 2 * lanes) {  // one at a time, the compiler makes a memcpy of it
+    for (; k + 2 * lanes <= count;
+         k += 2 * lanes) {  // one at a time, the compiler makes a memcpy of it
         const Vector<T> first = M::load(from + k), second = M::load(from + k + lanes);
         M::store(to + k, first);
         M::store(to + k + lanes, second);
@@ -51,10 +53,11 @@ void copy_run(const T* from, T* to, int64_t count) {
     for (; k < count; ++k) to[k] = from[k];
 }
 
-// Three channels side by side are what nearly every coloured image is: with the number known the compiler makes
-// shuffles of it.
+// Three channels side by side are what nearly every coloured image is: with the number known the
+// compiler makes shuffles of it.
 template <class T>
-void split_three(const T* __restrict pixels, int64_t count, T* __restrict a, T* __restrict b, T* __restrict c) {
+void split_three(const T* __restrict pixels, int64_t count, T* __restrict a, T* __restrict b,
+                 T* __restrict c) {
     for (int64_t k = 0; k < count; ++k) {
         a[k] = pixels[3 * k];
         b[k] = pixels[3 * k + 1];

@@ -1,5 +1,5 @@
-// One task is one image and one vector of channels (plane.h). Channels beyond the last whole vector are done one by one
-// by the same code.
+// One task is one image and one vector of channels (plane.h). Channels beyond the last whole vector
+// are done one by one by the same code.
 #include "core/context.h"
 #include "core/parallel.h"
 #include "ops/norm_relu_pool/plane.h"
@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kPasses = 3;  // over a plane; the backward and dual operators make a few more
 
-// Runs task(Plane<T, Pack>) over all images and channels, Pack a vector or, for the last channels, T itself.
+// Runs task(Plane<T, Pack>) over all images and channels, Pack a vector or, for the last channels,
+// T itself.
 template <class T, class Task>
 void for_each_plane(const PlaneShape& shape, int threads, const Task& task) {
     constexpr int lanes = kLanes<T, Vector<T>>;
@@ -30,19 +31,22 @@ void for_each_plane(const PlaneShape& shape, int threads, const Task& task) {
 
 template <class T>
 Status norm_relu_pool(const NormReluPool<T>& p, Context context) {
-    for_each_plane<T>(p.shape, context.threads, [&](const auto& plane) { norm_relu_pool_plane(plane, p); });
+    for_each_plane<T>(p.shape, context.threads,
+                      [&](const auto& plane) { norm_relu_pool_plane(plane, p); });
     return kSuccess;
 }
 
 template <class T>
 Status norm_relu_pool_backward(const NormReluPoolBackward<T>& p, Context context) {
-    for_each_plane<T>(p.shape, context.threads, [&](const auto& plane) { norm_relu_pool_backward_plane(plane, p); });
+    for_each_plane<T>(p.shape, context.threads,
+                      [&](const auto& plane) { norm_relu_pool_backward_plane(plane, p); });
     return kSuccess;
 }
 
 template <class T>
 Status norm_relu_pool_dual(const NormReluPoolDual<T>& p, Context context) {
-    for_each_plane<T>(p.shape, context.threads, [&](const auto& plane) { norm_relu_pool_dual_plane(plane, p); });
+    for_each_plane<T>(p.shape, context.threads,
+                      [&](const auto& plane) { norm_relu_pool_dual_plane(plane, p); });
     return kSuccess;
 }
 

@@ -15,8 +15,9 @@ __device__ __forceinline__ S inverse_of_pixels(const PlaneShape& shape) {
 
 // The rounded mean, a first guess (see Moments).
 template <class T, int V, int E, class S>
-__device__ __forceinline__ void guess_mean(S (&guess)[V], const PixelShare<T, V, E>& z, const Place<V>& place,
-                                           const Split& split, S inverse, Partial<S, 1, V>& partial) {
+__device__ __forceinline__ void guess_mean(S (&guess)[V], const PixelShare<T, V, E>& z,
+                                           const Place<V>& place, const Split& split, S inverse,
+                                           Partial<S, 1, V>& partial) {
     S sum[1][V] = {};
     each_window<E>(place, [&](int e, const Window& w) {
         const Pixels<T, V> pixels = z(e, w);
@@ -35,15 +36,17 @@ __device__ __forceinline__ S reciprocal_root(S variance, double eps) {
     return S(1) / sqrt(variance + static_cast<S>(eps));
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 template <class T, int V, int E>
-__global__ void __launch_bounds__(kThreads, 1) norm_relu_pool_kernel(const NormReluPool<T> p, const Split split) {
+__global__ void __launch_bounds__(kThreads, 1)
+    norm_relu_pool_kernel(const NormReluPool<T> p, const Split split) {
     using S = Compute<T>;
     __shared__ Partial<S, 1, V> first;
     __shared__ Partial<S, 2, V> second;
     const S inverse = inverse_of_pixels<S>(p.shape);
-    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V); task += gridDim.x) {
+    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V);
+         task += gridDim.x) {
         Place<V> place(p.shape, split, task);
         PixelShare<T, V, E> z(place.planes(p.z), place);
         Channels<S, V> channels;
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1) norm_relu_pool_kernel(const NormR
     }
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------------
+// ---- backward ----
 
 template <class T, int V, int E>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     using S = Compute<T>;
     __shared__ Partial<S, 2, V> partial;
     const S inverse = inverse_of_pixels<S>(p.shape);
-    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V); task += gridDim.x) {
+    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V);
+         task += gridDim.x) {
         Place<V> place(p.shape, split, task);
         PixelShare<T, V, E> z(place.planes(p.z), place);
         PooledShare<T, V, E> grad_out(place.pooled_planes(p.grad_out), place);
@@ -148,7 +152,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const Channel<S> channel = channels[v];
                     const BackwardMeans<S> means{sums[0][v] * inverse, sums[1][v] * inverse};
                     const S x_hat = channel.normalised(pixels.of[k].get(v));
-                    const S grad = channel.activation(x_hat) > 0 ? above.of.get(v) * S(kPoolWeight) : S(0);
+                    const S grad =
+                        channel.activation(x_hat) > 0 ? above.of.get(v) * S(kPoolWeight) : S(0);
                     grad_z_pack.set(v, grad_z(channel, means, grad, x_hat));
                 }
                 store_pack(place.planes(p.grad_z) + place.at(w, k), grad_z_pack);
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// ---- forward on dual numbers ----------------------------------------------------------------------------------------
+// ---- forward on dual numbers ----
 
 template <class T, int V, int E>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -166,9 +171,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     __shared__ Partial<S, 1, V> first;
     __shared__ Partial<S, 4, V> second;
     const S inverse = inverse_of_pixels<S>(p.shape);
-    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V); task += gridDim.x) {
+    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V);
+         task += gridDim.x) {
         Place<V> place(p.shape, split, task);
-        PixelShare<T, V, E> z(place.planes(p.z), place), z_tangent(place.planes(p.z_tangent), place);
+        PixelShare<T, V, E> z(place.planes(p.z), place),
+            z_tangent(place.planes(p.z_tangent), place);
         Channels<S, V> channels;
         ChannelTangents<S, V> tangents;
         S guess[V];
@@ -200,8 +207,10 @@ __global__ void __launch_bounds__(kThreads, 1)
             channels.mean[v] = moments.mean;
             channels.rstd[v] = reciprocal_root(moments.variance, p.eps);
             tangents.mean[v] = sums[2][v] * inverse;
-            // mean((z - mean) * z_tangent) with z - mean = d - mean_d; the second term is a rounding's size.
-            tangents.kappa[v] = (sums[3][v] * inverse - mean_d * tangents.mean[v]) * channels.rstd[v];
+            // mean((z - mean) * z_tangent) with z - mean = d - mean_d; the second term is a
+            // rounding's size.
+            tangents.kappa[v] =
+                (sums[3][v] * inverse - mean_d * tangents.mean[v]) * channels.rstd[v];
         }
         report(p.mean, channels.mean, place);
         report(p.rstd, channels.rstd, place);
@@ -237,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// ---- backward on dual numbers ---------------------------------------------------------------------------------------
+// ---- backward on dual numbers ----
 
 template <class T, int V, int E>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -245,23 +254,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     using S = Compute<T>;
     __shared__ Partial<S, 4, V> partial;
     const S inverse = inverse_of_pixels<S>(p.shape);
-    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V); task += gridDim.x) {
+    for (int64_t task = blockIdx.x; task < p.shape.batch * split.blocks(p.shape, V);
+         task += gridDim.x) {
         Place<V> place(p.shape, split, task);
-        PixelShare<T, V, E> z(place.planes(p.z), place), z_tangent(place.planes(p.z_tangent), place);
-        // The pooled tensors are a quarter of the others: where registers are short they are read again, from the
-        // first-level cache.
+        PixelShare<T, V, E> z(place.planes(p.z), place),
+            z_tangent(place.planes(p.z_tangent), place);
+        // The pooled tensors are a quarter of the others: where registers are short they are read
+        // again, from the first-level cache.
         constexpr int kept = E > 1 ? 0 : E;
         PooledShare<T, V, kept> grad_out(place.pooled_planes(p.grad_out), place);
         PooledShare<T, V, kept> grad_out_tangent(place.pooled_planes(p.grad_out_tangent), place);
         Channels<S, V> channels;
-        ChannelTangents<S, V> tangents{};  // the tangent of the bias stays 0: nothing here depends on it
+        ChannelTangents<S, V>
+            tangents{};  // the tangent of the bias stays 0: nothing here depends on it
         read(channels.mean, p.mean, place, place.statistic());
         read(channels.rstd, p.rstd, place, place.statistic());
         read(channels.weight, p.weight, place, place.channel, split.runs);
         read(channels.bias, p.bias, place, place.channel, split.runs);
         read(tangents.mean, p.mean_tangent, place, place.statistic());
         read(tangents.kappa, p.kappa, place, place.statistic());
-        S sums[4][V] = {};  // of the gradient of what ReLU sees, that times x_hat, and the tangents of both
+        S sums[4][V] =
+            {};  // of the gradient of what ReLU sees, that times x_hat, and the tangents of both
         each_window<E>(place, [&](int e, const Window& w) {
             if (!w.pooled()) return;
             const Pixels<T, V> pixels = z(e, w), along = z_tangent(e, w);
@@ -303,15 +316,16 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const Channel<S> channel = channels[v];
                     const ChannelTangent<S> tangent = tangents[v];
                     const BackwardMeans<S> means{sums[0][v] * inverse, sums[1][v] * inverse};
-                    const BackwardMeans<S> means_tangent{sums[2][v] * inverse, sums[3][v] * inverse};
+                    const BackwardMeans<S> means_tangent{sums[2][v] * inverse,
+                                                         sums[3][v] * inverse};
                     const S x_hat = channel.normalised(pixels.of[k].get(v));
                     const S x_hat_tangent = tangent.normalised(channel, x_hat, along.of[k].get(v));
                     const bool active = channel.activation(x_hat) > 0;
                     const S grad = active ? above.of.get(v) * S(kPoolWeight) : S(0);
                     const S grad_tangent = active ? above_tangent.of.get(v) * S(kPoolWeight) : S(0);
                     value.set(v, grad_z(channel, means, grad, x_hat));
-                    derivative.set(v, grad_z_tangent(channel, tangent, means, means_tangent, grad, grad_tangent, x_hat,
-                                                     x_hat_tangent));
+                    derivative.set(v, grad_z_tangent(channel, tangent, means, means_tangent, grad,
+                                                     grad_tangent, x_hat, x_hat_tangent));
                 }
                 store_pack(place.planes(p.grad_z_tangent) + place.at(w, k), derivative);
                 if (p.grad_z) store_pack(place.planes(p.grad_z) + place.at(w, k), value);
@@ -320,7 +334,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
 }
 
-// ---- launches -------------------------------------------------------------------------------------------------------
+// ---- launches ----
 
 int power_of_two_from(int64_t least) {
     int power = 1;
@@ -332,7 +346,8 @@ int64_t windows_of(const PlaneShape& shape) {
     return ((shape.height + 1) / 2) * ((shape.width + 1) / 2);
 }
 
-// Blocks of at least two warps that read runs of at least 32 bytes, where there are channels enough.
+// Blocks of at least two warps that read runs of at least 32 bytes, where there are channels
+// enough.
 template <class T, int V, int E>
 Split split_of(const PlaneShape& shape, bool runs) {
     constexpr int run = sizeof(T) == 2 && E == kMostHeld<T> ? 2 : 4;  // packs
@@ -341,29 +356,32 @@ Split split_of(const PlaneShape& shape, bool runs) {
     int vectors = V == 1 ? 32 : run;
     if (rows * vectors < 64) vectors = 64 / rows;
     if (vectors > packs) vectors = packs;
-    while (rows * vectors > kThreads) rows /= 2;  // E == 0 alone: the others' planes are small enough
-    while (rows * vectors < 32) rows *= 2;        // whole warps; the rows too many own no window
+    while (rows * vectors > kThreads)
+        rows /= 2;                          // E == 0 alone: the others' planes are small enough
+    while (rows * vectors < 32) rows *= 2;  // whole warps; the rows too many own no window
     return {vectors, rows, runs};
 }
 
 template <class T, int V, int E, class Params>
 Status start(void (*kernel)(Params, Split), const Params& p, bool runs, Context context) {
     const Split split = split_of<T, V, E>(p.shape, runs);
-    return launch(kernel, grid_for(p.shape.batch * split.blocks(p.shape, V)), static_cast<unsigned>(split.threads()), 0,
-                  context, p, split);
+    return launch(kernel, grid_for(p.shape.batch * split.blocks(p.shape, V)),
+                  static_cast<unsigned>(split.threads()), 0, context, p, split);
 }
 
 // Chooses the kernel for the plane's size, the number of channels and the addresses.
-#define PDD_START(kernel, T, p, context, packed, runs)                                                \
-    [&]() -> Status {                                                                                 \
-        constexpr int V = kPack<T>, E = kMostHeld<T>;                                                 \
-        if constexpr (sizeof(T) < 8) {                                                                \
-            const int64_t windows = windows_of((p).shape);                                            \
-            if ((packed) && windows <= 64) return start<T, V, 1>(kernel<T, V, 1>, p, runs, context);  \
-            if ((packed) && windows <= 256) return start<T, V, E>(kernel<T, V, E>, p, runs, context); \
-            if (packed) return start<T, V, 0>(kernel<T, V, 0>, p, runs, context);                     \
-        }                                                                                             \
-        return start<T, 1, 0>(kernel<T, 1, 0>, p, runs, context);                                     \
+#define PDD_START(kernel, T, p, context, packed, runs)                            \
+    [&]() -> Status {                                                             \
+        constexpr int V = kPack<T>, E = kMostHeld<T>;                             \
+        if constexpr (sizeof(T) < 8) {                                            \
+            const int64_t windows = windows_of((p).shape);                        \
+            if ((packed) && windows <= 64)                                        \
+                return start<T, V, 1>(kernel<T, V, 1>, p, runs, context);         \
+            if ((packed) && windows <= 256)                                       \
+                return start<T, V, E>(kernel<T, V, E>, p, runs, context);         \
+            if (packed) return start<T, V, 0>(kernel<T, V, 0>, p, runs, context); \
+        }                                                                         \
+        return start<T, 1, 0>(kernel<T, 1, 0>, p, runs, context);                 \
     }()
 
 // Whether images and statistics can be moved in packs.
@@ -376,33 +394,33 @@ bool in_packs(const PlaneShape& shape, Pointers... pointers) {
 
 template <class T>
 Status norm_relu_pool(const NormReluPool<T>& p, Context context) {
-    return PDD_START(norm_relu_pool_kernel, T, p, context, in_packs<T>(p.shape, p.z, p.out, p.mean, p.rstd),
-                     aligned(p.weight, p.bias));
+    return PDD_START(norm_relu_pool_kernel, T, p, context,
+                     in_packs<T>(p.shape, p.z, p.out, p.mean, p.rstd), aligned(p.weight, p.bias));
 }
 
 template <class T>
 Status norm_relu_pool_backward(const NormReluPoolBackward<T>& p, Context context) {
-    return PDD_START(
-        norm_relu_pool_backward_kernel, T, p, context,
-        in_packs<T>(p.shape, p.grad_out, p.z, p.mean, p.rstd, p.grad_z, p.grad_weight_parts, p.grad_bias_parts),
-        aligned(p.weight, p.bias));
+    return PDD_START(norm_relu_pool_backward_kernel, T, p, context,
+                     in_packs<T>(p.shape, p.grad_out, p.z, p.mean, p.rstd, p.grad_z,
+                                 p.grad_weight_parts, p.grad_bias_parts),
+                     aligned(p.weight, p.bias));
 }
 
 template <class T>
 Status norm_relu_pool_dual(const NormReluPoolDual<T>& p, Context context) {
-    return PDD_START(
-        norm_relu_pool_dual_kernel, T, p, context,
-        in_packs<T>(p.shape, p.z, p.z_tangent, p.out, p.out_tangent, p.mean, p.rstd, p.mean_tangent, p.kappa),
-        aligned(p.weight, p.weight_tangent, p.bias, p.bias_tangent));
+    return PDD_START(norm_relu_pool_dual_kernel, T, p, context,
+                     in_packs<T>(p.shape, p.z, p.z_tangent, p.out, p.out_tangent, p.mean, p.rstd,
+                                 p.mean_tangent, p.kappa),
+                     aligned(p.weight, p.weight_tangent, p.bias, p.bias_tangent));
 }
 
 template <class T>
 Status norm_relu_pool_dual_backward(const NormReluPoolDualBackward<T>& p, Context context) {
-    return PDD_START(
-        norm_relu_pool_dual_backward_kernel, T, p, context,
-        in_packs<T>(p.shape, p.grad_out, p.grad_out_tangent, p.z, p.z_tangent, p.mean, p.rstd, p.mean_tangent, p.kappa,
-                    p.grad_z, p.grad_z_tangent, p.grad_weight_tangent_parts, p.grad_bias_tangent_parts),
-        aligned(p.weight, p.weight_tangent, p.bias));
+    return PDD_START(norm_relu_pool_dual_backward_kernel, T, p, context,
+                     in_packs<T>(p.shape, p.grad_out, p.grad_out_tangent, p.z, p.z_tangent, p.mean,
+                                 p.rstd, p.mean_tangent, p.kappa, p.grad_z, p.grad_z_tangent,
+                                 p.grad_weight_tangent_parts, p.grad_bias_tangent_parts),
+                     aligned(p.weight, p.weight_tangent, p.bias));
 }
 
 PDD_INSTANTIATE_HALF(norm_relu_pool, NormReluPool)

@@ -1,7 +1,8 @@
 // Instance norm + affine + ReLU + 2x2 average pool: what goes in and out.
-// All images are channels-last: element (b, c, h, w) lies at ((b*H + h)*W + w)*C + c. An odd last row or
-// column is not pooled but counts in the norm's statistics, as in torch.nn.AvgPool2d(2).
-// Images are stored as T; statistics and vectors over the channels are Compute<T>, at least 32 bits.
+// All images are channels-last: element (b, c, h, w) lies at ((b*H + h)*W + w)*C + c. An odd last
+// row or column is not pooled but counts in the norm's statistics, as in torch.nn.AvgPool2d(2).
+// Images are stored as T; statistics and vectors over the channels are Compute<T>, at least 32
+// bits.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +56,7 @@ struct NormReluPoolDual {
     Compute<T>* mean;                  // [B, C]
     Compute<T>* rstd;                  // [B, C]
     Compute<T>* mean_tangent;          // [B, C]
-    Compute<T>* kappa;                 // [B, C] mean of x_hat * z_tangent; rstd_tangent = -rstd^2 * kappa
+    Compute<T>* kappa;  // [B, C] mean of x_hat * z_tangent; rstd_tangent = -rstd^2 * kappa
 };
 
 template <class T>

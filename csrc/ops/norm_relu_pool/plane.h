@@ -1,6 +1,6 @@
-// Instance norm + affine + ReLU + 2x2 average pool over one plane of one vector of channels (8 floats with AVX2): what
-// is summed over the plane stays in registers, and the plane, at most a cache line a pixel, in the cache between the
-// passes over it.
+// Instance norm + affine + ReLU + 2x2 average pool over one plane of one vector of channels (8
+// floats with AVX2): what is summed over the plane stays in registers, and the plane, at most a
+// cache line a pixel, in the cache between the passes over it.
 #pragma once
 
 #include "core/vector.h"
@@ -23,16 +23,24 @@ struct Plane {
     }
     int64_t rows_pooled() const { return shape.height / 2 * 2; }
     int64_t columns_pooled() const { return shape.width / 2 * 2; }
-    T inverse_size() const { return static_cast<T>(1.0 / static_cast<double>(shape.height * shape.width)); }
+    T inverse_size() const {
+        return static_cast<T>(1.0 / static_cast<double>(shape.height * shape.width));
+    }
 
     // Of a vector over channels, and of an array [B, C].
     Pack of_channel(const T* vector) const { return Memory<Pack>::load(vector + channel); }
-    Pack of_plane(const T* array) const { return Memory<Pack>::load(array + b * shape.channels + channel); }
-    void set_plane(T* array, Pack value) const { Memory<Pack>::store(array + b * shape.channels + channel, value); }
+    Pack of_plane(const T* array) const {
+        return Memory<Pack>::load(array + b * shape.channels + channel);
+    }
+    void set_plane(T* array, Pack value) const {
+        Memory<Pack>::store(array + b * shape.channels + channel, value);
+    }
 
-    // Calls body(h, w) for every pixel of the first `rows` x `columns`, and end_of_row() after each row.
+    // Calls body(h, w) for every pixel of the first `rows` x `columns`, and end_of_row() after each
+    // row.
     template <class Body, class EndOfRow>
-    void for_each_pixel(int64_t rows, int64_t columns, const Body& body, const EndOfRow& end_of_row) const {
+    void for_each_pixel(int64_t rows, int64_t columns, const Body& body,
+                        const EndOfRow& end_of_row) const {
         for (int64_t h = 0; h < rows; ++h) {
             for (int64_t w = 0; w < columns; ++w) body(h, w);
             end_of_row();
@@ -51,13 +59,16 @@ struct Sum {
 };
 
 template <class T, class Pack>
-Channel<Pack> channel_of(const Plane<T, Pack>& plane, const T* mean, const T* rstd, const T* weight, const T* bias) {
-    return {plane.of_plane(mean), plane.of_plane(rstd), plane.of_channel(weight), plane.of_channel(bias)};
+Channel<Pack> channel_of(const Plane<T, Pack>& plane, const T* mean, const T* rstd, const T* weight,
+                         const T* bias) {
+    return {plane.of_plane(mean), plane.of_plane(rstd), plane.of_channel(weight),
+            plane.of_channel(bias)};
 }
 
 // Mean and 1/sqrt(variance + eps), two passes: the variance of the differences does not cancel.
 template <class T, class Pack>
-Channel<Pack> measure(const Plane<T, Pack>& plane, const T* z, double eps, const T* weight, const T* bias) {
+Channel<Pack> measure(const Plane<T, Pack>& plane, const T* z, double eps, const T* weight,
+                      const T* bias) {
     using M = Memory<Pack>;
     const int64_t height = plane.shape.height, width = plane.shape.width;
     Sum<Pack> sum, rest, square;
@@ -73,7 +84,8 @@ Channel<Pack> measure(const Plane<T, Pack>& plane, const T* z, double eps, const
             square.add(d * d);
         },
         [&] { rest.close_row(), square.close_row(); });
-    const Moments<Pack> moments(guess, rest.total * plane.inverse_size(), square.total * plane.inverse_size());
+    const Moments<Pack> moments(guess, rest.total * plane.inverse_size(),
+                                square.total * plane.inverse_size());
     const Pack rstd = T(1) / M::sqrt(moments.variance + static_cast<T>(eps));
     return {moments.mean, rstd, plane.of_channel(weight), plane.of_channel(bias)};
 }
@@ -95,7 +107,8 @@ void norm_relu_pool_plane(const Plane<T, Pack>& plane, const NormReluPool<T>& p)
     };
     for (int64_t h = 0; h < plane.rows_pooled(); h += 2) {
         for (int64_t w = 0; w < plane.columns_pooled(); w += 2) {
-            const Pack sum = active(h, w) + active(h, w + 1) + active(h + 1, w) + active(h + 1, w + 1);
+            const Pack sum =
+                active(h, w) + active(h, w + 1) + active(h + 1, w) + active(h + 1, w + 1);
             M::store(p.out + plane.pooled(h / 2, w / 2), sum * T(kPoolWeight));
         }
     }
@@ -122,7 +135,8 @@ void norm_relu_pool_backward_plane(const Plane<T, Pack>& plane, const NormReluPo
     plane.set_plane(p.grad_bias_parts, grad_sum.total);
     plane.set_plane(p.grad_weight_parts, product_sum.total);
 
-    const BackwardMeans<Pack> means{grad_sum.total * plane.inverse_size(), product_sum.total * plane.inverse_size()};
+    const BackwardMeans<Pack> means{grad_sum.total * plane.inverse_size(),
+                                    product_sum.total * plane.inverse_size()};
     for (int64_t h = 0; h < p.shape.height; ++h) {
         for (int64_t w = 0; w < p.shape.width; ++w) {
             const int64_t at = plane.pixel(h, w);
@@ -150,7 +164,8 @@ void norm_relu_pool_dual_plane(const Plane<T, Pack>& plane, const NormReluPoolDu
         [&] { tangent_sum.close_row(), product_sum.close_row(); });
     const ChannelTangent<Pack> tangent{tangent_sum.total * plane.inverse_size(),
                                        product_sum.total * plane.inverse_size() * channel.rstd,
-                                       plane.of_channel(p.weight_tangent), plane.of_channel(p.bias_tangent)};
+                                       plane.of_channel(p.weight_tangent),
+                                       plane.of_channel(p.bias_tangent)};
     plane.set_plane(p.mean, channel.mean);
     plane.set_plane(p.rstd, channel.rstd);
     plane.set_plane(p.mean_tangent, tangent.mean);
@@ -162,10 +177,12 @@ void norm_relu_pool_dual_plane(const Plane<T, Pack>& plane, const NormReluPoolDu
             for (int k = 0; k < 4; ++k) {
                 const int64_t at = plane.pixel(h + k / 2, w + k % 2);
                 const Pack x_hat = channel.normalised(M::load(p.z + at));
-                const Pack x_hat_tangent = tangent.normalised(channel, x_hat, M::load(p.z_tangent + at));
+                const Pack x_hat_tangent =
+                    tangent.normalised(channel, x_hat, M::load(p.z_tangent + at));
                 const Pack a = channel.activation(x_hat);
                 value += select<Pack>(a > Pack{}, a);
-                derivative += select<Pack>(a > Pack{}, tangent.activation(channel, x_hat, x_hat_tangent));
+                derivative +=
+                    select<Pack>(a > Pack{}, tangent.activation(channel, x_hat, x_hat_tangent));
             }
             const int64_t at = plane.pooled(h / 2, w / 2);
             M::store(p.out_tangent + at, derivative * T(kPoolWeight));
@@ -175,7 +192,8 @@ void norm_relu_pool_dual_plane(const Plane<T, Pack>& plane, const NormReluPoolDu
 }
 
 template <class T, class Pack>
-void norm_relu_pool_dual_backward_plane(const Plane<T, Pack>& plane, const NormReluPoolDualBackward<T>& p) {
+void norm_relu_pool_dual_backward_plane(const Plane<T, Pack>& plane,
+                                        const NormReluPoolDualBackward<T>& p) {
     using M = Memory<Pack>;
     const Channel<Pack> channel = channel_of(plane, p.mean, p.rstd, p.weight, p.bias);
     // The tangent of the bias stays 0: nothing here depends on it.
@@ -193,7 +211,8 @@ void norm_relu_pool_dual_backward_plane(const Plane<T, Pack>& plane, const NormR
             const int64_t above = plane.pooled(h / 2, w / 2);
             const auto active = channel.activation(e.x_hat) > Pack{};
             e.grad = select<Pack>(active, M::load(p.grad_out + above) * T(kPoolWeight));
-            e.grad_tangent = select<Pack>(active, M::load(p.grad_out_tangent + above) * T(kPoolWeight));
+            e.grad_tangent =
+                select<Pack>(active, M::load(p.grad_out_tangent + above) * T(kPoolWeight));
         }
         return e;
     };
@@ -216,13 +235,14 @@ void norm_relu_pool_dual_backward_plane(const Plane<T, Pack>& plane, const NormR
 
     const T inverse = plane.inverse_size();
     const BackwardMeans<Pack> means{grad_sum.total * inverse, product_sum.total * inverse};
-    const BackwardMeans<Pack> means_tangent{grad_tangent_sum.total * inverse, product_tangent_sum.total * inverse};
+    const BackwardMeans<Pack> means_tangent{grad_tangent_sum.total * inverse,
+                                            product_tangent_sum.total * inverse};
     for (int64_t h = 0; h < p.shape.height; ++h) {
         for (int64_t w = 0; w < p.shape.width; ++w) {
             const int64_t at = plane.pixel(h, w);
             const Element e = element(h, w, h < plane.rows_pooled() && w < plane.columns_pooled());
-            const Pack derivative = grad_z_tangent(channel, tangent, means, means_tangent, e.grad, e.grad_tangent,
-                                                   e.x_hat, e.x_hat_tangent);
+            const Pack derivative = grad_z_tangent(channel, tangent, means, means_tangent, e.grad,
+                                                   e.grad_tangent, e.x_hat, e.x_hat_tangent);
             M::store(p.grad_z_tangent + at, derivative);
             if (p.grad_z) M::store(p.grad_z + at, grad_z(channel, means, e.grad, e.x_hat));
         }

@@ -1,11 +1,13 @@
 // How the CUDA kernels go over planes: who owns which pixels, how they are read, held and summed.
 //
-// A block takes one image and a few packs of neighbouring channels, whole planes of them. Its threads are `vectors`
-// across the channels, so that a warp's accesses are runs of neighbouring packs, times `rows` down the planes. What a
-// thread owns are windows, the 2x2 pixels that are pooled together (cut off at an odd border).
+// A block takes one image and a few packs of neighbouring channels, whole planes of them. Its
+// threads are `vectors` across the channels, so that a warp's accesses are runs of neighbouring
+// packs, times `rows` down the planes. What a thread owns are windows, the 2x2 pixels that are
+// pooled together (cut off at an odd border).
 //
-// Planes of up to 256 windows (32x32 pixels) stay in registers between the passes over them: every input is read once.
-// Larger ones are read again in the second pass, when the block's tile is still in the second-level cache.
+// Planes of up to 256 windows (32x32 pixels) stay in registers between the passes over them: every
+// input is read once. Larger ones are read again in the second pass, when the block's tile is still
+// in the second-level cache.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -17,8 +19,9 @@ namespace pdd::PDD_BACKEND {
 constexpr int kThreads = 256;  // at most; with it a thread may use 255 registers
 constexpr int kWarps = kThreads / 32;
 
-// Windows that a thread keeps at most. Two packs of 16 bits hold as many channels as four of 32, with twice the
-// per-channel numbers beside them: with four windows of eight channels the dual passes would not fit in the registers.
+// Windows that a thread keeps at most. Two packs of 16 bits hold as many channels as four of 32,
+// with twice the per-channel numbers beside them: with four windows of eight channels the dual
+// passes would not fit in the registers.
 template <class T>
 constexpr int kMostHeld = sizeof(T) == 2 ? 2 : 4;
 
@@ -34,8 +37,9 @@ struct Split {
 };
 
 struct Window {
-    int i, j;            // of its upper left pixel
-    bool right, bottom;  // whether it has a second column and row; both false where there is no window
+    int i, j;  // of its upper left pixel
+    bool right,
+        bottom;  // whether it has a second column and row; both false where there is no window
     bool valid;
 
     __device__ __forceinline__ bool holds(int k) const {
@@ -102,7 +106,8 @@ struct Pixels {
     template <class P>
     __device__ __forceinline__ Pixels(const T* images, const P& place, const Window& w) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) of[k] = w.holds(k) ? load_pack<V>(images + place.at(w, k)) : Pack<T, V>{};
+        for (int k = 0; k < 4; ++k)
+            of[k] = w.holds(k) ? load_pack<V>(images + place.at(w, k)) : Pack<T, V>{};
     }
     Pixels() = default;
 
@@ -122,17 +127,20 @@ struct Pooled {
     Pooled() = default;
 };
 
-// A thread's share of a tensor: E windows of it in registers, or with E = 0 what it takes to read them when they are
-// asked for.
+// A thread's share of a tensor: E windows of it in registers, or with E = 0 what it takes to read
+// them when they are asked for.
 template <class Part, class T, int V, int E>
 struct Share {
     Part parts[E];
 
     __device__ __forceinline__ Share(const T* images, const Place<V>& place) {
 #pragma unroll
-        for (int e = 0; e < E; ++e) parts[e] = Part(images, place, place.window(place.row + e * place.rows));
+        for (int e = 0; e < E; ++e)
+            parts[e] = Part(images, place, place.window(place.row + e * place.rows));
     }
-    __device__ __forceinline__ const Part& operator()(int e, const Window&) const { return parts[e]; }
+    __device__ __forceinline__ const Part& operator()(int e, const Window&) const {
+        return parts[e];
+    }
     __device__ __forceinline__ void renewed() {
 #pragma unroll
         for (int e = 0; e < E; ++e) parts[e].renewed();
@@ -144,8 +152,11 @@ struct Share<Part, T, V, 0> {
     const T* images;
     const Place<V>& place;
 
-    __device__ __forceinline__ Share(const T* from, const Place<V>& where) : images(from), place(where) {}
-    __device__ __forceinline__ Part operator()(int, const Window& w) const { return Part(images, place, w); }
+    __device__ __forceinline__ Share(const T* from, const Place<V>& where)
+        : images(from), place(where) {}
+    __device__ __forceinline__ Part operator()(int, const Window& w) const {
+        return Part(images, place, w);
+    }
     __device__ __forceinline__ void renewed() {}
 };
 
@@ -161,7 +172,8 @@ __device__ __forceinline__ void each_window(const Place<V>& place, const Body& b
 #pragma unroll
         for (int e = 0; e < E; ++e) body(e, place.window(place.row + e * place.rows));
     } else {
-        for (int number = place.row; number < place.windows; number += place.rows) body(0, place.window(number));
+        for (int number = place.row; number < place.windows; number += place.rows)
+            body(0, place.window(number));
     }
 }
 
@@ -170,10 +182,12 @@ struct Partial {
     S of[kWarps][Q][V][32];
 };
 
-// Q sums for each of a thread's V channels, over the threads that share the channels; all of them get the same. First
-// over a warp's lanes of equal channels (a butterfly), then over the warps in their order.
+// Q sums for each of a thread's V channels, over the threads that share the channels; all of them
+// get the same. First over a warp's lanes of equal channels (a butterfly), then over the warps in
+// their order.
 template <class S, int Q, int V>
-__device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split, Partial<S, Q, V>& partial) {
+__device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split,
+                                         Partial<S, Q, V>& partial) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const int warps = split.threads() / 32, apart = split.vectors > 32 ? split.vectors / 32 : 1;
 #pragma unroll
@@ -203,9 +217,11 @@ __device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split, P
 template <class S, int V>
 constexpr int kRun = V < kPack<S> ? V : kPack<S>;
 
-// `runs`: the numbers begin at multiples of 16 bytes. Statistics do; a weight may be a slice of a flat vector.
+// `runs`: the numbers begin at multiples of 16 bytes. Statistics do; a weight may be a slice of a
+// flat vector.
 template <class S, int V>
-__device__ __forceinline__ void read(S (&to)[V], const S* from, const Place<V>& place, int64_t at, bool runs = true) {
+__device__ __forceinline__ void read(S (&to)[V], const S* from, const Place<V>& place, int64_t at,
+                                     bool runs = true) {
     constexpr int R = kRun<S, V>;
 #pragma unroll
     for (int v = 0; v < V; v += R) {
@@ -232,12 +248,15 @@ __device__ __forceinline__ void report(S* to, const S (&from)[V], const Place<V>
     }
 }
 
-// What the kernels know of a thread's channels, held as the formulas' structs one channel at a time.
+// What the kernels know of a thread's channels, held as the formulas' structs one channel at a
+// time.
 template <class S, int V>
 struct Channels {
     S mean[V], rstd[V], weight[V], bias[V];
 
-    __device__ __forceinline__ Channel<S> operator[](int v) const { return {mean[v], rstd[v], weight[v], bias[v]}; }
+    __device__ __forceinline__ Channel<S> operator[](int v) const {
+        return {mean[v], rstd[v], weight[v], bias[v]};
+    }
 };
 
 template <class S, int V>

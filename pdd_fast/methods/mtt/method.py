@@ -1,4 +1,6 @@
-"""Matching training trajectories (MTT; Cazenavette et al., CVPR 2022, arXiv 2203.11932, equation 2 and algorithm 1)."""
+"""Matching training trajectories (MTT; Cazenavette et al., CVPR 2022, arXiv 2203.11932, equation 2
+and algorithm 1).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,18 @@ from pdd_fast.engines import PassShape
 from pdd_fast.functional.unroll import kept_steps
 from pdd_fast.methods.base import BaseMethod, StageProblem
 from pdd_fast.methods.mtt.memory import matching_bytes
-from pdd_fast.methods.mtt.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep, can_capture
+from pdd_fast.methods.mtt.step import (
+    MatchingInputs,
+    MatchingResult,
+    MatchingState,
+    MatchingStep,
+    can_capture,
+)
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError
 
-# Iterations between the states that are kept to go back to. Of the two kept the older is taken: where images stop being
-# finite, those of the last few iterations are mostly on their way there.
+# Iterations between the states that are kept to go back to. Of the two kept the older is taken:
+# where images stop being finite, those of the last few iterations are mostly on their way there.
 _ANCHOR = 20
 
 
@@ -62,7 +70,10 @@ class _Progress(NamedTuple):
     def set_back(self) -> _Progress:
         """At rest at the older images, with steps of half the length."""
         return self._replace(
-            state=self.older.at_rest(), average=self.older, halvings=self.halvings + 1, newer=self.older
+            state=self.older.at_rest(),
+            average=self.older,
+            halvings=self.halvings + 1,
+            newer=self.older,
         )
 
     def followed_by(self, state: MatchingState, decay: float) -> _Progress:
@@ -70,7 +81,9 @@ class _Progress(NamedTuple):
         iteration, point = self.iteration + 1, _Point.of(state)
         average = point
         if decay:
-            images, _, logits = (old.lerp(new, 1 - decay) for old, new in zip(self.average, point, strict=True))
+            images, _, logits = (
+                old.lerp(new, 1 - decay) for old, new in zip(self.average, point, strict=True)
+            )
             average = _Point(images, state.rate, logits)
         older, newer = self.older, self.newer
         if iteration % _ANCHOR == 0:
@@ -86,7 +99,9 @@ class _Progress(NamedTuple):
         # Without averaging that is the state itself, which need not be stored twice.
         own_average = [] if self.average.images is self.state.images else ["average"]
         for name in (*own_average, "older", "newer"):
-            found |= {f"{name}_{field}": tensor for field, tensor in getattr(self, name)._asdict().items()}
+            found |= {
+                f"{name}_{field}": tensor for field, tensor in getattr(self, name)._asdict().items()
+            }
         return found
 
     @classmethod
@@ -97,11 +112,19 @@ class _Progress(NamedTuple):
             return _Point(*(tensors[f"{name}_{field}"] for field in _Point._fields))
 
         average = point("average") if "average_images" in tensors else _Point.of(state)
-        return cls(int(tensors["iteration"]), state, average, int(tensors["halvings"]), point("older"), point("newer"))
+        return cls(
+            int(tensors["iteration"]),
+            state,
+            average,
+            int(tensors["halvings"]),
+            point("older"),
+            point("newer"),
+        )
 
 
 class TrajectoryMatching(BaseMethod):
-    """MTT as a base method: images, inner rate and, on request, labels by SGD with momentum on the matching loss.
+    """MTT as a base method: images, inner rate and, on request, labels by SGD with momentum on the
+    matching loss.
 
     Raises:
         UsageError: an iteration would take more memory than the GPU has.
@@ -114,12 +137,19 @@ class TrajectoryMatching(BaseMethod):
         config, bench, images = problem.config, problem.bench, problem.images
         self._total = len(problem.union.labels) + len(problem.labels)
         self._batch = min(config.inner_batch or len(problem.labels), self._total)
-        device_memory.require(images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower())
-        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of one.
+        device_memory.require(
+            images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower()
+        )
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
+        # one.
         learned = problem.labels if config.labels == "learned" else None
         self._done = _Progress.start(MatchingState.start(images, config.inner_lr, learned))
-        self._ahead: tuple[int, MatchingInputs] | None = None  # the inputs of an iteration, made while a GPU was busy
-        drawn = bench.dsa.sample(1, self._image_size, torch.Generator())  # what every draw has in common
+        self._ahead: tuple[int, MatchingInputs] | None = (
+            None  # the inputs of an iteration, made while a GPU was busy
+        )
+        drawn = bench.dsa.sample(
+            1, self._image_size, torch.Generator()
+        )  # what every draw has in common
         self._step = MatchingStep(
             bench.engine,
             torch.cat([problem.union.labels, problem.labels]),
@@ -168,8 +198,10 @@ class TrajectoryMatching(BaseMethod):
         return H, W
 
     def _memory_limit(self) -> int | None:
-        """Bytes that kept activations may take: of the whole device, not of what is free at the moment. Steps that are
-        kept and steps that are made again round differently, and a run gives the same bits whatever else runs."""
+        """Bytes that kept activations may take: of the whole device, not of what is free at the
+        moment. Steps that are kept and steps that are made again round differently, and a run gives
+        the same bits whatever else runs.
+        """
         config = self.problem.config
         if config.memory != "auto":
             return None
@@ -186,7 +218,9 @@ class TrajectoryMatching(BaseMethod):
             problem.bench.engine,
             shape,
             steps=config.inner_steps,
-            kept=kept_steps("matching", problem.bench.engine, steps, config.memory, self._memory_limit()),
+            kept=kept_steps(
+                "matching", problem.bench.engine, steps, config.memory, self._memory_limit()
+            ),
             learned=len(problem.labels),
             frozen=len(problem.union.labels),
         )
@@ -200,7 +234,9 @@ class TrajectoryMatching(BaseMethod):
             return f"{batch}, {width} or memory_limit (now {limit}), or set memory=recompute"
         if config.memory == "cache":
             return f"{batch} or {width}, or set memory=recompute"
-        return f"{batch} or {width}" + (", or set engine=fused" if config.engine == "autograd" else "")
+        return f"{batch} or {width}" + (
+            ", or set engine=fused" if config.engine == "autograd" else ""
+        )
 
     def step(self) -> dict[str, float]:
         done, config = self._done, self.problem.config
@@ -216,11 +252,14 @@ class TrajectoryMatching(BaseMethod):
             if wrong is None:
                 break
             if done.halvings == config.guard:
-                times = f", after its steps were halved {done.halvings} times" if done.halvings else ""
+                times = (
+                    f", after its steps were halved {done.halvings} times" if done.halvings else ""
+                )
                 raise RunError(f"{where}: {wrong[0]}{times}; start again with a smaller {wrong[1]}")
             done, meanwhile = done.set_back(), None
             warnings.warn(
-                f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} iterations before, with "
+                f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} "
+                f"iterations before, with "
                 f"steps of 1/{2**done.halvings}",
                 SetBackWarning,
                 stacklevel=2,
@@ -230,7 +269,9 @@ class TrajectoryMatching(BaseMethod):
         return values | ({"halvings": done.halvings} if done.halvings else {})
 
     def _look_ahead(self) -> None:
-        """Makes the next iteration's inputs. What goes wrong with them goes wrong again when they are needed."""
+        """Makes the next iteration's inputs. What goes wrong with them goes wrong again when they
+        are needed.
+        """
         following = self.iteration + 1
         with suppress(Exception):
             self._ahead = (following, self._inputs(following))
@@ -262,13 +303,18 @@ class TrajectoryMatching(BaseMethod):
             what = "images"
             if config.labels == "learned":
                 rates, what = f"lr_label (now {config.lr_label:g}), {rates}", "images or labels"
-            return f"the matching loss is {result.loss:g} and the {what} are no longer finite", rates
+            return (
+                f"the matching loss is {result.loss:g} and the {what} are no longer finite",
+                rates,
+            )
         if not result.rate > 0:
             return f"the learned inner rate became {result.rate:g}", lr_lr
         return None
 
     def _batches(self, draw: torch.Generator) -> list[Tensor]:
-        """N batches: the union in random order, again and again, in whole batches of the stage's own size."""
+        """N batches: the union in random order, again and again, in whole batches of the stage's
+        own size.
+        """
         size, steps = self._batch, self.problem.config.inner_steps
         batches: list[Tensor] = []
         while len(batches) < steps:
@@ -284,4 +330,6 @@ class TrajectoryMatching(BaseMethod):
         return {name: tensor.cpu() for name, tensor in self._done.tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self._done = _Progress.of_tensors({name: tensor.to(self.images.device) for name, tensor in state.items()})
+        self._done = _Progress.of_tensors(
+            {name: tensor.to(self.images.device) for name, tensor in state.items()}
+        )

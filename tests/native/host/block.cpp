@@ -17,7 +17,8 @@ dim3 blockDim, gridDim;
 
 // Where the kernels' static shared memory lies (host_cuda.py); absent from a program without any.
 extern "C" {
-__attribute__((weak, visibility("hidden"))) extern volatile uint64_t __start_pdd_shared[], __stop_pdd_shared[];
+__attribute__((weak, visibility("hidden"))) extern volatile uint64_t __start_pdd_shared[],
+    __stop_pdd_shared[];
 }
 
 namespace pdd_host {
@@ -40,8 +41,9 @@ struct Thread {
     int line;
 };
 
-std::vector<std::unique_ptr<Thread>> threads;  // as many as the largest block so far; they start anew in every block
-Thread* current = nullptr;                     // or nullptr: the host
+std::vector<std::unique_ptr<Thread>>
+    threads;                // as many as the largest block so far; they start anew in every block
+Thread* current = nullptr;  // or nullptr: the host
 Fibre host;
 unsigned count;  // of the block's threads
 unsigned by_rank[kMostThreads];
@@ -65,7 +67,9 @@ void set_idle(Thread& thread, State state) {
 
 Thread* first_ready() {
     for (unsigned k = 0; k < (count + 63) / 64; ++k)
-        if (ready[k]) return threads[by_rank[k * 64 + static_cast<unsigned>(__builtin_ctzll(ready[k]))]].get();
+        if (ready[k])
+            return threads[by_rank[k * 64 + static_cast<unsigned>(__builtin_ctzll(ready[k]))]]
+                .get();
     return nullptr;
 }
 
@@ -87,7 +91,8 @@ void thread_main() {
 }
 
 std::string text(uint3 at) {
-    return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+    return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) +
+           ")";
 }
 
 // A template's instance has no other name at run time than its parameters.
@@ -102,9 +107,10 @@ std::string doing(const Thread& thread) {
     if (thread.state == State::left) return "out of the kernel";
     static const char* const names[] = {"__syncthreads", "a shuffle", "a vote", "__syncwarp"};
     char mask[32] = "";
-    if (thread.primitive != Primitive::barrier) std::snprintf(mask, sizeof mask, " with mask 0x%08x", thread.mask);
-    return std::string("at ") + names[static_cast<int>(thread.primitive)] + mask + " in " + thread.file + ":" +
-           std::to_string(thread.line);
+    if (thread.primitive != Primitive::barrier)
+        std::snprintf(mask, sizeof mask, " with mask 0x%08x", thread.mask);
+    return std::string("at ") + names[static_cast<int>(thread.primitive)] + mask + " in " +
+           thread.file + ":" + std::to_string(thread.line);
 }
 
 // Ends the launch from within a thread; the other threads' stacks are left as they are.
@@ -119,9 +125,10 @@ std::string stuck() {
     for (unsigned k = 0; k < count; ++k) groups[doing(*threads[k])].push_back(threads[k].get());
     std::string list;
     for (const auto& [what, group] : groups)
-        list += (list.empty() ? "" : ", ") + std::to_string(group.size()) + " " + what + " (" + text(group[0]->index) +
-                (group.size() > 1 ? " the first)" : ")");
-    return "CUDA on the host: no thread of " + std::to_string(count) + " can go on: " + list + "; " + where();
+        list += (list.empty() ? "" : ", ") + std::to_string(group.size()) + " " + what + " (" +
+                text(group[0]->index) + (group.size() > 1 ? " the first)" : ")");
+    return "CUDA on the host: no thread of " + std::to_string(count) + " can go on: " + list +
+           "; " + where();
 }
 
 void release_barrier() {
@@ -155,7 +162,8 @@ void release_warp(const Thread& last) {
 // The gaps between variables, which AddressSanitizer guards, are written too.
 __attribute__((no_sanitize("address"))) void spoil(size_t shared_bytes) {
     if (shared_bytes) std::memset(dynamic.get(), 0xff, shared_bytes);
-    for (volatile uint64_t* word = __start_pdd_shared; word < __stop_pdd_shared; ++word) *word = ~uint64_t{0};
+    for (volatile uint64_t* word = __start_pdd_shared; word < __stop_pdd_shared; ++word)
+        *word = ~uint64_t{0};
 }
 
 void run_block(size_t shared_bytes) {
@@ -170,12 +178,13 @@ void run_block(size_t shared_bytes) {
             if (threads[k]->state != State::left) failure = stuck();
         if (failure.empty()) return;
     }
-    for (auto& thread : threads) static_cast<void>(thread.release());  // their frames may still be poisoned
+    for (auto& thread : threads)
+        static_cast<void>(thread.release());  // their frames may still be poisoned
     threads.clear();
     throw std::runtime_error(std::exchange(failure, ""));
 }
 
-// ---- a launch -------------------------------------------------------------------------------------------------------
+// ---- a launch ----
 
 void make_threads() {
     for (unsigned k = 0; k < count; ++k) {
@@ -184,7 +193,8 @@ void make_threads() {
             make_fibre(threads[k]->fibre, k, thread_main);
         }
         threads[k]->number = k;
-        threads[k]->index = {k % blockDim.x, k / blockDim.x % blockDim.y, k / blockDim.x / blockDim.y};
+        threads[k]->index = {k % blockDim.x, k / blockDim.x % blockDim.y,
+                             k / blockDim.x / blockDim.y};
     }
 }
 
@@ -212,7 +222,8 @@ cudaError_t launch(const Kernel& described, dim3 grid, dim3 block, size_t shared
                    const std::function<void()>& thread) {
     static std::mutex one_at_a_time;
     const std::lock_guard<std::mutex> lock(one_at_a_time);
-    if (const cudaError_t error = refusal(described.address, grid, block, shared_bytes)) return error;
+    if (const cudaError_t error = refusal(described.address, grid, block, shared_bytes))
+        return error;
     kernel = described, body = &thread, gridDim = grid, blockDim = block;
     count = block.x * block.y * block.z;
     make_threads();
@@ -233,7 +244,8 @@ cudaError_t launch(const Kernel& described, dim3 grid, dim3 block, size_t shared
     return cudaSuccess;
 }
 
-uint64_t meet(Primitive primitive, unsigned mask, uint64_t value, int source, const char* file, int line) {
+uint64_t meet(Primitive primitive, unsigned mask, uint64_t value, int source, const char* file,
+              int line) {
     Thread& self = *current;
     self.primitive = primitive, self.mask = mask, self.value = value, self.source = source;
     self.file = file, self.line = line;

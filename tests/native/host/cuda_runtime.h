@@ -1,21 +1,23 @@
-// CUDA on the host, for the tests: csrc/ops/*/cuda.cu compiled by g++ with this header in place of the toolkit's and
-// run without a GPU (block.cpp). Blocks run one after another; a block's threads are fibres that give way to one
-// another at barriers and warp primitives only.
+// CUDA on the host, for the tests: csrc/ops/*/cuda.cu compiled by g++ with this header in place of
+// the toolkit's and run without a GPU (block.cpp). Blocks run one after another; a block's threads
+// are fibres that give way to one another at barriers and warp primitives only.
 //
-// What holds here holds on a GPU: indices, tails, sizes of shared memory (0xFF bytes before every block, and a heap
-// block of its exact size for AddressSanitizer), who takes part in a barrier or a shuffle, limits of a launch. A
-// barrier that is missing shows as results that depend on the order in which threads run, which PDD_HOST_ORDER sets:
-// "forward" (lower threads go as far as they can before higher ones; the default), "backward", or a number that seeds
-// an order of warps and of lanes within them, another one for every block.
+// What holds here holds on a GPU: indices, tails, sizes of shared memory (0xFF bytes before every
+// block, and a heap block of its exact size for AddressSanitizer), who takes part in a barrier or a
+// shuffle, limits of a launch. A barrier that is missing shows as results that depend on the order
+// in which threads run, which PDD_HOST_ORDER sets: "forward" (lower threads go as far as they can
+// before higher ones; the default), "backward", or a number that seeds an order of warps and of
+// lanes within them, another one for every block.
 //
-// Stricter than a GPU: a barrier or a warp primitive has to be reached by all threads that it names, none of which has
-// left the kernel, the barrier on one line of the source. Not modelled: blocks at the same time, so neither races
-// between them nor atomics; memory ordering and races within one stretch between two barriers where no order above
-// shows them; lockstep of warps; static shared memory in a launch's limit; __launch_bounds__ and registers; streams;
-// timing; fused multiply-add and the device's mathematical functions, whose last bits differ.
+// Stricter than a GPU: a barrier or a warp primitive has to be reached by all threads that it
+// names, none of which has left the kernel, the barrier on one line of the source. Not modelled:
+// blocks at the same time, so neither races between them nor atomics; memory ordering and races
+// within one stretch between two barriers where no order above shows them; lockstep of warps;
+// static shared memory in a launch's limit; __launch_bounds__ and registers; streams; timing; fused
+// multiply-add and the device's mathematical functions, whose last bits differ.
 //
-// Also read from the environment at every launch: PDD_HOST_FAIL, a cudaError_t that it then returns;
-// PDD_HOST_SHARED_BYTES, the most shared memory that a block may ask for.
+// Also read from the environment at every launch: PDD_HOST_FAIL, a cudaError_t that it then
+// returns; PDD_HOST_SHARED_BYTES, the most shared memory that a block may ask for.
 #pragma once
 
 #include <math.h>  // sqrt, exp and their like without std::, for float and double, as nvcc has them
@@ -32,9 +34,10 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static  // one for all blocks: they run one after another, and shared.ld says where it lies
+#define __shared__ \
+    static  // one for all blocks: they run one after another, and shared.ld says where it lies
 
-// ---- types ----------------------------------------------------------------------------------------------------------
+// ---- types ----
 
 struct uint3 {
     unsigned x, y, z;
@@ -67,7 +70,7 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-// ---- runtime, with the toolkit's numbers ----------------------------------------------------------------------------
+// ---- runtime, with the toolkit's numbers ----
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -109,7 +112,8 @@ struct Kernel {
     const char* signature;
 };
 
-cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+cudaError_t launch(const Kernel& kernel, dim3 grid, dim3 block, size_t shared_bytes,
+                   const std::function<void()>& body);
 cudaError_t set_shared_bytes(const void* kernel, int bytes);
 unsigned char* dynamic_shared();
 
@@ -120,9 +124,11 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<K
 
 int lane();
 
-// Waits until all threads that `mask` names (for Primitive::barrier: all of the block) are at the same primitive with
-// the same mask. A shuffle gets the value of lane `source`, all others the lanes whose value is not 0.
-uint64_t meet(Primitive primitive, unsigned mask, uint64_t value, int source, const char* file, int line);
+// Waits until all threads that `mask` names (for Primitive::barrier: all of the block) are at the
+// same primitive with the same mask. A shuffle gets the value of lane `source`, all others the
+// lanes whose value is not 0.
+uint64_t meet(Primitive primitive, unsigned mask, uint64_t value, int source, const char* file,
+              int line);
 
 float bfloat16_to_float(uint16_t bits);
 float float16_to_float(uint16_t bits);
@@ -135,8 +141,9 @@ template <class... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes = 0, cudaStream_t = nullptr) {
     const pdd_host::Kernel described{reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__};
-    return pdd_host::launch(described, grid, block, shared_bytes,
-                            [=] { pdd_host::call(kernel, arguments, std::index_sequence_for<Parameters...>{}); });
+    return pdd_host::launch(described, grid, block, shared_bytes, [=] {
+        pdd_host::call(kernel, arguments, std::index_sequence_for<Parameters...>{});
+    });
 }
 
 template <class... Parameters>
@@ -144,7 +151,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
     return pdd_host::set_shared_bytes(reinterpret_cast<const void*>(kernel), value);
 }
 
-// ---- barriers and warps ---------------------------------------------------------------------------------------------
+// ---- barriers and warps ----
 
 #define PDD_HOST_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define PDD_HOST_MEET(primitive, mask, value, source) \
@@ -200,7 +207,7 @@ T __shfl_xor_sync(unsigned mask, T value, int offset, int width = 32, PDD_HOST_H
 #undef PDD_HOST_MEET
 #undef PDD_HOST_HERE
 
-// ---- numbers --------------------------------------------------------------------------------------------------------
+// ---- numbers ----
 
 template <class T>
 T __ldg(const T* from) {

@@ -38,8 +38,10 @@ pdd_host_switch:
 )");
 
 void prepare(Fibre& fibre, void (*start)()) {
-    // What pdd_host_switch pops: six registers and where to return to; then a call's usual alignment.
-    auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(const_cast<void*>(fibre.stack)) + fibre.bytes);
+    // What pdd_host_switch pops: six registers and where to return to; then a call's usual
+    // alignment.
+    auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(const_cast<void*>(fibre.stack)) +
+                                             fibre.bytes);
     top[-2] = reinterpret_cast<uintptr_t>(start);
     fibre.at = top - 8;
 }
@@ -62,12 +64,13 @@ void swap(Fibre& from, Fibre& to) {
 }  // namespace
 
 void make_fibre(Fibre& fibre, unsigned number, void (*start)()) {
-    void* memory =
-        mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, kPage, PROT_NONE);  // an overflow ends the program
     fibre.stack = static_cast<char*>(memory) + kPage;
-    fibre.bytes = kStackBytes - number % 16 * 192;  // apart, or the stacks' tops would share cache lines
+    fibre.bytes =
+        kStackBytes - number % 16 * 192;  // apart, or the stacks' tops would share cache lines
     prepare(fibre, start);
 }
 

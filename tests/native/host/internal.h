@@ -9,7 +9,7 @@
 
 namespace pdd_host {
 
-// ---- fibre.cpp ------------------------------------------------------------------------------------------------------
+// ---- fibre.cpp ----
 
 // A stack and where on it to go on. The host's own is one too.
 struct Fibre {
@@ -23,12 +23,13 @@ struct Fibre {
     void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// A new stack, on which `start` runs when it is first gone to; `start` calls arrive() first and never returns.
+// A new stack, on which `start` runs when it is first gone to; `start` calls arrive() first and
+// never returns.
 void make_fibre(Fibre& fibre, unsigned number, void (*start)());
 void arrive();
 void go(Fibre& from, Fibre& to);
 
-// ---- runtime.cpp ----------------------------------------------------------------------------------------------------
+// ---- runtime.cpp ----
 
 constexpr unsigned kMostThreads = 1024, kWarp = 32;
 

@@ -20,14 +20,17 @@ size_t most_shared_bytes() {
 }
 
 cudaError_t judge(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes) {
-    if (const char* error = std::getenv("PDD_HOST_FAIL")) return static_cast<cudaError_t>(std::atoi(error));
+    if (const char* error = std::getenv("PDD_HOST_FAIL"))
+        return static_cast<cudaError_t>(std::atoi(error));
     if (!grid.x || !grid.y || !grid.z || grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535)
         return cudaErrorInvalidConfiguration;
-    if (!block.x || !block.y || !block.z || block.x > kMostThreads || block.y > kMostThreads || block.z > 64 ||
-        uint64_t{block.x} * block.y * block.z > kMostThreads)
+    if (!block.x || !block.y || !block.z || block.x > kMostThreads || block.y > kMostThreads ||
+        block.z > 64 || uint64_t{block.x} * block.y * block.z > kMostThreads)
         return cudaErrorInvalidConfiguration;
     const auto limit = raised.find(kernel);
-    return shared_bytes > (limit == raised.end() ? kSharedBytes : limit->second) ? cudaErrorInvalidValue : cudaSuccess;
+    return shared_bytes > (limit == raised.end() ? kSharedBytes : limit->second)
+               ? cudaErrorInvalidValue
+               : cudaSuccess;
 }
 
 }  // namespace
@@ -39,12 +42,13 @@ cudaError_t refusal(const void* kernel, dim3 grid, dim3 block, size_t shared_byt
 }
 
 cudaError_t set_shared_bytes(const void* address, int bytes) {
-    if (bytes < 0 || static_cast<size_t>(bytes) > most_shared_bytes()) return last_error = cudaErrorInvalidValue;
+    if (bytes < 0 || static_cast<size_t>(bytes) > most_shared_bytes())
+        return last_error = cudaErrorInvalidValue;
     raised[address] = static_cast<size_t>(bytes);
     return cudaSuccess;
 }
 
-// ---- numbers in 16 bits ---------------------------------------------------------------------------------------------
+// ---- numbers in 16 bits ----
 
 float bfloat16_to_float(uint16_t bits) {
     return __uint_as_float(static_cast<unsigned>(bits) << 16);
@@ -58,7 +62,8 @@ uint16_t float_to_bfloat16(float value) {
 
 float float16_to_float(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    float size = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction), std::max(exponent, 1) - 25);
+    float size = std::ldexp(static_cast<float>(exponent ? fraction + 1024 : fraction),
+                            std::max(exponent, 1) - 25);
     if (exponent == 31) size = fraction ? NAN : INFINITY;
     return bits >> 15 ? -size : size;
 }
@@ -76,7 +81,7 @@ uint16_t float_to_float16(float value) {
 
 }  // namespace pdd_host
 
-// ---- runtime --------------------------------------------------------------------------------------------------------
+// ---- runtime ----
 
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {

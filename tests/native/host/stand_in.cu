@@ -1,5 +1,5 @@
-// What stands in for CUDA, held to what CUDA does: test_cuda_stand_in.py gives the name of a launch and reads what came
-// of it.
+// What stands in for CUDA, held to what CUDA does: test_cuda_stand_in.py gives the name of a launch
+// and reads what came of it.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -33,7 +33,8 @@ __global__ void votes(int* out, int argument, int) {
     __syncwarp(mask);
 }
 
-// What a block finds in shared memory before it has written there, and what its threads exchange through it.
+// What a block finds in shared memory before it has written there, and what its threads exchange
+// through it.
 __global__ void shared(int* out, int, int) {
     __shared__ int fixed[32];
     int* dynamic = reinterpret_cast<int*>(pdd_host::dynamic_shared());
@@ -46,7 +47,7 @@ __global__ void shared(int* out, int, int) {
     if (fixed[31 - thread] != dynamic[thread]) out[block * 64 + thread] = -2;
 }
 
-// ---- mistakes -------------------------------------------------------------------------------------------------------
+// ---- mistakes ----
 
 __global__ void leaves_before_a_barrier(int* out, int, int) {
     if (linear() == 5) return;
@@ -134,7 +135,8 @@ const Launch launches[] = {
 int numbers() {
     float value;
     while (std::fread(&value, sizeof value, 1, stdin) == 1) {
-        const uint16_t bits[] = {pdd_host::float_to_bfloat16(value), pdd_host::float_to_float16(value)};
+        const uint16_t bits[] = {pdd_host::float_to_bfloat16(value),
+                                 pdd_host::float_to_float16(value)};
         std::fwrite(bits, sizeof bits, 1, stdout);
     }
     for (int bits = 0; bits < 65536; ++bits) {
@@ -147,8 +149,8 @@ int numbers() {
 
 }  // namespace
 
-// name [argument [width [raised]]], `raised` being what cudaFuncSetAttribute is asked for. Prints the launch's error,
-// what cudaGetLastError says twice after it, and what the kernel wrote.
+// name [argument [width [raised]]], `raised` being what cudaFuncSetAttribute is asked for. Prints
+// the launch's error, what cudaGetLastError says twice after it, and what the kernel wrote.
 int main(int count, char** values) {
     const auto argument = [&](int k) { return count > k ? std::stoi(values[k]) : 0; };
     if (count < 2) return 2;
@@ -161,12 +163,13 @@ int main(int count, char** values) {
         void* arguments[] = {&address, &first, &second};
         try {
             if (count > 4) {
-                const cudaError_t error =
-                    cudaFuncSetAttribute(launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, argument(4));
-                std::printf("%s %s\n", cudaGetErrorName(error), cudaGetErrorName(cudaGetLastError()));
+                const cudaError_t error = cudaFuncSetAttribute(
+                    launch.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, argument(4));
+                std::printf("%s %s\n", cudaGetErrorName(error),
+                            cudaGetErrorName(cudaGetLastError()));
             }
-            const cudaError_t error =
-                cudaLaunchKernel(launch.kernel, launch.grid, launch.block, arguments, launch.shared_bytes);
+            const cudaError_t error = cudaLaunchKernel(launch.kernel, launch.grid, launch.block,
+                                                       arguments, launch.shared_bytes);
             std::printf("%s", cudaGetErrorName(error));
             for (int k = 0; k < 2; ++k) std::printf(" %s", cudaGetErrorName(cudaGetLastError()));
             std::printf("\n");
