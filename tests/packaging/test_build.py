@@ -246,9 +246,9 @@ def test_an_nvcc_that_does_not_run_is_passed_over_unless_asked_for(
 GCC_REFUSED = """In file included from /usr/local/cuda/bin/../include/cuda_runtime.h:82,
                  from <command-line>:
 /usr/local/cuda/bin/../include/crt/host_config.h:143:2: error: #error -- unsupported GNU version! \
-gcc versions later than 13 are not supported! The nvcc flag '-allow-unsupported-compiler' can be \
-used to override this version check; however, using an unsupported host compiler may cause compilation \
-failure or incorrect run time execution."""
+gcc versions later than 13 are not supported! The nvcc flag '-allow-unsupported-compiler' can \
+be used to override this version check; however, using an unsupported host compiler may cause \
+compilation failure or incorrect run time execution."""
 LINKER_FAILS = """/usr/bin/ld: cannot find -lstdc++: No such file or directory
 collect2: error: ld returned 1 exit status"""
 NO_HEADERS = (
