@@ -1,24 +1,43 @@
-"""What the documentation promises: its commands are those of continuous integration, its examples
-run, its links lead somewhere, and the settings it names exist.
+"""The documentation holds.
+
+Its commands are those of continuous integration, its examples run, its guides work from the first
+line to the last, its links lead somewhere, and the options and settings that it names exist.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import tiny
 
+import pdd_fast
+from pdd_fast.cli.main import group
+from pdd_fast.cli.options import configuration
 from pdd_fast.progressive.stages import distill
 from pdd_fast.settings import Config, resolve
 from pdd_fast.storage.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+GUIDES = [page for page in sorted((DOCS / "guides").glob("*.md")) if page.name != "index.md"]
+# By tools/site_pages.py, when the site is built.
+GENERATED = [DOCS / name for name in ("reference/settings.md", "contributing.md", "changelog.md")]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=name_of)
+EVERY_GUIDE = pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -50,14 +69,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 EXAMPLES = [
-    pytest.param(code, id=f"{page.name}-{number}")
+    pytest.param(code, id=f"{name_of(page)}-{number}")
     for page in PAGES
+    if page not in GUIDES  # they run as a whole, below
     for number, code in enumerate(blocks(page, "python"))
 ]
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str, folder: Path) -> None:
+def run_example(code: str, folder: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
     )
@@ -67,11 +86,113 @@ def test_examples_run(code: str, folder: Path) -> None:
         assert shown in result.stdout
 
 
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code: str, folder: Path) -> None:
+    run_example(code, folder)
+
+
+def test_blocks_are_found_whatever_their_place_in_the_docs() -> None:
+    names = set(map(name_of, PAGES))
+    assert {
+        "README.md",
+        "docs/method.md",
+        "docs/guides/large-sets.md",
+        "docs/reference/api/unroll.md",
+    } <= names
+    assert len(EXAMPLES) > 12
+    assert len(GUIDES) == 6
+
+
+@EVERY_GUIDE
+def test_a_guide_runs_from_its_first_line_to_its_last(guide: Path, tmp_path: Path) -> None:
+    """Run its commands and code in order; a setting that it does not name is the tests'."""
+    found = re.findall(
+        r"^```(sh|python)\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    for language, code in found:
+        if language == "python":
+            run_example(code, tmp_path)
+            continue
+        script = "set -e\n" + "\n".join(map(smaller, code.splitlines()))
+        result = subprocess.run(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env=os.environ | {"PATH": paths},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+
+
+def smaller(line: str) -> str:
+    """Return a command that distills with the tests' settings, but for those that it names."""
+    if not line.startswith("pdd-fast distill"):
+        return line
+    given = {"dataset", "stages", "ipc", *re.findall(r"--set (\w+)=", line)}
+    flags = [
+        f"--set {key}={shlex.quote(str(value))}"
+        for key, value in tiny.SETTINGS.items()
+        if key not in given
+    ]
+    return " ".join([line, *flags])
+
+
+@EVERY_GUIDE
+def test_a_guide_is_short(guide: Path) -> None:
+    lines = [
+        line
+        for language in ("sh", "python")
+        for block in blocks(guide, language)
+        for line in block.splitlines()
+    ]
+    assert len([line for line in lines if line.strip()]) < 40
+
+
+def test_every_public_name_has_a_page_with_an_example() -> None:
+    pages = {
+        page: page.read_text(encoding="utf-8") for page in (DOCS / "reference" / "api").glob("*.md")
+    }
+    overview = pages.pop(DOCS / "reference" / "api" / "index.md")
+    for name in pdd_fast.__all__:
+        (page,) = (
+            page
+            for page, text in pages.items()
+            if f"::: pdd_fast.{name}\n" in text or f"# `{name}`" in text
+        )
+        assert any(f"pdd_fast.{name}" in code for code in blocks(page, "python")), name
+        assert f"`{name}`]({page.name})" in overview
+    assert len(pages) == len(pdd_fast.__all__)
+
+
 @EVERY_PAGE
 def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
-    missing = [target for target in targets if not (page.parent / target).exists()]
+    places = [(page.parent / target).resolve() for target in targets]
+    missing = [str(place) for place in places if not place.exists() and place not in GENERATED]
     assert not missing
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's blocks that call pdd-fast."""
+    text = "\n".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.startswith("pdd-fast ")]
+
+
+@EVERY_PAGE
+def test_commands_have_the_options_and_settings_that_they_name(page: Path) -> None:
+    for line in commands(page):
+        name, *arguments = shlex.split(line, comments=True)[1:]
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, line
+        try:
+            options = command.make_context(name, arguments).params
+        except click.exceptions.Exit:  # --recipe list, which ends there
+            continue
+        if name == "ablate":  # whose --stages are several numbers
+            options = {key: options[key] for key in options if key != "stages"}
+        if "assignments" in options and not options.get("resume"):
+            configuration(options)
 
 
 @EVERY_PAGE
