@@ -1,4 +1,4 @@
-"""Make pages of the site from other files: settings, CONTRIBUTING.md, CHANGELOG.md and records.
+"""Make pages of the site from other files: settings, the root's Markdown, measurements' records.
 
 mkdocs loads this file as a hook (mkdocs.yml). The sources stay where people and tests read them;
 the site gives them an address, and links that fit it.
@@ -16,10 +16,11 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+# Pages of the repository's root, and of the site by the same names.
 COPIES = {
-    "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
-}  # in the repository -> on the site
+    f"{name.upper()}.md": f"{name}.md"
+    for name in ("contributing", "changelog", "release", "security")
+}
 RECORDS = "benchmarks/results"
 SETTINGS = "reference/settings.md"
 

@@ -26,10 +26,10 @@ from pdd_fast.storage.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]
 GUIDES = [page for page in sorted((DOCS / "guides").glob("*.md")) if page.name != "index.md"]
 # By tools/site_pages.py, when the site is built.
-GENERATED = [DOCS / name for name in ("reference/settings.md", "contributing.md", "changelog.md")]
+GENERATED = [DOCS / "reference" / "settings.md"]
 
 
 def name_of(page: Path) -> str:
