@@ -37,7 +37,7 @@ class Problem:
     target: Tensor  # [P]
     images: Tensor  # [n, C, H, W]
     labels: Tensor  # int64 [n]
-    rate: Tensor  # []
+    lr: Tensor  # []
     batches: list[Tensor]  # N of int64 [b]
     draws: list[pdd_fast.AugmentParameters] | None = None
     own: pdd_fast.ConvNet | None = None  # the same network as this package has it
@@ -68,7 +68,7 @@ class Problem:
         dsa = pdd_fast.DSA("color_crop_cutout_flip_scale_rotate", mode="single")
         draws = [dsa.sample(n, size) for _ in batches] if augment else None
         start, target, images = (tensor.to(device, dtype) for tensor in (start, target, images))
-        labels, rate = (
+        labels, lr = (
             (torch.arange(n) % 10).to(device),
             torch.tensor(0.01, device=device, dtype=dtype),
         )
@@ -76,7 +76,7 @@ class Problem:
             plain_convnet(3, 10, (size, size), width, depth).to(device, dtype),
             own.to(device, dtype),
         )
-        return cls(net, start, target, images, labels, rate, batches, draws, own)
+        return cls(net, start, target, images, labels, lr, batches, draws, own)
 
     def __post_init__(self) -> None:
         device, dtype = self.images.device, self.images.dtype
@@ -131,25 +131,25 @@ def plain(problem: Problem) -> Iteration:
     """As MTT's scripts write it: create_graph=True through all steps."""
 
     def iterate() -> Gradients:
-        images, rate = (
+        images, lr = (
             problem.images.detach().requires_grad_(),
-            problem.rate.detach().requires_grad_(),
+            problem.lr.detach().requires_grad_(),
         )
-        loss = problem.matching_loss(trained(problem, images, rate))
-        images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
+        loss = problem.matching_loss(trained(problem, images, lr))
+        images_grad, rate_grad = torch.autograd.grad(loss, [images, lr])
         return images_grad, rate_grad
 
     return iterate
 
 
-def trained(problem: Problem, images: Tensor, rate: Tensor) -> Tensor:
-    """θ_N as a function of ``images`` and ``rate``, with the graph of all steps behind it."""
+def trained(problem: Problem, images: Tensor, lr: Tensor) -> Tensor:
+    """θ_N as a function of ``images`` and ``lr``, with the graph of all steps behind it."""
     theta = problem.start.detach().requires_grad_()
     for i in range(problem.steps):
         (gradient,) = torch.autograd.grad(
             problem.step_loss(i, theta, images), theta, create_graph=True
         )
-        theta = theta - rate * gradient
+        theta = theta - lr * gradient
     return theta
 
 
@@ -160,7 +160,7 @@ def training_path(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
         theta = path[i].detach().requires_grad_()
         (gradient,) = torch.autograd.grad(problem.step_loss(i, theta, problem.images), theta)
         gradients.append(gradient)
-        path.append(path[i] - problem.rate * gradient)
+        path.append(path[i] - problem.lr * gradient)
     return path, gradients
 
 
@@ -173,7 +173,7 @@ def checkpointed(problem: Problem) -> Iteration:
         path, gradients = training_path(problem)
         adjoint = problem.adjoint(path[-1])
         images = problem.images.detach().requires_grad_()
-        images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.rate)
+        images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.lr)
         for i in reversed(range(len(gradients))):
             theta = path[i].detach().requires_grad_()
             (gradient,) = torch.autograd.grad(
@@ -181,8 +181,8 @@ def checkpointed(problem: Problem) -> Iteration:
             )
             theta_part, images_part = torch.autograd.grad(gradient @ adjoint, [theta, images])
             rate_grad -= gradients[i] @ adjoint
-            images_grad -= problem.rate * images_part
-            adjoint = adjoint - problem.rate * theta_part
+            images_grad -= problem.lr * images_part
+            adjoint = adjoint - problem.lr * theta_part
         return images_grad, rate_grad
 
     return iterate
@@ -206,7 +206,7 @@ def frozen(problem: Problem) -> Iteration:
                 problem.step_loss(i, theta, images), theta, create_graph=True
             )
             (part,) = torch.autograd.grad(gradient @ adjoint, images)
-            images_grad -= problem.rate * part
+            images_grad -= problem.lr * part
         return images_grad, -(torch.stack(gradients) @ adjoint).sum()
 
     return iterate
@@ -238,18 +238,18 @@ def functional(problem: Problem, compiled: bool = False) -> Iteration:
         with torch.no_grad():
             for i in range(problem.steps):
                 x, y = problem.step_input(i, problem.images)
-                path.append(path[i] - problem.rate * gradient_of(path[i], x, y))
+                path.append(path[i] - problem.lr * gradient_of(path[i], x, y))
         adjoint = problem.adjoint(path[-1])
         images = problem.images.detach().requires_grad_()
-        images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.rate)
+        images_grad, rate_grad = torch.zeros_like(images), torch.zeros_like(problem.lr)
         for i in reversed(range(problem.steps)):
             x, y = problem.step_input(i, images)
             with torch.no_grad():
                 (gradient, _), (theta_part, x_part) = dual(path[i], x.detach(), y, adjoint)
                 rate_grad -= gradient @ adjoint
-                adjoint = adjoint - problem.rate * theta_part
+                adjoint = adjoint - problem.lr * theta_part
             (images_part,) = torch.autograd.grad(x, images, x_part)
-            images_grad -= problem.rate * images_part
+            images_grad -= problem.lr * images_part
         return images_grad, rate_grad
 
     return iterate

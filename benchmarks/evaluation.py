@@ -21,24 +21,24 @@ from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
 from pdd_fast.benchmarks.small_run import begin, ready, real_union
 from pdd_fast.evaluation.evaluate import evaluate_run
-from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.context import RunContext
+from pdd_fast.progressive.union import UnionSet
 
-Leg = tuple[Tensor, Tensor, float, int]  # images, labels, rate, steps
+Phase = tuple[Tensor, Tensor, float, int]  # images, labels, rate, steps
 
 
-def student(bench: Workbench, number: int, channels_last: bool) -> PlainTraining:
+def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
     """A fresh network, trained on unions as a run's configuration says."""
-    config = bench.config
-    data = bench.data
+    config = ctx.config
+    data = ctx.data
     net = plain_convnet(
         data.in_channels, data.num_classes, data.image_size, config.width, config.depth
     )
-    pdd_fast.load_parameters(net, bench.initial_parameters("evaluation", number).cpu())
-    draws = PlainDraws(bench.dsa, bench.device, torch.float32, number)
-    generator = torch.Generator(bench.device).manual_seed(number)
+    pdd_fast.load_parameters(net, ctx.initial_parameters("evaluation", number).cpu())
+    draws = PlainDraws(ctx.dsa, ctx.device, torch.float32, number)
+    generator = torch.Generator(ctx.device).manual_seed(number)
     return PlainTraining(
-        net.to(bench.device),
+        net.to(ctx.device),
         draws,
         generator,
         batch=config.union_batch,
@@ -48,31 +48,31 @@ def student(bench: Workbench, number: int, channels_last: bool) -> PlainTraining
     )
 
 
-def courses(bench: Workbench, union: Union) -> list[list[Leg]]:
+def schedules(ctx: RunContext, union: UnionSet) -> list[list[Phase]]:
     """The union stage after stage, as many random real images, and the last union from the
     start."""
-    config, train = bench.config, bench.train
+    config, train = ctx.config, ctx.train
     counts = [
-        config.union_epochs * bench.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
+        config.union_epochs * ctx.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
         for stage in range(1, union.stages + 1)
     ]
-    groups = bench.random_real_rows(config.ipc_by_stage, "random images", 0)
+    groups = ctx.random_real_rows(config.ipc_by_stage, "random images", 0)
     in_order, real = [], []
     for stage, count in enumerate(counts, start=1):
         rows = torch.cat(groups[:stage])
-        in_order.append((*union.up_to(stage), union.rates[stage - 1], count))
+        in_order.append((*union.up_to(stage), union.lrs[stage - 1], count))
         real.append((train.images[rows], train.labels[rows], config.inner_lr, count))
-    return [in_order, real, [(union.images, union.labels, union.rates[-1], sum(counts))]]
+    return [in_order, real, [(union.images, union.labels, union.lrs[-1], sum(counts))]]
 
 
-def plain(bench: Workbench, union: Union, channels_last: bool) -> list[float]:
+def plain(ctx: RunContext, union: UnionSet, channels_last: bool) -> list[float]:
     """The whole evaluation in eager PyTorch: test accuracies, after every leg of every course."""
-    found, test = [], bench.data.test
-    for repeat in range(bench.config.repeats):
-        for course in courses(bench, union):
-            training = student(bench, repeat, channels_last)
-            for images, labels, rate, steps in course:
-                training.run(images, labels, rate, steps)
+    found, test = [], ctx.data.test
+    for repeat in range(ctx.config.repeats):
+        for schedule in schedules(ctx, union):
+            training = student(ctx, repeat, channels_last)
+            for images, labels, lr, steps in schedule:
+                training.run(images, labels, lr, steps)
                 found.append(training.accuracy(test.images, test.labels))
     return found
 
@@ -80,14 +80,14 @@ def plain(bench: Workbench, union: Union, channels_last: bool) -> list[float]:
 def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callable[[], Any]:
     """The evaluation as one call."""
     own = contender.options if contender.ours else {}
-    run, bench = begin(case, job, folder, contender.precision, **own)
-    union = real_union(bench, bench.config.stages)
+    run, ctx = begin(case, job, folder, contender.precision, **own)
+    union = real_union(ctx, ctx.config.stages)
     if not contender.ours:
         # Loading the data is part of an evaluation of ours, and so of this one.
         return lambda: plain(
-            Workbench.prepare(run.config), union, contender.options["channels_last"]
+            RunContext.prepare(run.config), union, contender.options["channels_last"]
         )
-    union.distilled(bench).save(run.distilled_file)
+    union.distilled(ctx).save(run.distilled_file)
     return lambda: evaluate_run(run)
 
 

@@ -138,7 +138,7 @@ def resident_peak() -> int:
 
 
 def load_lazily_loaded() -> None:
-    """What torch loads at the first use of an optimiser or of forward mode: 1.5 seconds and 170 MB
+    """What torch loads at the first use of an optimizer or of forward mode: 1.5 seconds and 170 MB
     that are torch's and no contender's.
     """
     number = torch.zeros(1, requires_grad=True)

@@ -35,7 +35,7 @@ class PlainTraining:
         generator: torch.Generator,
         *,
         batch: int,
-        rate: float = 0.01,
+        lr: float = 0.01,
         momentum: float = 0.0,
         decay: float = 0.0,
         channels_last: bool = False,
@@ -44,7 +44,7 @@ class PlainTraining:
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = net.to(memory_format=self.format) if channels_last else net
         self.draws, self.generator, self.batch = draws, generator, batch
-        self.optimizer = torch.optim.SGD(self.net.parameters(), rate, momentum, weight_decay=decay)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr, momentum, weight_decay=decay)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self._loss
         if compiled:
             on_gpu = generator.device.type == "cuda"
@@ -72,10 +72,10 @@ class PlainTraining:
                 self.step(images[index], labels[index])
                 done += 1
 
-    def run(self, images: Tensor, labels: Tensor, rate: float, count: int) -> None:
-        """``count`` steps at ``rate``, and from half time on at a tenth of it."""
+    def run(self, images: Tensor, labels: Tensor, lr: float, count: int) -> None:
+        """``count`` steps at ``lr``, and from half time on at a tenth of it."""
         half = (count + 1) // 2
-        for share, number in ((rate, half), (rate / 10, count - half)):
+        for share, number in ((lr, half), (lr / 10, count - half)):
             for group in self.optimizer.param_groups:
                 group["lr"] = share
             self.steps(images, labels, number)

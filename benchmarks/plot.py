@@ -77,12 +77,12 @@ def draw(record: Mapping[str, Any], path: Path) -> bool:
         return False
     figure = new_figure(figsize=(9.6, 4.4), dpi=150)
     time, memory = figure.subplots(1, 2)
-    colours = {True: cycle(OURS), False: cycle(OTHERS)}
+    colors = {True: cycle(OURS), False: cycle(OTHERS)}
     for contender in contenders:
         points, lost = _curve(contender["name"], cases)
         ours = contender["ours"]
         style: dict[str, Any] = {
-            "color": next(colours[ours]),
+            "color": next(colors[ours]),
             "marker": "o" if ours else "s",
             "markersize": 4,
             "linewidth": 2 if ours else 1.2,

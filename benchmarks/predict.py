@@ -54,7 +54,7 @@ OTHERS = {
 
 
 @dataclass
-class Tape(TorchDispatchMode):
+class StepQueue(TorchDispatchMode):
     """Bytes and operations of everything dispatched."""
 
     taken: list[tuple[int, float]] = field(default_factory=list)  # bytes, operations
@@ -100,7 +100,7 @@ class Work:
         return device if graph else max(device, self.launches * EAGER)
 
 
-def as_on_a_gpu(tape: Tape) -> Callable[..., torch.Tensor]:
+def as_on_a_gpu(queue: StepQueue) -> Callable[..., torch.Tensor]:
     """What stands in for the engine's convolutions, which the CPU computes in float32 where images
     have 16 bits.
     """
@@ -117,7 +117,7 @@ def as_on_a_gpu(tape: Tape) -> Callable[..., torch.Tensor]:
             with FlopCounterMode(display=False) as counter:
                 function(*(t.to("meta").float() for t in operands), groups)
         size = sum(t.numel() * t.itemsize for t in (*operands, result))
-        tape.taken.append((size, float(counter.get_total_flops())))
+        queue.taken.append((size, float(counter.get_total_flops())))
         return result
 
     return run
@@ -128,12 +128,12 @@ def recorded(
 ) -> list[tuple[int, float]]:
     problem.steps = steps
     iterate = prepare(problem)
-    tape = Tape()
+    queue = StepQueue()
     with mock.patch.object(convnet, "available", return_value=False):  # the passes of a GPU
         iterate()  # what is made once is made
-        with tape, mock.patch.object(convolution, "_run", as_on_a_gpu(tape)):
+        with queue, mock.patch.object(convolution, "_run", as_on_a_gpu(queue)):
             iterate()
-    return tape.taken
+    return queue.taken
 
 
 def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -> Work:

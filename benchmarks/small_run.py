@@ -17,8 +17,8 @@ from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.contenders import Contender
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.context import RunContext
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
 
@@ -27,7 +27,7 @@ DIGITS = 8  # pixels of their sides
 SETTINGS: dict[str, Any] = {
     "stages": 2,
     "ipc": 4,
-    "experts": 2,
+    "num_experts": 2,
     "expert_train_epochs": 4,
     "max_start_epoch": 1,
     "expert_epochs": 3,
@@ -60,7 +60,7 @@ def noise(folder: Path, size: int) -> Path:
 
 def begin(
     case: Case, job: Job, folder: Path, precision: str = "float32", **options: Any
-) -> tuple[Run, Workbench]:
+) -> tuple[Run, RunContext]:
     """A new run in ``folder`` with a case's numbers, and what it works with.
 
     Args:
@@ -83,7 +83,7 @@ def begin(
         precision=precision,
         **options,
     )
-    return Run.create(folder / "run", config), Workbench.prepare(config)
+    return Run.create(folder / "run", config), RunContext.prepare(config)
 
 
 @contextmanager
@@ -102,12 +102,10 @@ def ready(
         yield call, measure.Memory(job.device)
 
 
-def real_union(bench: Workbench, stages: int) -> Union:
+def real_union(ctx: RunContext, stages: int) -> UnionSet:
     """Real images in the place of learned ones, as many as ``stages`` stages make."""
-    groups = bench.random_real_rows(bench.config.ipc_by_stage, "initial images")
-    union = Union.empty(bench)
+    groups = ctx.random_real_rows(ctx.config.ipc_by_stage, "initial images")
+    union = UnionSet.empty(ctx)
     for rows in groups[:stages]:
-        union = union.extended(
-            bench.train.images[rows], bench.train.labels[rows], bench.config.inner_lr
-        )
+        union = union.extended(ctx.train.images[rows], ctx.train.labels[rows], ctx.config.inner_lr)
     return union

@@ -25,10 +25,10 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.small_run import begin, ready, real_union
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import list_trajectories
 
@@ -39,32 +39,27 @@ class PlainStage:
     """
 
     def __init__(
-        self, bench: Workbench, union: Union, starts: list[Tensor], channels_last: bool
+        self, ctx: RunContext, union: UnionSet, starts: list[Tensor], channels_last: bool
     ) -> None:
-        self.bench, self.union, self.starts, self.channels_last = (
-            bench,
-            union,
-            starts,
-            channels_last,
-        )
+        self.ctx, self.union, self.starts, self.channels_last = (ctx, union, starts, channels_last)
         self.generator = torch.Generator().manual_seed(0)
-        self.draws = PlainDraws(bench.dsa, bench.device, torch.float32)
+        self.draws = PlainDraws(ctx.dsa, ctx.device, torch.float32)
 
     def __call__(self) -> float:
         """Held-out accuracy of the stage's images."""
-        images, rate = self.learn([self.trajectory(start) for start in self.starts])
-        return self.select(images, rate)
+        images, lr = self.learn([self.trajectory(start) for start in self.starts])
+        return self.select(images, lr)
 
     def trajectory(self, start: Tensor) -> list[Tensor]:
         """Checkpoints [P] on real data, from ``start`` trained on the union."""
-        config, union, train = self.bench.config, self.union, self.bench.train
-        training = student(self.bench, 0, self.channels_last)
-        pdd_fast.load_parameters(training.net, start.to(self.bench.device))
-        sgd = self.bench.synthetic_sgd
+        config, union, train = self.ctx.config, self.union, self.ctx.train
+        training = student(self.ctx, 0, self.channels_last)
+        pdd_fast.load_parameters(training.net, start.to(self.ctx.device))
+        sgd = self.ctx.synthetic_sgd
         training.run(
             union.images,
             union.labels,
-            union.rates[-1],
+            union.lrs[-1],
             config.transition_epochs * sgd.steps_per_epoch(len(union.images)),
         )
         training.optimizer = torch.optim.SGD(
@@ -81,7 +76,7 @@ class PlainStage:
         """What one iteration draws: a trajectory, where on it to start, batches of the union, and
         DSA.
         """
-        config, data = self.bench.config, self.bench.data
+        config, data = self.ctx.config, self.ctx.data
         net = plain_convnet(
             data.in_channels, data.num_classes, data.image_size, config.width, config.depth
         )
@@ -110,13 +105,13 @@ class PlainStage:
 
     def learn(self, trajectories: list[list[Tensor]]) -> tuple[Tensor, float]:
         """The stage's images, and the rate to train on them with."""
-        config, bench, union = self.bench.config, self.bench, self.union
-        rows = bench.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
-        images = bench.train.images[rows].requires_grad_()
-        labels = torch.cat([union.labels, bench.train.labels[rows]])
-        rate = torch.tensor(config.inner_lr, device=bench.device, requires_grad=True)
+        config, ctx, union = self.ctx.config, self.ctx, self.union
+        rows = ctx.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
+        images = ctx.train.images[rows].requires_grad_()
+        labels = torch.cat([union.labels, ctx.train.labels[rows]])
+        lr = torch.tensor(config.inner_lr, device=ctx.device, requires_grad=True)
         optimizer = torch.optim.SGD(
-            [{"params": [images], "lr": config.lr_img}, {"params": [rate], "lr": config.lr_lr}],
+            [{"params": [images], "lr": config.lr_img}, {"params": [lr], "lr": config.lr_lr}],
             momentum=config.momentum,
         )
         for _ in range(config.iterations):
@@ -125,46 +120,46 @@ class PlainStage:
             )  # the earlier ones are constants and cost no gradient
             problem = self.problem(trajectories, together, labels)
             optimizer.zero_grad()
-            problem.matching_loss(trained(problem, together, rate)).backward(inputs=[images, rate])
+            problem.matching_loss(trained(problem, together, lr)).backward(inputs=[images, lr])
             optimizer.step()
-        return images.detach(), float(rate.detach())
+        return images.detach(), float(lr.detach())
 
-    def select(self, images: Tensor, rate: float) -> float:
-        config, bench, union = self.bench.config, self.bench, self.union
-        labels = bench.train.labels[
-            bench.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
+    def select(self, images: Tensor, lr: float) -> float:
+        config, ctx, union = self.ctx.config, self.ctx, self.union
+        labels = ctx.train.labels[
+            ctx.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
         ]
-        both = union.extended(images, labels, rate)
+        both = union.extended(images, labels, lr)
         scores = []
         for number in range(config.eval_networks):
-            training = student(bench, number, self.channels_last)
+            training = student(ctx, number, self.channels_last)
             for stage in range(1, both.stages + 1):
                 seen, y = both.up_to(stage)
-                steps = config.eval_epochs * bench.synthetic_sgd.steps_per_epoch(len(seen))
-                training.run(seen, y, both.rates[stage - 1], steps)
-            scores.append(training.accuracy(bench.held_out.images, bench.held_out.labels))
+                steps = config.eval_epochs * ctx.synthetic_sgd.steps_per_epoch(len(seen))
+                training.run(seen, y, both.lrs[stage - 1], steps)
+            scores.append(training.accuracy(ctx.selection_split.images, ctx.selection_split.labels))
         return sum(scores) / len(scores)
 
 
-def before_the_stage(run: Run, bench: Workbench) -> Union:
+def before_the_stage(run: Run, ctx: RunContext) -> UnionSet:
     """What the second stage starts from: experts, and real images for those of the first stage."""
     make_experts(run)
-    union = real_union(bench, 1)
-    union.distilled(bench).save(run.stage_file(1))
+    union = real_union(ctx, 1)
+    union.distilled(ctx).save(run.stage_file(1))
     return union
 
 
 def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callable[[], Any]:
     """The stage as one call, which can be made once."""
     own = contender.options if contender.ours else {}
-    run, bench = begin(case, job, folder, contender.precision, **own)
-    union = before_the_stage(run, bench)
+    run, ctx = begin(case, job, folder, contender.precision, **own)
+    union = before_the_stage(run, ctx)
     if contender.ours:
         return lambda: distill(run)
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
     # Loading the data is part of a stage of ours, and so of this one.
     return lambda: PlainStage(
-        Workbench.prepare(run.config), union, starts, contender.options["channels_last"]
+        RunContext.prepare(run.config), union, starts, contender.options["channels_last"]
     )()
 
 

@@ -19,7 +19,7 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import Draws, PlainTraining
-from pdd_fast.training.sgd import Loop, Sgd, Students
+from pdd_fast.training.sgd import Loop, Sgd, TrainState
 
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
 STEPS = 6  # at a time: the six operations of DSA take different times
@@ -32,19 +32,19 @@ Parameters = Callable[[], Tensor]  # [P], as they are then
 def ours(
     contender: Contender, net: pdd_fast.ConvNet, images: Tensor, labels: Tensor, augment: bool
 ) -> tuple[Steps, Parameters]:
-    students = Students.start(pdd_fast.flatten_parameters(net)[None])
+    train_state = TrainState.start(pdd_fast.flatten_parameters(net)[None])
     options = contender.options
     engine = engines.choose(net, options["engine"], contender.precision, options["convolution"])
     dsa = pdd_fast.DSA(DSA if augment else "none")
     loop = Loop(
         Sgd(engine, dsa, len(images), MOMENTUM, DECAY, graph=options.get("graph", True)),
-        students,
+        train_state,
         images,
         labels,
         STEPS,
     )
     generator = torch.Generator().manual_seed(0)
-    return (lambda: list(loop.advance([RATE] * STEPS, [generator]))), (lambda: students.theta[0])
+    return (lambda: list(loop.advance([RATE] * STEPS, [generator]))), (lambda: train_state.theta[0])
 
 
 def plain(
@@ -66,14 +66,7 @@ def plain(
         ).to(images)
         pdd_fast.load_parameters(net, pdd_fast.flatten_parameters(own))
     training = PlainTraining(
-        net,
-        draws,
-        generator,
-        batch=len(images),
-        rate=RATE,
-        momentum=MOMENTUM,
-        decay=DECAY,
-        **options,
+        net, draws, generator, batch=len(images), lr=RATE, momentum=MOMENTUM, decay=DECAY, **options
     )
     return (lambda: training.steps(images, labels, STEPS)), (
         lambda: pdd_fast.flatten_parameters(net)

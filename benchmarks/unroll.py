@@ -11,7 +11,7 @@ import torch
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import PackedDraws
+from pdd_fast.augmentation.dsa import PackedAugmentParameters
 from pdd_fast.benchmarks import baselines, measure
 from pdd_fast.benchmarks.baselines import Gradients, Iteration, Problem
 from pdd_fast.benchmarks.cases import Case
@@ -32,7 +32,7 @@ def unrolled(problem: Problem, **options: Any) -> Iteration:
     def iterate() -> Gradients:
         images, rate = (
             problem.images.detach().requires_grad_(),
-            problem.rate.detach().requires_grad_(),
+            problem.lr.detach().requires_grad_(),
         )
         batches, draws = (
             problem.batches[: problem.steps],
@@ -63,11 +63,11 @@ def matching(
     """
     assert problem.own is not None
     engine = engines.choose(problem.own, precision=precision, convolution=convolution)
-    state = MatchingState.start(problem.images, float(problem.rate))
+    state = MatchingState.start(problem.images, float(problem.lr))
     start, target = problem.start.cpu(), problem.target.cpu()
 
     def prepared(steps: int) -> tuple[MatchingStep, MatchingInputs]:
-        draws = PackedDraws.of(problem.draws[:steps]) if problem.draws else None
+        draws = PackedAugmentParameters.of(problem.draws[:steps]) if problem.draws else None
         batches = torch.stack(problem.batches[:steps])
         step = MatchingStep(
             engine,
@@ -89,7 +89,7 @@ def matching(
             made[problem.steps] = prepared(problem.steps)
         step, inputs = made[problem.steps]
         found = step(state, inputs).state
-        return found.images_velocity, found.rate_velocity
+        return found.images_momentum_buffer, found.lr_momentum_buffer
 
     return iterate
 

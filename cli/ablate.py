@@ -36,7 +36,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Distil and judge with other numbers of stages, with and without conditioning and the filter.
+    """Distill and judge with other numbers of stages, with and without conditioning and the filter.
 
     All variants of a seed share their experts and are judged by as many SGD steps. The same call
     goes on where an interrupted one stopped.

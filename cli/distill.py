@@ -24,13 +24,13 @@ from pdd_fast.runtime.errors import UsageError
     help="Go on with the run in --run-dir, with the same bits as uninterrupted.",
 )
 def command(resume: bool, **options: Any) -> None:
-    """Distil a data set in stages, judge it, draw it.
+    """Distill a dataset in stages, judge it, draw it.
 
     Trains the experts first if there are none. Ctrl-C (or a kill) leaves a run that --resume
     continues.
     """
     with begun("distill", resume, **options) as run:
-        from pdd_fast.cli.show import draw
+        from pdd_fast.cli.show import draw_plots
         from pdd_fast.evaluation.evaluate import evaluate_run
         from pdd_fast.progressive.stages import distill
 
@@ -39,7 +39,7 @@ def command(resume: bool, **options: Any) -> None:
         evaluation = (
             run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)
         )
-        files = [run.distilled_file, run.evaluation_file, *draw(run)]
+        files = [run.distilled_file, run.evaluation_file, *draw_plots(run)]
     if options["as_json"]:
         output.print_json(
             {"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation}

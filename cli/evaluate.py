@@ -33,7 +33,7 @@ from pdd_fast.cli.options import PATH, continued
     help="imagefolder:DIR, where the run's folder lies now. [default: as in the run]",
 )
 @click.option(
-    "--data-dir", default=None, help="Where torchvision's data sets lie. [default: as in the run]"
+    "--data-dir", default=None, help="Where torchvision's datasets lie. [default: as in the run]"
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
 def command(
@@ -49,7 +49,7 @@ def command(
 
     Beside it, with the same number of SGD steps: random real images and the last union alone.
     """
-    from pdd_fast.cli.show import draw
+    from pdd_fast.cli.show import draw_plots
     from pdd_fast.evaluation.evaluate import evaluate_run
     from pdd_fast.storage.run import Run
 
@@ -57,7 +57,7 @@ def command(
     run = Run(run.path, continued(run.config, where))
     names = [name.strip() for name in networks.split(",")]
     evaluation = evaluate_run(run, output.reporter(), repeats, against, names, subsets)
-    files = [run.evaluation_file, *draw(run)]
+    files = [run.evaluation_file, *draw_plots(run)]
     if as_json:
         output.print_json(evaluation)
         return

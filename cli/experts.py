@@ -25,12 +25,14 @@ def command(resume: bool, **options: Any) -> None:
         make_experts(run, output.reporter())
         found = stored_experts(run)
     # MTT's files do not say.
-    reached = [t.metadata["held_out_accuracy"] for t in found if "held_out_accuracy" in t.metadata]
+    reached = [
+        t.metadata["selection_accuracy"] for t in found if "selection_accuracy" in t.metadata
+    ]
     if options["as_json"]:
         output.print_json(
-            {"run": str(run.path), "experts": len(found), "held_out_accuracy": reached}
+            {"run": str(run.path), "experts": len(found), "selection_accuracy": reached}
         )
         return
-    span = f", held-out accuracy {min(reached):.1f} to {max(reached):.1f} %" if reached else ""
+    span = f", selection accuracy {min(reached):.1f} to {max(reached):.1f} %" if reached else ""
     print(f"{len(found)} experts of {found[0].epochs} epochs{span}")
     output.print_files([found[0].path.parent])

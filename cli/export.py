@@ -20,7 +20,7 @@ from pdd_fast.cli.options import PATH
 def command(run_dir: Path, folder: Path, raw: bool, as_json: bool) -> None:
     """Write the images of RUN (or of a distilled set's file) as MTT's scripts store theirs.
 
-    For every stage a folder with images_best.pt and labels_best.pt; rates, normalisation and
+    For every stage a folder with images_best.pt and labels_best.pt; rates, normalization and
     augmentation in settings.json.
     """
     from pdd_fast.storage.distilled import load_distilled

@@ -22,10 +22,10 @@ from pdd_fast._version import __version__
 from pdd_fast.runtime.errors import PddFastError
 
 COMMANDS = {  # name -> what --help says; a command's module is imported when the command is run
-    "distill": "Distil a data set in stages, judge it, draw it.",
+    "distill": "Distill a dataset in stages, judge it, draw it.",
     "experts": "Train and store expert trajectories.",
     "evaluate": "Train fresh networks on a run's unions and report their test accuracy.",
-    "ablate": "Distil with other numbers of stages, conditioned or not, and compare.",
+    "ablate": "Distill with other numbers of stages, conditioned or not, and compare.",
     "bench": "Measure speed, memory and gradient error against plain PyTorch.",
     "show": "Draw a run's images and accuracy, and print its table.",
     "export": "Write a run's images as MTT's scripts store theirs.",

@@ -55,7 +55,7 @@ _FLAGS = (  # flag, setting, type, what --help says
         str,
         "Of these, what each stage adds, as in 4,2,2,1,1; even if not given.",
     ),
-    ("--base", "base", _choice("base"), "The method that a stage uses."),
+    ("--method", "method", _choice("method"), "The method that a stage uses."),
     (
         "--labels",
         "labels",
@@ -70,8 +70,13 @@ _FLAGS = (  # flag, setting, type, what --help says
         _choice("precision"),
         "Of convolutions; auto: tf32 on a GPU, float32 on the CPU.",
     ),
-    ("--data-dir", "data_dir", str, "Where torchvision's data sets lie."),
-    ("--select", "select", _choice("select"), "What the best images are chosen by."),
+    ("--data-dir", "data_dir", str, "Where torchvision's datasets lie."),
+    (
+        "--selection-split",
+        "selection_split",
+        _choice("selection_split"),
+        "What the best images are chosen by.",
+    ),
 )
 # What a continued run may be given anew, because its results do not depend on it, or (device,
 # side_by_side, memory) in rounding alone: a run that stopped for want of memory must be able to go
@@ -103,7 +108,17 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe what all runs of an ablation have in common."""
     return _described(
-        command, ["dataset", "ipc", "base", "labels", "device", "precision", "data_dir", "select"]
+        command,
+        [
+            "dataset",
+            "ipc",
+            "method",
+            "labels",
+            "device",
+            "precision",
+            "data_dir",
+            "selection_split",
+        ],
     )
 
 
@@ -119,7 +134,7 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
             default=None,
             callback=_list_recipes,
             is_eager=True,
-            help="Settings from the package, by name; list shows them. [default: the data set's]",
+            help="Settings from the package, by name; list shows them. [default: the dataset's]",
         ),
         click.option(
             "--set",

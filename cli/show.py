@@ -27,7 +27,7 @@ def command(run_dir: Path, as_json: bool) -> None:
         raise UsageError(
             f"{run.path} has no finished stage to show; continue it with pdd-fast distill --resume"
         )
-    files = draw(run)
+    files = draw_plots(run)
     evaluation = run.read_evaluation() if run.evaluation_file.exists() else None
     if as_json:
         output.print_json(
@@ -44,7 +44,7 @@ def command(run_dir: Path, as_json: bool) -> None:
         raise RunError(f"{' and '.join(failed)} could not be drawn; the warnings say why")
 
 
-def draw(run: Any) -> list[Path]:
+def draw_plots(run: Any) -> list[Path]:
     """Write the pictures that there is something to draw for; return the paths of those that did
     not fail.
     """

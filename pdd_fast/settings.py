@@ -24,8 +24,8 @@ class Config:
 
     # what is asked for
     dataset: str = "digits"  # a name of pdd_fast.data.NAMES or imagefolder:DIR
-    data_dir: str = "data"  # where torchvision finds its data sets
-    base: str = "mtt"  # the method that a stage uses
+    data_dir: str = "data"  # where torchvision finds its datasets
+    method: str = "mtt"  # the method that a stage uses
     stages: int = 5
     ipc: int = 10  # images per class, all stages together
     stage_ipc: str = ""  # of these, what each stage adds, as in 4,2,2,1,1; "": as even as can be
@@ -35,13 +35,13 @@ class Config:
     seed: int = 0
 
     # data
-    validation_fraction: float = 0.1  # of the training images, held out for selection
+    validation_fraction: float = 0.1  # of the training images, for the validation split
     normalization: str = (
         "fitted"  # of images that are not whitened: by constants fitted to them, or published ones
     )
     whitening: str = "none"  # of all images' pixels in [0, 1], before anything else: none, or zca
     whitening_epsilon: float = 0.1  # zca: added to every eigenvalue of the covariance
-    select: str = (
+    selection_split: str = (
         "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
     )
     augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
@@ -59,7 +59,7 @@ class Config:
     depth: int = 3
 
     # experts
-    experts: int = 100
+    num_experts: int = 100
     experts_from: str = (
         ""  # a run, or a folder with trajectories or MTT's replay_buffer_*.pt; "": they are trained
     )
@@ -74,7 +74,7 @@ class Config:
     expert_epochs: int = 2  # how far ahead of the start the target lies
     max_start_epoch: int = 5
     inner_batch: int = 0  # images of an inner step; 0: as many as the stage makes
-    trajectories: int = 1  # of an iteration, whose mean gradient is taken
+    trajectories_per_step: int = 1  # of an iteration, whose mean gradient is taken
     lr_img: float = 1000.0
     stage_lr_img: str = ""  # lr_img of each stage, as in 1000,500,500; "": lr_img in all
     lr_lr: float = 1e-7
@@ -84,15 +84,15 @@ class Config:
     lr_label: float = 10.0  # of learned labels, which are the softmax of what is learned
     inner_lr: float = 0.01  # where the learned rate starts in every stage
     momentum: float = 0.5  # of images and rate
-    clip: float = (
+    max_grad_norm: float = (
         0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
     )
     # the stage gives an average of its images over iterations, of which so much stays in each; 0:
     # the last
-    ema: float = 0.0
+    ema_decay: float = 0.0
     # how often a stage is set back, its steps halved, where images or rate left the range, before
     # it fails
-    guard: int = 5
+    max_rollbacks: int = 5
     factor: int = (
         1  # idc, dm: each stored image holds so many smaller ones a side, enlarged for training
     )
@@ -178,13 +178,23 @@ class Config:
 
 
 _TYPES = get_type_hints(Config)
+# Settings of runs from before 0.1, and what they are called now.
+_RENAMED = {
+    "base": "method",
+    "select": "selection_split",
+    "guard": "max_rollbacks",
+    "clip": "max_grad_norm",
+    "ema": "ema_decay",
+    "experts": "num_experts",
+    "trajectories": "trajectories_per_step",
+}
 CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
-    "base": ("mtt", "idc", "dm"),  # pdd_fast.methods.register adds to it
+    "method": ("mtt", "idc", "dm"),  # pdd_fast.methods.register adds to it
     "conditioning": ("on", "off"),
     "normalization": ("fitted", "published"),
     "whitening": ("none", "zca"),
     "filter": ("none", "forgetting", "learned"),
-    "select": ("validation", "test"),
+    "selection_split": ("validation", "test"),
     "augment_mode": ("single", "multiple"),
     "labels": ("hard", "soft", "learned"),
     "distance": ("squared", "cosine"),
@@ -207,7 +217,7 @@ _AT_LEAST: dict[str, float] = {
     "ipc": 1,
     "width": 1,
     "depth": 1,
-    "experts": 1,
+    "num_experts": 1,
     "expert_train_epochs": 1,
     "expert_batch": 1,
     "iterations": 0,
@@ -234,10 +244,10 @@ _AT_LEAST: dict[str, float] = {
     "threads": 0,
     "side_by_side": 0,
     "memory_limit": 0,
-    "trajectories": 1,
-    "clip": 0,
-    "ema": 0,
-    "guard": 0,
+    "trajectories_per_step": 1,
+    "max_grad_norm": 0,
+    "ema_decay": 0,
+    "max_rollbacks": 0,
     "factor": 1,
     "real_batch": 1,
     "synthetic_batch": 1,
@@ -249,19 +259,19 @@ _AT_LEAST: dict[str, float] = {
 _BELOW: dict[str, float] = {
     "validation_fraction": 1,
     "momentum": 1,
-    "ema": 1,
+    "ema_decay": 1,
     "expert_momentum": 1,
     "union_momentum": 1,
 }
-# What a base method leaves of other settings. Some have no experts, whose words soft labels are,
+# What a method leaves of other settings. Some have no experts, whose words soft labels are,
 # and no transitions, which are asked what is learned; those work on pixels in [0, 1].
 _ON_PIXELS: dict[str, tuple[Any, ...]] = {
     "labels": ("hard",),
     "whitening": ("none",),
     "filter": ("none", "forgetting"),
-    "trajectories": (1,),
-    "clip": (0.0,),
-    "ema": (0.0,),
+    "trajectories_per_step": (1,),
+    "max_grad_norm": (0.0,),
+    "ema_decay": (0.0,),
 }
 # What stands where neither a recipe nor anybody says otherwise: of IDC's published runs at 10
 # images a class; of DM in stages none is known. A rate for trajectories would drive pixels to 0 and
@@ -328,26 +338,29 @@ def resolve(recipe: str | None = None, **settings: Any) -> Config:
     """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's
     type.
 
-    A recipe is for its base method. Without ``recipe``, the one named like the data set is taken
-    where there is one, and for another base method than mtt the one named like both (digits-idc).
+    A recipe is for its method. Without ``recipe``, the one named like the dataset is taken
+    where there is one, and for another method than mtt the one named like both (digits-idc).
     ``stages`` and ``ipc`` follow from ``stage_ipc`` where that is among ``settings`` and they are
     not.
 
     Raises:
         UsageError: an unknown setting (with the nearest name), or a value that cannot be.
     """
-    dataset, base = (str(settings.get(key, getattr(Config, key))) for key in ("dataset", "base"))
-    own = dataset if base == Config.base else f"{dataset}-{base}"
+    dataset, method = (
+        str(settings.get(key, getattr(Config, key))) for key in ("dataset", "method")
+    )
+    own = dataset if method == Config.method else f"{dataset}-{method}"
     if recipe is None and own in recipe_names():
         recipe = own
     of_recipe = load_recipe(recipe) if recipe is not None else {}
-    for_base = str(of_recipe.get("base", Config.base))
-    if recipe is not None and "base" in settings and base != for_base:
+    for_method = str(of_recipe.get("method", Config.method))
+    if recipe is not None and "method" in settings and method != for_method:
         raise UsageError(
-            f"base must be {for_base} as in the recipe {recipe}, got {base}; --recipe list shows "
+            f"method must be {for_method} as in the recipe {recipe}, got {method}; --recipe list "
+            f"shows "
             f"others"
         )
-    merged = _DEFAULTS.get(str(of_recipe.get("base", base)), {}) | of_recipe | settings
+    merged = _DEFAULTS.get(str(of_recipe.get("method", method)), {}) | of_recipe | settings
     if settings.get(
         "stage_ipc"
     ):  # says how many stages and images there are, where nobody else does
@@ -363,11 +376,12 @@ def resolve(recipe: str | None = None, **settings: Any) -> Config:
 
 
 def from_dict(stored: dict[str, Any]) -> Config:
-    """A configuration as :meth:`Config.to_dict` gave it, checked again; ``base`` may be a method
+    """A configuration as :meth:`Config.to_dict` gave it, checked again; ``method`` may be a method
     that is not registered here, because looking at a run needs none.
     """
-    config = replace(Config(), **{key: _convert(key, value) for key, value in stored.items()})
-    _check(config, any_base=True)
+    named = {_RENAMED.get(key, key): value for key, value in stored.items()}
+    config = replace(Config(), **{key: _convert(key, value) for key, value in named.items()})
+    _check(config, any_method=True)
     return config
 
 
@@ -416,6 +430,8 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _convert(key: str, value: Any) -> Any:
+    if key in _RENAMED:
+        raise UsageError(f"unknown setting {key!r}; it is called {_RENAMED[key]!r}")
     if key not in _TYPES:
         raise UsageError(f"unknown setting {key!r}{nearest(key, list(_TYPES))}")
     wanted = _TYPES[key]
@@ -448,14 +464,14 @@ def _whole(value: Any) -> int:
     return int(value)
 
 
-def _check(config: Config, any_base: bool = False) -> None:
+def _check(config: Config, any_method: bool = False) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{field.name} must be a finite number, got {value}")
     for key, choices in CHOICES.items():
         value = getattr(config, key)
-        if value not in choices and not (any_base and key == "base"):
+        if value not in choices and not (any_method and key == "method"):
             raise UsageError(f"{key} must be {' or '.join(choices)}, got {value!r}")
     names = [] if config.augment.lower() in ("", "none") else config.augment.split("_")
     if not set(names) <= set(_AUGMENTATIONS) or len(set(names)) < len(names):
@@ -479,11 +495,12 @@ def _check(config: Config, any_base: bool = False) -> None:
         raise UsageError(f"factor must be 1 where labels are {config.labels}, got {config.factor}")
     if config.cutmix > 1:
         raise UsageError(f"cutmix must be at most 1, got {config.cutmix}")
-    for key, allowed in _OF_BASE.get(config.base, {}).items():
+    for key, allowed in _OF_BASE.get(config.method, {}).items():
         if getattr(config, key) not in allowed:
             wanted = " or ".join(map(str, allowed))
             raise UsageError(
-                f"{key} must be {wanted} where base is {config.base}, got {getattr(config, key)}"
+                f"{key} must be {wanted} where method is {config.method}, got "
+                f"{getattr(config, key)}"
             )
     if config.memory == "cache" and config.memory_limit:
         raise UsageError(

@@ -101,7 +101,7 @@ def test_the_papers_recipes_are_the_papers(name: str) -> None:
     )
     assert (c.ipc_by_stage[0], *row) == PUBLISHED[name]
     assert c.ipc_by_stage == 5 * c.ipc_by_stage[:1]
-    assert (c.experts, c.expert_train_epochs) == (100, 24 if name.startswith("tiny") else 50)
+    assert (c.num_experts, c.expert_train_epochs) == (100, 24 if name.startswith("tiny") else 50)
     assert (c.expert_lr, c.expert_momentum, c.expert_batch, c.inner_lr, c.momentum) == (
         0.01,
         0,
@@ -144,7 +144,7 @@ def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
     c = resolve(name)
     assert (c.ipc_by_stage, c.lr_img) == (5 * (IDC[name][0],), IDC[name][1])
     assert c.lr_img == pytest.approx(5e-3 * c.ipc_by_stage[0] / 10)
-    assert (c.base, c.factor, c.iterations, c.inner_loops, c.start_networks) == (
+    assert (c.method, c.factor, c.iterations, c.inner_loops, c.start_networks) == (
         "idc",
         2,
         2000,
@@ -170,19 +170,19 @@ def test_the_papers_recipes_on_idc_are_the_papers(name: str) -> None:
 
 
 def test_a_base_method_has_a_recipe_of_its_own() -> None:
-    assert resolve(base="idc") == resolve("digits-idc")
-    assert resolve(base="dm") == resolve("digits-dm")
+    assert resolve(method="idc") == resolve("digits-idc")
+    assert resolve(method="dm") == resolve("digits-dm")
     with pytest.raises(
-        UsageError, match="base must be mtt as in the recipe digits, got idc; --recipe list"
+        UsageError, match="method must be mtt as in the recipe digits, got idc; --recipe list"
     ):
-        resolve("digits", base="idc")
-    assert resolve("digits-dm", base="dm") == resolve("digits-dm")
+        resolve("digits", method="idc")
+    assert resolve("digits-dm", method="dm") == resolve("digits-dm")
 
 
 def test_a_base_method_has_defaults_of_its_own_where_there_is_no_recipe() -> None:
     """At the rate for trajectories pixels would be driven to 0 and 1."""
     published = resolve("cifar10-idc-ipc10")
-    own = resolve(dataset="mnist-like", base="idc")
+    own = resolve(dataset="mnist-like", method="idc")
     for key in (
         "lr_img",
         "iterations",
@@ -193,29 +193,41 @@ def test_a_base_method_has_defaults_of_its_own_where_there_is_no_recipe() -> Non
         "transition_epochs",
     ):
         assert getattr(own, key) == getattr(published, key) != getattr(Config, key)
-    assert resolve(dataset="mnist-like", base="dm").lr_img == 0.1
-    assert resolve(dataset="mnist-like", base="dm", lr_img=3).lr_img == 3
+    assert resolve(dataset="mnist-like", method="dm").lr_img == 0.1
+    assert resolve(dataset="mnist-like", method="dm", lr_img=3).lr_img == 3
     assert resolve(dataset="mnist-like") == Config(dataset="mnist-like")
 
 
 def test_a_stored_configuration_may_have_a_base_method_that_is_not_known_here() -> None:
-    assert from_dict(Config().to_dict() | {"base": "elsewhere"}).base == "elsewhere"
+    assert from_dict(Config().to_dict() | {"method": "elsewhere"}).method == "elsewhere"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"base": "idc", "labels": "soft"}, "labels must be hard where base is idc, got soft"),
-        ({"base": "dm", "labels": "learned"}, "labels must be hard where base is dm, got learned"),
-        ({"base": "idc", "whitening": "zca"}, "whitening must be none where base is idc, got zca"),
-        ({"base": "mtt", "factor": 2}, "factor must be 1 where base is mtt, got 2"),
+        ({"method": "idc", "labels": "soft"}, "labels must be hard where method is idc, got soft"),
         (
-            {"base": "idc", "filter": "learned"},
-            "filter must be none or forgetting where base is idc, got learned",
+            {"method": "dm", "labels": "learned"},
+            "labels must be hard where method is dm, got learned",
         ),
-        ({"base": "idc", "clip": 1}, "clip must be 0.0 where base is idc, got 1.0"),
-        ({"base": "dm", "ema": 0.5}, "ema must be 0.0 where base is dm, got 0.5"),
-        ({"base": "dm", "trajectories": 2}, "trajectories must be 1 where base is dm, got 2"),
+        (
+            {"method": "idc", "whitening": "zca"},
+            "whitening must be none where method is idc, got zca",
+        ),
+        ({"method": "mtt", "factor": 2}, "factor must be 1 where method is mtt, got 2"),
+        (
+            {"method": "idc", "filter": "learned"},
+            "filter must be none or forgetting where method is idc, got learned",
+        ),
+        (
+            {"method": "idc", "max_grad_norm": 1},
+            "max_grad_norm must be 0.0 where method is idc, got 1.0",
+        ),
+        ({"method": "dm", "ema_decay": 0.5}, "ema_decay must be 0.0 where method is dm, got 0.5"),
+        (
+            {"method": "dm", "trajectories_per_step": 2},
+            "trajectories_per_step must be 1 where method is dm, got 2",
+        ),
         ({"cutmix": 1.5}, "cutmix must be at most 1, got 1.5"),
     ],
 )

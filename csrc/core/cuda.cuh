@@ -110,7 +110,7 @@ constexpr int kPackBytes = 16;  // the widest access of a thread
 template <class T>
 constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
 
-// V neighbouring numbers, read and written by one instruction; get and set convert from and to what
+// V neighboring numbers, read and written by one instruction; get and set convert from and to what
 // is computed with. Two numbers of 16 bits share a register until they are needed: as V values they
 // took V of them.
 template <class T, int V, bool halves = sizeof(T) == 2 && V % 2 == 0>
@@ -146,7 +146,7 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
 }
 
 // Makes the compiler take the numbers for new ones: what it has computed from them before (widened,
-// normalised) is computed again and not kept in registers from one pass over them to the next.
+// normalized) is computed again and not kept in registers from one pass over them to the next.
 template <class T, int V>
 __device__ __forceinline__ void renew(Pack<T, V>& pack) {
 #if defined(__CUDA_ARCH__)

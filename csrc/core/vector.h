@@ -1,6 +1,6 @@
 // One register of numbers as a value, by the compiler's vector extension: the formulas in
-// ops/<op>/math.h take it in place of a scalar, so a CPU kernel is vectorised by how it is written
-// and not by what the optimiser can prove.
+// ops/<op>/math.h take it in place of a scalar, so a CPU kernel is vectorized by how it is written
+// and not by what the optimizer can prove.
 #pragma once
 
 #include <cmath>

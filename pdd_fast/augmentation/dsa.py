@@ -62,7 +62,7 @@ class AugmentParameters:
     image_size: tuple[int, int]  # (H, W) that was drawn for
     cutout_size: tuple[int, int]  # height and width of what cutout blanks
     values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS; below each row by its name
-    _packed: dict[torch.device, PackedDraws] = field(
+    _packed: dict[torch.device, PackedAugmentParameters] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -73,8 +73,8 @@ class AugmentParameters:
     contrast = _draw("contrast")  # [b] float64, factor of the distance from the mean of the image
     shift_h = _draw("shift_h")  # [b] int64, rows
     shift_w = _draw("shift_w")  # [b] int64, columns
-    cutout_h = _draw("cutout_h")  # [b] int64, row of the centre
-    cutout_w = _draw("cutout_w")  # [b] int64, column of the centre
+    cutout_h = _draw("cutout_h")  # [b] int64, row of the center
+    cutout_w = _draw("cutout_w")  # [b] int64, column of the center
     flip = _draw("flip")  # [b] bool
     scale_h = _draw("scale_h")  # [b] float64
     scale_w = _draw("scale_w")  # [b] float64
@@ -146,14 +146,14 @@ class AugmentParameters:
             count - len(self.operations)
         )
 
-    def packed(self, device: torch.device) -> PackedDraws:
+    def packed(self, device: torch.device) -> PackedAugmentParameters:
         """What the kernels take, on ``device``; made once per device."""
         if device not in self._packed:
-            self._packed[device] = PackedDraws.of([self]).to(device)
+            self._packed[device] = PackedAugmentParameters.of([self]).to(device)
         return self._packed[device]
 
 
-class PackedDraws(NamedTuple):
+class PackedAugmentParameters(NamedTuple):
     """The draws of a batch of b images as the kernels take them: tensors alone, so that a captured
     graph can be given others of the same shape.
     """
@@ -165,7 +165,7 @@ class PackedDraws(NamedTuple):
     cutout_size: tuple[int, int]
 
     @classmethod
-    def of(cls, parameters: Sequence[AugmentParameters]) -> PackedDraws:
+    def of(cls, parameters: Sequence[AugmentParameters]) -> PackedAugmentParameters:
         """The draws of several batches of images of one size, one after another."""
         first, most = parameters[0], max(len(p.operations) for p in parameters)
         blocks = [(p._numbers(most), len(p)) for p in parameters]
@@ -184,8 +184,10 @@ class PackedDraws(NamedTuple):
             )
         return cls(values, operations.to(values.device), first.cutout_size)
 
-    def to(self, device: torch.device) -> PackedDraws:
-        return PackedDraws(self.values.to(device), self.operations.to(device), self.cutout_size)
+    def to(self, device: torch.device) -> PackedAugmentParameters:
+        return PackedAugmentParameters(
+            self.values.to(device), self.operations.to(device), self.cutout_size
+        )
 
     def apply(self, images: Tensor, linear: bool = False) -> Tensor:
         """:func:`augment` without autograd, or its linear part."""
@@ -206,9 +208,9 @@ class DSA:
             augmentation. The order is the order in which mode "multiple" applies them.
         mode: "single" draws one of the operations per call, for the whole batch, with numbers per
             image; "multiple" applies all.
-        brightness: width of the range of what is added, centred on 0.
+        brightness: width of the range of what is added, centered on 0.
         saturation: upper end of the range of the factor, from 0.
-        contrast: half the width of the range of the factor, centred on 1.
+        contrast: half the width of the range of the factor, centered on 1.
         crop: largest shift as a fraction of the side.
         cutout: side of the blanked square as a fraction of the side.
         flip: probability.

@@ -1,4 +1,4 @@
-"""Data sets, each as a few tensors in memory."""
+"""Datasets, each as a few tensors in memory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from pdd_fast.data.fingerprint import difference, fingerprint
-from pdd_fast.data.normalization import Normalisation, unit
+from pdd_fast.data.normalization import Normalization, unit
 from pdd_fast.data.splits import (
     Fit,
     ImageData,
     Pixels,
     Split,
-    normalised,
+    normalized,
     prepare,
     require_images_per_class,
 )
@@ -29,7 +29,7 @@ from pdd_fast.settings import CHOICES
 __all__ = [
     "NAMES",
     "ImageData",
-    "Normalisation",
+    "Normalization",
     "Split",
     "Whitening",
     "load",
@@ -48,13 +48,13 @@ def load(
     normalization: str = "fitted",
     whitening_epsilon: float = EPSILON,
 ) -> ImageData:
-    """A data set by name.
+    """A dataset by name.
 
     Args: name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and
         DIR/test/<class>/
             (or val/, valid/, validation/).
         data_dir: where torchvision's files lie.
-        validation_fraction: share of every class's training images that is held out, in (0, 1).
+        validation_fraction: share of every class's training images to validate on, in (0, 1).
         whitening: "none", or "zca": of pixels in [0, 1], which are not normalized before.
         keep_whitening: a file that the whitening is read from where it is there, and written to
             where it is not: fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and
@@ -95,7 +95,7 @@ def load(
             f"whitening_epsilon must be a finite number above 0, got {whitening_epsilon}"
         )
     mark = fingerprint(pixels)
-    fit: Fit = normalised
+    fit: Fit = normalized
     whose = {"data": name, "fingerprint": mark, "classes": list(pixels.classes)}
     if whitening == "zca":
         fit = partial(_whitened, whose, keep_whitening, whitening_epsilon)
@@ -104,8 +104,8 @@ def load(
     return replace(prepare(name, pixels, validation_fraction, fit), fingerprint=mark)
 
 
-def _constants(name: str, pixels: Pixels) -> Normalisation:
-    found = Normalisation.published(name, pixels.classes, pixels.train.shape[1])
+def _constants(name: str, pixels: Pixels) -> Normalization:
+    found = Normalization.published(name, pixels.classes, pixels.train.shape[1])
     if found is None:
         raise UsageError(
             f"normalization must be fitted for {name}, for which no constants were published, got "
@@ -114,24 +114,24 @@ def _constants(name: str, pixels: Pixels) -> Normalisation:
     return found
 
 
-def _published(constants: Normalisation, pixels: Tensor) -> tuple[Normalisation, None]:
+def _published(constants: Normalization, pixels: Tensor) -> tuple[Normalization, None]:
     return constants, None
 
 
 def _whitened(
     whose: dict[str, Any], file: Path | None, epsilon: float, pixels: Tensor
-) -> tuple[Normalisation, Whitening]:
+) -> tuple[Normalization, Whitening]:
     """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file`` for the
     data ``whose`` (:func:`pdd_fast.data.fingerprint.identity`).
     """
     shape = tuple(pixels.shape[1:])
     if file is None or not file.exists():
         unchanged, fitted = (
-            Normalisation.identity(shape[0]),
+            Normalization.identity(shape[0]),
             Whitening.fit(pixels, epsilon, convert=unit),
         )
         if file is not None:
-            fitted.save(file, whose | {"normalisation": unchanged.to_dict()})
+            fitted.save(file, whose | {"normalization": unchanged.to_dict()})
         return unchanged, fitted
     kept, metadata = Whitening.load(file)
     if kept.image_shape != shape:
@@ -144,10 +144,10 @@ def _whitened(
             f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose "
             f"another --run-dir"
         )
-    if "normalisation" not in metadata:  # of an earlier version, whose runs go on as they began
-        return Normalisation.fit(pixels), kept
+    if "normalization" not in metadata:  # of an earlier version, whose runs go on as they began
+        return Normalization.fit(pixels), kept
     try:
-        return Normalisation.from_dict(metadata["normalisation"]), kept
+        return Normalization.from_dict(metadata["normalization"]), kept
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{file} is not a whitening: its normalization is damaged ({error!r})"

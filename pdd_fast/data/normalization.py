@@ -1,4 +1,4 @@
-"""Per-channel normalisation, and its inverse for pictures."""
+"""Per-channel normalization, and its inverse for pictures."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def unit(pixels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """(pixel − mean) / std per channel, with pixels in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     @classmethod
-    def identity(cls, channels: int) -> Normalisation:
+    def identity(cls, channels: int) -> Normalization:
         """Leave pixels in [0, 1] as they are."""
         return cls((0.0,) * channels, (1.0,) * channels)
 
     @classmethod
-    def published(cls, name: str, classes: Sequence[str], channels: int) -> Normalisation | None:
+    def published(cls, name: str, classes: Sequence[str], channels: int) -> Normalization | None:
         """Return the constants that published code has for a dataset, or None where it has none.
 
         Image folders are known by their classes: CIFAR-10's names, or WordNet's numbers, as
@@ -53,7 +53,7 @@ class Normalisation:
         return cls(*_IMAGENET) if all(re.fullmatch(r"n\d{8}", title) for title in classes) else None
 
     @classmethod
-    def fit(cls, pixels: Tensor) -> Normalisation:
+    def fit(cls, pixels: Tensor) -> Normalization:
         """Mean and standard deviation per channel of pixels [n, C, H, W]: uint8, or floating-point
         in [0, 1].
         """
@@ -63,13 +63,13 @@ class Normalisation:
         # floats.
         channels = [pixels[:, c].double() for c in range(pixels.shape[1])]
         std = tuple(float(c.std(correction=0)) for c in channels)
-        # A channel that is constant everywhere is only centred.
+        # A channel that is constant everywhere is only centered.
         return cls(
             tuple(float(c.mean()) for c in channels), tuple(s if s > 0 else 1.0 for s in std)
         )
 
     @classmethod
-    def _of_bytes(cls, pixels: Tensor) -> Normalisation:
+    def _of_bytes(cls, pixels: Tensor) -> Normalization:
         """From how often each of the 256 levels occurs: no floating-point copy of the pixels, and
         the same bits for every number of threads.
         """
@@ -82,9 +82,9 @@ class Normalisation:
             for part in pixels.split(_AT_ONCE):
                 counts += torch.bincount(part[:, c].flatten(), minlength=256)
             total = counts.sum()
-            centre = (counts * levels).sum() / total
-            deviation = float(((counts * (levels - centre).square()).sum() / total).sqrt())
-            mean.append(float(centre))
+            center = (counts * levels).sum() / total
+            deviation = float(((counts * (levels - center).square()).sum() / total).sqrt())
+            mean.append(float(center))
             std.append(deviation if deviation > 0 else 1.0)
         return cls(tuple(mean), tuple(std))
 
@@ -96,7 +96,7 @@ class Normalisation:
         )
         return f"by mean {mean} and std {std}"
 
-    def is_close(self, other: Normalisation) -> bool:
+    def is_close(self, other: Normalization) -> bool:
         """Return whether both make the same images of the same pixels, but for rounding."""
         if len(self.mean) != len(other.mean):
             return False
@@ -123,12 +123,12 @@ class Normalisation:
         return {"kind": "channel", "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
-    def from_dict(cls, stored: dict[str, Any]) -> Normalisation:
+    def from_dict(cls, stored: dict[str, Any]) -> Normalization:
         return cls(tuple(map(float, stored["mean"])), tuple(map(float, stored["std"])))
 
 
 # Mean and std in the public code of DC and MTT. The std of CIFAR-10 is the mean of the images' own:
-# 0.77 to 0.82 of the std of all pixels, 0.2470, 0.2435 and 0.2616, which Normalisation.fit finds.
+# 0.77 to 0.82 of the std of all pixels, 0.2470, 0.2435 and 0.2616, which Normalization.fit finds.
 _PUBLISHED = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),

@@ -1,4 +1,4 @@
-"""Labelled images in memory, and how training data are split."""
+"""Labeled images in memory, and how training data are split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pdd_fast.data.normalization import Normalisation, unit
+from pdd_fast.data.normalization import Normalization, unit
 from pdd_fast.data.whitening import AT_ONCE, Whitening
 from pdd_fast.runtime.errors import UsageError
 
@@ -19,7 +19,7 @@ from pdd_fast.runtime.errors import UsageError
 class Split:
     """Images and labels, each one tensor on one device."""
 
-    images: Tensor  # [n, C, H, W] float32, normalised and, on request, whitened
+    images: Tensor  # [n, C, H, W] float32, normalized and, on request, whitened
     labels: Tensor  # [n] int64
 
     def __len__(self) -> int:
@@ -39,20 +39,20 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set with its training images split in two, which lie one after the other in one
+    """A dataset with its training images split in two, which lie one after the other in one
     tensor.
     """
 
     name: str
     classes: tuple[str, ...]
     full_train: Split  # all training images: those of ``train``, then those of ``validation``
-    held_out: int  # images of ``validation``
+    validation_images: int  # images of ``validation``
     test: Split
-    normalisation: (
-        Normalisation  # the identity where images are whitened, but by runs of earlier versions
+    normalization: (
+        Normalization  # the identity where images are whitened, but by runs of earlier versions
     )
     whitening: Whitening | None = (
-        None  # fitted on all normalised training images, which it then was applied to
+        None  # fitted on all normalized training images, which it then was applied to
     )
     fingerprint: str = ""  # of the raw pixels, labels and classes (pdd_fast.data.fingerprint)
 
@@ -71,12 +71,14 @@ class ImageData:
     @cached_property
     def train(self) -> Split:
         """What is learned from; a view."""
-        return self.full_train.part(0, len(self.full_train) - self.held_out)
+        return self.full_train.part(0, len(self.full_train) - self.validation_images)
 
     @cached_property
     def validation(self) -> Split:
         """Held out of the training images, for selection; a view."""
-        return self.full_train.part(len(self.full_train) - self.held_out, len(self.full_train))
+        return self.full_train.part(
+            len(self.full_train) - self.validation_images, len(self.full_train)
+        )
 
     def to(self, device: torch.device) -> ImageData:
         return replace(self, full_train=self.full_train.to(device), test=self.test.to(device))
@@ -84,7 +86,7 @@ class ImageData:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a reader gives: whole sets of pixels and labels, nothing normalised yet."""
+    """What a reader gives: whole sets of pixels and labels, nothing normalized yet."""
 
     classes: tuple[str, ...]
     train: Tensor  # [n, C, H, W] uint8, or float32 in [0, 1]
@@ -93,20 +95,20 @@ class Pixels:
     test_labels: Tensor
 
 
-# Finds from the pixels of all training images how images are made of pixels: normalised and then,
+# Finds from the pixels of all training images how images are made of pixels: normalized and then,
 #     or not, whitened.
-Fit = Callable[[Tensor], tuple[Normalisation, Whitening | None]]
+Fit = Callable[[Tensor], tuple[Normalization, Whitening | None]]
 
 
-def normalised(pixels: Tensor) -> tuple[Normalisation, None]:
-    """The :data:`Fit` of images that are normalised by constants of their own and not whitened."""
-    return Normalisation.fit(pixels), None
+def normalized(pixels: Tensor) -> tuple[Normalization, None]:
+    """The :data:`Fit` of images that are normalized by constants of their own and not whitened."""
+    return Normalization.fit(pixels), None
 
 
 def prepare(
-    name: str, pixels: Pixels, validation_fraction: float, fit: Fit = normalised
+    name: str, pixels: Pixels, validation_fraction: float, fit: Fit = normalized
 ) -> ImageData:
-    """Checks, normalises, whitens and splits what a reader gave.
+    """Checks, normalizes, whitens and splits what a reader gave.
 
     Beside the pixels and what is made of them it takes the memory of 1024 images, and of the
     whitening's matrices.
@@ -138,24 +140,24 @@ def prepare(
             raise UsageError(
                 f"{name}: {part} labels must lie in [0, {len(pixels.classes)}), got {low}..{high}"
             )
-    held_out = _held_out(name, pixels.train_labels, pixels.classes, validation_fraction)
-    normalisation, whitening = fit(pixels.train)
+    validation = _validation_mask(name, pixels.train_labels, pixels.classes, validation_fraction)
+    normalization, whitening = fit(pixels.train)
     # Stable: within either part images stay in the reader's order.
-    order = held_out.long().argsort(stable=True)
+    order = validation.long().argsort(stable=True)
     return ImageData(
         name,
         pixels.classes,
-        Split(_images(pixels.train, normalisation, whitening, order), pixels.train_labels[order]),
-        int(held_out.sum()),
-        Split(_images(pixels.test, normalisation, whitening), pixels.test_labels),
-        normalisation,
+        Split(_images(pixels.train, normalization, whitening, order), pixels.train_labels[order]),
+        int(validation.sum()),
+        Split(_images(pixels.test, normalization, whitening), pixels.test_labels),
+        normalization,
         whitening,
     )
 
 
 def _images(
     pixels: Tensor,
-    normalisation: Normalisation,
+    normalization: Normalization,
     whitening: Whitening | None,
     order: Tensor | None = None,
 ) -> Tensor:
@@ -169,7 +171,7 @@ def _images(
     place = torch.arange(len(pixels), device="cpu") if order is None else order.argsort()
     images = torch.empty(pixels.shape, dtype=torch.float32, device="cpu")
     for some, places in zip(pixels.split(AT_ONCE), place.split(AT_ONCE), strict=True):
-        part = normalisation.apply(unit(some))
+        part = normalization.apply(unit(some))
         images[places] = part if whitening is None else whitening.apply_(part)
     return images
 
@@ -178,16 +180,18 @@ def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor
     """Bool [n]: ``fraction`` of every class, at least one image and never all of them. The choice
     is fixed for given labels, so that runs with different seeds are judged by the same images.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(num_classes):
         rows = (labels == label).nonzero().flatten()
         count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-        mask[rows[torch.randperm(len(rows), generator=draw, device="cpu")[:count]]] = True
+        mask[rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]]] = True
     return mask
 
 
-def _held_out(name: str, labels: Tensor, classes: tuple[str, ...], fraction: float) -> Tensor:
+def _validation_mask(
+    name: str, labels: Tensor, classes: tuple[str, ...], fraction: float
+) -> Tensor:
     """Mask of the validation images."""
     for title, count in zip(
         classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True

@@ -1,4 +1,4 @@
-"""The data sets that torchvision reads."""
+"""The datasets that torchvision reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CLASSES = {
 
 
 def read(name: str, data_dir: str) -> Pixels:
-    """Both splits of a torchvision data set, whole.
+    """Both splits of a torchvision dataset, whole.
 
     Raises:
         UsageError: torchvision does not import, or the files are not in ``data_dir``.

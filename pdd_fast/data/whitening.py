@@ -83,10 +83,10 @@ class Whitening:
         mean /= count
         covariance = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         for part in images.split(AT_ONCE):
-            centred = convert(part).reshape(len(part), size).double() - mean
+            centered = convert(part).reshape(len(part), size).double() - mean
             for first in range(0, size, _BLOCK):
-                rows = centred[:, first : first + _BLOCK]
-                covariance[first : first + _BLOCK, first:].addmm_(rows.t(), centred[:, first:])
+                rows = centered[:, first : first + _BLOCK]
+                covariance[first : first + _BLOCK, first:].addmm_(rows.t(), centered[:, first:])
         eigenvalues, basis = torch.linalg.eigh(covariance.div_(count - 1), UPLO="U")
         # Rounding makes an eigenvalue of 0 a little negative.
         scale = (eigenvalues.clamp_min(0) + epsilon).sqrt()

@@ -52,7 +52,7 @@ class _Block(NamedTuple):
 
     @property
     def affine(self) -> Tensor:
-        """[2, C], weight and bias, which are neighbours in the flat vector."""
+        """[2, C], weight and bias, which are neighbors in the flat vector."""
         return self.weight.as_strided((2, len(self.weight)), (len(self.weight), 1))
 
 

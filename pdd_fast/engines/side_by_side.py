@@ -29,7 +29,7 @@ class _Block(NamedTuple):
 
     @property
     def affine(self) -> Tensor:
-        """[2, K, C], weights and biases, which are neighbours in every network's vector."""
+        """[2, K, C], weights and biases, which are neighbors in every network's vector."""
         networks, channels = self.weight.shape
         return self.weight.as_strided((2, networks, channels), (channels, self.weight.stride(0), 1))
 

@@ -106,7 +106,7 @@ def ablate(
         for variant, each in zip(chosen, configs, strict=True):
             path = folder / f"seed-{seed}" / variant.folder
             settings = replace(each, seed=seed, union_epochs=_epochs(each, configs, classes))
-            with_experts = METHODS[config.base].needs_trajectories or each.filter == "forgetting"
+            with_experts = METHODS[config.method].needs_trajectories or each.filter == "forgetting"
             if with_experts and experts is not None:
                 settings = replace(settings, experts_from=str(experts.resolve()))
             run = _run(path, settings)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from pdd_fast.augmentation.dsa import augment
 from pdd_fast.networks.zoo import TITLES, accuracy, build, check_names
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
 from pdd_fast.progressive.soft_labels import soft_labels
-from pdd_fast.progressive.union import Union, misfit
+from pdd_fast.progressive.union import UnionSet, misfit
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter
 from pdd_fast.storage.distilled import DistilledSet, load_distilled, preprocessing
@@ -34,12 +34,12 @@ from pdd_fast.training.sgd import accuracies
 ALONE = ("last-union", "one-stage", "against")
 
 
-class Leg(NamedTuple):
+class Phase(NamedTuple):
     """A set that networks are trained on before the next one."""
 
     images: Tensor  # [n, C, H, W]
     labels: Tensor  # [n], or weights [n, classes]
-    rate: float
+    lr: float
     steps: int
     stops: list[int]  # the numbers of steps after which to test
     rows: Tensor | None = (
@@ -96,21 +96,21 @@ def evaluate_run(
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     check_names(list(networks))
     config = replace(run.config, repeats=repeats or run.config.repeats)
-    bench = Workbench.of_run(run, config, to_judge=True)
-    union = Union.load(run.distilled_file, bench)
-    other, labels_of_other = _load_other(against, bench) if against is not None else (None, "")
+    ctx = RunContext.of_run(run, config, to_judge=True)
+    union = UnionSet.load(run.distilled_file, ctx)
+    other, labels_of_other = _load_other(against, ctx) if against is not None else (None, "")
 
-    sgd = bench.synthetic_sgd
+    sgd = ctx.synthetic_sgd
     steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in union.sizes]
     total, boundaries = sum(steps), [sum(steps[: s + 1]) for s in range(len(steps))]
 
-    real_labels = {"random": bench.train.labels}
+    real_labels = {"random": ctx.train.labels}
     kinds = {"pdd": config.labels, "random": "hard"}  # of labels, by the name of a result
     if config.labels != "hard":
         experts = _experts(run, reporter)
         if experts:
             kinds["random-soft"] = "soft"
-            real_labels["random-soft"] = _soft(bench, experts)
+            real_labels["random-soft"] = _soft(ctx, experts)
     kinds["last-union"] = config.labels
     if other is not None:
         kinds["one-stage" if other.stages == 1 else "against"] = labels_of_other
@@ -118,27 +118,27 @@ def evaluate_run(
         kinds["subsets"] = config.labels
     names = list(kinds)
     for network in networks:  # before any work: that they can be built
-        _module(bench, network, 0)
+        _module(ctx, network, 0)
     found: dict[tuple[str, str], list[list[float]]] = {
         (net, name): [] for net in networks for name in names
     }
     with reporter.task("evaluation", total=config.repeats * len(found), unit="network") as task:
-        for network, group, name in product(networks, bench.groups(config.repeats), names):
+        for network, group, name in product(networks, ctx.groups(config.repeats), names):
             if name == "pdd":
-                courses = [_in_order(union, steps)]
+                schedules = [_in_order(union, steps)]
             elif name in real_labels:
-                courses = [_random(bench, real_labels[name], union.stages, steps, group)]
+                schedules = [_random(ctx, real_labels[name], union.stages, steps, group)]
             elif name == "subsets":
-                courses = [
-                    [Leg(*union.only(s), union.rates[s - 1], count, [count])]
+                schedules = [
+                    [Phase(*union.only(s), union.lrs[s - 1], count, [count])]
                     for s, count in enumerate(boundaries, 1)
                 ]
             else:
                 chosen = union if name == "last-union" else other
                 assert chosen is not None
-                courses = [[Leg(*chosen.up_to(), chosen.rates[-1], total, boundaries)]]
+                schedules = [[Phase(*chosen.up_to(), chosen.lrs[-1], total, boundaries)]]
             follow = _follow if network == "convnet" else partial(_follow_modules, network)
-            parts = [follow(bench, course, group) for course in courses]
+            parts = [follow(ctx, schedule, group) for schedule in schedules]
             for repeat in range(len(group)):
                 scores = [score for part in parts for score in part[repeat]]
                 found[network, name].append(scores)
@@ -147,10 +147,10 @@ def evaluate_run(
     evaluation = {
         "protocol": {
             "name": "union in order",
-            "data": bench.data.name,
-            "test_images": len(bench.data.test),
+            "data": ctx.data.name,
+            "test_images": len(ctx.data.test),
             "images_per_class": [sum(config.ipc_by_stage[: s + 1]) for s in range(union.stages)],
-            "learning_rates": [round(rate, 8) for rate in union.rates],
+            "learning_rates": [round(lr, 8) for lr in union.lrs],
             "random_learning_rate": config.inner_lr,
             "epochs": config.union_epochs,
             "batch": config.union_batch,
@@ -158,12 +158,10 @@ def evaluate_run(
             "weight_decay": config.union_weight_decay,
             "schedule": "a tenth of the rate from half of each set's steps on",
             "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
-            "normalisation": bench.data.normalisation.to_dict(),
+            "normalization": ctx.data.normalization.to_dict(),
             "whitening": config.whitening,
-            "whitening_epsilon": None
-            if bench.data.whitening is None
-            else bench.data.whitening.epsilon,
-            "selected_on": config.select,
+            "whitening_epsilon": None if ctx.data.whitening is None else ctx.data.whitening.epsilon,
+            "selection_split": config.selection_split,
             "against": None if against is None else str(against),
         },
         "stages": union.stages,
@@ -174,8 +172,7 @@ def evaluate_run(
                 "labels": kinds[name],
                 "network": TITLES[network],
                 "seeds": [
-                    bench.seed("evaluation", repeat, "parameters")
-                    for repeat in range(config.repeats)
+                    ctx.seed("evaluation", repeat, "parameters") for repeat in range(config.repeats)
                 ],
                 "accuracy": scores,
                 "mean": [statistics.fmean(column) for column in zip(*scores, strict=True)],
@@ -220,22 +217,22 @@ def _paired(scores: list[list[float]], others: list[list[float]]) -> dict[str, f
     return {"difference": statistics.fmean(differences), "ci95": half_width(differences)}
 
 
-def _load_other(path: Path, bench: Workbench) -> tuple[Union, str]:
+def _load_other(path: Path, ctx: RunContext) -> tuple[UnionSet, str]:
     """The union in ``path``, and of which kind its labels are."""
     other: DistilledSet = load_distilled(path)
-    if reason := misfit(other, bench):
-        expected = tuple(bench.data.test.images.shape[1:])
+    if reason := misfit(other, ctx):
+        expected = tuple(ctx.data.test.images.shape[1:])
         raise UsageError(
-            f"--against must name a run on {bench.data.name} {expected}, got {path} on {reason}"
+            f"--against must name a run on {ctx.data.name} {expected}, got {path} on {reason}"
         )
-    if not other.is_seen_as(bench.data):
-        wanted, found = preprocessing(bench.data), preprocessing(other)
+    if not other.is_seen_as(ctx.data):
+        wanted, found = preprocessing(ctx.data), preprocessing(other)
         found = found if found != wanted else f"{found}, but fitted to other images"
         raise UsageError(f"--against must name a run with {wanted}, got {path} with {found}")
     kind = other.metadata.get(
         "labels", "hard" if other.labels.dim() == 1 else "soft"
     )  # sets of before do not say
-    return Union.of(other, bench), kind
+    return UnionSet.of(other, ctx), kind
 
 
 def is_soft(kind: str) -> bool:
@@ -270,38 +267,38 @@ def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
         return []
 
 
-def _soft(bench: Workbench, experts: list[Trajectory]) -> Tensor:
-    """Soft labels [n, classes] of those of ``bench.train`` that are going to be drawn; zero for the
+def _soft(ctx: RunContext, experts: list[Trajectory]) -> Tensor:
+    """Soft labels [n, classes] of those of ``ctx.train`` that are going to be drawn; zero for the
     others.
     """
     rows = torch.cat(
-        [row for repeat in range(bench.config.repeats) for row in _random_rows(bench, repeat)]
+        [row for repeat in range(ctx.config.repeats) for row in _random_rows(ctx, repeat)]
     ).unique()
-    labels = bench.train.images.new_zeros(len(bench.train), bench.data.num_classes)
-    labels[rows] = soft_labels(bench.engine, experts, bench.train.images[rows])
+    labels = ctx.train.images.new_zeros(len(ctx.train), ctx.data.num_classes)
+    labels[rows] = soft_labels(ctx.engine, experts, ctx.train.images[rows])
     return labels
 
 
-def _in_order(union: Union, steps: list[int]) -> list[Leg]:
+def _in_order(union: UnionSet, steps: list[int]) -> list[Phase]:
     return [
-        Leg(*union.up_to(stage), union.rates[stage - 1], count, [count])
+        Phase(*union.up_to(stage), union.lrs[stage - 1], count, [count])
         for stage, count in enumerate(steps, start=1)
     ]
 
 
 def _random(
-    bench: Workbench, labels: Tensor, stages: int, steps: list[int], group: range
-) -> list[Leg]:
+    ctx: RunContext, labels: Tensor, stages: int, steps: list[int], group: range
+) -> list[Phase]:
     """Real images with ``labels``, other ones for every network, in as many stages as the union
     has.
     """
-    chosen = [_random_rows(bench, repeat) for repeat in group]
-    images, rate = bench.train.images, bench.config.inner_lr
+    chosen = [_random_rows(ctx, repeat) for repeat in group]
+    images, lr = ctx.train.images, ctx.config.inner_lr
     return [
-        Leg(
+        Phase(
             images,
             labels,
-            rate,
+            lr,
             count,
             [count],
             torch.stack([torch.cat(c[:stage]) for c in chosen]).cpu(),
@@ -310,81 +307,94 @@ def _random(
     ]
 
 
-def _random_rows(bench: Workbench, repeat: int) -> list[Tensor]:
-    return bench.random_real_rows(bench.config.ipc_by_stage, "random images", repeat)
+def _random_rows(ctx: RunContext, repeat: int) -> list[Tensor]:
+    return ctx.random_real_rows(ctx.config.ipc_by_stage, "random images", repeat)
 
 
-def _follow(bench: Workbench, course: list[Leg], group: range) -> list[list[float]]:
+def _follow(ctx: RunContext, schedule: list[Phase], group: range) -> list[list[float]]:
     """For every fresh network of these repeats, test accuracy at every stop of a course."""
-    students, test = bench.initial_students("evaluation", group), bench.data.test
+    train_state, test = ctx.initial_state("evaluation", group), ctx.data.test
     scores: list[list[float]] = [[] for _ in group]
-    for number, leg in enumerate(course):
-        draws = [bench.generator("evaluation", repeat, number) for repeat in group]
-        seen = bench.synthetic_sgd.run(
-            students, leg.images, leg.labels, leg.rate, leg.steps, draws, leg.stops, leg.rows
+    for number, phase in enumerate(schedule):
+        generators = [ctx.generator("evaluation", repeat, number) for repeat in group]
+        seen = ctx.synthetic_sgd.run(
+            train_state,
+            phase.images,
+            phase.labels,
+            phase.lr,
+            phase.steps,
+            generators,
+            phase.stops,
+            phase.rows,
         )
         for theta in seen:
             for row, score in zip(
-                scores, accuracies(bench.engine, theta, test.images, test.labels), strict=True
+                scores, accuracies(ctx.engine, theta, test.images, test.labels), strict=True
             ):
                 row.append(score)
     return scores
 
 
-def _module(bench: Workbench, network: str, repeat: int) -> nn.Module:
+def _module(ctx: RunContext, network: str, repeat: int) -> nn.Module:
     """A fresh network of a repeat, the same on every device."""
-    data, config = bench.data, bench.config
+    data, config = ctx.data, ctx.config
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would change the GPUs' states too.
-        torch.default_generator.manual_seed(bench.seed("evaluation", repeat, "parameters", network))
+        torch.default_generator.manual_seed(ctx.seed("evaluation", repeat, "parameters", network))
         net = build(
             network, data.in_channels, data.num_classes, data.image_size, config.width, config.depth
         )
-    return net.to(bench.device)
+    return net.to(ctx.device)
 
 
 def _follow_modules(
-    network: str, bench: Workbench, course: list[Leg], group: range
+    network: str, ctx: RunContext, schedule: list[Phase], group: range
 ) -> list[list[float]]:
-    """:func:`_follow` for networks of any kind, one after another, by torch's own optimiser and
+    """:func:`_follow` for networks of any kind, one after another, by torch's own optimizer and
     autograd.
     """
     return [
-        _follow_module(network, bench, course, place, repeat) for place, repeat in enumerate(group)
+        _follow_module(network, ctx, schedule, place, repeat) for place, repeat in enumerate(group)
     ]
 
 
 def _follow_module(
-    network: str, bench: Workbench, course: list[Leg], place: int, repeat: int
+    network: str, ctx: RunContext, schedule: list[Phase], place: int, repeat: int
 ) -> list[float]:
     net, sgd, test, scores = (
-        _module(bench, network, repeat),
-        bench.synthetic_sgd,
-        bench.data.test,
+        _module(ctx, network, repeat),
+        ctx.synthetic_sgd,
+        ctx.data.test,
         list[float](),
     )
-    optimiser = torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay
     )
-    for number, leg in enumerate(course):
-        rows = torch.arange(len(leg.images), device="cpu") if leg.rows is None else leg.rows[place]
-        draw, size = bench.generator("evaluation", repeat, number), bench.data.image_size
+    for number, phase in enumerate(schedule):
+        rows = (
+            torch.arange(len(phase.images), device="cpu")
+            if phase.rows is None
+            else phase.rows[place]
+        )
+        generator, size = ctx.generator("evaluation", repeat, number), ctx.data.image_size
         # The rates end first, so that no more is drawn than they need.
-        steps = zip(sgd.rates(leg.rate, leg.steps), _batches(rows, sgd.batch, draw), strict=False)
-        for done, (rate, batch) in enumerate(steps, start=1):
-            augmentation, index = sgd.dsa.sample(len(batch), size, draw), batch.to(bench.device)
-            optimiser.param_groups[0]["lr"] = rate
-            optimiser.zero_grad()
+        steps = zip(
+            sgd.lrs(phase.lr, phase.steps), _batches(rows, sgd.batch, generator), strict=False
+        )
+        for done, (lr, batch) in enumerate(steps, start=1):
+            augmentation, index = sgd.dsa.sample(len(batch), size, generator), batch.to(ctx.device)
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.zero_grad()
             nn.functional.cross_entropy(
-                net(augment(leg.images[index], augmentation)), leg.labels[index]
+                net(augment(phase.images[index], augmentation)), phase.labels[index]
             ).backward()
-            optimiser.step()
-            if done in leg.stops:
+            optimizer.step()
+            if done in phase.stops:
                 scores.append(accuracy(net, test.images, test.labels))
     return scores
 
 
-def _batches(rows: Tensor, size: int, draw: torch.Generator) -> Iterator[Tensor]:
+def _batches(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """``rows`` in whole epochs, each in a new order, ``size`` at a time; without end."""
     while True:
-        yield from rows[torch.randperm(len(rows), generator=draw, device="cpu")].split(size)
+        yield from rows[torch.randperm(len(rows), generator=generator, device="cpu")].split(size)

@@ -16,7 +16,7 @@ MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
 MOST_COLUMNS = 50  # of a stage
 MOST_COLUMNS_IN_ALL = 400  # matplotlib draws no picture wider than 2^16 dots, which is 970 images
 MOST_TICKS = 12  # of the accuracies' axis
-_COLOURS = {
+_COLORS = {
     "pdd": "#0b6e99",
     "random": "#8a8a8a",
     "random-soft": "#8a8a8a",
@@ -121,7 +121,7 @@ def _curves(
             linestyle="none" if alone else "-",
             markersize=5,
             capsize=3,
-            color=_COLOURS.get(name),
+            color=_COLORS.get(name),
             label=_LABELS.get(name, name),
         )
     repeats, data = len(results[0]["seeds"]), readable(protocol["data"])

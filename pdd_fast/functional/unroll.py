@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import AugmentParameters, PackedDraws
+from pdd_fast.augmentation.dsa import AugmentParameters, PackedAugmentParameters
 from pdd_fast.functional.first_order import first_order_only
 from pdd_fast.networks.arguments import (
     as_indices,
@@ -104,20 +104,18 @@ def unroll(
     if isinstance(
         learning_rate, list | tuple
     ):  # of tensors, perhaps, whose gradients as_tensor would lose
-        each = [
-            torch.as_tensor(rate, dtype=theta.dtype, device=theta.device) for rate in learning_rate
-        ]
+        each = [torch.as_tensor(lr, dtype=theta.dtype, device=theta.device) for lr in learning_rate]
         learning_rate = torch.stack(each) if each else theta.new_empty(0)
-    rates = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
+    lrs = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
     _require(
-        rates.dim() == 0 or tuple(rates.shape) == (len(indices),),
+        lrs.dim() == 0 or tuple(lrs.shape) == (len(indices),),
         "learning_rate",
         f"be a number or have shape ({len(indices)},)",
-        tuple(rates.shape),
+        tuple(lrs.shape),
     )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, rates)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (theta, images, labels, lrs)):
         spec = replace(spec, keep=keep)
-    return _Unroll.apply(theta, images, labels, rates, spec)
+    return _Unroll.apply(theta, images, labels, lrs, spec)
 
 
 def kept_steps(
@@ -179,7 +177,7 @@ class UnrollSpec:
 
     engine: engines.Engine
     batches: Sequence[Tensor]  # int64 [b]
-    draws: Sequence[PackedDraws | None]  # of b images; None: no augmentation
+    aug_params: Sequence[PackedAugmentParameters | None]  # of b images; None: no augmentation
     rows: Sequence[
         Tensor | None
     ]  # int64, rows of the batch whose image gradient is wanted; None: all
@@ -271,14 +269,14 @@ def adjoint(
         del saved  # what it keeps of the step makes room for the next
         slopes[i] = dual.slope
         if images_grad is not None and dual.images is not None:
-            batch, draws, part = spec.batches[i], spec.draws[i], dual.images
+            batch, aug_params, part = spec.batches[i], spec.aug_params[i], dual.images
             if rows is not None:
-                batch, draws = (
+                batch, aug_params = (
                     batch.index_select(0, rows),
-                    None if draws is None else _part(draws, rows),
+                    None if aug_params is None else _part(aug_params, rows),
                 )
-            if draws is not None:
-                part = draws.adjoint(part)
+            if aug_params is not None:
+                part = aug_params.adjoint(part)
             for (piece,) in in_pieces(part):
                 piece.mul_(-alphas[i])
             images_grad = add_rows(images_grad, batch - spec.frozen, part)
@@ -291,7 +289,7 @@ def adjoint(
 
 
 def _parameter_rows(like: Tensor, rows: int) -> Tensor:
-    """Uninitialised [rows, P]."""
+    """Uninitialized [rows, P]."""
     if like.device.type != "cuda":
         return like.new_empty(rows, like.numel())
     # P is rarely a multiple of 4, and convolutions by weights that do not lie on 16 bytes take
@@ -310,45 +308,43 @@ def learned_rows(learned: Tensor) -> Tensor | None:
 
 def _step_input(spec: UnrollSpec, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Augmented images and labels of step i."""
-    batch, draws = spec.batches[i], spec.draws[i]
+    batch, aug_params = spec.batches[i], spec.aug_params[i]
     x = select_rows(images, batch)
-    return (x if draws is None else draws.apply(x)), labels.index_select(0, batch)
+    return (x if aug_params is None else aug_params.apply(x)), labels.index_select(0, batch)
 
 
-def _part(draws: PackedDraws, rows: Tensor) -> PackedDraws:
+def _part(aug_params: PackedAugmentParameters, rows: Tensor) -> PackedAugmentParameters:
     """The draws of some of the images."""
-    return PackedDraws(
-        draws.values.index_select(1, rows),
-        draws.operations.index_select(1, rows),
-        draws.cutout_size,
+    return PackedAugmentParameters(
+        aug_params.values.index_select(1, rows),
+        aug_params.operations.index_select(1, rows),
+        aug_params.cutout_size,
     )
 
 
 class _Unroll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, rates: Tensor, spec: UnrollSpec
+        ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, lrs: Tensor, spec: UnrollSpec
     ) -> Tensor:
-        path, kept = forward_path(spec, theta, images, labels, rates.expand(len(spec.batches)))
+        path, kept = forward_path(spec, theta, images, labels, lrs.expand(len(spec.batches)))
         ctx.spec, ctx.kept = spec, kept
         # θ_0 is saved only so that a second derivative through it is an error: path holds a copy of
         # its values. A caller may go on to write to a constant one.
-        ctx.save_for_backward(
-            theta if ctx.needs_input_grad[0] else None, images, labels, rates, path
-        )
+        ctx.save_for_backward(theta if ctx.needs_input_grad[0] else None, images, labels, lrs, path)
         return path[-1].clone()
 
     @staticmethod
     @first_order_only("unroll")
     def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, images, labels, rates, path = saved
+        _, images, labels, lrs, path = saved
         spec: UnrollSpec = ctx.spec
         wanted = Wanted(*ctx.needs_input_grad[:3])
-        alphas = rates.expand(len(spec.batches))
+        alphas = lrs.expand(len(spec.batches))
         found = adjoint(spec, path, ctx.kept, images, labels, alphas, grad, wanted)
         rates_grad = None
         if ctx.needs_input_grad[3]:
-            rates_grad = -found.slopes.sum() if rates.dim() == 0 else -found.slopes
+            rates_grad = -found.slopes.sum() if lrs.dim() == 0 else -found.slopes
         return found.theta, found.images, found.labels, rates_grad, None
 
 
@@ -373,7 +369,7 @@ def _check(
             low >= 0 and high < n, f"batches[{i}]", f"hold indices in [0, {n})", f"{low}..{high}"
         )
 
-    draws: list[PackedDraws | None] = [None] * len(batches)
+    aug_params: list[PackedAugmentParameters | None] = [None] * len(batches)
     if augmentations is not None:
         _require(
             len(augmentations) == len(batches),
@@ -398,7 +394,7 @@ def _check(
             )
             if draw.operations:
                 packed = draw.packed(theta.device)
-                draws[i] = packed._replace(
+                aug_params[i] = packed._replace(
                     values=packed.values.clone()
                 )  # The caller may go on to write to its own.
 
@@ -412,4 +408,6 @@ def _check(
             learned = learned_rows(~mask[batch.cpu()])
             rows[i] = None if learned is None else learned.to(theta.device)
     indices = [batch.to(theta.device) for batch in batches]
-    return UnrollSpec(engine, indices, draws, rows, moving_parameters("unroll", engine.net, theta))
+    return UnrollSpec(
+        engine, indices, aug_params, rows, moving_parameters("unroll", engine.net, theta)
+    )

@@ -1,4 +1,4 @@
-"""Base methods: what a stage of progressive distillation optimises."""
+"""Methods: what a stage of progressive distillation optimizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS: dict[str, type[BaseMethod]] = {
 
 
 def register(name: str, method: type[BaseMethod]) -> None:
-    """Makes ``base=name`` mean ``method``, in this process.
+    """Makes ``method=name`` mean ``method``, in this process.
 
     Raises:
         ValueError: the name is another method's.
@@ -35,4 +35,4 @@ def register(name: str, method: type[BaseMethod]) -> None:
         raise ValueError(
             f"register: name must be new, got {name!r}, which is {METHODS[name].__name__}"
         )
-    config.CHOICES["base"] = tuple(METHODS)
+    config.CHOICES["method"] = tuple(METHODS)

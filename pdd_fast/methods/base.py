@@ -13,8 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from pdd_fast.data import Split
-from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.context import RunContext
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.settings import Config
 from pdd_fast.storage.trajectories import Trajectory
 
@@ -23,11 +23,11 @@ from pdd_fast.storage.trajectories import Trajectory
 class StageProblem:
     """One stage of progressive distillation, everything on the run's device."""
 
-    bench: Workbench  # configuration, data, network, augmentation, and where draws come from
+    ctx: RunContext  # configuration, data, network, augmentation, and where draws come from
     stage: int  # 1-based
     rows: Tensor | None  # of bench.train, the real examples that the stage is made from; None: all
     # of the earlier stages, frozen; empty where stages are not conditioned on one another
-    union: Union
+    union: UnionSet
     trajectories: list[Trajectory]  # none where the method does without
     images: Tensor  # [n, C, H, W] that the stage's start from, of real ones, as they are stored
     # [n], or probabilities [n, classes], which are learned or not as the configuration says
@@ -35,15 +35,15 @@ class StageProblem:
 
     @property
     def config(self) -> Config:
-        return self.bench.config
+        return self.ctx.config
 
     @cached_property
     def real(self) -> Split:
         """The real examples that the stage is made from; a copy where they are not all."""
-        train = self.bench.train
+        train = self.ctx.train
         if self.rows is None:
             return train
-        rows = self.rows.to(self.bench.device)
+        rows = self.rows.to(self.ctx.device)
         return Split(train.images[rows], train.labels[rows])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pdd_fast.augmentation.dsa import augment
 from pdd_fast.augmentation.multi_formation import decode, decode_labels
 from pdd_fast.methods.base import BaseMethod, StageProblem
-from pdd_fast.progressive.start_networks import Starts
+from pdd_fast.progressive.start_networks import StartNetworks
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError
 
@@ -24,7 +24,7 @@ class Learned(NamedTuple):
 
     iteration: Tensor  # []
     pixels: Tensor  # [n, C, H, W] as they are stored
-    velocity: Tensor  # [n, C, H, W]
+    momentum_buffer: Tensor  # [n, C, H, W]
 
 
 class Synthetic(NamedTuple):
@@ -34,14 +34,14 @@ class Synthetic(NamedTuple):
     learned: Tensor  # int64, which of them are this stage's
 
 
-class PixelMethod(BaseMethod):
+class ClassMatching(BaseMethod):
     """What they have in common: start networks, batches of every class, and what is kept. Each has
     its own :meth:`iterate`.
     """
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
-        self.starts = Starts(problem.bench, problem.union)
+        self.starts = StartNetworks(problem.ctx, problem.union)
         self.batches = ClassBatches(problem)
         pixels = self.batches.pixels(problem.images)
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
@@ -74,10 +74,10 @@ class PixelMethod(BaseMethod):
             f"{config.synthetic_batch}) or width (now "
             f"{config.width})"
         )
-        with device_memory.explained(self.problem.bench.device, where, lower):
+        with device_memory.explained(self.problem.ctx.device, where, lower):
             return self.iterate()
 
-    def finish(self, loss: float, pixels: Tensor, velocity: Tensor) -> dict[str, float]:
+    def finish(self, loss: float, pixels: Tensor, momentum_buffer: Tensor) -> dict[str, float]:
         """Ends an iteration: what it learned is what is there from now on.
 
         Raises:
@@ -95,7 +95,7 @@ class PixelMethod(BaseMethod):
         self.done = Learned(
             torch.tensor(number, device="cpu"),
             pixels.clamp(0, 1).contiguous(),
-            velocity.contiguous(),
+            momentum_buffer.contiguous(),
         )
         return {"loss": loss}
 
@@ -104,7 +104,7 @@ class PixelMethod(BaseMethod):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         device = self.done.pixels.device
-        learned = (state[name].to(device) for name in ("pixels", "velocity"))
+        learned = (state[name].to(device) for name in ("pixels", "momentum_buffer"))
         self.done = Learned(state["iteration"], *learned)
 
 
@@ -116,35 +116,37 @@ class ClassBatches:
     """
 
     def __init__(self, problem: StageProblem) -> None:
-        bench = problem.bench
-        self._bench, self._real = bench, problem.real
-        self._normalisation, self._factor = bench.data.normalisation, bench.config.factor
+        ctx = problem.ctx
+        self._ctx, self._real = ctx, problem.real
+        self._normalization, self._factor = ctx.data.normalization, ctx.config.factor
         self._frozen, frozen_labels = problem.union.up_to()
         labels = torch.cat([frozen_labels, decode_labels(problem.labels, self._factor)]).cpu()
         real_labels = problem.real.labels.cpu()
-        classes = range(bench.data.num_classes)
+        classes = range(ctx.data.num_classes)
         self._rows = [(labels == c).nonzero().flatten() for c in classes]
         self._real_rows = [(real_labels == c).nonzero().flatten() for c in classes]
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalised ``images`` [n, C, H, W] as pixels in [0, 1]."""
-        return self._normalisation.invert(images).clamp(0, 1)
+        """Normalized ``images`` [n, C, H, W] as pixels in [0, 1]."""
+        return self._normalization.invert(images).clamp(0, 1)
 
     def images(self, pixels: Tensor) -> Tensor:
         """``pixels`` [n, C, H, W] as a distilled set stores them; differentiable."""
-        return self._normalisation.apply(pixels)
+        return self._normalization.apply(pixels)
 
-    def drawn(self, pixels: Tensor, draw: torch.Generator) -> tuple[list[Tensor], list[Synthetic]]:
+    def drawn(
+        self, pixels: Tensor, generator: torch.Generator
+    ) -> tuple[list[Tensor], list[Synthetic]]:
         """For every class ``real_batch`` real images [b, C, H, W] and at most ``synthetic_batch``
         synthetic ones, enlarged and of all stages so far; the latter differentiable with respect to
         ``pixels`` of this stage's.
 
         Real ones are as many as there are where a class has fewer.
         """
-        config, frozen = self._bench.config, self._frozen
-        real = [_some(rows, config.real_batch, draw) for rows in self._real_rows]
-        synthetic = [_some(rows, config.synthetic_batch, draw) for rows in self._rows]
-        shared = self._bench.dsa.sample(len(real), self._bench.data.image_size, draw)
+        config, frozen = self._ctx.config, self._frozen
+        real = [_some(rows, config.real_batch, generator) for rows in self._real_rows]
+        synthetic = [_some(rows, config.synthetic_batch, generator) for rows in self._rows]
+        shared = self._ctx.dsa.sample(len(real), self._ctx.data.image_size, generator)
         index = torch.cat(synthetic)
         own = index >= len(frozen)
         # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy
@@ -167,9 +169,9 @@ class ClassBatches:
         return list(found[0]), [Synthetic(*both) for both in zip(found[1], learns, strict=True)]
 
 
-def _some(rows: Tensor, most: int, draw: torch.Generator) -> Tensor:
+def _some(rows: Tensor, most: int, generator: torch.Generator) -> Tensor:
     return (
         rows
         if len(rows) <= most
-        else rows[torch.randperm(len(rows), generator=draw, device="cpu")[:most]]
+        else rows[torch.randperm(len(rows), generator=generator, device="cpu")[:most]]
     )

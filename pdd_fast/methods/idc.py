@@ -11,13 +11,13 @@ from pdd_fast.functional.gradient_matching import (
     matched_gradients,
 )
 from pdd_fast.methods.base import StageProblem
-from pdd_fast.methods.class_matching import PixelMethod
+from pdd_fast.methods.class_matching import ClassMatching
 from pdd_fast.progressive.start_networks import NetworkSgd
-from pdd_fast.training.sgd import Students
+from pdd_fast.training.sgd import TrainState
 
 
-class GradientMatching(PixelMethod):
-    """IDC as a base method.
+class GradientMatching(ClassMatching):
+    """IDC as a method.
 
     An iteration takes a network that was trained through the earlier unions and ``inner_loops``
     times does two things: it moves the images along the gradient of the distance, summed over
@@ -33,34 +33,34 @@ class GradientMatching(PixelMethod):
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
-        bench = problem.bench
-        self._distance = GradientDistance(bench.engine.net, problem.config.distance)
-        self._sgd = NetworkSgd(bench)
+        ctx = problem.ctx
+        self._distance = GradientDistance(ctx.engine.net, problem.config.distance)
+        self._sgd = NetworkSgd(ctx)
         self._real_weights = self._sgd.weights(problem.real.labels)
 
     def iterate(self) -> dict[str, float]:
         problem, config = self.problem, self.problem.config
-        draw = problem.bench.generator("matching", problem.stage, self.iteration)
-        students = Students.start(self.starts.parameters(self.iteration)[None])
-        stays = config.momentum**problem.bench.data.num_classes
+        generator = problem.ctx.generator("matching", problem.stage, self.iteration)
+        train_state = TrainState.start(self.starts.parameters(self.iteration)[None])
+        stays = config.momentum**problem.ctx.data.num_classes
         length = self.lr_img * (1 - stays) / (1 - config.momentum)
-        _, pixels, velocity = self.done
+        _, pixels, momentum_buffer = self.done
         losses = []
         for _ in range(config.inner_loops):
-            loss, gradient = self._matched(students.theta[0], pixels, draw)
-            velocity = velocity * stays + gradient
-            pixels = pixels - length * velocity
+            loss, gradient = self._matched(train_state.theta[0], pixels, generator)
+            momentum_buffer = momentum_buffer * stays + gradient
+            pixels = pixels - length * momentum_buffer
             losses.append(loss)
-            self._train(students, draw)
-        return self.finish(float(torch.stack(losses).mean()), pixels, velocity)
+            self._train(train_state, generator)
+        return self.finish(float(torch.stack(losses).mean()), pixels, momentum_buffer)
 
     def _matched(
-        self, theta: Tensor, pixels: Tensor, draw: torch.Generator
+        self, theta: Tensor, pixels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The distance, summed over classes [], and its gradient with respect to ``pixels``."""
-        engine = self.problem.bench.engine
+        engine = self.problem.ctx.engine
         leaf = pixels.detach().requires_grad_()
-        real, synthetic = self.batches.drawn(leaf, draw)
+        real, synthetic = self.batches.drawn(leaf, generator)
         labels = [
             [
                 torch.full((len(images),), c, device=pixels.device)
@@ -84,15 +84,20 @@ class GradientMatching(PixelMethod):
             gradient = torch.zeros_like(leaf)
         return torch.stack([each.loss for each in found]).sum(), gradient
 
-    def _train(self, students: Students, draw: torch.Generator) -> None:
+    def _train(self, train_state: TrainState, generator: torch.Generator) -> None:
         """The network on ``network_images`` real images, in steps of ``union_batch``."""
         problem, config = self.problem, self.problem.config
         if not config.network_images:
             return
-        order = torch.randperm(len(problem.real), generator=draw, device="cpu")[
+        order = torch.randperm(len(problem.real), generator=generator, device="cpu")[
             : config.network_images
         ]
         for rows in order.split(config.union_batch):
             self._sgd.step(
-                students, problem.real.images, self._real_weights, [rows], config.inner_lr, [draw]
+                train_state,
+                problem.real.images,
+                self._real_weights,
+                [rows],
+                config.inner_lr,
+                [generator],
             )

@@ -1,7 +1,7 @@
 """Networks that a distilled set is judged by beside the one it was made for.
 
 torchvision's where it has them, brought to the sizes of small images; as in the literature's
-comparisons, normalised by instance unless the name says otherwise.
+comparisons, normalized by instance unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pdd_fast.runtime.errors import UsageError, nearest
 from pdd_fast.runtime.torchvision_import import load
 
 _MLP_WIDTH = 128
-# Of the last normalised plane, which has to have more than one pixel: an instance norm makes zeros
+# Of the last normalized plane, which has to have more than one pixel: an instance norm makes zeros
 #     of one.
 _LEAST_SIDE = {"resnet18": 16, "resnet18-batchnorm": 8, "vgg11": 32, "alexnet": 8}
 
@@ -97,7 +97,7 @@ def _resnet18(
 
 
 def _vgg11(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """The convolutions of torchvision's, each normalised, and one linear layer."""
+    """The convolutions of torchvision's, each normalized, and one linear layer."""
     features = load("models", "network 'vgg11'").vgg11_bn(num_classes=num_classes).features
     for i, layer in enumerate(features):
         if isinstance(layer, nn.BatchNorm2d):

@@ -27,7 +27,7 @@ def operator(
 
     Args: schema: name, arguments and results, in torch's schema language. check: takes the
         arguments, raises ValueError or TypeError; runs before anything takes an address. allocate:
-        takes the arguments, gives the uninitialised results; also the fake kernel. kernel: takes
+        takes the arguments, gives the uninitialized results; also the fake kernel. kernel: takes
         the arguments, gives the results of the compiled kernel. reference: the same in plain torch:
         the oracle of the tests and the fallback where nothing was compiled.
     """

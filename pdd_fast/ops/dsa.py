@@ -83,7 +83,7 @@ def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout:
 
 
 def _empty(images: Tensor) -> Tensor:
-    """Uninitialised, dense, in channels-last memory where ``images`` is and planar otherwise."""
+    """Uninitialized, dense, in channels-last memory where ``images`` is and planar otherwise."""
     if images.is_contiguous():
         return torch.empty_like(images, memory_format=torch.contiguous_format)
     last = images.is_contiguous(memory_format=torch.channels_last)
@@ -134,10 +134,10 @@ def _shift(images: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return picked.permute(0, 3, 1, 2) * inside[:, None]
 
 
-def _cut(images: Tensor, centre_h: Tensor, centre_w: Tensor, size: list[int]) -> Tensor:
+def _cut(images: Tensor, center_h: Tensor, center_w: Tensor, size: list[int]) -> Tensor:
     _, _, H, W = images.shape
-    rows = torch.arange(H, device=images.device)[:, None] - (centre_h - size[0] // 2)
-    columns = torch.arange(W, device=images.device)[None, :] - (centre_w - size[1] // 2)
+    rows = torch.arange(H, device=images.device)[:, None] - (center_h - size[0] // 2)
+    columns = torch.arange(W, device=images.device)[None, :] - (center_w - size[1] // 2)
     blank = (rows >= 0) & (rows < size[0]) & (columns >= 0) & (columns < size[1])
     return images.masked_fill(blank, 0)
 

@@ -27,7 +27,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """Uninitialised [batch, C, height, width] in channels-last memory."""
+    """Uninitialized [batch, C, height, width] in channels-last memory."""
     return like.new_empty((batch, height, width, like.shape[1])).permute(0, 3, 1, 2)
 
 
@@ -51,7 +51,7 @@ def _check_all(name: str, z: Tensor, shapes: dict[str, tuple[Tensor, tuple[int, 
 
 
 def _new(z: Tensor, *shape: int) -> Tensor:
-    """Uninitialised statistics or vectors for images ``z``."""
+    """Uninitialized statistics or vectors for images ``z``."""
     return z.new_empty(shape, dtype=compute_dtype(z.dtype))
 
 
@@ -181,9 +181,9 @@ def norm_relu_pool_backward_reference(
     """Plain-torch :func:`norm_relu_pool_backward`."""
     x_hat = (z - _images(mean)) * _images(rstd)
     grad = _upsample(grad_out, z) * (x_hat * _images(weight) + _images(bias) > 0)
-    centred = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
+    centered = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
     parts = torch.stack([(grad * x_hat).sum((2, 3)), grad.sum((2, 3))])
-    return _dense(_images(rstd) * _images(weight) * centred), parts
+    return _dense(_images(rstd) * _images(weight) * centered), parts
 
 
 _norm_relu_pool_backward = operator(
@@ -209,7 +209,7 @@ def norm_relu_pool_backward(
 
     Returns: grad_z: gradient with respect to z [B, C, H, W]. parts: [2, B, C], every image's term
         of the gradients with respect to weight and bias. The sums over B are the
-            caller's, who knows where they belong: the two are neighbours in a flat vector.
+            caller's, who knows where they belong: the two are neighbors in a flat vector.
     """
     return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
 
@@ -437,8 +437,8 @@ def norm_relu_pool_dual_backward_reference(
     mask = x_hat * _images(weight) + _images(bias) > 0
     grad, grad_tangent = _upsample(grad_out, z) * mask, _upsample(grad_out_tangent, z) * mask
     product, product_tangent = grad * x_hat, grad_tangent * x_hat + grad * x_hat_tangent
-    centred = grad - _plane_mean(grad) - x_hat * _plane_mean(product)
-    centred_tangent = (
+    centered = grad - _plane_mean(grad) - x_hat * _plane_mean(product)
+    centered_tangent = (
         grad_tangent
         - _plane_mean(grad_tangent)
         - x_hat_tangent * _plane_mean(product)
@@ -446,8 +446,8 @@ def norm_relu_pool_dual_backward_reference(
     )
     factor = rstd * _images(weight)
     factor_tangent = rstd * _images(weight_tangent) - rstd * rstd * kappa * _images(weight)
-    derivative = factor_tangent * centred + factor * centred_tangent
-    grad_z = derivative if tangent_only else torch.cat([derivative, factor * centred])
+    derivative = factor_tangent * centered + factor * centered_tangent
+    grad_z = derivative if tangent_only else torch.cat([derivative, factor * centered])
     return _dense(grad_z), torch.stack([product_tangent.sum((2, 3)), grad_tangent.sum((2, 3))])
 
 

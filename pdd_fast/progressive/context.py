@@ -26,7 +26,7 @@ from pdd_fast.runtime.paths import FOLDER
 from pdd_fast.settings import Config
 from pdd_fast.storage.run import Run
 from pdd_fast.training.memory import training_bytes
-from pdd_fast.training.sgd import Sgd, Students
+from pdd_fast.training.sgd import Sgd, TrainState
 
 # Of networks trained side by side on a GPU. A step of 16 of width 128 on 256 images of 32×32 is 1.2
 # TFLOP, milliseconds on any of them: launches no longer count, and more networks would only make an
@@ -35,7 +35,7 @@ _MOST_SIDE_BY_SIDE = 16
 
 
 @dataclass(frozen=True)
-class Workbench:
+class RunContext:
     """Everything on ``device``; nothing here changes while a run goes on."""
 
     config: Config
@@ -46,7 +46,7 @@ class Workbench:
     side_by_side: int  # networks that are trained at once
 
     @classmethod
-    def prepare(cls, config: Config, folder: Path | None = None) -> Workbench:
+    def prepare(cls, config: Config, folder: Path | None = None) -> RunContext:
         """Loads the data, builds the network, and sets the process's number of threads where the
         configuration has one.
 
@@ -95,7 +95,7 @@ class Workbench:
         return cls(config, where, images.to(where), engine, dsa, together)
 
     @classmethod
-    def of_run(cls, run: Run, config: Config | None = None, to_judge: bool = False) -> Workbench:
+    def of_run(cls, run: Run, config: Config | None = None, to_judge: bool = False) -> RunContext:
         """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they
         lie now.
 
@@ -105,26 +105,26 @@ class Workbench:
         Raises:
             UsageError: as :meth:`prepare`; or the data are others.
         """
-        bench = cls.prepare(config or run.config, run.path)
-        if reason := difference(run.data, identity(bench.data), in_order=not to_judge):
+        ctx = cls.prepare(config or run.config, run.path)
+        if reason := difference(run.data, identity(ctx.data), in_order=not to_judge):
             raise UsageError(
                 f"dataset must be what {run.path} was begun with, got another in its place: "
                 f"{reason}; say with "
                 f"--dataset {FOLDER}DIR or --data-dir DIR where it lies now"
             )
         if not to_judge:
-            run.note_data(identity(bench.data))
-        return bench
+            run.note_data(identity(ctx.data))
+        return ctx
 
     @property
     def train(self) -> Split:
         """What experts and transitions are trained on and real images are taken from."""
-        return self.data.full_train if self.config.select == "test" else self.data.train
+        return self.data.full_train if self.config.selection_split == "test" else self.data.train
 
     @property
-    def held_out(self) -> Split:
+    def selection_split(self) -> Split:
         """What the best images are chosen by."""
-        return self.data.test if self.config.select == "test" else self.data.validation
+        return self.data.test if self.config.selection_split == "test" else self.data.validation
 
     @property
     def network(self) -> dict[str, Any]:
@@ -155,9 +155,9 @@ class Workbench:
         """Freshly drawn parameters [P]."""
         return initial_parameters(self.engine.net, self.seed(*purpose, "parameters"))
 
-    def initial_students(self, purpose: str, numbers: Sequence[int]) -> Students:
+    def initial_state(self, purpose: str, numbers: Sequence[int]) -> TrainState:
         """Freshly drawn networks at rest, each by its own number."""
-        return Students.start(
+        return TrainState.start(
             torch.stack([self.initial_parameters(purpose, number) for number in numbers])
         )
 
@@ -184,28 +184,28 @@ class Workbench:
 
     def train_on_union(
         self,
-        students: Students,
+        train_state: TrainState,
         images: Tensor,
         labels: Tensor,
-        rate: float,
+        lr: float,
         epochs: int,
         generators: Sequence[torch.Generator],
     ) -> None:
-        """``epochs`` epochs of :attr:`synthetic_sgd` at ``rate``, a tenth of it in the second
+        """``epochs`` epochs of :attr:`synthetic_sgd` at ``lr``, a tenth of it in the second
         half."""
         sgd = self.synthetic_sgd
         steps = epochs * sgd.steps_per_epoch(len(images))
-        sgd.run(students, images, labels, rate, steps, generators)
+        sgd.run(train_state, images, labels, lr, steps, generators)
 
     def random_real_rows(self, per_class: Sequence[int], *purpose: str | int) -> list[Tensor]:
         """For every group of ``per_class`` images a class: rows of :attr:`train`, class by class,
         no image twice.
         """
-        draw = self.generator(*purpose)
+        generator = self.generator(*purpose)
         groups: list[list[Tensor]] = [[] for _ in per_class]
         for label in range(self.data.num_classes):
             rows = self.train.rows_of(label).cpu()
-            order = rows[torch.randperm(len(rows), generator=draw, device="cpu")]
+            order = rows[torch.randperm(len(rows), generator=generator, device="cpu")]
             for group, part in zip(
                 groups, order[: sum(per_class)].split(list(per_class)), strict=True
             ):

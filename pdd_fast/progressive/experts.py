@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from pdd_fast.data import Normalisation
+from pdd_fast.data import Normalization
 from pdd_fast.data.fingerprint import difference, identity
 from pdd_fast.data.whitening import EPSILON
 from pdd_fast.networks.parameters import parameter_count
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.runtime.paths import expanded
 from pdd_fast.runtime.progress import SILENT, Reporter
@@ -34,7 +34,7 @@ from pdd_fast.storage.trajectories import (
     write_partial,
     write_trajectory,
 )
-from pdd_fast.training.sgd import Loop, Students, accuracies
+from pdd_fast.training.sgd import Loop, TrainState, accuracies
 
 
 def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
@@ -44,21 +44,21 @@ def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
         UsageError: the data cannot be loaded, or stored experts do not fit.
     """
     with run.lock():
-        ensure_experts(run, Workbench.of_run(run), reporter)
+        ensure_experts(run, RunContext.of_run(run), reporter)
 
 
-def ensure_experts(run: Run, bench: Workbench, reporter: Reporter) -> None:
+def ensure_experts(run: Run, ctx: RunContext, reporter: Reporter) -> None:
     """:func:`make_experts` for a run that is locked and set up already."""
-    if bench.config.experts_from:
+    if ctx.config.experts_from:
         for trajectory in stored_experts(run):
-            _check_serves(trajectory, bench)
-            _check_finite(trajectory, bench.config)
+            _check_serves(trajectory, ctx)
+            _check_finite(trajectory, ctx.config)
         return
     record_trajectories(
-        bench,
+        ctx,
         run.experts_dir,
-        lambda group: bench.initial_students("expert", group).theta,
-        bench.config.expert_train_epochs,
+        lambda group: ctx.initial_state("expert", group).theta,
+        ctx.config.expert_train_epochs,
         "expert",
         reporter,
         "experts",
@@ -81,15 +81,16 @@ def stored_experts(run: Run) -> list[Trajectory]:
     found: list[Trajectory] = [trajectory for path in buffers for trajectory in read_buffer(path)]
     found = found or list_trajectories(folder)
     require_alike(found)
-    if len(found) < config.experts:
+    if len(found) < config.num_experts:
         raise UsageError(
-            f"experts must be at most {len(found)}, as many as {folder} holds, got {config.experts}"
+            f"experts must be at most {len(found)}, as many as {folder} holds, got "
+            f"{config.num_experts}"
         )
-    return found[: config.experts]
+    return found[: config.num_experts]
 
 
 def record_trajectories(
-    bench: Workbench,
+    ctx: RunContext,
     folder: Path,
     start: Callable[[range], Tensor],
     epochs: int,
@@ -98,7 +99,7 @@ def record_trajectories(
     title: str,
     rows: Tensor | None = None,
 ) -> None:
-    """Trains one network per expert on real data (``rows`` of ``bench.train``, on the CPU, or all
+    """Trains one network per expert on real data (``rows`` of ``ctx.train``, on the CPU, or all
     of it), keeping the weights of every epoch.
 
     Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K,
@@ -109,82 +110,92 @@ def record_trajectories(
     Raises: UsageError: a trajectory that is there already is of another network, length or data
         set, or not finite. RunError: a network diverges.
     """
-    config, train = bench.config, bench.train
-    groups, there = bench.groups(config.experts), set[int]()
-    for k in range(config.experts):
+    config, train = ctx.config, ctx.train
+    groups, there = ctx.groups(config.num_experts), set[int]()
+    for k in range(config.num_experts):
         if trajectory_path(folder, k).exists():
             trajectory = Trajectory(trajectory_path(folder, k))
-            _check_fits(trajectory, bench, epochs)
+            _check_fits(trajectory, ctx, epochs)
             _check_finite(trajectory, config)
             there.add(k)
     for group in groups:
         if there.issuperset(group):
             _forget(folder, group)  # where a kill came between the last two writes
-    if len(there) == config.experts:
+    if len(there) == config.num_experts:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with reporter.task(
-        title, total=config.experts * epochs, unit="epoch", done=len(there) * epochs
+        title, total=config.num_experts * epochs, unit="epoch", done=len(there) * epochs
     ) as task:
         for group in groups:
             missing = [k for k in group if k not in there]
             if not missing:
                 continue
-            checkpoints, students = _unfinished(bench, folder, group) or _begin(start(group))
+            checkpoints, train_state = _unfinished(ctx, folder, group) or _begin(start(group))
             _require_converging(checkpoints[-1], group, len(checkpoints) - 1, title, config)
             task.advance((len(checkpoints) - 1) * len(missing))
             # Not a copy of these rows: easy examples are most of a set.
             own_rows = None if rows is None else rows.expand(len(group), -1)
-            loop = Loop(bench.real_sgd, students, train.images, train.labels, rows=own_rows)
+            loop = Loop(ctx.real_sgd, train_state, train.images, train.labels, rows=own_rows)
             saved = time.monotonic()
             for epoch in range(len(checkpoints) - 1, epochs):
-                loop.epoch(config.expert_lr, [bench.generator(purpose, k, epoch) for k in group])
-                checkpoints.append(students.theta.to("cpu", copy=True))
+                loop.epoch(config.expert_lr, [ctx.generator(purpose, k, epoch) for k in group])
+                checkpoints.append(train_state.theta.to("cpu", copy=True))
                 _require_converging(checkpoints[-1], group, epoch + 1, title, config)
                 task.advance(len(missing), network=_in_words(missing))
                 if time.monotonic() - saved > config.checkpoint_seconds and epoch + 1 < epochs:
-                    write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
+                    write_partial(
+                        folder,
+                        group[0],
+                        checkpoints,
+                        {"momentum_buffer": train_state.momentum_buffer},
+                    )
                     saved = time.monotonic()
             del loop  # and the memory of its graphs, before the next group's start is trained
             reached = accuracies(
-                bench.engine, students.theta, bench.held_out.images, bench.held_out.labels
+                ctx.engine,
+                train_state.theta,
+                ctx.selection_split.images,
+                ctx.selection_split.labels,
             )
             for k in missing:
                 place = k - group[0]
                 own = [checkpoint[place] for checkpoint in checkpoints]
                 write_trajectory(
-                    trajectory_path(folder, k), own, _metadata(bench, k, purpose, reached[place])
+                    trajectory_path(folder, k), own, _metadata(ctx, k, purpose, reached[place])
                 )
                 task.advance(0, accuracy=reached[place])
             _forget(folder, group)  # only now: what is missing of a group is made from it
 
 
 def keep_starts(
-    bench: Workbench, folder: Path, start: Callable[[range], Tensor], reporter: Reporter, title: str
+    ctx: RunContext, folder: Path, start: Callable[[range], Tensor], reporter: Reporter, title: str
 ) -> None:
     """Makes the starts that trajectories in ``folder`` still lack, by ``start(group)`` [K, P], and
     keeps those of each group as trajectories of no epoch yet, from which
     :func:`record_trajectories` goes on.
     """
-    config, groups = bench.config, bench.groups(bench.config.experts)
+    config, groups = ctx.config, ctx.groups(ctx.config.num_experts)
     missing = [
         group
         for group in groups
         if not all(trajectory_path(folder, k).exists() for k in group)
-        and _unfinished(bench, folder, group) is None
+        and _unfinished(ctx, folder, group) is None
     ]
     if not missing:
         return
-    there = config.experts - sum(map(len, missing))
-    with reporter.task(title, total=config.experts, unit="network", done=there) as task:
+    there = config.num_experts - sum(map(len, missing))
+    with reporter.task(title, total=config.num_experts, unit="network", done=there) as task:
         for group in missing:
-            checkpoints, students = _begin(start(group))
+            checkpoints, train_state = _begin(start(group))
             _require_converging(checkpoints[-1], group, 0, title, config)
-            write_partial(folder, group[0], checkpoints, {"velocity": students.velocity})
+            write_partial(
+                folder, group[0], checkpoints, {"momentum_buffer": train_state.momentum_buffer}
+            )
             task.advance(len(group))
 
 
-def stored_start(bench: Workbench, folder: Path, k: int) -> Tensor:
+def stored_start(ctx: RunContext, folder: Path, k: int) -> Tensor:
     """Weights [P] from which trajectory ``k`` in ``folder`` starts, finished or not.
 
     Raises:
@@ -192,25 +203,21 @@ def stored_start(bench: Workbench, folder: Path, k: int) -> Tensor:
     """
     if trajectory_path(folder, k).exists():
         return Trajectory(trajectory_path(folder, k)).checkpoint(0)
-    (group,) = (group for group in bench.groups(bench.config.experts) if k in group)
+    (group,) = (group for group in ctx.groups(ctx.config.num_experts) if k in group)
     return read_partial_start(folder, group[0], k - group[0])
 
 
-def _metadata(bench: Workbench, k: int, purpose: str, reached: float) -> dict[str, Any]:
+def _metadata(ctx: RunContext, k: int, purpose: str, reached: float) -> dict[str, Any]:
     return {
-        "network": bench.network,
-        **identity(bench.data),
-        "normalisation": bench.data.normalisation.to_dict(),
-        "whitening": bench.config.whitening,
-        **(
-            {}
-            if bench.data.whitening is None
-            else {"whitening_epsilon": bench.data.whitening.epsilon}
-        ),
-        "seed": bench.config.seed,
+        "network": ctx.network,
+        **identity(ctx.data),
+        "normalization": ctx.data.normalization.to_dict(),
+        "whitening": ctx.config.whitening,
+        **({} if ctx.data.whitening is None else {"whitening_epsilon": ctx.data.whitening.epsilon}),
+        "seed": ctx.config.seed,
         "index": k,
         "purpose": purpose,
-        "held_out_accuracy": round(reached, 2),
+        "selection_accuracy": round(reached, 2),
     }
 
 
@@ -261,16 +268,16 @@ def _check_finite(trajectory: Trajectory, config: Config) -> None:
         trajectory.checkpoint(epoch)
 
 
-def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
+def _check_serves(trajectory: Trajectory, ctx: RunContext) -> None:
     """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
-    metadata, reach = trajectory.metadata, bench.config.max_start_epoch + bench.config.expert_epochs
-    if reason := difference(metadata, identity(bench.data)):
+    metadata, reach = trajectory.metadata, ctx.config.max_start_epoch + ctx.config.expert_epochs
+    if reason := difference(metadata, identity(ctx.data)):
         raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
     _require_same(
         trajectory,
-        **_made_of_pixels(metadata, bench),
-        network=(metadata.get("network", bench.network), bench.network),
-        parameters=(trajectory.parameters, parameter_count(bench.engine.net)),
+        **_made_of_pixels(metadata, ctx),
+        network=(metadata.get("network", ctx.network), ctx.network),
+        parameters=(trajectory.parameters, parameter_count(ctx.engine.net)),
     )
     if trajectory.epochs < reach:
         raise UsageError(
@@ -279,48 +286,46 @@ def _check_serves(trajectory: Trajectory, bench: Workbench) -> None:
             f"{trajectory.epochs}"
         )
     if isinstance(trajectory, BufferTrajectory):
-        trajectory.require_fits(bench.engine.net)
+        trajectory.require_fits(ctx.engine.net)
 
 
-def _made_of_pixels(metadata: dict[str, Any], bench: Workbench) -> dict[str, tuple[Any, Any]]:
+def _made_of_pixels(metadata: dict[str, Any], ctx: RunContext) -> dict[str, tuple[Any, Any]]:
     """Return pairs for :func:`_require_same`: how the images of a trajectory that says so were made
     of pixels.
     """
     if "whitening" not in metadata:
         return {}
-    pairs: dict[str, tuple[Any, Any]] = {
-        "whitening": (metadata["whitening"], bench.config.whitening)
-    }
-    if bench.data.whitening is not None:
+    pairs: dict[str, tuple[Any, Any]] = {"whitening": (metadata["whitening"], ctx.config.whitening)}
+    if ctx.data.whitening is not None:
         pairs["whitening_epsilon"] = (
             metadata.get("whitening_epsilon", EPSILON),
-            bench.data.whitening.epsilon,
+            ctx.data.whitening.epsilon,
         )
-    wanted = bench.data.normalisation
-    if "normalisation" in metadata:
-        stored = Normalisation.from_dict(metadata["normalisation"])
+    wanted = ctx.data.normalization
+    if "normalization" in metadata:
+        stored = Normalization.from_dict(metadata["normalization"])
         found, same = str(stored), stored.is_close(wanted)
     else:  # Earlier versions took fitted constants alone, and whitened what they had normalized.
         found = "by constants fitted to the images"
         found += (
             ", which earlier versions whitened then; train them again"
-            if bench.data.whitening is not None
+            if ctx.data.whitening is not None
             else ""
         )
-        same = bench.config.normalization == "fitted" and wanted != Normalisation.identity(
+        same = ctx.config.normalization == "fitted" and wanted != Normalization.identity(
             len(wanted.mean)
         )
     return pairs | {"normalization": (str(wanted) if same else found, str(wanted))}
 
 
-def _check_fits(trajectory: Trajectory, bench: Workbench, epochs: int) -> None:
+def _check_fits(trajectory: Trajectory, ctx: RunContext, epochs: int) -> None:
     metadata = trajectory.metadata
-    if reason := difference(metadata, identity(bench.data), in_order=True):
+    if reason := difference(metadata, identity(ctx.data), in_order=True):
         raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
     _require_same(
         trajectory,
-        **_made_of_pixels(metadata, bench),
-        network=(metadata.get("network"), bench.network),
+        **_made_of_pixels(metadata, ctx),
+        network=(metadata.get("network"), ctx.network),
         epochs=(trajectory.epochs, epochs),
     )
 
@@ -336,8 +341,8 @@ def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
 
 
 def _unfinished(
-    bench: Workbench, folder: Path, group: range
-) -> tuple[list[Tensor], Students] | None:
+    ctx: RunContext, folder: Path, group: range
+) -> tuple[list[Tensor], TrainState] | None:
     """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the device), where
     they are kept.
     """
@@ -345,17 +350,18 @@ def _unfinished(
     if partial is None:
         return None
     checkpoints, state = partial
+    momentum_buffer = state.get("momentum_buffer", state.get("velocity"))  # its name before 0.1
     # Work of a group of another size (on another device, say) is no beginning of this one's.
-    if checkpoints[-1].shape != state["velocity"].shape or checkpoints[-1].shape[:-1] != (
-        len(group),
-    ):
+    if momentum_buffer is None or checkpoints[-1].shape != momentum_buffer.shape:
         return None
-    return checkpoints, Students(
-        *(t.to(bench.device, copy=True) for t in (checkpoints[-1], state["velocity"]))
+    if checkpoints[-1].shape[:-1] != (len(group),):
+        return None
+    return checkpoints, TrainState(
+        *(t.to(ctx.device, copy=True) for t in (checkpoints[-1], momentum_buffer))
     )
 
 
-def _begin(theta: Tensor) -> tuple[list[Tensor], Students]:
+def _begin(theta: Tensor) -> tuple[list[Tensor], TrainState]:
     """The same as :func:`_unfinished` of networks that start at ``theta`` [K, P]."""
-    students = Students.start(theta)
-    return [students.theta.to("cpu", copy=True)], students
+    train_state = TrainState.start(theta)
+    return [train_state.theta.to("cpu", copy=True)], train_state

@@ -27,7 +27,7 @@ from torch import Tensor
 from pdd_fast.data import Split
 from pdd_fast.data.fingerprint import difference, identity
 from pdd_fast.engines import Engine
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts, stored_start
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_tensors, save_tensors
@@ -66,41 +66,41 @@ def times_forgotten(
 
 
 def forgetting_scores(
-    bench: Workbench, experts: Sequence[Trajectory], file: Path, reporter: Reporter
+    ctx: RunContext, experts: Sequence[Trajectory], file: Path, reporter: Reporter
 ) -> Tensor:
-    """The mean over all experts of :func:`times_forgotten`, [n] of the examples of ``bench.train``;
+    """The mean over all experts of :func:`times_forgotten`, [n] of the examples of ``ctx.train``;
     kept in ``file``, errors as :func:`_summed`.
     """
 
     def each(number: int) -> Tensor:
-        return times_forgotten(bench.engine, experts[number], bench.train, bench.device)
+        return times_forgotten(ctx.engine, experts[number], ctx.train, ctx.device)
 
-    total = _summed(bench, each, len(experts), file, "forgetting scores", reporter)
+    total = _summed(ctx, each, len(experts), file, "forgetting scores", reporter)
     return (total / len(experts)).float()
 
 
 def times_learned(
-    bench: Workbench, start: Callable[[int], Tensor], networks: int, file: Path, reporter: Reporter
+    ctx: RunContext, start: Callable[[int], Tensor], networks: int, file: Path, reporter: Reporter
 ) -> Tensor:
-    """How many of the ``networks`` at ``start(number)`` [P] get each example of ``bench.train``
+    """How many of the ``networks`` at ``start(number)`` [P] get each example of ``ctx.train``
     right, float64 [n]; kept in ``file``, errors as :func:`_summed`.
     """
 
     def each(number: int) -> Tensor:
-        return gets_right(bench.engine, start(number).to(bench.device), bench.train)
+        return gets_right(ctx.engine, start(number).to(ctx.device), ctx.train)
 
-    return _summed(bench, each, networks, file, "what is learned", reporter)
+    return _summed(ctx, each, networks, file, "what is learned", reporter)
 
 
 def _summed(
-    bench: Workbench,
+    ctx: RunContext,
     each: Callable[[int], Tensor],
     networks: int,
     file: Path,
     title: str,
     reporter: Reporter,
 ) -> Tensor:
-    """The sum over networks of ``each(number)``, [n] of the examples of ``bench.train``, as float64
+    """The sum over networks of ``each(number)``, [n] of the examples of ``ctx.train``, as float64
     [n].
 
     Args:
@@ -110,11 +110,11 @@ def _summed(
         UsageError: what is kept is of other examples or networks.
     """
     split, total, done = (
-        bench.train,
-        torch.zeros(len(bench.train), dtype=torch.float64, device="cpu"),
+        ctx.train,
+        torch.zeros(len(ctx.train), dtype=torch.float64, device="cpu"),
         0,
     )
-    whose, data = {"experts": networks, "select": bench.config.select}, identity(bench.data)
+    whose, data = {"experts": networks, "select": ctx.config.selection_split}, identity(ctx.data)
     if file.exists():
         tensors, metadata = read_tensors(file)
         total, done = tensors.get("total", total[:0]), int(metadata.get("done", 0))
@@ -171,42 +171,42 @@ def _filled(inside: Tensor, distance: Tensor, labels: Tensor, least: int) -> Ten
     return inside
 
 
-def stage_bands(bench: Workbench, scores: Tensor) -> list[Tensor]:
+def stage_bands(ctx: RunContext, scores: Tensor) -> list[Tensor]:
     """The examples of every stage, bool [n] each."""
-    config, labels, least = bench.config, bench.train.labels.cpu(), _least(bench)
+    config, labels, least = ctx.config, ctx.train.labels.cpu(), _least(ctx)
     return [
         band(scores, labels, stage, config.stages, config.filter_band, least)
         for stage in range(1, config.stages + 1)
     ]
 
 
-def _least(bench: Workbench) -> int:
+def _least(ctx: RunContext) -> int:
     """Examples that a stage has of every class, at least: enough for images that no other stage
     starts from.
     """
-    return max(_FEWEST, sum(bench.config.real_by_stage))
+    return max(_FEWEST, sum(ctx.config.real_by_stage))
 
 
-def initial_rows(bench: Workbench, bands: Sequence[Tensor]) -> list[Tensor]:
-    """For every stage that has a band here, from the first on: rows of ``bench.train`` to start
+def initial_rows(ctx: RunContext, bands: Sequence[Tensor]) -> list[Tensor]:
+    """For every stage that has a band here, from the first on: rows of ``ctx.train`` to start
     from, class by class, out of its band; no image twice.
     """
-    labels, found = bench.train.labels.cpu(), []
+    labels, found = ctx.train.labels.cpu(), []
     free = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     for stage, (count, inside) in enumerate(
-        zip(bench.config.real_by_stage[: len(bands)], bands, strict=True), start=1
+        zip(ctx.config.real_by_stage[: len(bands)], bands, strict=True), start=1
     ):
-        draw, own = bench.generator("initial images", stage), list[Tensor]()
-        for label in range(bench.data.num_classes):
+        generator, own = ctx.generator("initial images", stage), list[Tensor]()
+        for label in range(ctx.data.num_classes):
             rows = (inside & free & (labels == label)).nonzero().flatten()
-            own.append(rows[torch.randperm(len(rows), generator=draw, device="cpu")[:count]])
-        found.append(torch.cat(own).to(bench.device))
+            own.append(rows[torch.randperm(len(rows), generator=generator, device="cpu")[:count]])
+        found.append(torch.cat(own).to(ctx.device))
         free[found[-1].cpu()] = False
     return found
 
 
 class Examples(ABC):
-    """The real examples of ``bench.train`` that stages are made from. Asked stage by stage, because
+    """The real examples of ``ctx.train`` that stages are made from. Asked stage by stage, because
     a stage's may follow from what those before it have made; the answer is the same however often a
     run was interrupted.
     """
@@ -214,18 +214,18 @@ class Examples(ABC):
     # Whether a stage's examples can be told only when the starts of its trajectories are there.
     follow_from_starts = False
 
-    def __init__(self, run: Run, bench: Workbench, reporter: Reporter) -> None:
-        self._run, self._bench, self._reporter = run, bench, reporter
+    def __init__(self, run: Run, ctx: RunContext, reporter: Reporter) -> None:
+        self._run, self._ctx, self._reporter = run, ctx, reporter
 
     @abstractmethod
     def rows(self, stage: int) -> Tensor | None:
-        """Rows of ``bench.train`` that ``stage`` is made from, on the CPU; None where these are
+        """Rows of ``ctx.train`` that ``stage`` is made from, on the CPU; None where these are
         all.
         """
 
     @abstractmethod
     def initial_rows(self, stage: int) -> Tensor:
-        """Rows of ``bench.train`` that the images of ``stage`` start from, class by class; no image
+        """Rows of ``ctx.train`` that the images of ``stage`` start from, class by class; no image
         in two stages.
         """
 
@@ -237,7 +237,7 @@ class AllExamples(Examples):
         return None
 
     def initial_rows(self, stage: int) -> Tensor:
-        return self._bench.random_real_rows(self._bench.config.real_by_stage, "initial images")[
+        return self._ctx.random_real_rows(self._ctx.config.real_by_stage, "initial images")[
             stage - 1
         ]
 
@@ -247,13 +247,13 @@ class FilteredExamples(Examples):
 
     @abstractmethod
     def inside(self, stage: int) -> Tensor:
-        """Which of ``bench.train`` the examples of ``stage`` are, bool [n] on the CPU."""
+        """Which of ``ctx.train`` the examples of ``stage`` are, bool [n] on the CPU."""
 
     def rows(self, stage: int) -> Tensor:
         return self.inside(stage).nonzero().flatten()
 
     def initial_rows(self, stage: int) -> Tensor:
-        return initial_rows(self._bench, [self.inside(earlier) for earlier in range(1, stage + 1)])[
+        return initial_rows(self._ctx, [self.inside(earlier) for earlier in range(1, stage + 1)])[
             -1
         ]
 
@@ -263,10 +263,9 @@ class ForgottenExamples(FilteredExamples):
 
     @cached_property
     def _bands(self) -> list[Tensor]:
-        run, bench = self._run, self._bench
+        run, ctx = self._run, self._ctx
         return stage_bands(
-            bench,
-            forgetting_scores(bench, stored_experts(run), run.forgetting_file, self._reporter),
+            ctx, forgetting_scores(ctx, stored_experts(run), run.forgetting_file, self._reporter)
         )
 
     def inside(self, stage: int) -> Tensor:
@@ -279,18 +278,18 @@ class UnlearnedExamples(FilteredExamples):
     follow_from_starts = True
 
     def inside(self, stage: int) -> Tensor:
-        run, bench = self._run, self._bench
+        run, ctx = self._run, self._ctx
         if stage == 1:
-            return torch.ones(len(bench.train), dtype=torch.bool, device="cpu")
-        folder, networks = run.stage_trajectories_dir(stage), bench.config.experts
+            return torch.ones(len(ctx.train), dtype=torch.bool, device="cpu")
+        folder, networks = run.stage_trajectories_dir(stage), ctx.config.num_experts
         right = times_learned(
-            bench,
-            lambda k: stored_start(bench, folder, k),
+            ctx,
+            lambda k: stored_start(ctx, folder, k),
             networks,
             run.learned_file(stage),
             self._reporter,
         )
-        return unlearned(right, networks, bench.train.labels.cpu(), _least(bench))
+        return unlearned(right, networks, ctx.train.labels.cpu(), _least(ctx))
 
 
 FILTERS: dict[str, type[Examples]] = {  # by Config.filter

@@ -18,7 +18,7 @@ from torch import Tensor
 from pdd_fast.augmentation.multi_formation import combine
 from pdd_fast.data import require_images_per_class
 from pdd_fast.methods import METHODS, BaseMethod, StageProblem
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import (
     ensure_experts,
     keep_starts,
@@ -27,7 +27,7 @@ from pdd_fast.progressive.experts import (
 )
 from pdd_fast.progressive.filters import FILTERS, Examples
 from pdd_fast.progressive.soft_labels import soft_labels
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.devices import peak_memory
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter, Task
@@ -35,44 +35,44 @@ from pdd_fast.settings import Config
 from pdd_fast.storage.distilled import DistilledSet
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, list_trajectories
-from pdd_fast.training.sgd import Students, accuracies
+from pdd_fast.training.sgd import TrainState, accuracies
 
 
 def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors``.
 
-    Raises: UsageError: data are missing or too few; the configuration does not fit them; its base
-        method is unknown here. RunError: the optimisation left the range in which going on makes
+    Raises: UsageError: data are missing or too few; the configuration does not fit them; its
+        method is unknown here. RunError: the optimization left the range in which going on makes
         sense. What was computed is kept.
     """
     with run.lock():
         config = run.config
-        if config.base not in METHODS:
+        if config.method not in METHODS:
             raise UsageError(
-                f"base must be {' or '.join(METHODS)}, got {config.base!r}; register it first"
+                f"method must be {' or '.join(METHODS)}, got {config.method!r}; register it first"
             )
-        bench, recorded = Workbench.of_run(run), METHODS[config.base].needs_trajectories
+        ctx, recorded = RunContext.of_run(run), METHODS[config.method].needs_trajectories
         if config.filter == "learned" and not recorded:
             raise UsageError(
-                f"filter must be none or forgetting where base is {config.base}, got learned"
+                f"filter must be none or forgetting where method is {config.method}, got learned"
             )
-        require_images_per_class(bench.train, config.ipc, bench.data.classes, each=config.factor**2)
+        require_images_per_class(ctx.train, config.ipc, ctx.data.classes, each=config.factor**2)
         if recorded or config.filter == "forgetting" or config.labels != "hard":
-            ensure_experts(run, bench, reporter)
-        union, examples = Union.empty(bench), FILTERS[config.filter](run, bench, reporter)
+            ensure_experts(run, ctx, reporter)
+        union, examples = UnionSet.empty(ctx), FILTERS[config.filter](run, ctx, reporter)
         for stage in range(1, config.stages + 1):
             if run.stage_file(stage).exists():
-                union = Union.load(run.stage_file(stage), bench)
+                union = UnionSet.load(run.stage_file(stage), ctx)
                 continue
             trajectories = list[Trajectory]()
             if recorded:
                 if _records(config, stage):
-                    transition(run, bench, union, examples, reporter)
+                    transition(run, ctx, union, examples, reporter)
                 trajectories = _trajectories(run, stage)
-            union = _run_stage(run, bench, union, trajectories, examples, reporter)
-            union.distilled(bench).save(run.stage_file(stage))
+            union = _run_stage(run, ctx, union, trajectories, examples, reporter)
+            union.distilled(ctx).save(run.stage_file(stage))
             run.checkpoint_file(stage).unlink(missing_ok=True)
-        distilled = union.distilled(bench)
+        distilled = union.distilled(ctx)
         distilled.save(run.distilled_file)
         return distilled
 
@@ -92,13 +92,13 @@ def _trajectories(run: Run, stage: int) -> list[Trajectory]:
 
 
 def transition(
-    run: Run, bench: Workbench, union: Union, examples: Examples, reporter: Reporter
+    run: Run, ctx: RunContext, union: UnionSet, examples: Examples, reporter: Reporter
 ) -> None:
     """Trajectories for the stage after ``union``: each start network is trained on the union, where
     there is one, and then, recorded, on the stage's real ``examples``. Starts are chained: they are
     those of the stage before, trained further.
     """
-    config, stage = bench.config, union.stages + 1
+    config, stage = ctx.config, union.stages + 1
     conditioned = config.conditioning == "on" and union.stages > 0
     starts, folder = (
         _trajectories(run, stage - 1 if conditioned else 0),
@@ -106,20 +106,20 @@ def transition(
     )
 
     def start(group: range) -> Tensor:
-        students = Students.start(
-            torch.stack([starts[k].checkpoint(0) for k in group]).to(bench.device)
+        train_state = TrainState.start(
+            torch.stack([starts[k].checkpoint(0) for k in group]).to(ctx.device)
         )
         if conditioned:
-            draws = [bench.generator("transition", stage, k) for k in group]
-            bench.train_on_union(
-                students, *union.up_to(), union.rates[-1], config.transition_epochs, draws
+            generators = [ctx.generator("transition", stage, k) for k in group]
+            ctx.train_on_union(
+                train_state, *union.up_to(), union.lrs[-1], config.transition_epochs, generators
             )
-        return students.theta
+        return train_state.theta
 
     if examples.follow_from_starts:
-        keep_starts(bench, folder, start, reporter, f"starts of stage {stage}/{config.stages}")
+        keep_starts(ctx, folder, start, reporter, f"starts of stage {stage}/{config.stages}")
     record_trajectories(
-        bench,
+        ctx,
         folder,
         start,
         config.transition_real_epochs,
@@ -136,7 +136,7 @@ class _Best:
 
     images: Tensor
     labels: Tensor
-    rate: float
+    lr: float
     accuracy: float  # percent, mean over the selection networks
     iteration: int
     judged: int  # the iteration that was judged last, whether it was better or not
@@ -144,66 +144,67 @@ class _Best:
 
 class _Selection:
     """Judges a stage's images as the final evaluation will: networks that were trained through the
-    earlier unions are trained on this one and scored on held-out images.
+    earlier unions are trained on this one and scored on the selection split.
     """
 
-    def __init__(self, bench: Workbench, union: Union) -> None:
-        self._bench, self._union = bench, union
+    def __init__(self, ctx: RunContext, union: UnionSet) -> None:
+        self._ctx, self._union = ctx, union
         self._students = []
-        for group in bench.groups(bench.config.eval_networks):
-            students = bench.initial_students("selection", group)
+        for group in ctx.groups(ctx.config.eval_networks):
+            train_state = ctx.initial_state("selection", group)
             for stage in range(1, union.stages + 1):
-                self._train(group, students, *union.up_to(stage), union.rates[stage - 1], stage)
-            self._students.append((group, students))
+                self._train(group, train_state, *union.up_to(stage), union.lrs[stage - 1], stage)
+            self._students.append((group, train_state))
 
     def _train(
         self,
         group: range,
-        students: Students,
+        train_state: TrainState,
         images: Tensor,
         labels: Tensor,
-        rate: float,
+        lr: float,
         stage: int,
     ) -> None:
-        draws = [self._bench.generator("selection", j, stage) for j in group]
-        self._bench.train_on_union(
-            students, images, labels, rate, self._bench.config.eval_epochs, draws
+        generators = [self._ctx.generator("selection", j, stage) for j in group]
+        self._ctx.train_on_union(
+            train_state, images, labels, lr, self._ctx.config.eval_epochs, generators
         )
 
-    def score(self, union: Union) -> float:
-        """Mean held-out accuracy in percent; the same draws for every candidate, so that candidates
-        are compared.
+    def score(self, union: UnionSet) -> float:
+        """Return the mean accuracy in percent.
+
+        Every candidate gets the same random values, so that scores can be compared.
         """
-        held_out, scores = self._bench.held_out, list[float]()
+        validation, scores = self._ctx.selection_split, list[float]()
         for group, carried in self._students:
-            students = carried.copy()
-            self._train(group, students, *union.up_to(), union.rates[-1], union.stages)
+            train_state = carried.copy()
+            self._train(group, train_state, *union.up_to(), union.lrs[-1], union.stages)
             scores += accuracies(
-                self._bench.engine, students.theta, held_out.images, held_out.labels
+                self._ctx.engine, train_state.theta, validation.images, validation.labels
             )
         return sum(scores) / len(scores)
 
 
 def _run_stage(
     run: Run,
-    bench: Workbench,
-    union: Union,
+    ctx: RunContext,
+    union: UnionSet,
     trajectories: list[Trajectory],
     examples: Examples,
     reporter: Reporter,
-) -> Union:
+) -> UnionSet:
     """Learns the images of the stage after ``union`` from ``examples``, matching ``trajectories``
     where the method does.
     """
-    config, stage = bench.config, union.stages + 1
-    images, labels = _initial(run, bench, examples.initial_rows(stage))
-    conditions = union if config.conditioning == "on" else Union.empty(bench)
-    method = METHODS[config.base](
-        StageProblem(bench, stage, examples.rows(stage), conditions, trajectories, images, labels)
+    config, stage = ctx.config, union.stages + 1
+    images, labels = _initial(run, ctx, examples.initial_rows(stage))
+    conditions = union if config.conditioning == "on" else UnionSet.empty(ctx)
+    method = METHODS[config.method](
+        StageProblem(ctx, stage, examples.rows(stage), conditions, trajectories, images, labels)
     )
     best = _resume(run, stage, method)
     run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)
-    selection = _Selection(bench, union)
+    selection = _Selection(ctx, union)
     row: dict[str, Any] = {}  # of metrics.jsonl, the last iteration's
     try:
         with reporter.task(
@@ -224,7 +225,7 @@ def _run_stage(
                 values = method.step()
                 seconds = time.perf_counter() - began
                 row = {"stage": stage, "iteration": method.iteration, **values, "seconds": seconds}
-                row["memory"] = peak_memory(bench.device)
+                row["memory"] = peak_memory(ctx.device)
                 run.metrics.append(**row)
                 task.advance(1, **values)
                 if time.monotonic() - saved > config.checkpoint_seconds:
@@ -238,21 +239,21 @@ def _run_stage(
             run.metrics.append(**row)
         raise
     assert best is not None
-    return union.extended(best.images, best.labels, best.rate)
+    return union.extended(best.images, best.labels, best.lr)
 
 
-def _initial(run: Run, bench: Workbench, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Images as they are stored, which hold the real ones in ``rows`` of ``bench.train`` (so many
+def _initial(run: Run, ctx: RunContext, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Images as they are stored, which hold the real ones in ``rows`` of ``ctx.train`` (so many
     of each class, class by class), and their labels.
     """
-    config, each = bench.config, bench.config.factor**2
+    config, each = ctx.config, ctx.config.factor**2
     groups = rows.view(-1, each).T  # [each, n]: of every stored image what its cells hold
     images, labels = (
-        combine(bench.train.images[groups.flatten()], config.factor),
-        bench.train.labels[groups[0]],
+        combine(ctx.train.images[groups.flatten()], config.factor),
+        ctx.train.labels[groups[0]],
     )
     if config.labels != "hard":
-        labels = soft_labels(bench.engine, stored_experts(run), images)
+        labels = soft_labels(ctx.engine, stored_experts(run), images)
     return images, labels
 
 
@@ -263,19 +264,19 @@ def _is_judged(every: int, iteration: int, last: int) -> bool:
 def _judge(
     run: Run,
     selection: _Selection,
-    union: Union,
+    union: UnionSet,
     method: BaseMethod,
     best: _Best | None,
     task: Task,
 ) -> _Best:
-    stage, rate = union.stages + 1, method.learning_rate
-    score = selection.score(union.extended(method.images, method.labels, rate))
-    run.metrics.append(stage=stage, iteration=method.iteration, held_out_accuracy=score)
+    stage, lr = union.stages + 1, method.learning_rate
+    score = selection.score(union.extended(method.images, method.labels, lr))
+    run.metrics.append(stage=stage, iteration=method.iteration, selection_accuracy=score)
     task.advance(0, accuracy=score)
-    # Of equals the later, which were learned from longer: few held-out images make equals common.
+    # Break ties in favor of the later iteration; ties are common on small validation sets.
     if best is None or score >= best.accuracy:
         return _Best(
-            method.images.clone(), method.labels, rate, score, method.iteration, method.iteration
+            method.images.clone(), method.labels, lr, score, method.iteration, method.iteration
         )
     return replace(best, judged=method.iteration)
 
@@ -286,7 +287,7 @@ def _checkpoint(run: Run, stage: int, method: BaseMethod, best: _Best | None) ->
     if best is not None:
         tensors |= {"best.images": best.images.cpu(), "best.labels": best.labels.cpu()}
         state = {
-            "rate": best.rate,
+            "rate": best.lr,
             "accuracy": best.accuracy,
             "iteration": best.iteration,
             "judged": best.judged,

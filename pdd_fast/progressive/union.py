@@ -11,73 +11,73 @@ from torch import Tensor
 from pdd_fast._version import __version__
 from pdd_fast.augmentation.multi_formation import decode, decode_labels
 from pdd_fast.data.fingerprint import difference, identity
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.storage.distilled import DistilledSet, labels_outside, load_distilled, preprocessing
 
 
-def misfit(stored: DistilledSet, bench: Workbench) -> str:
-    """Say what of ``stored`` does not fit the data of ``bench``, e.g. the shape of an image; ""
+def misfit(stored: DistilledSet, ctx: RunContext) -> str:
+    """Say what of ``stored`` does not fit the data of ``ctx``, e.g. the shape of an image; ""
     where all does.
     """
-    shape, expected = tuple(stored.images.shape[1:]), tuple(bench.data.test.images.shape[1:])
+    shape, expected = tuple(stored.images.shape[1:]), tuple(ctx.data.test.images.shape[1:])
     name = stored.metadata.get("data", "unknown data")
-    reason = difference(stored.metadata | {"data": name}, identity(bench.data))
+    reason = difference(stored.metadata | {"data": name}, identity(ctx.data))
     if reason or shape != expected:
         return reason or f"{name} with images of shape {shape}, not {expected}"
-    outside = labels_outside(stored.labels, bench.data.num_classes)
+    outside = labels_outside(stored.labels, ctx.data.num_classes)
     return f"{name} with other labels: {outside}" if outside else ""
 
 
 @dataclass
-class Union:
+class UnionSet:
     """The images of the stages so far, on the run's device."""
 
     images: Tensor  # [n, C, H, W], as they are stored
     labels: Tensor  # [n], or probabilities [n, classes]
     stage: Tensor  # [n], 1-based
-    rates: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
     factor: int = 1  # every stored image holds factor² (pdd_fast.augmentation.multi_formation)
 
     @classmethod
-    def empty(cls, bench: Workbench) -> Union:
-        train = bench.train
+    def empty(cls, ctx: RunContext) -> UnionSet:
+        train = ctx.train
         none, labels = train.labels[:0].clone(), train.labels[:0].clone()
-        if bench.config.labels != "hard":
-            labels = train.images.new_empty(0, bench.data.num_classes)
-        return cls(train.images[:0].clone(), labels, none, factor=bench.config.factor)
+        if ctx.config.labels != "hard":
+            labels = train.images.new_empty(0, ctx.data.num_classes)
+        return cls(train.images[:0].clone(), labels, none, factor=ctx.config.factor)
 
     @classmethod
-    def load(cls, path: Path, bench: Workbench) -> Union:
-        """Return the union in a file of the run that ``bench`` is of.
+    def load(cls, path: Path, ctx: RunContext) -> UnionSet:
+        """Return the union in a file of the run that ``ctx`` is of.
 
         Raises: UsageError: it is missing or damaged, or its images were made of other data than the
             run's, or in another
                 way than the run's data are now.
         """
         stored = load_distilled(path)
-        if reason := misfit(stored, bench):
+        if reason := misfit(stored, ctx):
             raise UsageError(f"{path} must be for the run's data, got one for {reason}")
-        if not stored.is_seen_as(bench.data):
+        if not stored.is_seen_as(ctx.data):
             raise UsageError(
-                f"{path} must hold images with {preprocessing(bench.data)}, as the run's data are "
+                f"{path} must hold images with {preprocessing(ctx.data)}, as the run's data are "
                 f"now, got "
                 f"{preprocessing(stored)}; bring back the run's whitening.safetensors and data, "
                 f"or make the run again"
             )
-        return cls.of(stored, bench)
+        return cls.of(stored, ctx)
 
     @classmethod
-    def of(cls, stored: DistilledSet, bench: Workbench) -> Union:
-        """What ``stored`` holds, on the device of ``bench``."""
+    def of(cls, stored: DistilledSet, ctx: RunContext) -> UnionSet:
+        """What ``stored`` holds, on the device of ``ctx``."""
         images, labels, stage = (
-            t.to(bench.device) for t in (stored.images, stored.labels, stored.stage)
+            t.to(ctx.device) for t in (stored.images, stored.labels, stored.stage)
         )
         return cls(images, labels, stage, stored.learning_rates.tolist(), stored.factor)
 
     @property
     def stages(self) -> int:
-        return len(self.rates)
+        return len(self.lrs)
 
     @property
     def sizes(self) -> list[int]:
@@ -107,36 +107,36 @@ class Union:
             part = slice(rows[0], rows[-1] + 1)
         return decode(self.images[part], self.factor), decode_labels(self.labels[part], self.factor)
 
-    def extended(self, images: Tensor, labels: Tensor, rate: float) -> Union:
+    def extended(self, images: Tensor, labels: Tensor, lr: float) -> UnionSet:
         number = self.stage.new_full((len(labels),), self.stages + 1)
-        return Union(
+        return UnionSet(
             torch.cat([self.images, images]),
             torch.cat([self.labels, labels]),
             torch.cat([self.stage, number]),
             [
-                *self.rates,
-                torch.tensor(rate, dtype=torch.float32, device="cpu").item(),
+                *self.lrs,
+                torch.tensor(lr, dtype=torch.float32, device="cpu").item(),
             ],  # as it is stored
             self.factor,
         )
 
-    def distilled(self, bench: Workbench) -> DistilledSet:
+    def distilled(self, ctx: RunContext) -> DistilledSet:
         """As it is stored: nothing in it depends on when or how often a run was interrupted."""
-        config = bench.config
+        config = ctx.config
         return DistilledSet(
             images=self.images.cpu(),
             labels=self.labels.cpu(),
             stage=self.stage.cpu(),
-            learning_rates=torch.tensor(self.rates, device="cpu"),
+            learning_rates=torch.tensor(self.lrs, device="cpu"),
             factor=self.factor,
-            normalisation=bench.data.normalisation,
-            whitening=bench.data.whitening,
+            normalization=ctx.data.normalization,
+            whitening=ctx.data.whitening,
             metadata={
-                **identity(bench.data),
+                **identity(ctx.data),
                 "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
-                "network": bench.network,
+                "network": ctx.network,
                 "labels": config.labels,
-                "base": config.base,
+                "method": config.method,
                 "seed": config.seed,
                 "pdd_fast": __version__,
             },

@@ -21,6 +21,12 @@ from torch import Tensor
 from pdd_fast.runtime.errors import UsageError, first_line
 
 _METADATA = "pdd_fast"
+# Metadata keys of files written before 0.1, and what they are called now.
+_RENAMED = {
+    "normalisation": "normalization",
+    "base": "method",
+    "held_out_accuracy": "selection_accuracy",
+}
 
 
 _ZIP = b"PK\x03\x04"  # how torch's files begin since version 1.6
@@ -129,7 +135,7 @@ def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
         raise UsageError(f"{path} is damaged: its metadata are not JSON: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} was not written by pdd-fast: its metadata are not an object")
-    return content
+    return {_RENAMED.get(str(key), str(key)): value for key, value in content.items()}
 
 
 def stand_in(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The one place that imports torchvision: for data sets and for networks, and only when one of them
+"""The one place that imports torchvision: for datasets and for networks, and only when one of them
 is asked for.
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from pdd_fast.augmentation.multi_formation import decode, decode_labels
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.data.splits import ImageData
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.networks.arguments import as_labels
@@ -22,7 +22,7 @@ from pdd_fast.runtime.paths import expanded
 
 
 class DistilledUnion(TensorDataset):
-    """The images and labels of the first stages, as a data set of (image, label) pairs."""
+    """The images and labels of the first stages, as a dataset of (image, label) pairs."""
 
     def __init__(self, images: Tensor, labels: Tensor, learning_rate: float) -> None:
         super().__init__(images, labels)
@@ -43,12 +43,12 @@ class DistilledSet:
         rates not positive.
     """
 
-    # [n, C, H, W] float32, normalised (and whitened) as training data are, as they are stored
+    # [n, C, H, W] float32, normalized (and whitened) as training data are, as they are stored
     images: Tensor
     labels: Tensor  # int64 [n], or float [n, classes]
     stage: Tensor  # int64 [n], 1-based
     learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
-    normalisation: Normalisation
+    normalization: Normalization
     # data, fingerprint, classes, augmentation, network, labels, base, seed
     metadata: dict[str, Any] = field(default_factory=dict)
     whitening: Whitening | None = None  # None: images are not whitened
@@ -85,10 +85,10 @@ class DistilledSet:
                     f"DistilledSet: {name} must have {n} rows, got {len(getattr(self, name))}"
                 )
         for name in ("mean", "std"):
-            if len(getattr(self.normalisation, name)) != channels:
-                found = getattr(self.normalisation, name)
+            if len(getattr(self.normalization, name)) != channels:
+                found = getattr(self.normalization, name)
                 raise ValueError(
-                    f"DistilledSet: normalisation {name} must have {channels} numbers, got {found}"
+                    f"DistilledSet: normalization {name} must have {channels} numbers, got {found}"
                 )
         if self.whitening is not None and self.whitening.image_shape != tuple(
             self.images.shape[1:]
@@ -144,8 +144,8 @@ class DistilledSet:
 
     def _part(self, rows: Tensor, last: int, raw: bool) -> DistilledUnion:
         images, labels, factor = self.images[rows], self.labels[rows], 1 if raw else self.factor
-        rate = float(self.learning_rates[last - 1])
-        return DistilledUnion(decode(images, factor), decode_labels(labels, factor), rate)
+        lr = float(self.learning_rates[last - 1])
+        return DistilledUnion(decode(images, factor), decode_labels(labels, factor), lr)
 
     def _check_stage(self, stage: int) -> int:
         if not 1 <= stage <= self.stages:
@@ -153,24 +153,24 @@ class DistilledSet:
         return stage
 
     def pixels(self) -> Tensor:
-        """Images [n, C, H, W] as they are stored, with whitening and normalisation undone, clipped
+        """Images [n, C, H, W] as they are stored, with whitening and normalization undone, clipped
         to [0, 1].
         """
         images = self.images if self.whitening is None else self.whitening.invert(self.images)
-        return self.normalisation.invert(images).clamp(0, 1)
+        return self.normalization.invert(images).clamp(0, 1)
 
     def transform(self, pixels: Tensor) -> Tensor:
         """Pixels [n, C, H, W] in [0, 1], of the test set say, as a network sees them that is
-        trained on the images: normalised and, where the images are, whitened.
+        trained on the images: normalized and, where the images are, whitened.
         """
-        images = self.normalisation.apply(pixels)
+        images = self.normalization.apply(pixels)
         return images if self.whitening is None else self.whitening.apply(images)
 
     def is_seen_as(self, data: ImageData) -> bool:
         """Return whether :meth:`transform` makes of pixels what ``data`` holds of them, but for
         rounding.
         """
-        if not self.normalisation.is_close(data.normalisation):
+        if not self.normalization.is_close(data.normalization):
             return False
         if self.whitening is None or data.whitening is None:
             return self.whitening is data.whitening
@@ -185,7 +185,7 @@ class DistilledSet:
             "learning_rates": self.learning_rates,
             **({} if self.whitening is None else self.whitening.tensors()),
         }
-        own = {"normalisation": self.normalisation.to_dict(), "factor": self.factor}
+        own = {"normalization": self.normalization.to_dict(), "factor": self.factor}
         save_tensors(expanded(path), tensors, self.metadata | own)
 
 
@@ -205,7 +205,7 @@ def _check_normalized(images: Tensor) -> None:
         raise ValueError(
             f"DistilledSet: images must be floating-point and normalized as training data are, "
             f"got {kind}; divide "
-            "pixels by 255, then apply the normalisation (Normalisation.apply) and, where there "
+            "pixels by 255, then apply the normalization (Normalization.apply) and, where there "
             "is one, the whitening"
         )
 
@@ -241,9 +241,9 @@ def labels_outside(labels: Tensor, classes: int | None) -> str:
 def preprocessing(images: DistilledSet | ImageData) -> str:
     """Return in words how ``images`` are made of pixels."""
     if images.whitening is None:
-        return f"normalization {images.normalisation} and without whitening"
+        return f"normalization {images.normalization} and without whitening"
     epsilon = f"{images.whitening.epsilon:g}"
-    return f"normalization {images.normalisation} and then ZCA whitening with epsilon {epsilon}"
+    return f"normalization {images.normalization} and then ZCA whitening with epsilon {epsilon}"
 
 
 def load_distilled(path: str | Path) -> DistilledSet:
@@ -259,16 +259,14 @@ def load_distilled(path: str | Path) -> DistilledSet:
     tensors, metadata = read_tensors(file)
     names = ("images", "labels", "stage", "learning_rates")
     missing = [name for name in names if name not in tensors]
-    missing += [] if "normalisation" in metadata else ["normalisation"]
+    missing += [] if "normalization" in metadata else ["normalization"]
     if missing:
         raise UsageError(f"{file} is not a distilled set: it lacks {', '.join(missing)}")
     try:
-        normalisation = Normalisation.from_dict(metadata.pop("normalisation"))
+        normalization = Normalization.from_dict(metadata.pop("normalization"))
         factor = int(metadata.pop("factor", 1))  # sets of before have none
-        images, labels, stage, rates = (tensors[name] for name in names)
+        images, labels, stage, lrs = (tensors[name] for name in names)
         whitening = Whitening.of_tensors(tensors)
-        return DistilledSet(
-            images, labels, stage, rates, normalisation, metadata, whitening, factor
-        )
+        return DistilledSet(images, labels, stage, lrs, normalization, metadata, whitening, factor)
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is not a distilled set: {error}") from error

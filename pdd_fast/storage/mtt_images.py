@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import atomic_path, read_pickled_tensors, write_json
@@ -27,7 +27,7 @@ IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
 def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) -> list[Path]:
     """Writes stage-1/images_best.pt, stage-1/labels_best.pt, ... and settings.json; the files.
 
-    Images are as networks see them (normalised and, where the set is, whitened), which is what the
+    Images are as networks see them (normalized and, where the set is, whitened), which is what the
     scripts expect.
 
     Args: folder: is made where it is missing. raw: images that hold several as they are stored.
@@ -51,7 +51,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
             written.append(path)
     settings: dict[str, Any] = {
         "learning_rates": distilled.learning_rates.tolist(),
-        "normalisation": distilled.normalisation.to_dict(),
+        "normalization": distilled.normalization.to_dict(),
         "whitening": "none" if distilled.whitening is None else "zca",
         "whitening_epsilon": None if distilled.whitening is None else distilled.whitening.epsilon,
         "factor": distilled.factor if raw else 1,
@@ -65,7 +65,7 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
 def read_mtt(
     folders: Sequence[str | Path],
     learning_rates: Sequence[float],
-    normalisation: Normalisation,
+    normalization: Normalization,
     whitening: Whitening | None = None,
     metadata: dict[str, Any] | None = None,
     factor: int = 1,
@@ -75,7 +75,7 @@ def read_mtt(
     labels_best.pt for each stage.
 
     Args: learning_rates: that were learned with each stage's images; the scripts print them.
-        normalisation, whitening: that the images were learned under: of ``pdd_fast.data.load`` for
+        normalization, whitening: that the images were learned under: of ``pdd_fast.data.load`` for
         the same data. Those
             that the scripts of MTT and PDD made are with ``whitening="zca"`` where they used ZCA,
             else with ``normalization="published"``.
@@ -96,14 +96,14 @@ def read_mtt(
         images.append(own.float() if own.is_floating_point() else own)
         targets.append(_targets(folder / LABELS, labels))
         stages.append(torch.full((len(own),), number, device="cpu"))
-    rates = torch.tensor(list(learning_rates), device="cpu").float()
+    lrs = torch.tensor(list(learning_rates), device="cpu").float()
     try:
         return DistilledSet(
             torch.cat(images),
             torch.cat(targets),
             torch.cat(stages),
-            rates,
-            normalisation,
+            lrs,
+            normalization,
             dict(metadata or {}),
             whitening,
             factor,

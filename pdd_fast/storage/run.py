@@ -31,7 +31,7 @@ def default_run_dir(config: Config) -> Path:
 def default_name(config: Config, stages: bool = True) -> str:
     """What a run is about, in a folder's name; of several runs without ``stages`` and seed."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-") + f"-ipc{config.ipc}"
-    name += f"-{config.base}" if config.base != Config.base else ""
+    name += f"-{config.method}" if config.method != Config.method else ""
     name += f"-{config.labels}-labels" if config.labels != Config.labels else ""
     if not stages:
         return name
@@ -60,9 +60,12 @@ class Metrics:
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError:
                     continue
+                if "held_out_accuracy" in row:  # its name before 0.1
+                    row["selection_accuracy"] = row.pop("held_out_accuracy")
+                rows.append(row)
         return rows
 
 
@@ -204,11 +207,11 @@ class Run:
 
     def truncate_metrics(self, stage: int, iteration: int, judged: int) -> None:
         """Drops what a continued run measures again: all after ``iteration`` of ``stage``, and the
-        held-out accuracies after its iteration ``judged``.
+        selection accuracies after its iteration ``judged``.
         """
 
         def is_kept(row: dict[str, Any]) -> bool:
-            last = judged if "held_out_accuracy" in row else iteration
+            last = judged if "selection_accuracy" in row else iteration
             return (row.get("stage", 0), row.get("iteration", 0)) <= (stage, last)
 
         rows = self.metrics.read()

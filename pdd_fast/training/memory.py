@@ -17,7 +17,7 @@ def training_bytes(engine: Engine, shape: PassShape, networks: int = 1) -> int:
     """Peak of one training step of ``networks`` networks, each on a batch of its own.
 
     The gradient's pass, and for each network its batch and 5P: parameters, momentum, gradient and
-    two beside them. The data set is not counted.
+    two beside them. The dataset is not counted.
     """
     each = shape.batch * math.prod(shape.image) + 5 * parameter_count(engine.net)
     return engine.working_bytes(shape, networks=networks) + networks * shape.dtype.itemsize * each

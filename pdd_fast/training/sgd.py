@@ -18,23 +18,23 @@ from torch import Tensor
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.engines import Engine
 from pdd_fast.training.cuda_graphs import Replay
-from pdd_fast.training.step_queue import Drawn, Tape, steps_per_tape
+from pdd_fast.training.step_queue import Drawn, StepQueue, steps_per_queue
 
 
 @dataclass
-class Students:
+class TrainState:
     """K networks in training: their parameters and their momentum, changed in place."""
 
     theta: Tensor  # [K, P]
-    velocity: Tensor  # [K, P]
+    momentum_buffer: Tensor  # [K, P]
 
     @classmethod
-    def start(cls, theta: Tensor) -> Students:
+    def start(cls, theta: Tensor) -> TrainState:
         """Students at ``theta`` [K, P], at rest."""
         return cls(theta.clone(), torch.zeros_like(theta))
 
-    def copy(self) -> Students:
-        return Students(self.theta.clone(), self.velocity.clone())
+    def copy(self) -> TrainState:
+        return TrainState(self.theta.clone(), self.momentum_buffer.clone())
 
     def __len__(self) -> int:
         return len(self.theta)
@@ -55,16 +55,16 @@ class Sgd:
 
     def run(
         self,
-        students: Students,
+        train_state: TrainState,
         images: Tensor,
         labels: Tensor,
-        rate: float,
+        lr: float,
         steps: int,
         generators: Sequence[torch.Generator],
         stops: Sequence[int] = (),
         rows: Tensor | None = None,
     ) -> list[Tensor]:
-        """``steps`` steps, epoch after epoch, at ``rate`` and from half time on at a tenth of it.
+        """``steps`` steps, epoch after epoch, at ``lr`` and from half time on at a tenth of it.
 
         Args: images, labels: [n, C, H, W], and [n] or [n, classes]. generators: one for each
             student. rows: int64 [K, m] on the CPU, the images that each student is trained on;
@@ -73,17 +73,17 @@ class Sgd:
         Returns: the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0,
             ``steps``]).
         """
-        seen = [students.theta.clone()] if 0 in stops else []
-        loop = Loop(self, students, images, labels, steps, rows)
-        for done in loop.advance(self.rates(rate, steps), generators):
+        seen = [train_state.theta.clone()] if 0 in stops else []
+        loop = Loop(self, train_state, images, labels, steps, rows)
+        for done in loop.advance(self.lrs(lr, steps), generators):
             if done in stops:
-                seen.append(students.theta.clone())
+                seen.append(train_state.theta.clone())
         return seen
 
     @staticmethod
-    def rates(rate: float, steps: int) -> list[float]:
-        """``rate``, and from half of the ``steps`` on a tenth of it."""
-        return [rate if step < (steps + 1) // 2 else rate / 10 for step in range(steps)]
+    def lrs(lr: float, steps: int) -> list[float]:
+        """``lr``, and from half of the ``steps`` on a tenth of it."""
+        return [lr if step < (steps + 1) // 2 else lr / 10 for step in range(steps)]
 
     def steps_per_epoch(self, images: int) -> int:
         return -(-images // self.batch)
@@ -105,7 +105,7 @@ class Loop:
     def __init__(
         self,
         sgd: Sgd,
-        students: Students,
+        train_state: TrainState,
         images: Tensor,
         labels: Tensor,
         steps: int = 0,
@@ -113,7 +113,7 @@ class Loop:
     ) -> None:
         self._sgd, self._students, self._images, self._labels, self._rows = (
             sgd,
-            students,
+            train_state,
             images,
             labels,
             rows,
@@ -121,27 +121,27 @@ class Loop:
         self._count = len(images) if rows is None else rows.shape[1]
         self._full = min(sgd.batch, self._count)
         self._steps_per_epoch = sgd.steps_per_epoch(self._count)
-        self._capacity = steps_per_tape(steps or self._steps_per_epoch, len(students) * self._full)
-        self._lanes: dict[int, tuple[Tape, Replay]] = {}  # by the number of images of a step
+        self._capacity = steps_per_queue(
+            steps or self._steps_per_epoch, len(train_state) * self._full
+        )
+        self._lanes: dict[int, tuple[StepQueue, Replay]] = {}  # by the number of images of a step
 
-    def epoch(self, rate: float, generators: Sequence[torch.Generator]) -> None:
+    def epoch(self, lr: float, generators: Sequence[torch.Generator]) -> None:
         """Every image once, in an order of its own for every student."""
-        for _ in self.advance([rate] * self._steps_per_epoch, generators):
+        for _ in self.advance([lr] * self._steps_per_epoch, generators):
             pass
 
-    def advance(
-        self, rates: Sequence[float], generators: Sequence[torch.Generator]
-    ) -> Iterator[int]:
-        """A step at each of ``rates``, every network from a new epoch on; the number of steps done,
+    def advance(self, lrs: Sequence[float], generators: Sequence[torch.Generator]) -> Iterator[int]:
+        """A step at each of ``lrs``, every network from a new epoch on; the number of steps done,
         after each.
         """
         source, done = self._draw(generators), 0
-        while done < len(rates):
-            drawn = list(islice(source, min(self._capacity, len(rates) - done)))
+        while done < len(lrs):
+            drawn = list(islice(source, min(self._capacity, len(lrs) - done)))
             for size in {step.size for step in drawn}:
                 chosen = [i for i, step in enumerate(drawn) if step.size == size]
                 self._lane(size)[0].write(
-                    [drawn[i] for i in chosen], [rates[done + i] for i in chosen]
+                    [drawn[i] for i in chosen], [lrs[done + i] for i in chosen]
                 )
             for step in drawn:
                 self._lane(step.size)[1]()
@@ -155,13 +155,15 @@ class Loop:
         size = (self._images.shape[2], self._images.shape[3])
         while True:
             orders = [
-                torch.randperm(self._count, generator=draw, device="cpu").split(self._sgd.batch)
-                for draw in generators
+                torch.randperm(self._count, generator=generator, device="cpu").split(
+                    self._sgd.batch
+                )
+                for generator in generators
             ]
             for batches in zip(*orders, strict=True):
                 augmentations = [
-                    self._sgd.dsa.sample(len(batch), size, draw)
-                    for batch, draw in zip(batches, generators, strict=True)
+                    self._sgd.dsa.sample(len(batch), size, generator)
+                    for batch, generator in zip(batches, generators, strict=True)
                 ]
                 if self._rows is not None:
                     batches = tuple(
@@ -169,7 +171,7 @@ class Loop:
                     )
                 yield Drawn(torch.stack(batches), augmentations)
 
-    def _lane(self, size: int) -> tuple[Tape, Replay]:
+    def _lane(self, size: int) -> tuple[StepQueue, Replay]:
         """The tape of steps on ``size`` images a network, and such a step."""
         if size not in self._lanes:
             sgd, theta = self._sgd, self._students.theta
@@ -180,39 +182,48 @@ class Loop:
                 else -(-self._capacity // self._steps_per_epoch)
             )
             counted = theta.device.type == "cuda"
-            tape = Tape(capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted)
+            queue = StepQueue(
+                capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted
+            )
             # Not a method of this object, which holds the Replay: the memory of a graph is to go
             #     when its loop does.
             step = partial(
-                _step, sgd, theta, self._students.velocity, self._images, self._labels, tape
+                _step, sgd, theta, self._students.momentum_buffer, self._images, self._labels, queue
             )
-            self._lanes[size] = tape, Replay(step, theta.device, enabled=sgd.graph)
+            self._lanes[size] = queue, Replay(step, theta.device, enabled=sgd.graph)
         return self._lanes[size]
 
 
-def descent(
-    theta: Tensor, velocity: Tensor, gradient: Tensor, momentum: float, weight_decay: float
+def sgd_update(
+    theta: Tensor, momentum_buffer: Tensor, gradient: Tensor, momentum: float, weight_decay: float
 ) -> Tensor:
-    """What a step of ``torch.optim.SGD`` subtracts, times the rate. Changes ``velocity`` and
+    """What a step of ``torch.optim.SGD`` subtracts, times the rate. Changes ``momentum_buffer`` and
     ``gradient`` in place.
     """
     if weight_decay:
         gradient.add_(theta, alpha=weight_decay)
-    return velocity.mul_(momentum).add_(gradient) if momentum else gradient
+    return momentum_buffer.mul_(momentum).add_(gradient) if momentum else gradient
 
 
 def _step(
-    sgd: Sgd, theta: Tensor, velocity: Tensor, images: Tensor, labels: Tensor, tape: Tape
+    sgd: Sgd,
+    theta: Tensor,
+    momentum_buffer: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    queue: StepQueue,
 ) -> None:
-    index = tape.indices()
-    x = tape.augment(images.index_select(0, index)).unflatten(0, (len(theta), -1))
+    index = queue.indices()
+    x = queue.augment(images.index_select(0, index)).unflatten(0, (len(theta), -1))
     _, gradient = sgd.engine.gradients(
         theta, x, labels.index_select(0, index).unflatten(0, (len(theta), -1))
     )
     theta.addcmul_(
-        descent(theta, velocity, gradient, sgd.momentum, sgd.weight_decay), tape.rate(), value=-1
+        sgd_update(theta, momentum_buffer, gradient, sgd.momentum, sgd.weight_decay),
+        queue.lr(),
+        value=-1,
     )
-    tape.advance()
+    queue.advance()
 
 
 _BATCH = 1000  # images whose logits are made at once

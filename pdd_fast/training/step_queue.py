@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import DSA, AugmentParameters, PackedDraws
+from pdd_fast.augmentation.dsa import DSA, AugmentParameters, PackedAugmentParameters
 from pdd_fast.ops.dsa import DRAWS
 from pdd_fast.training.cuda_graphs import Upload
 
@@ -32,13 +32,13 @@ class Drawn(NamedTuple):
         return self.indices.shape[1]
 
 
-def steps_per_tape(steps: int, columns: int) -> int:
+def steps_per_queue(steps: int, columns: int) -> int:
     """How many steps on ``columns`` images to draw at a time, of ``steps`` that are to be taken."""
     each = columns * (len(DRAWS) * torch.float64.itemsize + torch.int64.itemsize)
     return max(1, min(steps, _STEPS, _BYTES // each))
 
 
-class Tape:
+class StepQueue:
     """Indices, draws and rates of up to ``capacity`` steps on ``columns`` images each, and the
     place that is read next.
 
@@ -60,7 +60,7 @@ class Tape:
         shapes: dict[str, tuple[Sequence[int], torch.dtype]] = {
             "position": ((1,), torch.int64),
             "indices": ((capacity, columns), torch.int64),
-            "rates": ((capacity,), dtype),
+            "lrs": ((capacity,), dtype),
         }
         self._augments = bool(dsa.operations)
         if self._augments:
@@ -75,14 +75,14 @@ class Tape:
         self._cutout = (0, 0)
         self._counted, self._place = counted, 0
 
-    def write(self, steps: Sequence[Drawn], rates: Sequence[float]) -> None:
+    def write(self, steps: Sequence[Drawn], lrs: Sequence[float]) -> None:
         """Winds the tape back and puts these steps on it, at most as many as it has room for."""
         host = self._host
-        host["rates"][: len(rates)] = torch.tensor(rates, dtype=host["rates"].dtype, device="cpu")
+        host["lrs"][: len(lrs)] = torch.tensor(lrs, dtype=host["lrs"].dtype, device="cpu")
         for i, step in enumerate(steps):
             host["indices"][i] = step.indices.flatten()
             if self._augments:
-                packed = PackedDraws.of(step.augmentations)
+                packed = PackedAugmentParameters.of(step.augmentations)
                 host["values"][i], host["operations"][i] = packed.values, packed.operations
                 self._cutout = packed.cutout_size
         self._upload.write(**host)
@@ -98,17 +98,17 @@ class Tape:
         """int64 [columns]."""
         return self._read("indices")
 
-    def rate(self) -> Tensor:
+    def lr(self) -> Tensor:
         """A 0-d tensor."""
-        return self._read("rates")
+        return self._read("lrs")
 
     def augment(self, images: Tensor) -> Tensor:
         """``images`` [columns, C, H, W] with the step's draws."""
         if not self._augments:
             return images
-        return PackedDraws(self._read("values"), self._read("operations"), self._cutout).apply(
-            images
-        )
+        return PackedAugmentParameters(
+            self._read("values"), self._read("operations"), self._cutout
+        ).apply(images)
 
     def advance(self) -> None:
         """On to the next step."""

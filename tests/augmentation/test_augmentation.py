@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdd_fast.augmentation.dsa import DSA, AugmentParameters, PackedDraws, augment, augment_adjoint
+from pdd_fast.augmentation.dsa import (
+    DSA,
+    AugmentParameters,
+    PackedAugmentParameters,
+    augment,
+    augment_adjoint,
+)
 from pdd_fast.ops import _native
 from pdd_fast.ops import dsa as dsa_ops
 
@@ -53,7 +59,7 @@ DRAWN = {draw for _, draw, _, _ in RANGES} | {"flip"}
 # ---- a reference, one image and (but for the sampling) one pixel at a time ----
 
 
-def colour(image: Tensor, brightness: float, saturation: float, contrast: float) -> Tensor:
+def color(image: Tensor, brightness: float, saturation: float, contrast: float) -> Tensor:
     C, H, W = image.shape
     image = image + brightness
     for i in range(H):
@@ -92,7 +98,7 @@ def augmented(image: Tensor, operations: tuple[str, ...], p: AugmentParameters, 
     draw: dict[str, Any] = {name: getattr(p, name)[b].item() for name in DRAWN}
     for operation in operations:
         if operation == "color":
-            image = colour(image, draw["brightness"], draw["saturation"], draw["contrast"])
+            image = color(image, draw["brightness"], draw["saturation"], draw["contrast"])
         elif operation == "crop":
             u, v = draw["shift_h"], draw["shift_w"]
             image = moved(image, lambda i, j, u=u, v=v: (i + u, j + v))
@@ -327,7 +333,7 @@ def test_no_operation_leaves_the_images_alone() -> None:
 def test_draws_of_operations_that_are_not_applied_change_nothing() -> None:
     p = DSA("flip").sample(4, 6)
     images = torch.randn(4, 3, 6, 6, dtype=torch.float64)
-    # Cutout blanks whatever its centre is; all others do nothing with what "flip" leaves in their
+    # Cutout blanks whatever its center is; all others do nothing with what "flip" leaves in their
     # draws.
     others = AugmentParameters.of(
         ("color", "crop", "scale", "rotate"),
@@ -468,7 +474,7 @@ def test_draws_fill_their_ranges(
         ) < 2.5 / math.sqrt(count)
 
 
-def test_a_cutout_of_odd_size_leaves_the_last_centre_out() -> None:
+def test_a_cutout_of_odd_size_leaves_the_last_center_out() -> None:
     p = DSA("cutout").sample(4000, (10, 8), generator())
     assert p.cutout_size == (5, 4)
     assert (int(p.cutout_h.min()), int(p.cutout_h.max())) == (0, 9)
@@ -648,7 +654,7 @@ def test_batches_packed_one_after_another(lengths: tuple[int, ...], device: torc
         DSA(strategy, "multiple").sample(n, (6, 5))
         for strategy, n in zip(strategies, lengths, strict=False)
     ]
-    packed = PackedDraws.of(parts).to(device)
+    packed = PackedAugmentParameters.of(parts).to(device)
     images = torch.randn(sum(lengths), 3, 6, 5, device=device)
     expected = [augment(part, p) for part, p in zip(images.split(lengths), parts, strict=True)]
     assert torch.equal(packed.apply(images), torch.cat(expected))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import AugmentParameters, PackedDraws, augment_adjoint
+from pdd_fast.augmentation.dsa import AugmentParameters, PackedAugmentParameters, augment_adjoint
 from pdd_fast.benchmarks import (
     baselines,
     child,
@@ -270,7 +270,7 @@ def test_baselines_run_nothing_of_the_package(
     job = Job(torch.device("cpu"), tmp_path)
     monkeypatch.setattr(pdd_fast.ConvNet, "forward", refuse)
     monkeypatch.setattr(engines, "choose", refuse)
-    monkeypatch.setattr(PackedDraws, "apply", refuse)
+    monkeypatch.setattr(PackedAugmentParameters, "apply", refuse)
     monkeypatch.setattr(measure, "repeated", lambda call, device: [measure.timed(call, device)[0]])
     for name in ("unroll-b4-n2-w4-s8-dsa", "gradient-matching-b4-r3-k3-w4-s8", "step-b4-w4-s8-dsa"):
         every = contenders.contenders(parse(name), "cpu")
@@ -342,47 +342,49 @@ def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
 
 def test_a_plain_evaluation_takes_the_courses_and_steps_of_the_packages(tmp_path: Path) -> None:
     job, case = Job(torch.device("cpu"), tmp_path), parse("evaluate-w4-e3")
-    run, bench = evaluation.begin(case, job, tmp_path)
-    union = evaluation.real_union(bench, 2)
-    union.distilled(bench).save(run.distilled_file)
+    run, ctx = evaluation.begin(case, job, tmp_path)
+    union = evaluation.real_union(ctx, 2)
+    union.distilled(ctx).save(run.distilled_file)
     ours = evaluate_run(run)
-    courses = evaluation.courses(bench, union)
-    assert [[leg[3] for leg in course] for course in courses] == [
+    schedules = evaluation.schedules(ctx, union)
+    assert [[phase[3] for phase in schedule] for schedule in schedules] == [
         ours["steps"],
         ours["steps"],
         [sum(ours["steps"])],
     ]
-    assert [[len(leg[0]) for leg in course] for course in courses] == [[20, 40], [20, 40], [40]]
+    assert [[len(phase[0]) for phase in schedule] for schedule in schedules] == [
+        [20, 40],
+        [20, 40],
+        [40],
+    ]
     assert {r["name"] for r in ours["results"]} == {"pdd", "random", "last-union"}
-    found = evaluation.plain(bench, union, channels_last=True)
+    found = evaluation.plain(ctx, union, channels_last=True)
     assert len(found) == 5
     assert all(0 <= accuracy <= 100 for accuracy in found)
 
 
 def test_a_plain_stage_learns_images_and_rate(tmp_path: Path) -> None:
     job, case = Job(torch.device("cpu"), tmp_path), parse("stage-n3-i2-w4")
-    run, bench = stage.begin(case, job, tmp_path, convolution="direct")
-    union = stage.before_the_stage(run, bench)
+    run, ctx = stage.begin(case, job, tmp_path, convolution="direct")
+    union = stage.before_the_stage(run, ctx)
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
-    plain = stage.PlainStage(bench, union, starts, channels_last=False)
+    plain = stage.PlainStage(ctx, union, starts, channels_last=False)
     trajectory = plain.trajectory(starts[0])
-    assert len(trajectory) == bench.config.transition_real_epochs + 1
+    assert len(trajectory) == ctx.config.transition_real_epochs + 1
     images, rate = plain.learn([trajectory, trajectory])
-    before = bench.train.images[
-        bench.random_real_rows(bench.config.ipc_by_stage, "initial images")[1]
-    ]
+    before = ctx.train.images[ctx.random_real_rows(ctx.config.ipc_by_stage, "initial images")[1]]
     assert images.shape == before.shape
     assert 1e-6 < relative_error(images, before) < 10
-    assert rate != bench.config.inner_lr
+    assert rate != ctx.config.inner_lr
     assert 0 <= plain.select(images, rate) <= 100
 
 
 def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
     """The gradient that its update takes, with earlier images in the batches."""
     job, case = Job(torch.device("cpu"), tmp_path), parse("stage-n3-i1-w4")
-    run, bench = stage.begin(case, job, tmp_path)
-    union = stage.before_the_stage(run, bench)
-    plain = stage.PlainStage(bench, union, [], channels_last=False)
+    run, ctx = stage.begin(case, job, tmp_path)
+    union = stage.before_the_stage(run, ctx)
+    plain = stage.PlainStage(ctx, union, [], channels_last=False)
     draws = PackagesDraws(torch.Generator().manual_seed(3), job.device, torch.float32)
     plain.draws = draws  # type: ignore[assignment]
     experts = list_trajectories(run.experts_dir)
@@ -397,7 +399,7 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
     learned, rate = images[20:].clone().requires_grad_(), torch.tensor(0.02, requires_grad=True)
     together = torch.cat([images[:20], learned])
     theirs = p.matching_loss(baselines.trained(p, together, rate))
-    end = pdd_fast.unroll(bench.engine.net, p.start, together, labels, rate, p.batches, draws.made)
+    end = pdd_fast.unroll(ctx.engine.net, p.start, together, labels, rate, p.batches, draws.made)
     ours = pdd_fast.trajectory_matching_loss(end, p.start, p.target)
     pairs = zip(
         *(torch.autograd.grad(loss, [learned, rate]) for loss in (theirs, ours)), strict=True

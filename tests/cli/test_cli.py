@@ -41,7 +41,7 @@ from pdd_fast.storage.run import Run
 
 STAGES, EXPERTS, ITERATIONS = (
     tiny.SETTINGS["stages"],
-    tiny.SETTINGS["experts"],
+    tiny.SETTINGS["num_experts"],
     tiny.SETTINGS["iterations"],
 )
 CLASSES, TEST_IMAGES = 10, 359  # of the digits
@@ -117,13 +117,13 @@ def test_help_names_every_flag_with_its_default(command: str) -> None:
         ("--dataset", Config.dataset),
         ("--stages", Config.stages),
         ("--ipc", Config.ipc),
-        ("--base", Config.base),
-        ("--recipe", "the data set's"),
+        ("--method", Config.method),
+        ("--recipe", "the dataset's"),
         ("--run-dir", "runs/DATA-ipc..."),
         ("--seed", Config.seed),
         ("--device", Config.device),
         ("--data-dir", Config.data_dir),
-        ("--select", Config.select),
+        ("--selection-split", Config.selection_split),
         ("--precision", Config.precision),
     ):
         assert f"[default: {default}]" in text.partition(f" {flag} ")[2].partition(" --")[0], flag
@@ -319,11 +319,11 @@ def test_flags_and_set_say_the_same(here: Path) -> None:
         "device": "cpu",
         "precision": "tf32",
         "data_dir": "x",
-        "select": "test",
+        "selection_split": "test",
     }
     named = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
     small = {
-        "experts": 1,
+        "num_experts": 1,
         "expert_train_epochs": 1,
         "expert_epochs": 1,
         "max_start_epoch": 0,
@@ -365,7 +365,7 @@ def test_experts_then_distill_makes_the_same_run(finished: Finished, tmp_path: P
     path = tmp_path / "run"
     made = call("experts", *tiny.flags(), "--run-dir", path)
     assert made.status == 0
-    assert made.out.startswith(f"{EXPERTS} experts of 4 epochs, held-out accuracy ")
+    assert made.out.startswith(f"{EXPERTS} experts of 4 epochs, selection accuracy ")
     assert made.out.splitlines()[-1] == str(path / "experts")
     assert not (path / "stage-1").exists()
     assert call("distill", "--resume", "--run-dir", path).status == 0
@@ -380,7 +380,7 @@ def test_experts_as_json(run: Path) -> None:
     found = one_object(outcome.out)
     assert outcome.status == 0
     assert (found["run"], found["experts"]) == (str(run), EXPERTS)
-    assert len(found["held_out_accuracy"]) == EXPERTS
+    assert len(found["selection_accuracy"]) == EXPERTS
 
 
 def test_resuming_a_finished_run_changes_nothing_and_works_nothing_out(run: Path) -> None:
@@ -477,11 +477,14 @@ WRONG = {  # what is wrong: arguments, and what the sentence has to name
     "unknown flag": (["distill", "--dataste", "digits"], ["--dataste", "did you mean --dataset"]),
     "flag without its value": (["distill", "--stages"], ["--stages"]),
     "not a number": (["distill", "--stages", "many"], ["--stages", "'many'"]),
-    "not a choice": (["distill", "--select", "train"], ["--select", "'train'", "validation"]),
-    "unknown base": (["distill", "--base", "mt"], ["base", "'mt'", "mtt"]),
+    "not a choice": (
+        ["distill", "--selection-split", "train"],
+        ["--selection-split", "'train'", "validation"],
+    ),
+    "unknown method": (["distill", "--method", "mt"], ["method", "'mt'", "mtt"]),
     "an argument too many": (["distill", "digits"], ["digits"]),
     "no RUN": (["evaluate"], ["RUN"]),
-    "unknown data set": (
+    "unknown dataset": (
         ["distill", "--dataset", "cifar"],
         ["dataset", "'cifar'", "did you mean 'cifar1"],
     ),
@@ -643,7 +646,7 @@ def test_a_damaged_distilled_set_is_named(command: str, damage: str, run: Path) 
         if damage == "foreign":
             save_file({"images": torch.zeros(2)}, file)
         elif damage == "shape":
-            metadata = {"pdd_fast": json.dumps({"normalisation": {"mean": [0.0], "std": [1.0]}})}
+            metadata = {"pdd_fast": json.dumps({"normalization": {"mean": [0.0], "std": [1.0]}})}
             tensors = {
                 name: torch.ones(4) for name in ("images", "labels", "stage", "learning_rates")
             }
@@ -779,7 +782,7 @@ def test_a_place_that_cannot_be_written_is_named(here: Path) -> None:
 
 def test_images_that_diverge_are_said_to(only_experts: Path) -> None:
     config = json.loads((only_experts / "config.json").read_text())
-    config["config"] |= {"lr_img": 1e38, "guard": 0}
+    config["config"] |= {"lr_img": 1e38, "max_rollbacks": 0}
     (only_experts / "config.json").write_text(json.dumps(config))
     outcome = call("distill", "--resume", "--run-dir", only_experts)
     assert (outcome.status, outcome.out) == (1, "")

@@ -1,4 +1,4 @@
-"""Data sets by name, the embedded digits, and how training images are normalised and split."""
+"""Datasets by name, the embedded digits, and how training images are normalized and split."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from PIL import Image
 
 from pdd_fast import data
 from pdd_fast.data import torchvision_sets
-from pdd_fast.data.normalization import Normalisation, unit
+from pdd_fast.data.normalization import Normalization, unit
 from pdd_fast.data.splits import (
     ImageData,
     Pixels,
     Split,
-    normalised,
+    normalized,
     prepare,
     require_images_per_class,
     stratified_mask,
@@ -72,7 +72,7 @@ def test_digits_are_all_there_and_a_fifth_of_every_class_is_the_test_set() -> No
     assert len(digits.full_train) + len(digits.test) == 1797
     for label in range(10):
         parts = [part.images[part.rows_of(label)] for part in (digits.train, digits.validation, digits.test)]
-        pixels = (digits.normalisation.invert(torch.cat(parts)) * 16).round().int().flatten(1)
+        pixels = (digits.normalization.invert(torch.cat(parts)) * 16).round().int().flatten(1)
         expected = source.images[source.target == label].astype(int).reshape(-1, 64)
         assert sorted(pixels.tolist()) == sorted(expected.tolist())
         assert abs(len(parts[2]) / len(expected) - 0.2) < 0.005
@@ -85,48 +85,48 @@ def test_digits_are_split_the_same_way_every_time() -> None:
     assert torch.equal(data.load("digits").test.images, first.test.images)
 
 
-# ---- normalisation ----
+# ---- normalization ----
 
 
 @given(
     st.integers(1, 3), st.integers(1, 5), st.floats(0.02, 1), st.floats(-1, 1), st.integers(0, 2**31),
 )
-def test_normalised_channels_have_mean_0_and_deviation_1(
-    channels: int, side: int, spread: float, centre: float, seed: int
+def test_normalized_channels_have_mean_0_and_deviation_1(
+    channels: int, side: int, spread: float, center: float, seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     scale = torch.linspace(spread, 2 * spread, channels).view(-1, 1, 1)
-    pixels = torch.rand(7, channels, side, side + 1, generator=draw) * scale + centre
-    normalisation = Normalisation.fit(pixels)
-    images = normalisation.apply(pixels)
+    pixels = torch.rand(7, channels, side, side + 1, generator=draw) * scale + center
+    normalization = Normalization.fit(pixels)
+    images = normalization.apply(pixels)
     numpy = pixels.double().numpy()
-    np.testing.assert_allclose(normalisation.mean, numpy.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(normalisation.std, numpy.std((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(normalization.mean, numpy.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(normalization.std, numpy.std((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(images.double().mean((0, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(images.double().numpy().std((0, 2, 3)), 1, atol=1e-4)
-    torch.testing.assert_close(normalisation.invert(images), pixels, rtol=0, atol=2e-6)
+    torch.testing.assert_close(normalization.invert(images), pixels, rtol=0, atol=2e-6)
 
 
 @given(st.integers(0, 255), st.integers(2, 400))
-def test_a_constant_channel_is_only_centred(value: int, count: int) -> None:
+def test_a_constant_channel_is_only_centered(value: int, count: int) -> None:
     pixels = torch.rand(count, 2, 3, 3)
     pixels[:, 1] = torch.tensor(value, dtype=torch.uint8).float() / 255
-    normalisation = Normalisation.fit(pixels)
-    assert normalisation.std[1] == 1.0
-    assert 0 < normalisation.std[0] < 1
-    assert normalisation.apply(pixels)[:, 1].abs().max() < 1e-6
+    normalization = Normalization.fit(pixels)
+    assert normalization.std[1] == 1.0
+    assert 0 < normalization.std[0] < 1
+    assert normalization.apply(pixels)[:, 1].abs().max() < 1e-6
 
 
-def test_a_normalisation_survives_json_and_keeps_the_type_of_images() -> None:
-    normalisation = Normalisation.fit(torch.rand(9, 3, 4, 4))
-    assert Normalisation.from_dict(json.loads(json.dumps(normalisation.to_dict()))) == normalisation
-    assert normalisation.apply(torch.rand(2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
+def test_a_normalization_survives_json_and_keeps_the_type_of_images() -> None:
+    normalization = Normalization.fit(torch.rand(9, 3, 4, 4))
+    assert Normalization.from_dict(json.loads(json.dumps(normalization.to_dict()))) == normalization
+    assert normalization.apply(torch.rand(2, 3, 4, 4, dtype=torch.float64)).dtype == torch.float64
 
 
 # As the public code of DC and MTT has them.
-CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CIFAR100 = Normalisation((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
-IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10 = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100 = Normalization((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
@@ -140,18 +140,18 @@ def three_channels(classes: int) -> Pixels:
 
 @pytest.mark.parametrize(("name", "classes", "expected"), [("cifar10", 10, CIFAR10), ("cifar100", 100, CIFAR100)])
 def test_published_constants_are_taken_where_asked_for(
-    name: str, classes: int, expected: Normalisation, monkeypatch: pytest.MonkeyPatch
+    name: str, classes: int, expected: Normalization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = three_channels(classes)
     monkeypatch.setattr(torchvision_sets, "read", lambda *_: pixels)
     found = data.load(name, normalization="published")
-    assert found.normalisation == expected
+    assert found.normalization == expected
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (expected.mean, expected.std))
     torch.testing.assert_close(found.test.images, (pixels.test.float() / 255 - mean) / std, rtol=0, atol=1e-6)
-    assert data.load(name).normalisation == Normalisation.fit(pixels.train)
+    assert data.load(name).normalization == Normalization.fit(pixels.train)
     # Whitening takes pixels as they are, whatever is said about normalization.
     white = [data.load(name, whitening="zca", normalization=kind) for kind in ("fitted", "published")]
-    assert white[0].normalisation == white[1].normalisation == Normalisation((0.0,) * 3, (1.0,) * 3)
+    assert white[0].normalization == white[1].normalization == Normalization((0.0,) * 3, (1.0,) * 3)
     assert torch.equal(white[0].test.images, white[1].test.images)
 
 
@@ -161,8 +161,8 @@ def folders(root: Path, classes: list[str], mode: str = "RGB") -> str:
         for k, title in enumerate(classes):
             (root / part / title).mkdir(parents=True)
             for i in range(count):
-                colour = (10 * k, 5 * k, 99) if mode == "RGB" else 10 * k + i
-                Image.new(mode, (4, 4), colour).save(root / part / title / f"{i}.png")
+                color = (10 * k, 5 * k, 99) if mode == "RGB" else 10 * k + i
+                Image.new(mode, (4, 4), color).save(root / part / title / f"{i}.png")
     return f"imagefolder:{root}"
 
 
@@ -171,14 +171,14 @@ def folders(root: Path, classes: list[str], mode: str = "RGB") -> str:
     [(TEN, CIFAR10), (["n01443537", "n01629819"], IMAGENET), (["n02124075", "n04067472", "n12267677"], IMAGENET)],
     ids=["CIFAR-10", "two of Tiny ImageNet", "three of Tiny ImageNet"],
 )
-def test_folders_are_known_by_their_classes(classes: list[str], expected: Normalisation, tmp_path: Path) -> None:
-    assert data.load(folders(tmp_path / "any", classes), normalization="published").normalisation == expected
+def test_folders_are_known_by_their_classes(classes: list[str], expected: Normalization, tmp_path: Path) -> None:
+    assert data.load(folders(tmp_path / "any", classes), normalization="published").normalization == expected
 
 
 @pytest.mark.parametrize(
     ("classes", "mode"),
     [(["ant", "bee"], "RGB"), (["n01443537", "bee"], "RGB"), (TEN[:9], "RGB"), (["n01443537", "n01629819"], "L")],
-    ids=["own", "in part", "nine", "grey"],
+    ids=["own", "in part", "nine", "gray"],
 )
 def test_a_dataset_without_published_constants_is_named(classes: list[str], mode: str, tmp_path: Path) -> None:
     message = "^normalization must be fitted for {}, for which no constants were published, got published$"
@@ -204,7 +204,7 @@ def numbered(labels: list[int], classes: int | None = None) -> Pixels:
 
 def numbers(found: ImageData, part: Split) -> list[int]:
     """Which images of :func:`numbered` a split holds."""
-    values = found.normalisation.invert(part.images).flatten()
+    values = found.normalization.invert(part.images).flatten()
     return (values * len(found.full_train)).round().int().tolist()
 
 
@@ -215,10 +215,10 @@ def test_the_validation_images_are_a_share_of_every_class_and_the_others_remain(
     labels = [label for label, size in enumerate(sizes) for _ in range(size)]
     shuffled.shuffle(labels)
     found = prepare("numbered", numbered(labels), fraction)
-    train, held_out = numbers(found, found.train), numbers(found, found.validation)
-    assert sorted(train + held_out) == list(range(len(labels)))
+    train, validation = numbers(found, found.train), numbers(found, found.validation)
+    assert sorted(train + validation) == list(range(len(labels)))
     assert [labels[i] for i in train] == found.train.labels.tolist()
-    assert [labels[i] for i in held_out] == found.validation.labels.tolist()
+    assert [labels[i] for i in validation] == found.validation.labels.tolist()
     for label, size in enumerate(sizes):
         count = len(found.validation.rows_of(label))
         assert 1 <= count < size
@@ -231,11 +231,11 @@ def test_the_validation_images_are_the_same_every_time_and_are_drawn_at_random()
     first = prepare("numbered", pixels, 0.25)
     torch.manual_seed(2)
     second = prepare("numbered", pixels, 0.25)
-    held_out = numbers(first, first.validation)
-    assert held_out == numbers(second, second.validation)
-    assert len(held_out) == 20
-    assert held_out[:10] != list(range(10))
-    assert held_out[:10] != list(range(30, 40))
+    validation = numbers(first, first.validation)
+    assert validation == numbers(second, second.validation)
+    assert len(validation) == 20
+    assert validation[:10] != list(range(10))
+    assert validation[:10] != list(range(30, 40))
 
 
 def test_a_stratified_mask_never_takes_a_whole_class() -> None:
@@ -243,17 +243,17 @@ def test_a_stratified_mask_never_takes_a_whole_class() -> None:
     assert not stratified_mask(torch.tensor([0]), 2, 0.5).any()
 
 
-def test_normalisation_is_fitted_on_all_training_images_and_not_on_the_test_images() -> None:
+def test_normalization_is_fitted_on_all_training_images_and_not_on_the_test_images() -> None:
     pixels = numbered([0, 0, 1, 1])
     found = prepare("numbered", replace(pixels, test=torch.full((1, 1, 1, 1), 9.0)), 0.5)
-    assert found.normalisation == Normalisation.fit(pixels.train)
-    assert found.normalisation.invert(found.test.images).item() == pytest.approx(9.0)
+    assert found.normalization == Normalization.fit(pixels.train)
+    assert found.normalization.invert(found.test.images).item() == pytest.approx(9.0)
 
 
 def test_bytes_are_scaled_to_the_unit_interval() -> None:
     pixels = numbered([0, 0])
     bytes_ = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    assert prepare("bytes", replace(pixels, train=bytes_, test=bytes_[:1]), 0.5).normalisation.mean == (0.5,)
+    assert prepare("bytes", replace(pixels, train=bytes_, test=bytes_[:1]), 0.5).normalization.mean == (0.5,)
 
 
 def test_training_and_validation_images_are_parts_of_one_tensor() -> None:
@@ -276,8 +276,8 @@ def random_bytes(count: int, *shape: int) -> Pixels:
     return Pixels(("a", "b"), pixels[:count], labels[:count], pixels[count:], labels[count:])
 
 
-def whiten(pixels: torch.Tensor) -> tuple[Normalisation, Whitening]:
-    return Normalisation.identity(pixels.shape[1]), Whitening.fit(pixels, convert=unit)
+def whiten(pixels: torch.Tensor) -> tuple[Normalization, Whitening]:
+    return Normalization.identity(pixels.shape[1]), Whitening.fit(pixels, convert=unit)
 
 
 @pytest.mark.parametrize("whitened", [False, True])
@@ -291,17 +291,17 @@ def test_images_have_the_bits_of_the_formula_for_all_of_them_at_once(
         "bytes",
         replace(pixels, train=pixels.train.contiguous(memory_format=layout)),
         0.2,
-        whiten if whitened else normalised,
+        whiten if whitened else normalized,
     )
-    train, test = (found.normalisation.apply(part.float() / 255) for part in (pixels.train, pixels.test))
+    train, test = (found.normalization.apply(part.float() / 255) for part in (pixels.train, pixels.test))
     if whitened:
         whitening = Whitening.fit(train)
         whitening.apply_(train)
         whitening.apply_(test)
-    held_out = stratified_mask(pixels.train_labels, 2, 0.2)
+    validation = stratified_mask(pixels.train_labels, 2, 0.2)
     for part, images, labels in (
-        (found.train, train[~held_out], pixels.train_labels[~held_out]),
-        (found.validation, train[held_out], pixels.train_labels[held_out]),
+        (found.train, train[~validation], pixels.train_labels[~validation]),
+        (found.validation, train[validation], pixels.train_labels[validation]),
         (found.test, test, pixels.test_labels),
     ):
         assert torch.equal(part.images, images)
@@ -311,19 +311,19 @@ def test_images_have_the_bits_of_the_formula_for_all_of_them_at_once(
 
 def test_bytes_are_counted_to_the_mean_and_deviation_of_their_floats() -> None:
     pixels = random_bytes(5000, 3, 4, 4).train  # more than are counted at once
-    found, expected = Normalisation.fit(pixels), (pixels.float() / 255).double().numpy()
+    found, expected = Normalization.fit(pixels), (pixels.float() / 255).double().numpy()
     np.testing.assert_allclose(found.mean, expected.mean((0, 2, 3)), rtol=1e-14)
     np.testing.assert_allclose(found.std, expected.std((0, 2, 3)), rtol=1e-14)
-    constant = Normalisation.fit(torch.full((7, 1, 3, 3), 77, dtype=torch.uint8))
-    assert constant == Normalisation((float(torch.tensor(77.0) / 255),), (1.0,))
+    constant = Normalization.fit(torch.full((7, 1, 3, 3), 77, dtype=torch.uint8))
+    assert constant == Normalization((float(torch.tensor(77.0) / 255),), (1.0,))
 
 
 # What data take that lie in bytes, above these bytes, in a process of its own.
 CHILD = """
 import json, sys
 import torch
-from pdd_fast.data.normalization import Normalisation, unit
-from pdd_fast.data.splits import Pixels, normalised, prepare
+from pdd_fast.data.normalization import Normalization, unit
+from pdd_fast.data.splits import Pixels, normalized, prepare
 from pdd_fast.data.whitening import Whitening
 
 def status(key):
@@ -331,7 +331,7 @@ def status(key):
     return int(next(line for line in lines if line.startswith(key + ":")).split()[1]) * 1024
 
 def whiten(some):
-    return Normalisation.identity(3), Whitening.fit(some, convert=unit)
+    return Normalization.identity(3), Whitening.fit(some, convert=unit)
 
 def prepared(count):
     pixels = torch.arange(192, dtype=torch.uint8).repeat(count).view(count, 3, 8, 8)
@@ -339,7 +339,7 @@ def prepared(count):
     labels = torch.arange(count) % 10
     pixels = Pixels(tuple(map(str, range(10))), pixels, labels, pixels[: count // 5], labels[: count // 5])
     before = status("VmRSS")
-    data = prepare("bytes", pixels, 0.1, whiten if sys.argv[1] == "zca" else normalised)
+    data = prepare("bytes", pixels, 0.1, whiten if sys.argv[1] == "zca" else normalized)
     splits = data.train, data.validation, data.full_train, data.test
     return before, sum(s.images.nbytes for s in splits[2:])
 

@@ -19,28 +19,28 @@ from pdd_fast import data
 from pdd_fast.data.imagefolder import read as read_folder
 from pdd_fast.runtime.errors import PddFastWarning, UsageError
 
-Colour = int | tuple[int, int, int]
+Color = int | tuple[int, int, int]
 
 
-def put(folder: Path, colours: list[Colour], size: tuple[int, int] = (8, 6), suffix: str = ".png") -> list[Path]:
-    """Images of one colour each, width and height ``size``; their paths."""
+def put(folder: Path, colors: list[Color], size: tuple[int, int] = (8, 6), suffix: str = ".png") -> list[Path]:
+    """Images of one color each, width and height ``size``; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for i, colour in enumerate(colours):
+    for i, color in enumerate(colors):
         path = folder / f"{i}{suffix}"
-        Image.new("L" if isinstance(colour, int) else "RGB", size, colour).save(path)
+        Image.new("L" if isinstance(color, int) else "RGB", size, color).save(path)
         paths.append(path)
     return paths
 
 
-def two_classes(root: Path, test: str = "test", a: Colour = 10, b: Colour = 200) -> None:
+def two_classes(root: Path, test: str = "test", a: Color = 10, b: Color = 200) -> None:
     for part, count in (("train", 3), (test, 2)):
         put(root / part / "ant", [a] * count)
         put(root / part / "bee", [b] * count)
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
-def test_grey_folders_give_one_channel_and_labels_in_alphabetical_order(tmp_path: Path, test: str) -> None:
+def test_gray_folders_give_one_channel_and_labels_in_alphabetical_order(tmp_path: Path, test: str) -> None:
     two_classes(tmp_path, test)
     found = read_folder(str(tmp_path))
     assert found.classes == ("ant", "bee")
@@ -52,16 +52,16 @@ def test_grey_folders_give_one_channel_and_labels_in_alphabetical_order(tmp_path
     assert found.test.flatten(1).float().mean(1).tolist() == [10, 10, 200, 200]
 
 
-def test_a_folder_loads_as_a_normalised_data_set(tmp_path: Path) -> None:
+def test_a_folder_loads_as_a_normalized_data_set(tmp_path: Path) -> None:
     two_classes(tmp_path)
     found = data.load(f"imagefolder:{tmp_path}")
     assert found.name == f"imagefolder:{tmp_path.name}"
     assert (len(found.train), len(found.validation), len(found.test)) == (4, 2, 4)
-    assert found.normalisation.mean[0] == pytest.approx(105 / 255)
-    assert sorted(set((found.normalisation.invert(found.test.images) * 255).round().flatten().tolist())) == [10, 200]
+    assert found.normalization.mean[0] == pytest.approx(105 / 255)
+    assert sorted(set((found.normalization.invert(found.test.images) * 255).round().flatten().tolist())) == [10, 200]
 
 
-def test_colours_come_as_red_green_and_blue(tmp_path: Path) -> None:
+def test_colors_come_as_red_green_and_blue(tmp_path: Path) -> None:
     two_classes(tmp_path, a=(10, 20, 30), b=(200, 210, 220))
     found = read_folder(str(tmp_path))
     assert found.train.shape == (6, 3, 6, 8)
@@ -70,15 +70,15 @@ def test_colours_come_as_red_green_and_blue(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["train", "test"])
-def test_one_coloured_image_in_either_part_makes_all_of_them_coloured(tmp_path: Path, where: str) -> None:
+def test_one_colored_image_in_either_part_makes_all_of_them_colored(tmp_path: Path, where: str) -> None:
     two_classes(tmp_path)
-    (coloured,) = put(tmp_path / where / "bee", [(1, 2, 3)], suffix=".bmp")
+    (colored,) = put(tmp_path / where / "bee", [(1, 2, 3)], suffix=".bmp")
     found = read_folder(str(tmp_path))
     assert found.train.shape[1] == found.test.shape[1] == 3
     part = found.train if where == "train" else found.test
     assert part[:, :, 0, 0].tolist().count([1, 2, 3]) == 1
     assert part[0, :, 0, 0].tolist() == [10, 10, 10]
-    assert coloured.exists()
+    assert colored.exists()
 
 
 def test_files_that_are_no_images_and_hidden_files_are_passed_over(tmp_path: Path) -> None:

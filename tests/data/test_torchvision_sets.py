@@ -1,4 +1,4 @@
-"""torchvision's data sets, read from small files of their formats, and what is said where something
+"""torchvision's datasets, read from small files of their formats, and what is said where something
 is missing.
 """
 
@@ -25,7 +25,7 @@ from pdd_fast.runtime.errors import UsageError
 
 
 class FakeSet:
-    """Holds what torchvision's data sets hold after construction, for 10 classes with 2 training
+    """Holds what torchvision's datasets hold after construction, for 10 classes with 2 training
     images each.
     """
 
@@ -63,7 +63,7 @@ def test_every_layout_of_torchvision_becomes_planes(
     assert calls == [("somewhere", {"download": False} | one) for one in options]
     assert (found.in_channels, found.image_size, len(found.full_train), len(found.test)) == (channels, (4, 4), 20, 10)
     expected = np.arange(480).reshape(-1, 3, 4, 4).astype(np.uint8)[:, :channels]
-    pixels = (found.normalisation.invert(found.test.images) * 255).round()
+    pixels = (found.normalization.invert(found.test.images) * 255).round()
     np.testing.assert_array_equal(pixels.numpy(), expected)
 
 
@@ -145,7 +145,7 @@ def test_cifar_files_are_read(
     write_cifar(tmp_path, getattr(datasets, name.upper()), monkeypatch, classes)
     found = data.load(name, str(tmp_path))
     pixels, labels = sample(classes, 1, 3, 32, 32)
-    np.testing.assert_array_equal((found.normalisation.invert(found.test.images) * 255).round().numpy(), pixels)
+    np.testing.assert_array_equal((found.normalization.invert(found.test.images) * 255).round().numpy(), pixels)
     assert found.test.labels.tolist() == labels
     assert found.classes[3] == "name 3"
     assert len(found.full_train) == 2 * classes
@@ -172,7 +172,7 @@ def test_mnist_files_are_read(tmp_path: Path, name: str, kind: str) -> None:
     write_mnist(tmp_path, kind)
     found = data.load(name, str(tmp_path))
     pixels, labels = sample(10, 1, 1, 28, 28)
-    np.testing.assert_array_equal((found.normalisation.invert(found.test.images) * 255).round().numpy(), pixels)
+    np.testing.assert_array_equal((found.normalization.invert(found.test.images) * 255).round().numpy(), pixels)
     assert found.test.labels.tolist() == labels
     assert (found.in_channels, found.image_size, found.num_classes) == (1, (28, 28), 10)
 
@@ -201,7 +201,7 @@ def test_svhn_files_are_read(datasets: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(datasets.SVHN, "split_list", lists)
     found = data.load("svhn", str(tmp_path))
     pixels, labels = sample(10, 1, 3, 32, 32)
-    np.testing.assert_array_equal((found.normalisation.invert(found.test.images) * 255).round().numpy(), pixels)
+    np.testing.assert_array_equal((found.normalization.invert(found.test.images) * 255).round().numpy(), pixels)
     assert found.test.labels.tolist() == labels
     assert found.classes == tuple("0123456789")
 

@@ -1,4 +1,4 @@
-"""ZCA whitening: the published formula, its inverse, and its way through files, data sets and
+"""ZCA whitening: the published formula, its inverse, and its way through files, datasets and
 distilled sets.
 """
 
@@ -21,7 +21,7 @@ import pdd_fast
 from pdd_fast import data
 from pdd_fast.settings import Config, resolve
 from pdd_fast.data import whitening as module
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.data.splits import Pixels, prepare
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.runtime.errors import UsageError
@@ -31,12 +31,12 @@ from pdd_fast.runtime.files import read_tensors, save_tensors
 from pdd_fast.storage.mtt_images import read_mtt, write_mtt
 from pdd_fast.progressive.stages import distill
 from pdd_fast.storage.run import Run
-from pdd_fast.progressive.union import Union
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.context import RunContext
 
 
 def photographs(count: int = 300, channels: int = 3, height: int = 5, width: int = 4, seed: int = 0) -> Tensor:
-    """Images whose pixels depend on their neighbours, some of them hardly varying."""
+    """Images whose pixels depend on their neighbors, some of them hardly varying."""
     draw = torch.Generator().manual_seed(seed)
     size = channels * height * width
     mixing = torch.randn(size, size, generator=draw) * torch.linspace(0.01, 1, size)
@@ -129,14 +129,14 @@ def test_wrong_shapes_and_numbers_are_named() -> None:
         replace(fitted, scale=fitted.scale * 0)
 
 
-# ---- of data sets ----
+# ---- of datasets ----
 
 
 def digits_pixels() -> dict[str, Tensor]:
     """The pixels in [0, 1] of every split of the digits."""
     plain = data.load("digits")
     return {
-        name: plain.normalisation.invert(getattr(plain, name).images)
+        name: plain.normalization.invert(getattr(plain, name).images)
         for name in ("full_train", "train", "validation", "test")
     }
 
@@ -145,7 +145,7 @@ def digits_pixels() -> dict[str, Tensor]:
 def test_digits_are_whitened_as_the_published_code_does(epsilon: float) -> None:
     white = data.load("digits", whitening="zca", whitening_epsilon=epsilon)
     pixels = digits_pixels()
-    assert white.normalisation == Normalisation((0.0,), (1.0,))
+    assert white.normalization == Normalization((0.0,), (1.0,))
     assert white.whitening is not None
     assert white.whitening.epsilon == epsilon
     for name, own in pixels.items():
@@ -172,7 +172,7 @@ def test_bytes_are_whitened_as_the_published_code_does(
     floats = levels.double() / 255
     expected = published(floats[:2500], floats)
     torch.testing.assert_close(found.test.images.double(), expected[2500:], rtol=0, atol=1e-5)
-    assert found.normalisation == Normalisation((0.0,) * channels, (1.0,) * channels)
+    assert found.normalization == Normalization((0.0,) * channels, (1.0,) * channels)
     whitened = expected[:2500].flatten(1)
     nearest = torch.cdist(found.full_train.images.double().flatten(1), whitened).min(1)
     assert sorted(nearest.indices.tolist()) == list(range(2500))
@@ -213,7 +213,7 @@ def test_what_is_kept_has_to_fit(tmp_path: Path) -> None:
     save_tensors(file, {"whitening_mean": torch.zeros(1)}, {})
     with pytest.raises(UsageError, match="is not a whitening"):
         data.load("digits", whitening="zca", keep_whitening=file)
-    save_tensors(file, Whitening.fit(torch.rand(9, 1, 8, 8)).tensors(), {"data": "digits", "normalisation": {"std": 1}})
+    save_tensors(file, Whitening.fit(torch.rand(9, 1, 8, 8)).tensors(), {"data": "digits", "normalization": {"std": 1}})
     with pytest.raises(UsageError, match="is not a whitening: its normalization is damaged"):
         data.load("digits", whitening="zca", keep_whitening=file)
     tensors = Whitening.fit(torch.rand(9, 1, 8, 8)).tensors() | {"whitening_epsilon": torch.ones(2)}
@@ -247,11 +247,11 @@ def white(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> None:
     found = pdd_fast.load_distilled(white.path)
-    bench = Workbench.prepare(white.config, white.path)
-    assert found.normalisation == Normalisation((0.0,), (1.0,))
+    ctx = RunContext.prepare(white.config, white.path)
+    assert found.normalization == Normalization((0.0,), (1.0,))
     assert found.whitening is not None
-    assert bench.data.whitening is not None
-    for name, tensor in bench.data.whitening.tensors().items():
+    assert ctx.data.whitening is not None
+    for name, tensor in ctx.data.whitening.tensors().items():
         assert torch.equal(found.whitening.tensors()[name], tensor), name
     # No iteration: the images are real ones still, and their pixels come out as they were.
     pixels = digits_pixels()
@@ -259,12 +259,12 @@ def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> Non
     assert float(distance.max()) <= 1e-4
     # What users make of other pixels is what the run was judged by, and what the published code
     # makes of them.
-    torch.testing.assert_close(found.transform(pixels["test"]), bench.data.test.images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.transform(pixels["test"]), ctx.data.test.images, rtol=0, atol=1e-5)
     expected = published(pixels["full_train"], pixels["test"]).float()
     torch.testing.assert_close(found.transform(pixels["test"]), expected, rtol=0, atol=1e-5)
     protocol = evaluate_run(white)["protocol"]
     assert (protocol["whitening"], protocol["whitening_epsilon"]) == ("zca", 0.1)
-    assert protocol["normalisation"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
+    assert protocol["normalization"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
 
 
 def test_images_that_published_scripts_whitened_come_back_as_their_pixels(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_images_that_published_scripts_whitened_come_back_as_their_pixels(tmp_pa
     torch.save(published(pixels["full_train"], pixels["train"][:20]).float(), folder / "images_best.pt")
     torch.save(torch.arange(20) % 10, folder / "labels_best.pt")
     own = data.load("digits", whitening="zca")
-    found = read_mtt([folder], [0.01], own.normalisation, own.whitening, {"data": "digits"})
+    found = read_mtt([folder], [0.01], own.normalization, own.whitening, {"data": "digits"})
     torch.testing.assert_close(found.pixels(), pixels["train"][:20], rtol=0, atol=1e-5)
     torch.testing.assert_close(found.transform(found.pixels()), found.images, rtol=0, atol=1e-4)
 
@@ -284,7 +284,7 @@ def test_an_exported_set_says_how_it_was_whitened(white: Run, tmp_path: Path) ->
     write_mtt(pdd_fast.load_distilled(white.path), tmp_path / "mtt")
     settings = json.loads((tmp_path / "mtt" / "settings.json").read_text())
     assert (settings["whitening"], settings["whitening_epsilon"]) == ("zca", 0.1)
-    assert settings["normalisation"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
+    assert settings["normalization"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
 
 
 def test_sets_are_compared_where_they_are_whitened_alike(white: Run, tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def in_old_form(run: Run) -> None:
         tensors, metadata = read_tensors(file)
         tensors.pop("whitening_epsilon", None)
         if "images" not in tensors:
-            metadata.pop("normalisation", None)
+            metadata.pop("normalization", None)
         metadata.pop("whitening_epsilon", None)
         save_tensors(file, tensors, metadata)
 
@@ -362,10 +362,10 @@ def old_images() -> dict[str, Tensor]:
 
 
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(old: Run) -> None:
-    bench = Workbench.prepare(old.config, old.path)
+    ctx = RunContext.prepare(old.config, old.path)
     for name, expected in old_images().items():
-        torch.testing.assert_close(getattr(bench.data, name).images, expected, rtol=0, atol=1e-5)
-    assert bench.data.normalisation == data.load("digits").normalisation
+        torch.testing.assert_close(getattr(ctx.data, name).images, expected, rtol=0, atol=1e-5)
+    assert ctx.data.normalization == data.load("digits").normalization
     before = evaluate_run(old)["results"]
     last = pdd_fast.load_distilled(old.path)
     # The last stage is made again, of the experts and trajectories that are there.
@@ -374,7 +374,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(old: Run) -> None:
     distill(old)
     again = pdd_fast.load_distilled(old.path)
     assert torch.equal(again.images, last.images)
-    assert again.normalisation == last.normalisation == bench.data.normalisation
+    assert again.normalization == last.normalization == ctx.data.normalization
     assert evaluate_run(old)["results"] == before
 
 
@@ -443,11 +443,11 @@ def test_an_earlier_run_without_whitening_goes_on_and_serves_others(tmp_path: Pa
 
 
 def test_a_stage_of_other_images_is_refused(white: Run, tmp_path: Path) -> None:
-    bench = Workbench.prepare(white.config, white.path)
+    ctx = RunContext.prepare(white.config, white.path)
     found = pdd_fast.load_distilled(white.path)
-    replace(found, normalisation=Normalisation((0.5,), (0.25,))).save(tmp_path / "set")
+    replace(found, normalization=Normalization((0.5,), (0.25,))).save(tmp_path / "set")
     with pytest.raises(UsageError, match=r"must hold images with normalization none .* got normalization by mean 0\.5"):
-        Union.load(tmp_path / "set", bench)
+        UnionSet.load(tmp_path / "set", ctx)
 
 
 def test_a_damaged_set_is_named(tmp_path: Path) -> None:
@@ -459,6 +459,6 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
         replace(found, whitening=other)
     tensors = {"images": found.images, "labels": found.labels, "stage": found.stage}
     tensors |= {"learning_rates": found.learning_rates, "whitening_mean": found.whitening.mean}
-    save_tensors(tmp_path / "set", tensors, {"normalisation": found.normalisation.to_dict()})
+    save_tensors(tmp_path / "set", tensors, {"normalization": found.normalization.to_dict()})
     with pytest.raises(UsageError, match="set is not a distilled set: 'whitening_basis'"):
         pdd_fast.load_distilled(tmp_path / "set")

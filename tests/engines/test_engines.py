@@ -417,7 +417,7 @@ def test_one_network_alone_has_the_same_bits(
 
 
 def test_networks_side_by_side_in_bfloat16(device: torch.device) -> None:
-    """float32 sums in another order are rounded to the neighbouring bfloat16 now and then: 2^-8 of
+    """float32 sums in another order are rounded to the neighboring bfloat16 now and then: 2^-8 of
     single numbers.
     """
     several = Several(3, torch.float32, device)
@@ -572,7 +572,7 @@ def three_blocks() -> pdd_fast.ConvNet:
 
 
 def by_hand(
-    net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, rate: float, steps: int
+    net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, lr: float, steps: int
 ) -> Tensor:
     """θ_N of plain autograd through all steps, by the network's own call."""
     for _ in range(steps):
@@ -584,7 +584,7 @@ def by_hand(
         (gradient,) = torch.autograd.grad(
             loss, theta, create_graph=True, allow_unused=True, materialize_grads=True
         )
-        theta = theta - rate * gradient
+        theta = theta - lr * gradient
     return theta
 
 

@@ -213,7 +213,7 @@ def test_soft_labels_are_compared_with_random_images_that_have_them_too(tmp_path
 
 def test_a_filter_shares_its_experts_where_the_method_has_none(tmp_path: Path) -> None:
     config = resolve(
-        **(SETTINGS | {"base": "dm", "factor": 1, "real_batch": 5, "augment_mode": "single"})
+        **(SETTINGS | {"method": "dm", "factor": 1, "real_batch": 5, "augment_mode": "single"})
     )
     ablate(config, variants([1, 2], ["on"], ["none", "forgetting"]), [0], tmp_path / "out")
     trained = [path.parent.name for path in (tmp_path / "out/seed-0").glob("*/experts")]

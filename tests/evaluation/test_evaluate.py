@@ -24,15 +24,15 @@ from pdd_fast.engines import AutogradEngine
 from pdd_fast.evaluation import evaluate
 from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.networks.parameters import initial_parameters
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
 from pdd_fast.progressive.soft_labels import soft_labels
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
-from pdd_fast.training.sgd import Sgd, Students
+from pdd_fast.training.sgd import Sgd, TrainState
 
 
 def finished(path: Path, **changes: Any) -> Run:
@@ -84,30 +84,28 @@ def test_every_result_starts_from_the_same_networks_and_repeats_from_different_o
 def test_numbers_equal_those_of_a_loop_with_torch_optim(
     run: Run, evaluation: dict[str, Any]
 ) -> None:
-    """The protocol as a user would write it: one optimiser through all unions, its momentum
+    """The protocol as a user would write it: one optimizer through all unions, its momentum
     kept."""
-    bench, distilled = Workbench.prepare(run.config), pdd_fast.load_distilled(run.path)
+    ctx, distilled = RunContext.prepare(run.config), pdd_fast.load_distilled(run.path)
     net = pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
     dsa = pdd_fast.DSA(run.config.augment)
     for repeat, expected in enumerate(of(evaluation, "pdd")["accuracy"]):
         pdd_fast.load_parameters(
             net, initial_parameters(net, of(evaluation, "pdd")["seeds"][repeat])
         )
-        optimiser = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
         for stage in (1, 2, 3):
-            union, rate = distilled.union(stage), float(distilled.learning_rates[stage - 1])
-            draw = bench.generator("evaluation", repeat, stage - 1)
+            union, lr = distilled.union(stage), float(distilled.learning_rates[stage - 1])
+            draw = ctx.generator("evaluation", repeat, stage - 1)
             for step in range(30):
                 order = torch.randperm(len(union.images), generator=draw)
                 images = pdd_fast.augment(union.images[order], dsa.sample(len(order), 8, draw))
-                optimiser.param_groups[0]["lr"] = rate if step < 15 else rate / 10
-                optimiser.zero_grad()
+                optimizer.param_groups[0]["lr"] = lr if step < 15 else lr / 10
+                optimizer.zero_grad()
                 F.cross_entropy(net(images), union.labels[order]).backward()
-                optimiser.step()
+                optimizer.step()
             with torch.no_grad():
-                right = (
-                    (net(bench.data.test.images).argmax(1) == bench.data.test.labels).float().mean()
-                )
+                right = (net(ctx.data.test.images).argmax(1) == ctx.data.test.labels).float().mean()
             # One image in 360 may lie so near a boundary that rounding decides.
             assert 100 * float(right) == pytest.approx(expected[stage - 1], abs=0.6)
 
@@ -143,21 +141,21 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(
     run: Run, evaluation: dict[str, Any]
 ) -> None:
     """ConvNet by the path of any module gives ConvNet's own numbers, up to rounding."""
-    bench = Workbench.prepare(run.config)
-    union = Union.load(run.distilled_file, bench)
-    course = evaluate._in_order(union, evaluation["steps"])
-    net = bench.engine.net
+    ctx = RunContext.prepare(run.config)
+    union = UnionSet.load(run.distilled_file, ctx)
+    schedule = evaluate._in_order(union, evaluation["steps"])
+    net = ctx.engine.net
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
 
-        def same(bench: Workbench, network: str, repeat: int) -> torch.nn.Module:
+        def same(ctx: RunContext, network: str, repeat: int) -> torch.nn.Module:
             pdd_fast.load_parameters(
-                net, initial_parameters(net, bench.seed("evaluation", repeat, "parameters"))
+                net, initial_parameters(net, ctx.seed("evaluation", repeat, "parameters"))
             )
             return net
 
         patch.setattr(evaluate, "_module", same)
-        found = evaluate._follow_modules("convnet", bench, course, range(2))
+        found = evaluate._follow_modules("convnet", ctx, schedule, range(2))
     for row, expected in zip(found, of(evaluation, "pdd")["accuracy"], strict=True):
         assert row == pytest.approx(expected, abs=0.6)
 
@@ -178,9 +176,9 @@ def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(
     images, labels = torch.randn(12, 1, 8, 8).double(), torch.arange(12) % 3
     flat = copy.deepcopy(net)
     sgd = Sgd(AutogradEngine(flat), DSA("color_flip"), batch=5, momentum=0.9, weight_decay=5e-4)
-    students = Students.start(pdd_fast.flatten_parameters(net)[None])
-    sgd.run(students, images, labels, 0.05, 8, [torch.Generator().manual_seed(3)])
-    bench: Any = SimpleNamespace(
+    train_state = TrainState.start(pdd_fast.flatten_parameters(net)[None])
+    sgd.run(train_state, images, labels, 0.05, 8, [torch.Generator().manual_seed(3)])
+    ctx: Any = SimpleNamespace(
         synthetic_sgd=sgd,
         device=torch.device("cpu"),
         generator=lambda *_: torch.Generator().manual_seed(3),
@@ -188,11 +186,11 @@ def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(
     )
     monkeypatch.setattr(evaluate, "_module", lambda *_: net)
     scores = evaluate._follow_module(
-        "any", bench, [evaluate.Leg(images, labels, 0.05, 8, [8])], 0, 0
+        "any", ctx, [evaluate.Phase(images, labels, 0.05, 8, [8])], 0, 0
     )
     assert len(scores) == 1
     assert torch.allclose(
-        pdd_fast.flatten_parameters(net), students.theta[0], rtol=1e-9, atol=1e-12
+        pdd_fast.flatten_parameters(net), train_state.theta[0], rtol=1e-9, atol=1e-12
     )
     of_training, untouched = (dict(module.named_buffers()) for module in (net, flat))
     assert of_training["1.num_batches_tracked"] == 8
@@ -272,19 +270,19 @@ def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, An
 
 
 def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
-    bench = Workbench.prepare(run.config)
-    legs = evaluate._random(bench, bench.train.labels, 3, [7, 8, 9], range(1, 3))
-    assert [(leg.rate, leg.steps, leg.stops) for leg in legs] == [
+    ctx = RunContext.prepare(run.config)
+    phases = evaluate._random(ctx, ctx.train.labels, 3, [7, 8, 9], range(1, 3))
+    assert [(phase.lr, phase.steps, phase.stops) for phase in phases] == [
         (0.05, 7, [7]),
         (0.05, 8, [8]),
         (0.05, 9, [9]),
     ]
     for position, repeat in enumerate((1, 2)):
-        rows = bench.random_real_rows((1, 1, 1), "random images", repeat)
-        for stage, leg in enumerate(legs, start=1):
-            assert leg.rows is not None
-            assert torch.equal(leg.rows[position], torch.cat(rows[:stage]))
-    assert not torch.equal(*legs[0].rows)
+        rows = ctx.random_real_rows((1, 1, 1), "random images", repeat)
+        for stage, phase in enumerate(phases, start=1):
+            assert phase.rows is not None
+            assert torch.equal(phase.rows[position], torch.cat(rows[:stage]))
+    assert not torch.equal(*phases[0].rows)
 
 
 def test_one_repeat_has_no_deviation(run: Run) -> None:
@@ -332,14 +330,14 @@ def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path)
 
 def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) -> None:
     soft = finished(tmp_path / "soft", labels="soft", iterations=0)
-    bench, experts = Workbench.prepare(soft.config), stored_experts(soft)
-    labels = evaluate._soft(bench, experts)
+    ctx, experts = RunContext.prepare(soft.config), stored_experts(soft)
+    labels = evaluate._soft(ctx, experts)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for repeat in range(2):
-        for rows in bench.random_real_rows((1, 1, 1), "random images", repeat):
+        for rows in ctx.random_real_rows((1, 1, 1), "random images", repeat):
             drawn[rows] = True
             torch.testing.assert_close(
-                labels[rows], soft_labels(bench.engine, experts, bench.train.images[rows])
+                labels[rows], soft_labels(ctx.engine, experts, ctx.train.images[rows])
             )
     assert not labels[~drawn].any()
     torch.testing.assert_close(labels[drawn].sum(1), torch.ones(int(drawn.sum())))

@@ -18,33 +18,33 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.evaluation import plots as pictures
 from pdd_fast.evaluation.figures import attempt
 from pdd_fast.evaluation.plots import MOST_CLASSES, accuracy_plot, image_grid
 from pdd_fast.runtime.errors import PddFastWarning
 from pdd_fast.storage.distilled import DistilledSet
 
-BLUE, GREY, ORANGE, PURPLE = (11, 110, 153), (138, 138, 138), (217, 115, 13), (105, 64, 165)
+BLUE, GRAY, ORANGE, PURPLE = (11, 110, 153), (138, 138, 138), (217, 115, 13), (105, 64, 165)
 
 
 def constant_images(
-    colours: list[list[int]],
+    colors: list[list[int]],
     labels: list[int],
     stage: list[int],
     size: tuple[int, int] = (8, 8),
     **metadata: Any,
 ) -> DistilledSet:
-    """A set whose image i is all ``colours[i]`` (0..255, one number a channel)."""
-    channels = len(colours[0])
-    normalisation = Normalisation((0.4,) * channels, (0.25,) * channels)
-    pixels = torch.tensor(colours, dtype=torch.float32).div(255).view(-1, channels, 1, 1)
+    """A set whose image i is all ``colors[i]`` (0..255, one number a channel)."""
+    channels = len(colors[0])
+    normalization = Normalization((0.4,) * channels, (0.25,) * channels)
+    pixels = torch.tensor(colors, dtype=torch.float32).div(255).view(-1, channels, 1, 1)
     return DistilledSet(
-        normalisation.apply(pixels.expand(-1, -1, *size)),
+        normalization.apply(pixels.expand(-1, -1, *size)),
         torch.tensor(labels),
         torch.tensor(stage),
         torch.full((max(stage),), 0.01),
-        normalisation,
+        normalization,
         metadata,
     )
 
@@ -61,25 +61,25 @@ def read(path: Path) -> NDArray[np.int16]:
         return np.asarray(image.convert("RGB")).astype(np.int16)
 
 
-def where(picture: NDArray[np.int16], colour: tuple[int, ...] | list[int]) -> NDArray[np.bool_]:
-    """Dots of a colour; one level off is rounding."""
-    wanted = np.array(colour if len(colour) == 3 else list(colour) * 3)
+def where(picture: NDArray[np.int16], color: tuple[int, ...] | list[int]) -> NDArray[np.bool_]:
+    """Dots of a color; one level off is rounding."""
+    wanted = np.array(color if len(color) == 3 else list(color) * 3)
     return (np.abs(picture - wanted) <= 1).all(-1)
 
 
-def box(picture: NDArray[np.int16], colour: list[int]) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right of the one rectangle of a colour. Single dots elsewhere are the
+def box(picture: NDArray[np.int16], color: list[int]) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of the one rectangle of a color. Single dots elsewhere are the
     edges of letters.
     """
-    dots = where(picture, colour)
-    assert dots.sum() > 50, f"nothing is {colour}"
+    dots = where(picture, color)
+    assert dots.sum() > 50, f"nothing is {color}"
     spans = []
     for axis in (1, 0):
         counts = dots.sum(axis)
         inside = np.nonzero(counts > counts.max() / 2)[0]
         spans.append((int(inside[0]), int(inside[-1]) + 1))
     (top, bottom), (left, right) = spans
-    assert dots[top:bottom, left:right].all(), f"what is {colour} is no full rectangle"
+    assert dots[top:bottom, left:right].all(), f"what is {color} is no full rectangle"
     return top, left, bottom, right
 
 
@@ -87,16 +87,16 @@ def box(picture: NDArray[np.int16], colour: list[int]) -> tuple[int, int, int, i
 
 
 @pytest.mark.parametrize("size", [(8, 8), (6, 12)], ids=["square", "wide"])
-def test_every_image_is_at_its_class_and_stage_in_its_colours(
+def test_every_image_is_at_its_class_and_stage_in_its_colors(
     tmp_path: Path, size: tuple[int, int]
 ) -> None:
     labels, stage = [0, 1, 2, 0, 0, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2, 2]
-    colours = [
+    colors = [
         [60 * label + 50, 20 * i + 20, 100 * s]
         for i, (label, s) in enumerate(zip(labels, stage, strict=True))
     ]
-    picture = grid(constant_images(colours, labels, stage, size), tmp_path)
-    boxes = [box(picture, colour) for colour in colours]
+    picture = grid(constant_images(colors, labels, stage, size), tmp_path)
+    boxes = [box(picture, color) for color in colors]
     for top, left, bottom, right in boxes:
         assert right - left >= 40
         assert (bottom - top) / (right - left) == pytest.approx(size[0] / size[1], rel=0.05)
@@ -112,10 +112,10 @@ def test_every_image_is_at_its_class_and_stage_in_its_colours(
     assert len({left for _, left, _, _ in boxes}) == 3  # one column in stage 1, two in stage 2
 
 
-def test_grey_images_are_drawn_in_their_grey_levels(tmp_path: Path) -> None:
+def test_gray_images_are_drawn_in_their_gray_levels(tmp_path: Path) -> None:
     levels = [[0], [64], [128], [200]]
     picture = grid(constant_images(levels, [0, 1, 2, 3], [1] * 4), tmp_path)
-    boxes = [box(picture, level) for level in levels[1:]]  # black is the text's colour too
+    boxes = [box(picture, level) for level in levels[1:]]  # black is the text's color too
     assert boxes[0][2] < boxes[1][0] < boxes[1][2] < boxes[2][0]
     assert picture[boxes[0][0] - 40, boxes[0][1] + 20].tolist() == [0, 0, 0]
 
@@ -130,7 +130,7 @@ def test_an_image_is_drawn_upright_and_not_mirrored(tmp_path: Path) -> None:
     distilled = constant_images([[100]], [0], [1])
     pixels = distilled.pixels()
     pixels[0, 0, 1, 6] = 200 / 255
-    distilled.images.copy_(distilled.normalisation.apply(pixels))
+    distilled.images.copy_(distilled.normalization.apply(pixels))
     picture = grid(distilled, tmp_path)
     top, left, bottom, right = box(picture, [200])
     rows, columns = (np.nonzero(where(picture, [100]).sum(axis) > 20)[0] for axis in (1, 0))
@@ -166,7 +166,7 @@ def test_probabilities_count_for_their_likeliest_class(tmp_path: Path) -> None:
         soft,
         distilled.stage,
         distilled.learning_rates,
-        distilled.normalisation,
+        distilled.normalization,
         {},
     )
     picture = grid(soft_set, tmp_path)
@@ -181,13 +181,13 @@ def test_a_thousand_columns_are_cut_to_what_can_be_drawn(tmp_path: Path) -> None
 
 
 def test_names_are_text_and_not_mathematics(tmp_path: Path) -> None:
-    colours, names = [[200, 0, 0], [0, 0, 200]], ["a$b$", r"$\nonsense{$"]
+    colors, names = [[200, 0, 0], [0, 0, 200]], ["a$b$", r"$\nonsense{$"]
     picture = grid(
-        constant_images(colours, [0, 1], [1, 1], classes=names, data=r"imagefolder:$\x{$"), tmp_path
+        constant_images(colors, [0, 1], [1, 1], classes=names, data=r"imagefolder:$\x{$"), tmp_path
     )
-    plain = grid(constant_images(colours, [0, 1], [1, 1], classes=["", ""], data="x"), tmp_path)
+    plain = grid(constant_images(colors, [0, 1], [1, 1], classes=["", ""], data="x"), tmp_path)
     assert (
-        box(picture, colours[0])[1] > box(plain, colours[0])[1] + 20
+        box(picture, colors[0])[1] > box(plain, colors[0])[1] + 20
     )  # the names take place on the left
 
 
@@ -233,11 +233,11 @@ def plot(content: dict[str, Any], folder: Path) -> NDArray[np.int16]:
     return read(folder / "accuracy.png")
 
 
-def ends(picture: NDArray[np.int16], colour: tuple[int, int, int]) -> tuple[int, int, float, float]:
+def ends(picture: NDArray[np.int16], color: tuple[int, int, int]) -> tuple[int, int, float, float]:
     """Of a curve: its first and last column, and its middle row at both."""
-    dots = where(picture, colour)
+    dots = where(picture, color)
     dots[: picture.shape[0] // 3, : picture.shape[1] // 2] = False  # the legend
-    dots[:40] = dots[-90:] = dots[:, :90] = False  # title and axes, whose letters have grey edges
+    dots[:40] = dots[-90:] = dots[:, :90] = False  # title and axes, whose letters have gray edges
     rows, columns = np.nonzero(dots)
     first, last = int(columns.min()), int(columns.max())
     return (
@@ -271,13 +271,13 @@ def test_one_result_is_a_curve_from_the_first_stage_to_the_last(tmp_path: Path) 
     first, last, start, end = ends(picture, BLUE)
     assert last - first > 0.7 * picture.shape[1]
     assert start - end > 0.6 * picture.shape[0]  # rows are counted from above
-    assert all(where(picture, colour).sum() < 50 for colour in (ORANGE, PURPLE))
+    assert all(where(picture, color).sum() < 50 for color in (ORANGE, PURPLE))
 
 
 def test_a_curve_lies_at_its_accuracies(tmp_path: Path) -> None:
     picture = plot(evaluation(pdd=[20.0, 60.0, 80.0], random=[30.0, 40.0, 50.0]), tmp_path)
     left, right, start, end = ends(picture, BLUE)
-    other_left, other_right, other_start, other_end = ends(picture, GREY)
+    other_left, other_right, other_start, other_end = ends(picture, GRAY)
     assert abs(left - other_left) <= 6
     assert abs(right - other_right) <= 6
     assert (start - other_start) / (start - end) == pytest.approx(10 / 60, abs=0.03)
@@ -289,14 +289,14 @@ def test_a_curve_lies_at_its_accuracies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "colour"), [("last_union", ORANGE), ("one_stage", PURPLE), ("against", PURPLE)]
+    ("name", "color"), [("last_union", ORANGE), ("one_stage", PURPLE), ("against", PURPLE)]
 )
 def test_a_set_that_is_trained_on_alone_is_a_point_at_the_end(
-    tmp_path: Path, name: str, colour: tuple[int, int, int]
+    tmp_path: Path, name: str, color: tuple[int, int, int]
 ) -> None:
     picture = plot(evaluation(pdd=[20.0, 60.0, 80.0], **{name: [5.0, 6.0, 70.0]}), tmp_path)
     _, blue_right, start, end = ends(picture, BLUE)
-    left, right, _, row = ends(picture, colour)
+    left, right, _, row = ends(picture, color)
     assert right - left < 20
     assert abs(right - blue_right) <= 6
     assert (start - row) / (start - end) == pytest.approx(50 / 60, abs=0.03)

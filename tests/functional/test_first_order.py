@@ -30,11 +30,11 @@ class Leaves:
         self.theta = pdd_fast.flatten_parameters(network()).requires_grad_()
         self.images = torch.randn(6, 3, 8, 8, dtype=torch.float64).requires_grad_()
         self.labels = torch.randn(6, 4, dtype=torch.float64).softmax(1).requires_grad_()
-        self.rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
+        self.lr = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
 
     def end(self, engine: str) -> Tensor:
         return pdd_fast.unroll(
-            network(), self.theta, self.images, self.labels, self.rate, BATCHES, engine=engine
+            network(), self.theta, self.images, self.labels, self.lr, BATCHES, engine=engine
         )
 
 
@@ -46,8 +46,8 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @ENGINE
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("first", ["theta", "images", "labels", "rate"])
-@pytest.mark.parametrize("then", ["theta", "images", "labels", "rate"])
+@pytest.mark.parametrize("first", ["theta", "images", "labels", "lr"])
+@pytest.mark.parametrize("then", ["theta", "images", "labels", "lr"])
 def test_unroll(engine: str, loss: str, first: str, then: str) -> None:
     leaves = Leaves()
     value = LOSSES[loss](leaves.end(engine))

@@ -147,7 +147,7 @@ def make(
 CASES: dict[str, dict[str, Any]] = {
     "hard labels": {},
     "soft labels": {"soft": True},
-    "grey, odd and oblong": {"channels": 1, "size": (13, 9)},
+    "gray, odd and oblong": {"channels": 1, "size": (13, 9)},
     "one image, one block": {"images": 1, "real": 1, "depth": 1, "size": (5, 5)},
     "32 x 32": {"size": (32, 32), "depth": 3, "width": 17},
 }

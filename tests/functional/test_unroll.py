@@ -44,7 +44,7 @@ class Problem:
     theta: Tensor
     images: Tensor
     labels: Tensor
-    rates: Tensor
+    lrs: Tensor
     batches: list[Tensor]
     augmentations: list[AugmentParameters] | None
     direction: Tensor
@@ -55,15 +55,13 @@ class Problem:
 
         moved = {
             name: move(getattr(self, name))
-            for name in ("theta", "images", "labels", "rates", "direction")
+            for name in ("theta", "images", "labels", "lrs", "direction")
         }
         return replace(self, net=copy.deepcopy(self.net).to(device, dtype), **moved)
 
     def gradients(self, run: Callable[..., Tensor], **options: Any) -> dict[str, Tensor]:
         """θ_N and the gradient of θ_N · direction in everything that has one."""
-        names = ["theta", "images", "rates"] + (
-            ["labels"] if self.labels.is_floating_point() else []
-        )
+        names = ["theta", "images", "lrs"] + (["labels"] if self.labels.is_floating_point() else [])
         leaves = {name: getattr(self, name).detach().clone().requires_grad_() for name in names}
         labels = leaves.get("labels", self.labels)
         result = run(
@@ -71,7 +69,7 @@ class Problem:
             leaves["theta"],
             leaves["images"],
             labels,
-            leaves["rates"],
+            leaves["lrs"],
             self.batches,
             self.augmentations,
             **options,
@@ -108,7 +106,7 @@ def make(
         if soft
         else torch.randint(classes, (images,), generator=draw)
     )
-    rates = 0.02 + 0.02 * torch.rand(steps, generator=draw, dtype=torch.float64)
+    lrs = 0.02 + 0.02 * torch.rand(steps, generator=draw, dtype=torch.float64)
     # With replacement, so that an image occurs twice in one batch and in several.
     batches = [torch.randint(images, (batch,), generator=draw) for _ in range(steps)]
     augmentations = None if dsa is None else [dsa.sample(batch, (H, W), draw) for _ in range(steps)]
@@ -117,7 +115,7 @@ def make(
         theta,
         randn(images, channels, H, W),
         labels,
-        rates if per_step else rates[0],
+        lrs if per_step else lrs[0],
         batches,
         augmentations,
         randn(len(theta)),
@@ -136,7 +134,7 @@ CASES = {
         "soft": True,
         "per_step": True,
     },
-    "grey": {"channels": 1},
+    "gray": {"channels": 1},
     "one image": {"images": 1, "batch": 1},
     "one block": {"depth": 1, "size": 5},
     "odd and oblong": {"size": (13, 9)},
@@ -248,7 +246,7 @@ def test_frozen_images_get_zero_and_the_others_what_they_got(engine: str, memory
     found = problem.gradients(pdd_fast.unroll, engine=engine, memory=memory, frozen=frozen)
     assert torch.equal(found["images"][frozen], torch.zeros_like(found["images"][frozen]))
     assert relative_error(found["images"], free["images"] * ~frozen.view(-1, 1, 1, 1)) <= 1e-12
-    for name in ("theta_N", "theta", "rates"):
+    for name in ("theta_N", "theta", "lrs"):
         assert relative_error(found[name], free[name]) <= 1e-12, name
 
 
@@ -278,9 +276,9 @@ def test_same_bits_again(engine: str, memory: str, device: torch.device) -> None
 def test_only_what_is_asked_for_is_computed(engine: str, memory: str) -> None:
     problem = make(steps=2, soft=True)
     everything = problem.gradients(pdd_fast.unroll, engine=engine, memory=memory)
-    for name in ("theta", "images", "rates", "labels"):
+    for name in ("theta", "images", "lrs", "labels"):
         leaf = getattr(problem, name).clone().requires_grad_()
-        arguments = {n: getattr(problem, n) for n in ("theta", "images", "labels", "rates")} | {
+        arguments = {n: getattr(problem, n) for n in ("theta", "images", "labels", "lrs")} | {
             name: leaf
         }
         result = pdd_fast.unroll(
@@ -322,7 +320,7 @@ def test_arguments_and_the_network_are_left_alone() -> None:
     before = copy.deepcopy(problem)
     problem.gradients(pdd_fast.unroll, engine="fused")
     problem.gradients(pdd_fast.unroll, engine="autograd")
-    for name in ("theta", "images", "labels", "rates"):
+    for name in ("theta", "images", "labels", "lrs"):
         assert torch.equal(getattr(problem, name), getattr(before, name)), name
     for after, kept in zip(problem.net.parameters(), before.net.parameters(), strict=True):
         assert torch.equal(after, kept)
@@ -380,14 +378,14 @@ def test_a_parameter_that_the_loss_ignores_keeps_its_adjoint() -> None:
 
 def test_a_learning_rate_is_moved_to_the_precision_of_theta() -> None:
     problem = make(steps=2)
-    rate = torch.tensor(0.02, requires_grad=True)  # float32 beside float64 parameters
+    lr = torch.tensor(0.02, requires_grad=True)  # float32 beside float64 parameters
     result = pdd_fast.unroll(
-        problem.net, problem.theta, problem.images, problem.labels, rate, problem.batches
+        problem.net, problem.theta, problem.images, problem.labels, lr, problem.batches
     )
     (result @ problem.direction).backward()
-    assert rate.grad is not None
-    assert rate.grad.dtype == torch.float32
-    assert rate.grad.shape == ()
+    assert lr.grad is not None
+    assert lr.grad.dtype == torch.float32
+    assert lr.grad.shape == ()
 
 
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -447,7 +445,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "labels must be .*int64",
     ),
     "rates of another number": (
-        {"rates": torch.zeros(2).double()},
+        {"lrs": torch.zeros(2).double()},
         ValueError,
         r"learning_rate must .*\(3,\)",
     ),
@@ -708,7 +706,7 @@ def test_without_gradients_no_activations_are_kept(
 
         monkeypatch.setattr(each, "gradient", gradient)
     images = problem.images.clone().requires_grad_()
-    arguments = (problem.labels, problem.rates, problem.batches)
+    arguments = (problem.labels, problem.lrs, problem.batches)
     pdd_fast.unroll(
         problem.net, problem.theta, problem.images, *arguments, engine=engine, memory="cache"
     )
@@ -734,7 +732,7 @@ def test_the_way_back_can_be_gone_twice_where_the_graph_is_retained(
         problem.theta,
         images,
         problem.labels,
-        problem.rates,
+        problem.lrs,
         problem.batches,
         problem.augmentations,
         engine=engine,
@@ -771,7 +769,7 @@ def test_steps_that_draw_numbers_are_made_again_with_the_same_ones(
         problem.theta,
         images,
         problem.labels,
-        problem.rates,
+        problem.lrs,
         problem.batches,
         memory=memory,
         memory_limit=2 * size if memory == "auto" else None,

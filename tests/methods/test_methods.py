@@ -18,11 +18,11 @@ from pdd_fast import settings as configuration
 from pdd_fast.augmentation.multi_formation import combine, decode
 from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.methods import METHODS, BaseMethod, StageProblem, register
-from pdd_fast.methods.class_matching import PixelMethod
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.methods.class_matching import ClassMatching
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
@@ -42,20 +42,20 @@ SETTINGS: dict[str, Any] = tiny.SETTINGS | {
 
 
 def settings(base: str, **changes: Any) -> configuration.Config:
-    return resolve(**(SETTINGS | {"base": base} | changes))
+    return resolve(**(SETTINGS | {"method": base} | changes))
 
 
 def problem(base: str, stage: int = 2, **changes: Any) -> StageProblem:
     """A stage after one of real images."""
-    bench = Workbench.prepare(settings(base, **changes))
-    union, groups = Union.empty(bench), bench.random_real_rows(bench.config.real_by_stage, "test")
-    each = bench.config.factor**2
+    ctx = RunContext.prepare(settings(base, **changes))
+    union, groups = UnionSet.empty(ctx), ctx.random_real_rows(ctx.config.real_by_stage, "test")
+    each = ctx.config.factor**2
     for rows in groups[: stage - 1]:
-        images = combine(bench.train.images[rows.view(-1, each).T.flatten()], bench.config.factor)
-        union = union.extended(images, torch.arange(10, device=bench.device), 0.1)
+        images = combine(ctx.train.images[rows.view(-1, each).T.flatten()], ctx.config.factor)
+        union = union.extended(images, torch.arange(10, device=ctx.device), 0.1)
     rows = groups[stage - 1].view(-1, each).T
-    images = combine(bench.train.images[rows.flatten()], bench.config.factor)
-    return StageProblem(bench, stage, None, union, [], images, bench.train.labels[rows[0]])
+    images = combine(ctx.train.images[rows.flatten()], ctx.config.factor)
+    return StageProblem(ctx, stage, None, union, [], images, ctx.train.labels[rows[0]])
 
 
 @pytest.fixture(params=["idc", "dm"])
@@ -105,10 +105,10 @@ def test_a_method_of_ones_own_runs_through_stages_resume_and_evaluation(tmp_path
     config = settings("shrinking", factor=1, eval_every=0, checkpoint_seconds=0)
     whole, counter = Run.create(tmp_path / "whole", config), Stopper()
     found = distill(whole, counter)
-    bench = Workbench.prepare(config)
-    for stage, rows in enumerate(bench.random_real_rows((1, 1, 1), "initial images"), start=1):
-        torch.testing.assert_close(found.subset(stage).images, bench.train.images[rows] * 0.9**4)
-    assert found.metadata["base"] == "shrinking"
+    ctx = RunContext.prepare(config)
+    for stage, rows in enumerate(ctx.random_real_rows((1, 1, 1), "initial images"), start=1):
+        torch.testing.assert_close(found.subset(stage).images, ctx.train.images[rows] * 0.9**4)
+    assert found.metadata["method"] == "shrinking"
     assert found.learning_rates.tolist() == pytest.approx([0.02] * 3)
     assert not whole.experts_dir.exists()
     stopped = stopped_and_continued(tmp_path / "stopped", config, counter.count // 2)
@@ -122,8 +122,8 @@ def test_a_name_means_one_method() -> None:
     register("shrinking", Shrinking)
     with pytest.raises(ValueError, match="name must be new, got 'idc', which is GradientMatching"):
         register("idc", Shrinking)
-    with pytest.raises(UsageError, match="base must be mtt or idc or dm or shrinking, got 'nope'"):
-        resolve(base="nope")
+    with pytest.raises(UsageError, match="method must be mtt or idc or dm or shrinking, got 'nope'"):
+        resolve(method="nope")
 
 
 @pytest.mark.usefixtures("shrinking")
@@ -135,7 +135,7 @@ def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -
         again = Run.open(run.path)
         assert evaluate_run(again)["stages"] == 1
         with pytest.raises(
-            UsageError, match="base must be mtt or idc or dm, got 'shrinking'; register it first"
+            UsageError, match="method must be mtt or idc or dm, got 'shrinking'; register it first"
         ):
             distill(again)
     finally:
@@ -152,7 +152,7 @@ def test_what_needs_experts_gets_them_and_what_needs_transitions_is_refused(
     assert run.experts_dir.exists() == (labels == "soft")
     refused = Run.create(tmp_path / "refused", settings("shrinking", factor=1, filter="learned"))
     with pytest.raises(
-        UsageError, match="filter must be none or forgetting where base is shrinking, got learned"
+        UsageError, match="filter must be none or forgetting where method is shrinking, got learned"
     ):
         distill(refused)
     with pytest.raises(UsageError, match="factor must be 1 where labels are soft, got 2"):
@@ -164,12 +164,12 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, base: str) -> 
     with pytest.raises(Stopped):
         distill(run, Stopper(3))
     tensors, state = run.load_checkpoint(1) or ({}, {})
-    del tensors["method.velocity"]
+    del tensors["method.momentum_buffer"]
     run.save_checkpoint(1, tensors, state)
     before = run.checkpoint_file(1).read_bytes()
     with pytest.raises(
         UsageError,
-        match=r"checkpoint.safetensors must hold 'velocity', but another version wrote it",
+        match=r"checkpoint.safetensors must hold 'momentum_buffer', but another version wrote it",
     ):
         distill(Run.open(run.path))
     assert run.checkpoint_file(1).read_bytes() == before
@@ -184,7 +184,7 @@ def test_a_run_needs_no_experts_and_what_it_makes_is_decoded(tmp_path: Path, bas
     assert not run.experts_dir.exists()
     assert not run.stage_trajectories_dir(2).exists()
     assert (len(found.images), found.factor) == (30, 2)
-    pixels = found.normalisation.invert(found.images)
+    pixels = found.normalization.invert(found.images)
     assert float(pixels.min()) >= -1e-5
     assert float(pixels.max()) <= 1 + 1e-5
     loaded = pdd_fast.load_distilled(run.path)
@@ -210,13 +210,13 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(tmp_path: Path, bas
 
 def test_images_start_from_as_many_real_ones_as_they_hold(tmp_path: Path, base: str) -> None:
     run = Run.create(tmp_path / "run", settings(base, iterations=0))
-    found, bench = distill(run), Workbench.prepare(run.config)
-    for stage, rows in enumerate(bench.random_real_rows((4, 4, 4), "initial images"), start=1):
+    found, ctx = distill(run), RunContext.prepare(run.config)
+    for stage, rows in enumerate(ctx.random_real_rows((4, 4, 4), "initial images"), start=1):
         own = found.subset(stage, raw=True)
         assert own.labels.tolist() == list(range(10))
         for c in range(10):
-            real = bench.train.images[rows[4 * c : 4 * c + 4]]
-            assert bench.train.labels[rows[4 * c]] == c
+            real = ctx.train.images[rows[4 * c : 4 * c + 4]]
+            assert ctx.train.labels[rows[4 * c]] == c
             torch.testing.assert_close(own.images[c : c + 1], combine(real, 2))
     few = settings(base, ipc=200, stages=1)
     with pytest.raises(
@@ -275,14 +275,14 @@ def test_an_iteration_is_the_same_on_every_device(base: str, device: torch.devic
 
 
 def reference_batches(
-    method: PixelMethod, pixels: Tensor, draw: torch.Generator
+    method: ClassMatching, pixels: Tensor, draw: torch.Generator
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Real and synthetic images of every class, drawn as the method draws them, written class by
     class.
     """
     work, config = method.problem, method.problem.config
-    normalised = work.bench.data.normalisation.apply(pixels)
-    seen = torch.cat([decode(work.union.images, config.factor), decode(normalised, config.factor)])
+    normalized = work.ctx.data.normalization.apply(pixels)
+    seen = torch.cat([decode(work.union.images, config.factor), decode(normalized, config.factor)])
     labels = torch.cat([torch.arange(10).repeat(4)] * work.stage)
     chosen = []
     for of, most in ((work.real.labels, config.real_batch), (labels, config.synthetic_batch)):
@@ -290,7 +290,7 @@ def reference_batches(
         chosen.append(
             [r[torch.randperm(len(r), generator=draw)[:most]] if len(r) > most else r for r in rows]
         )
-    one = work.bench.dsa.sample(10, 8, draw)
+    one = work.ctx.dsa.sample(10, 8, draw)
     return tuple(  # type: ignore[return-value]
         [
             pdd_fast.augment(images[rows], one[torch.full((len(rows),), c)])
@@ -303,17 +303,17 @@ def reference_batches(
 @pytest.mark.parametrize("mode", ["single", "multiple"])
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
 def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -> None:
-    """Every class has its turn, momentum moves all images in each, by torch's optimiser and double
+    """Every class has its turn, momentum moves all images in each, by torch's optimizer and double
     backward.
     """
     work = problem(
         "idc", inner_loops=3, network_images=0, distance=distance, augment_mode=mode, lr_img=1e-3
     )
     method = METHODS["idc"](work)
-    assert isinstance(method, PixelMethod)
+    assert isinstance(method, ClassMatching)
     pixels = method.done.pixels.clone().requires_grad_()
-    optimiser = torch.optim.SGD([pixels], lr=1e-3, momentum=work.config.momentum)
-    draw, net = work.bench.generator("matching", 2, 0), work.bench.engine.net
+    optimizer = torch.optim.SGD([pixels], lr=1e-3, momentum=work.config.momentum)
+    draw, net = work.ctx.generator("matching", 2, 0), work.ctx.engine.net
     pdd_fast.load_parameters(net, method.starts.parameters(0))
     parameters = [p for p in net.parameters() if p.dim() > (2 if distance == "squared" else 1)]
     losses = []
@@ -337,16 +337,16 @@ def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -
                             1 - (g * target).sum(1) / (g.norm(dim=1) * target.norm(dim=1) + 1e-6)
                         ).sum()
                     )
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.stack(terms).sum().backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(float(torch.stack(terms).detach().sum()))
     reported = method.step()["loss"]
     assert reported == pytest.approx(sum(losses) / 3, rel=1e-3)
     # Class c has had the turns after its own; those before it in the next round move it on, too.
-    m, velocity = work.config.momentum, optimiser.state[pixels]["momentum_buffer"]
+    m, momentum_buffer = work.config.momentum, optimizer.state[pixels]["momentum_buffer"]
     more = torch.tensor([sum(m**k for k in range(1, c + 1)) for c in range(10)]).view(-1, 1, 1, 1)
-    expected = (pixels.detach() - 1e-3 * more * velocity).clamp(0, 1)
+    expected = (pixels.detach() - 1e-3 * more * momentum_buffer).clamp(0, 1)
     start = method.batches.pixels(work.images)
     assert float((method.done.pixels - expected).norm()) < 1e-3 * float((expected - start).norm())
     assert float((expected - start).norm()) > 0.01
@@ -365,9 +365,9 @@ def test_the_network_is_trained_on_real_images_between_the_updates(
 
     monkeypatch.setattr(type(method), "_matched", matched)
     method.step()
-    bench = method.problem.bench
+    ctx = method.problem.ctx
     losses = [
-        float(F.cross_entropy(bench.engine.logits(t, bench.train.images), bench.train.labels))
+        float(F.cross_entropy(ctx.engine.logits(t, ctx.train.images), ctx.train.labels))
         for t in seen
     ]
     assert losses[0] > losses[1] > losses[2]
@@ -379,9 +379,9 @@ def test_an_iteration_whose_draw_has_no_image_of_the_stage_leaves_it_where_it_is
     """
     work = problem("idc", synthetic_batch=1, inner_loops=1, momentum=0.0)
     method = METHODS["idc"](work)
-    assert isinstance(method, PixelMethod)
+    assert isinstance(method, ClassMatching)
     start = method.done.pixels
-    drawn = method.batches.drawn(start, work.bench.generator("matching", 2, 0))[1]
+    drawn = method.batches.drawn(start, work.ctx.generator("matching", 2, 0))[1]
     method.step()
     moved = (method.done.pixels != start).flatten(1).any(1).tolist()
     assert moved == [len(each.learned) > 0 for each in drawn]
@@ -390,7 +390,7 @@ def test_an_iteration_whose_draw_has_no_image_of_the_stage_leaves_it_where_it_is
 
 def test_images_of_earlier_stages_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     method, asked = METHODS["idc"](problem("idc", inner_loops=1)), list[int]()
-    engine = type(method.problem.bench.engine)
+    engine = type(method.problem.ctx.engine)
     original = engine.dual
 
     def dual(*args: Any, rows: Tensor | None = None, **options: Any) -> Any:
@@ -429,12 +429,12 @@ def test_running_out_of_memory_names_what_helps(base: str, monkeypatch: pytest.M
 def test_dm_follows_the_means_of_features() -> None:
     work = problem("dm", lr_img=1e-3)
     method = METHODS["dm"](work)
-    assert isinstance(method, PixelMethod)
-    pixels, net = method.done.pixels.clone().requires_grad_(), work.bench.engine.net
+    assert isinstance(method, ClassMatching)
+    pixels, net = method.done.pixels.clone().requires_grad_(), work.ctx.engine.net
     pdd_fast.load_parameters(net, method.starts.parameters(0))
     total = pixels.new_zeros(())
     for real, synthetic in zip(
-        *reference_batches(method, pixels, work.bench.generator("matching", 2, 0)), strict=True
+        *reference_batches(method, pixels, work.ctx.generator("matching", 2, 0)), strict=True
     ):
         features = [
             torch.flatten(torch.nn.Sequential(*net.blocks)(x), 1).mean(0) for x in (real, synthetic)

@@ -20,16 +20,16 @@ from torch import Tensor
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import AugmentParameters, PackedDraws
+from pdd_fast.augmentation.dsa import AugmentParameters, PackedAugmentParameters
 from pdd_fast.data import ImageData, Split
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.methods import StageProblem, TrajectoryMatching
 from pdd_fast.methods.mtt import method as trajectory
-from pdd_fast.methods.mtt.method import SetBackWarning
+from pdd_fast.methods.mtt.method import RollbackWarning
 from pdd_fast.methods.mtt.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep
-from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.context import RunContext
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.settings import Config
@@ -94,8 +94,10 @@ class Case:
         )
         if self.dsa is None:
             return MatchingInputs(start, target, batches, None), None
-        draws = [self.dsa.sample(BATCH, SIZE, draw) for _ in range(STEPS)]
-        return MatchingInputs(start, target, batches, PackedDraws.of(draws)), draws
+        aug_params = [self.dsa.sample(BATCH, SIZE, draw) for _ in range(STEPS)]
+        return MatchingInputs(
+            start, target, batches, PackedAugmentParameters.of(aug_params)
+        ), aug_params
 
     def step(self, **options: Any) -> MatchingStep:
         if self.dsa is not None:
@@ -124,10 +126,10 @@ class Case:
         """The same through the public functions and torch's own differentiation of the loss."""
         state, results = self.first(), []
         for seed in range(iterations):
-            inputs, draws = self.inputs(seed)
+            inputs, aug_params = self.inputs(seed)
             start, target = inputs.start.to(self.device), inputs.target.to(self.device)
-            images, rate, logits = (
-                t.clone().requires_grad_() for t in (state.images, state.rate, state.logits)
+            images, lr, logits = (
+                t.clone().requires_grad_() for t in (state.images, state.lr, state.logits)
             )
             labels = self.labels
             if self.learns_labels:
@@ -137,24 +139,29 @@ class Case:
                 start,
                 torch.cat([self.frozen, images]),
                 labels,
-                rate,
+                lr,
                 list(inputs.batches),
-                draws,
+                aug_params,
                 engine="fused" if isinstance(self.engine, FusedEngine) else "autograd",
                 memory=self.memory,
                 memory_limit=self.memory_limit,
                 frozen=torch.arange(len(self.labels)) < len(self.frozen),
             )
             loss = pdd_fast.trajectory_matching_loss(end, start, target)
-            grads = torch.autograd.grad(loss, [images, rate, logits], materialize_grads=True)
+            grads = torch.autograd.grad(loss, [images, lr, logits], materialize_grads=True)
             updated = list[Tensor]()
             for name, gradient, update in zip(
-                ("images", "rate", "logits"), grads, RATES, strict=True
+                ("images", "lr", "logits"), grads, RATES, strict=True
             ):
-                velocity = getattr(state, f"{name}_velocity") * UPDATE["momentum"] + gradient
-                updated += [getattr(state, name) - UPDATE[update] * velocity, velocity]
+                momentum_buffer = (
+                    getattr(state, f"{name}_momentum_buffer") * UPDATE["momentum"] + gradient
+                )
+                updated += [
+                    getattr(state, name) - UPDATE[update] * momentum_buffer,
+                    momentum_buffer,
+                ]
             state = MatchingState(*updated)
-            results.append(MatchingResult(state, float(loss.detach()), float(state.rate), True))
+            results.append(MatchingResult(state, float(loss.detach()), float(state.lr), True))
         return results
 
 
@@ -208,7 +215,10 @@ def test_what_was_recorded_once_serves_new_draws(name: str) -> None:
     # Frozen images get a gradient here and none there, so the first layer's adjoint is a
     # convolution of other shapes.
     for one, other in zip(found, case.run(case.step(), 5), strict=True):
-        assert relative_error(one.state.images_velocity, other.state.images_velocity) <= 1e-5
+        assert (
+            relative_error(one.state.images_momentum_buffer, other.state.images_momentum_buffer)
+            <= 1e-5
+        )
 
 
 def test_what_cannot_be_recorded_goes_on_with_the_same_bits() -> None:
@@ -248,13 +258,15 @@ def test_what_the_host_does_meanwhile_changes_nothing_and_stops_what_it_stops() 
 def several(case: Case, seeds: tuple[int, ...]) -> MatchingInputs:
     """The inputs of these seeds as one iteration's."""
     every = [case.inputs(seed) for seed in seeds]
-    draws = None
+    aug_params = None
     if case.dsa is not None:
-        draws = PackedDraws.of([draw for _, drawn in every for draw in drawn or []])
+        aug_params = PackedAugmentParameters.of(
+            [draw for _, drawn in every for draw in drawn or []]
+        )
     start, target, batches = (
         torch.stack([getattr(i, name) for i, _ in every]) for name in ("start", "target", "batches")
     )
-    return MatchingInputs(start, target, batches, draws)
+    return MatchingInputs(start, target, batches, aug_params)
 
 
 SOME = [
@@ -276,7 +288,7 @@ def test_of_several_trajectories_the_mean_gradient_is_taken(name: str, recorded:
         {"graph": True, "backend": Recorder()} if recorded and "autograd" not in name else {}
     )
     alone = [case.step(momentum=0.0)(case.first(), case.inputs(seed)[0]) for seed in (0, 1, 2, 3)]
-    step = case.step(trajectories=2, momentum=0.0, **graph)
+    step = case.step(trajectories_per_step=2, momentum=0.0, **graph)
     for seeds in (
         (0, 1),
         (2, 3),
@@ -292,14 +304,16 @@ def test_of_several_trajectories_the_mean_gradient_is_taken(name: str, recorded:
 def test_a_long_gradient_is_clipped_and_a_short_one_is_not() -> None:
     case = Case()
     free = case.step()(case.first(), case.inputs(0)[0])
-    norm = float(free.state.images_velocity.norm())
-    assert_same([case.step(clip=1.01 * norm)(case.first(), case.inputs(0)[0])], [free])
-    clipped = case.step(clip=norm / 3)(case.first(), case.inputs(0)[0]).state
-    torch.testing.assert_close(clipped.images_velocity, free.state.images_velocity / 3)
+    norm = float(free.state.images_momentum_buffer.norm())
+    assert_same([case.step(max_grad_norm=1.01 * norm)(case.first(), case.inputs(0)[0])], [free])
+    clipped = case.step(max_grad_norm=norm / 3)(case.first(), case.inputs(0)[0]).state
     torch.testing.assert_close(
-        clipped.images, case.learned - UPDATE["lr_img"] * clipped.images_velocity
+        clipped.images_momentum_buffer, free.state.images_momentum_buffer / 3
     )
-    assert torch.equal(clipped.rate, free.state.rate)
+    torch.testing.assert_close(
+        clipped.images, case.learned - UPDATE["lr_img"] * clipped.images_momentum_buffer
+    )
+    assert torch.equal(clipped.lr, free.state.lr)
 
 
 @pytest.mark.parametrize("labels", ["hard", "learned"])
@@ -367,8 +381,11 @@ def test_classes_cannot_be_learned() -> None:
             "MatchingStep: memory_limit must be at least 0, got -1",
         ),
         ({"operations": -1}, "MatchingStep: operations must be at least 0, got -1"),
-        ({"trajectories": 0}, "MatchingStep: trajectories must be at least 1, got 0"),
-        ({"clip": -0.5}, "MatchingStep: clip must be at least 0, got -0.5"),
+        (
+            {"trajectories_per_step": 0},
+            "MatchingStep: trajectories_per_step must be at least 1, got 0",
+        ),
+        ({"max_grad_norm": -0.5}, "MatchingStep: max_grad_norm must be at least 0, got -0.5"),
     ],
 )
 def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
@@ -395,15 +412,22 @@ def test_there_must_be_something_to_learn() -> None:
             {"batches": torch.full((STEPS, BATCH), 10)},
             r"batches must hold indices in \[0, 10\), got 10..10",
         ),
-        ({"draws": None}, "draws must be given where operations is not 0"),
-        ({"draws": PackedDraws.of([SINGLE.sample(3, SIZE)])}, "draws must be of 20 images, got 3"),
+        ({"aug_params": None}, "aug_params must be given where operations is not 0"),
         (
-            {"draws": PackedDraws.of([MULTIPLE.sample(20, SIZE)])},
-            "draws must apply at most 1 operations, got 3",
+            {"aug_params": PackedAugmentParameters.of([SINGLE.sample(3, SIZE)])},
+            "aug_params must be of 20 images, got 3",
         ),
         (
-            {"draws": PackedDraws.of([pdd_fast.DSA("cutout", cutout=0.2).sample(20, SIZE)])},
-            r"draws must have cutout_size \(4, 4\), got \(2, 1\)",
+            {"aug_params": PackedAugmentParameters.of([MULTIPLE.sample(20, SIZE)])},
+            "aug_params must apply at most 1 operations, got 3",
+        ),
+        (
+            {
+                "aug_params": PackedAugmentParameters.of(
+                    [pdd_fast.DSA("cutout", cutout=0.2).sample(20, SIZE)]
+                )
+            },
+            r"aug_params must have cutout_size \(4, 4\), got \(2, 1\)",
         ),
     ],
 )
@@ -444,10 +468,12 @@ def problem(
     frozen, config = len(case.frozen), replace(Config(), **settings)
     learned, learned_labels = case.learned, case.labels[frozen:]
     split = Split(learned, learned_labels)
-    data = ImageData("none", tuple("abc"), split, 1, split, Normalisation((0.0,) * 3, (1.0,) * 3))
-    bench = Workbench(config, device, data, engine, SINGLE, 1)
-    union = Union(case.frozen, case.labels[:frozen], torch.ones(frozen, dtype=torch.int64), [0.1])
-    return StageProblem(bench, 2, None, union, list_trajectories(folder), learned, learned_labels)
+    data = ImageData("none", tuple("abc"), split, 1, split, Normalization((0.0,) * 3, (1.0,) * 3))
+    ctx = RunContext(config, device, data, engine, SINGLE, 1)
+    union = UnionSet(
+        case.frozen, case.labels[:frozen], torch.ones(frozen, dtype=torch.int64), [0.1]
+    )
+    return StageProblem(ctx, 2, None, union, list_trajectories(folder), learned, learned_labels)
 
 
 def states_of(method: TrajectoryMatching, iterations: int) -> list[dict[str, Tensor]]:
@@ -495,7 +521,7 @@ def test_labels_that_are_not_to_be_learned_stay(tmp_path: Path, labels: str) -> 
 def test_labels_are_learned_where_asked(tmp_path: Path) -> None:
     method, slower, averaged = (
         TrajectoryMatching(problem(tmp_path, labels="learned", **settings))
-        for settings in ({}, {"lr_label": 0.0}, {"ema": 0.75})
+        for settings in ({}, {"lr_label": 0.0}, {"ema_decay": 0.75})
     )
     first = method.labels.clone()
     assert torch.equal(slower.labels, first)
@@ -529,7 +555,9 @@ def test_interrupted_anywhere_the_state_is_that_of_before_and_the_rest_the_same(
     assert all(same_state(one, other) for one, other in zip(seen, expected, strict=True))
 
 
-@pytest.mark.parametrize("settings", [{}, {"labels": "learned"}, {"labels": "learned", "ema": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"labels": "learned"}, {"labels": "learned", "ema_decay": 0.5}]
+)
 def test_a_loaded_state_goes_on_with_the_same_bits(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
@@ -551,24 +579,24 @@ def test_a_loaded_state_goes_on_with_the_same_bits(
 
 def test_every_iteration_draws_several_trajectories_where_asked(tmp_path: Path) -> None:
     one, two = (
-        TrajectoryMatching(problem(tmp_path, trajectories=count))._inputs(7) for count in (1, 2)
+        TrajectoryMatching(problem(tmp_path, trajectories_per_step=count))._inputs(7) for count in (1, 2)
     )
-    assert one.draws is not None
-    assert two.draws is not None
+    assert one.aug_params is not None
+    assert two.aug_params is not None
     assert torch.equal(two.start[0], one.start)  # the first as it would be alone
     assert torch.equal(two.batches[0], one.batches)
-    assert torch.equal(two.draws.values[:, : STEPS * BATCH], one.draws.values)
+    assert torch.equal(two.aug_params.values[:, : STEPS * BATCH], one.aug_params.values)
     assert not torch.equal(two.batches[0], two.batches[1])
     assert two.target.shape == (2, len(one.target))
     expected = TrajectoryMatching(problem(tmp_path))
     assert not same_state(
-        states_of(TrajectoryMatching(problem(tmp_path, trajectories=2)), 1)[0],
+        states_of(TrajectoryMatching(problem(tmp_path, trajectories_per_step=2)), 1)[0],
         states_of(expected, 1)[0],
     )
 
 
 def test_images_are_averaged_over_iterations_where_asked(tmp_path: Path) -> None:
-    last, averaged = (TrajectoryMatching(problem(tmp_path, ema=ema)) for ema in (0.0, 0.75))
+    last, averaged = (TrajectoryMatching(problem(tmp_path, ema_decay=ema)) for ema in (0.0, 0.75))
     expected = averaged.images.clone()
     for _ in range(3):
         last.step()
@@ -576,7 +604,7 @@ def test_images_are_averaged_over_iterations_where_asked(tmp_path: Path) -> None
         expected = 0.75 * expected + 0.25 * last.images
         torch.testing.assert_close(averaged.images, expected)
         assert averaged.learning_rate == last.learning_rate
-    again = TrajectoryMatching(problem(tmp_path, ema=0.75))
+    again = TrajectoryMatching(problem(tmp_path, ema_decay=0.75))
     again.load_state(averaged.state())
     assert torch.equal(again.images, averaged.images)
     averaged.step(), again.step()
@@ -592,9 +620,9 @@ def test_a_stage_has_its_own_rate_of_the_images(tmp_path: Path) -> None:
 
 
 def test_gradients_are_clipped_where_asked(tmp_path: Path) -> None:
-    method = TrajectoryMatching(problem(tmp_path, clip=1e-4))
+    method = TrajectoryMatching(problem(tmp_path, max_grad_norm=1e-4))
     method.step()
-    assert float(method.state()["images_velocity"].norm()) == pytest.approx(1e-4, rel=1e-4)
+    assert float(method.state()["images_momentum_buffer"].norm()) == pytest.approx(1e-4, rel=1e-4)
 
 
 class Spoiled(MatchingStep):
@@ -614,7 +642,7 @@ class Spoiled(MatchingStep):
         return (
             result._replace(state=spoiled, finite=False)
             if self.calls % 2
-            else result._replace(rate=-0.25)
+            else result._replace(lr=-0.25)
         )
 
 
@@ -639,7 +667,7 @@ def test_what_left_the_range_is_set_back_with_smaller_steps(
         same_state(one, other) for one, other in zip(states_of(method, 45), plain, strict=True)
     )
     with pytest.warns(
-        SetBackWarning,
+        RollbackWarning,
         match=r"stage 2, iteration 46: the learned inner rate became -0\.25; .* of 1/2$",
     ):
         values = method.step()
@@ -647,10 +675,10 @@ def test_what_left_the_range_is_set_back_with_smaller_steps(
     assert Spoiled.lengths[-2:] == [1.0, 0.5]
     # From the images of iteration 20, at rest: 45 iterations were done, and 40 is the newer of the
     #     states kept.
-    images, rate = plain[19]["images"], plain[19]["rate"]
+    images, lr = plain[19]["images"], plain[19]["lr"]
     state = method.state()
-    torch.testing.assert_close(state["images"], images - 0.25 * state["images_velocity"])
-    torch.testing.assert_close(state["rate"], rate - 0.5e-3 * state["rate_velocity"])
+    torch.testing.assert_close(state["images"], images - 0.25 * state["images_momentum_buffer"])
+    torch.testing.assert_close(state["lr"], lr - 0.5e-3 * state["lr_momentum_buffer"])
     again = TrajectoryMatching(problem(tmp_path))
     again.load_state(state)
     assert same_state(states_of(method, 1)[0], states_of(again, 1)[0])
@@ -661,8 +689,8 @@ def test_a_stage_gives_up_after_as_many_halvings_as_it_may(
     tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
     spoil(3, 5, 7)
-    method = TrajectoryMatching(problem(tmp_path, guard=2))
-    with pytest.warns(SetBackWarning) as warned:
+    method = TrajectoryMatching(problem(tmp_path, max_rollbacks=2))
+    with pytest.warns(RollbackWarning) as warned:
         states_of(method, 4)  # by six calls
     assert [str(warning.message)[-4:] for warning in warned] == [" 1/2", " 1/4"]
     before = method.state()
@@ -681,7 +709,7 @@ def test_without_a_guard_the_first_failure_is_the_last(
     tmp_path: Path, spoil: Callable[..., None]
 ) -> None:
     spoil(1, 2)
-    method = TrajectoryMatching(problem(tmp_path, guard=0))
+    method = TrajectoryMatching(problem(tmp_path, max_rollbacks=0))
     for message in (
         "images are no longer finite; start",
         r"inner rate became -0\.25; start again with a smaller lr_lr",
@@ -792,7 +820,10 @@ def check_on(device: torch.device, **options: Any) -> None:
     assert first.loss == pytest.approx(truth.loss, rel=1e-4)
     # Activations that cross zero by rounding change a gradient of so few by up to 1e-3
     # (test_unroll.py).
-    assert relative_error(first.state.images_velocity.cpu(), truth.state.images_velocity) <= 5e-3
+    assert (
+        relative_error(first.state.images_momentum_buffer.cpu(), truth.state.images_momentum_buffer)
+        <= 5e-3
+    )
 
 
 @needs_cuda

@@ -317,7 +317,7 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out,
     expect_finite(where + " adjoint", "output", output);
 }
 
-// Draws of colour that keep finite pixels finite; all others from kExtremes, height and width
+// Draws of color that keep finite pixels finite; all others from kExtremes, height and width
 // paired anew in every round.
 Buffer<double> extreme_draws(int64_t batch, int round) {
     const int64_t count = static_cast<int64_t>(kExtremes.size());

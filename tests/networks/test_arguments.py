@@ -228,13 +228,13 @@ def test_what_the_caller_writes_to_later_changes_nothing() -> None:
 
 def test_rates_may_be_a_list_of_tensors_that_get_gradients() -> None:
     net, theta, images = problem()
-    first, second = (torch.tensor(rate, requires_grad=True) for rate in (0.1, 0.2))
+    first, second = (torch.tensor(lr, requires_grad=True) for lr in (0.1, 0.2))
     end = pdd_fast.unroll(net, theta, images, INDICES, [first, second], [range(6)] * 2)
-    rates = torch.tensor([0.1, 0.2], requires_grad=True)
-    same = pdd_fast.unroll(net, theta, images, INDICES, rates, [range(6)] * 2)
+    lrs = torch.tensor([0.1, 0.2], requires_grad=True)
+    same = pdd_fast.unroll(net, theta, images, INDICES, lrs, [range(6)] * 2)
     assert torch.equal(end, same)
     found = torch.stack(torch.autograd.grad(end.square().sum(), (first, second)))
-    assert torch.equal(found, torch.autograd.grad(same.square().sum(), rates)[0])
+    assert torch.equal(found, torch.autograd.grad(same.square().sum(), lrs)[0])
     with pytest.raises(
         ValueError, match=r"learning_rate must be a number or have shape \(2,\), got \(1,\)"
     ):

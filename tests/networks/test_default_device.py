@@ -34,22 +34,22 @@ def everything(folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "trajectories": {},
+    "trajectories_per_step": {},
     "learned labels, whitened": {
         "labels": "learned",
         "whitening": "zca",
-        "ema": 0.5,
-        "trajectories": 2,
+        "ema_decay": 0.5,
+        "trajectories_per_step": 2,
     },
     "filtered": {"filter": "forgetting", "filter_band": 1},
     "gradients": {
-        "base": "idc",
+        "method": "idc",
         "inner_loops": 2,
         "network_images": 100,
         "real_batch": 8,
         "factor": 2,
     },
-    "distributions": {"base": "dm", "real_batch": 8, "start_networks": 2},
+    "distributions": {"method": "dm", "real_batch": 8, "start_networks": 2},
 }
 
 
@@ -69,7 +69,7 @@ def unrolled() -> Tensor:
     torch.manual_seed(0)
     with torch.device("cpu"):
         net = pdd_fast.ConvNet(3, 4, 8, width=4, depth=2)
-        images, labels, rate = (
+        images, labels, lr = (
             torch.randn(6, 3, 8, 8, requires_grad=True),
             torch.arange(6) % 4,
             torch.tensor(0.1),
@@ -81,7 +81,7 @@ def unrolled() -> Tensor:
     batches = [[0, 1, 2], [3, 4, 5]]
     augmentations = [dsa.sample(3, 8, generator) for _ in batches]
     end = pdd_fast.unroll(
-        net, theta, images, labels, rate, batches, augmentations, frozen=frozen, memory="auto"
+        net, theta, images, labels, lr, batches, augmentations, frozen=frozen, memory="auto"
     )
     end.square().sum().backward()
     assert images.grad is not None

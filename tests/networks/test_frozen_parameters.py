@@ -36,7 +36,7 @@ def moves(net: nn.Module) -> Tensor:
 
 
 def plain_unroll(
-    net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, rate: Tensor, steps: int
+    net: nn.Module, theta: Tensor, images: Tensor, labels: Tensor, lr: Tensor, steps: int
 ) -> Tensor:
     """Gradients of the parameters that require one, as an optimizer that was given those would take
     its steps.
@@ -51,7 +51,7 @@ def plain_unroll(
         chosen = [part for part, move in zip(parts, moving, strict=True) if move]
         found = iter(torch.autograd.grad(loss, chosen, create_graph=True))
         parts = [
-            part - rate * next(found) if move else part
+            part - lr * next(found) if move else part
             for part, move in zip(parts, moving, strict=True)
         ]
     return torch.cat([part.flatten() for part in parts])
@@ -71,16 +71,16 @@ def test_unroll_leaves_them_and_its_gradients_are_exact(
             pdd_fast.flatten_parameters(net).requires_grad_(),
             images.clone().requires_grad_(),
         )
-        rate = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         if ours:
             end = pdd_fast.unroll(
-                net, theta, x, labels, rate, [range(6)] * 3, engine=engine, memory=memory
+                net, theta, x, labels, lr, [range(6)] * 3, engine=engine, memory=memory
             )
             assert torch.equal(end[~moves(net)], theta[~moves(net)])
             assert not torch.equal(end[moves(net)], theta[moves(net)])
         else:
-            end = plain_unroll(net, theta, x, labels, rate, 3)
-        results.append((end.detach(), *torch.autograd.grad(end @ direction, (theta, x, rate))))
+            end = plain_unroll(net, theta, x, labels, lr, 3)
+        results.append((end.detach(), *torch.autograd.grad(end @ direction, (theta, x, lr))))
     for found, expected in zip(*results, strict=True):
         assert relative_error(found, expected) <= 1e-9
 

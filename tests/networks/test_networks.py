@@ -45,7 +45,7 @@ def plain(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height * across, classes))
 
 
-def randomised(net: nn.Module) -> nn.Module:
+def randomized(net: nn.Module) -> nn.Module:
     """Norms start at weight 1 and bias 0, where a mistake in them would not show."""
     with torch.no_grad():
         for parameter in net.parameters():
@@ -76,7 +76,7 @@ def test_convnet_equals_its_layers_one_after_another(
 ) -> None:
     channels, classes, size, width, depth = arguments
     net = ConvNet(channels, classes, size, width, depth).double().to(device)
-    other = randomised(plain(channels, classes, size, width, depth)).double().to(device)
+    other = randomized(plain(channels, classes, size, width, depth)).double().to(device)
     load_parameters(net, flatten_parameters(other))
     images = torch.randn(3, channels, *size, dtype=torch.float64, device=device, requires_grad=True)
     found, expected = net(images), other(images)
@@ -129,13 +129,13 @@ def test_a_number_and_a_pair_mean_the_same_size() -> None:
 
 
 def test_an_image_does_not_depend_on_the_others_in_its_batch() -> None:
-    net = randomised(ConvNet(2, 3, 8, 4, 2)).double()
+    net = randomized(ConvNet(2, 3, 8, 4, 2)).double()
     images = torch.randn(5, 2, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(net(images)[3:4], net(images[3:4]), rtol=1e-12, atol=1e-12)
 
 
 def test_logits_do_not_depend_on_the_memory_format(device: torch.device) -> None:
-    net = randomised(ConvNet(1, 3, (8, 6), 4, 2)).double().to(device)
+    net = randomized(ConvNet(1, 3, (8, 6), 4, 2)).double().to(device)
     images = torch.randn(5, 1, 8, 6, dtype=torch.float64, device=device)
     torch.testing.assert_close(
         net(images.contiguous(memory_format=torch.channels_last)), net(images)
@@ -169,7 +169,7 @@ def test_sizes_that_cannot_be_are_named(arguments: tuple[Any, ...], message: str
     ids=["ConvNet", "one", "tied"],
 )
 def test_parameters_go_flat_and_back(make: Callable[[], nn.Module], device: torch.device) -> None:
-    net, other = randomised(make()).to(device), randomised(make()).to(device)
+    net, other = randomized(make()).to(device), randomized(make()).to(device)
     theta = flatten_parameters(net)
     assert theta.dim() == 1
     assert not theta.requires_grad
@@ -273,7 +273,7 @@ def test_fresh_parameters_depend_on_the_seed_alone(device: torch.device) -> None
     torch.manual_seed(1)
     first = initial_parameters(net, 5)
     torch.manual_seed(2)
-    again = initial_parameters(randomised(ConvNet(1, 10, 8, 4, 1)).to(device), 5)
+    again = initial_parameters(randomized(ConvNet(1, 10, 8, 4, 1)).to(device), 5)
     assert again.device.type == device.type
     assert torch.equal(again.cpu(), first)
     assert not torch.equal(initial_parameters(net, 6), first)

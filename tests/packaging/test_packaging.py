@@ -88,8 +88,8 @@ def test_the_metadata_are_the_projects() -> None:
     assert metadata["Requires-Python"] == project()["project"]["requires-python"]
     assert metadata["License-Expression"] == "MIT"
     assert metadata["Summary"] == project()["project"]["description"]
-    licence = [file for file in DISTRIBUTION.files or () if file.name == "LICENSE"]
-    assert [Path(str(file.locate())).read_bytes() for file in licence] == [
+    license = [file for file in DISTRIBUTION.files or () if file.name == "LICENSE"]
+    assert [Path(str(file.locate())).read_bytes() for file in license] == [
         (ROOT / "LICENSE").read_bytes()
     ]
 

@@ -8,14 +8,14 @@ import pytest
 import tiny
 import torch
 
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import resolve
 
 
-def prepare(**changes: Any) -> Workbench:
-    return Workbench.prepare(resolve(**(tiny.SETTINGS | changes)))
+def prepare(**changes: Any) -> RunContext:
+    return RunContext.prepare(resolve(**(tiny.SETTINGS | changes)))
 
 
 def test_the_number_of_threads_is_set_where_the_configuration_has_one() -> None:
@@ -31,27 +31,27 @@ def test_a_network_too_deep_for_the_images_is_refused() -> None:
     with pytest.raises(UsageError, match="depth must be at most 3 for images of 8 pixels, got 4"):
         prepare(depth=4)
     with pytest.raises(UsageError, match="factor must be at most 8 for images of 8 pixels, got 9"):
-        prepare(base="idc", factor=9)
+        prepare(method="idc", factor=9)
 
 
 def test_random_real_images_are_of_their_class_and_none_comes_twice() -> None:
-    bench = prepare()
-    groups = bench.random_real_rows([2, 1, 3], "a purpose", 5)
+    ctx = prepare()
+    groups = ctx.random_real_rows([2, 1, 3], "a purpose", 5)
     assert [len(group) for group in groups] == [20, 10, 30]
     for group, count in zip(groups, [2, 1, 3], strict=True):
-        assert bench.train.labels[group].tolist() == [
+        assert ctx.train.labels[group].tolist() == [
             label for label in range(10) for _ in range(count)
         ]
     rows = torch.cat(groups).tolist()
     assert len(set(rows)) == len(rows)
-    again = bench.random_real_rows([2, 1, 3], "a purpose", 5)
+    again = ctx.random_real_rows([2, 1, 3], "a purpose", 5)
     assert all(torch.equal(a, b) for a, b in zip(groups, again, strict=True))
-    assert not torch.equal(groups[0], bench.random_real_rows([2, 1, 3], "a purpose", 6)[0])
+    assert not torch.equal(groups[0], ctx.random_real_rows([2, 1, 3], "a purpose", 6)[0])
 
 
 def test_the_first_subset_does_not_depend_on_how_many_follow() -> None:
-    bench = prepare()
-    assert torch.equal(bench.random_real_rows([2], "x")[0], bench.random_real_rows([2, 4], "x")[0])
+    ctx = prepare()
+    assert torch.equal(ctx.random_real_rows([2], "x")[0], ctx.random_real_rows([2, 4], "x")[0])
 
 
 def test_precision_and_graph_reach_the_engine_and_the_training() -> None:
@@ -59,8 +59,8 @@ def test_precision_and_graph_reach_the_engine_and_the_training() -> None:
     for engine in ("fused", "autograd"):
         assert prepare(engine=engine, precision="bfloat16").engine.precision == "bfloat16"
     for graph, enabled in (("auto", True), ("off", False)):
-        bench = prepare(graph=graph)
-        assert bench.real_sgd.graph is bench.synthetic_sgd.graph is enabled
+        ctx = prepare(graph=graph)
+        assert ctx.real_sgd.graph is ctx.synthetic_sgd.graph is enabled
 
 
 def test_networks_are_trained_one_at_a_time_on_the_cpu_unless_asked_otherwise() -> None:
@@ -76,8 +76,8 @@ def test_on_a_gpu_as_many_as_fit_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) 
         return most
 
     monkeypatch.setattr(device_memory, "largest_group", fitting)
-    bench = prepare(expert_batch=64, union_batch=512)
-    assert bench.side_by_side == 16
+    ctx = prepare(expert_batch=64, union_batch=512)
+    assert ctx.side_by_side == 16
     prepare(expert_batch=512, union_batch=64, precision="bfloat16")
     assert 0 < asked[1] < asked[0]  # as many images, in 16 bits
     assert (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pdd_fast.networks.parameters import flatten_parameters
 from pdd_fast.progressive import experts
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import (
     keep_starts,
     make_experts,
@@ -33,14 +33,14 @@ from pdd_fast.storage.trajectories import (
     partial_path,
     trajectory_path,
 )
-from pdd_fast.training.sgd import Loop, Sgd, Students, accuracies
+from pdd_fast.training.sgd import Loop, Sgd, TrainState, accuracies
 
 EPOCHS, EXPERTS = 4, 2
 
 
 def configuration(**changes: Any) -> Config:
     settings = {
-        "experts": EXPERTS,
+        "num_experts": EXPERTS,
         "expert_train_epochs": EPOCHS,
         "expert_momentum": 0.5,
         "checkpoint_seconds": 0,
@@ -103,13 +103,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return Workbench.prepare(configuration())
+def ctx() -> RunContext:
+    return RunContext.prepare(configuration())
 
 
-def starting(bench: Workbench) -> Callable[[range], Tensor]:
+def starting(ctx: RunContext) -> Callable[[range], Tensor]:
     """What a group of experts starts from."""
-    return lambda group: bench.initial_students("expert", group).theta
+    return lambda group: ctx.initial_state("expert", group).theta
 
 
 # ---- what is stored ----
@@ -120,52 +120,52 @@ def test_there_is_a_file_for_every_expert_and_nothing_else(finished: Run) -> Non
     assert sorted(path.name for path in finished.experts_dir.iterdir()) == names
 
 
-def test_a_file_says_what_it_holds(finished: Run, bench: Workbench) -> None:
-    count = flatten_parameters(bench.engine.net).numel()
+def test_a_file_says_what_it_holds(finished: Run, ctx: RunContext) -> None:
+    count = flatten_parameters(ctx.engine.net).numel()
     for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
         assert (trajectory.epochs, trajectory.parameters) == (EPOCHS, count)
         last = trajectory.checkpoint(EPOCHS)
         assert last.dtype == torch.float32
-        validation = bench.data.validation
-        (reached,) = accuracies(bench.engine, last[None], validation.images, validation.labels)
+        validation = ctx.data.validation
+        (reached,) = accuracies(ctx.engine, last[None], validation.images, validation.labels)
         expected = {
-            "network": bench.network,
+            "network": ctx.network,
             "data": "digits",
             "seed": 0,
             "index": number,
             "purpose": "expert",
         }
-        expected |= {"whitening": "none", "normalisation": bench.data.normalisation.to_dict()}
-        expected |= {"fingerprint": bench.data.fingerprint, "classes": list("0123456789")}
-        assert trajectory.metadata == expected | {"held_out_accuracy": round(reached, 2)}
+        expected |= {"whitening": "none", "normalization": ctx.data.normalization.to_dict()}
+        expected |= {"fingerprint": ctx.data.fingerprint, "classes": list("0123456789")}
+        assert trajectory.metadata == expected | {"selection_accuracy": round(reached, 2)}
         assert trajectory.metadata["network"]["width"] == 4
 
 
 def test_checkpoint_0_is_the_start_and_every_expert_has_its_own(
-    finished: Run, bench: Workbench
+    finished: Run, ctx: RunContext
 ) -> None:
     first, second = (
         trajectory.checkpoint(0) for trajectory in list_trajectories(finished.experts_dir)
     )
-    assert torch.equal(first, bench.initial_parameters("expert", 0))
-    assert torch.equal(second, bench.initial_parameters("expert", 1))
+    assert torch.equal(first, ctx.initial_parameters("expert", 0))
+    assert torch.equal(second, ctx.initial_parameters("expert", 1))
     assert not torch.equal(first, second)
 
 
-def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, bench: Workbench) -> None:
+def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, ctx: RunContext) -> None:
     for number, trajectory in enumerate(list_trajectories(finished.experts_dir)):
-        students, train = Students.start(trajectory.checkpoint(0)[None]), bench.data.train
-        loop = Loop(bench.real_sgd, students, train.images, train.labels)
+        train_state, train = TrainState.start(trajectory.checkpoint(0)[None]), ctx.data.train
+        loop = Loop(ctx.real_sgd, train_state, train.images, train.labels)
         for epoch in range(EPOCHS):
-            loop.epoch(bench.config.expert_lr, [bench.generator("expert", number, epoch)])
-            assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1))
+            loop.epoch(ctx.config.expert_lr, [ctx.generator("expert", number, epoch)])
+            assert torch.equal(train_state.theta[0], trajectory.checkpoint(epoch + 1))
         assert (
-            float(students.velocity.norm()) > 0
+            float(train_state.momentum_buffer.norm()) > 0
         )  # so the interrupted runs below have a momentum to lose
 
 
 def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ctx: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one shared memory with another or with the network, the last epoch would stand in its
     place too.
@@ -176,11 +176,9 @@ def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
         written.append(checkpoints)
 
     monkeypatch.setattr(experts, "write_trajectory", keep)
-    starts = [starting(bench)(range(k, k + 1)) for k in range(EXPERTS)]
+    starts = [starting(ctx)(range(k, k + 1)) for k in range(EXPERTS)]
     kept = [start.clone() for start in starts]
-    record_trajectories(
-        bench, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, ""
-    )
+    record_trajectories(ctx, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, "")
     for start, copy, checkpoints in zip(starts, kept, written, strict=True):
         assert torch.equal(start, copy)
         assert torch.equal(checkpoints[0], copy[0])
@@ -189,12 +187,12 @@ def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
             assert not torch.equal(before, after)
 
 
-def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path) -> None:
-    images = bench.data.validation.images
+def test_the_validation_images_are_not_trained_on(ctx: RunContext, tmp_path: Path) -> None:
+    images = ctx.data.validation.images
     kept = images.clone()
     try:
         images.zero_()
-        record_trajectories(bench, tmp_path, starting(bench), EPOCHS, "expert", SILENT, "")
+        record_trajectories(ctx, tmp_path, starting(ctx), EPOCHS, "expert", SILENT, "")
     finally:
         images.copy_(kept)
     other = made(tmp_path / "run", configuration())
@@ -202,49 +200,49 @@ def test_the_held_out_images_are_not_trained_on(bench: Workbench, tmp_path: Path
         list_trajectories(tmp_path), list_trajectories(other.experts_dir), strict=True
     ):
         assert torch.equal(found.checkpoint(EPOCHS), expected.checkpoint(EPOCHS))
-        assert found.metadata["held_out_accuracy"] != expected.metadata["held_out_accuracy"]
+        assert found.metadata["selection_accuracy"] != expected.metadata["selection_accuracy"]
 
 
-def test_the_papers_choice_trains_on_all_training_images(bench: Workbench, tmp_path: Path) -> None:
-    paper = Workbench.prepare(configuration(select="test", experts=1))
-    record_trajectories(paper, tmp_path, starting(bench), 1, "expert", SILENT, "")
-    train, validation = bench.data.train, bench.data.validation
+def test_the_papers_choice_trains_on_all_training_images(ctx: RunContext, tmp_path: Path) -> None:
+    paper = RunContext.prepare(configuration(selection_split="test", num_experts=1))
+    record_trajectories(paper, tmp_path, starting(ctx), 1, "expert", SILENT, "")
+    train, validation = ctx.data.train, ctx.data.validation
     images, labels = (
         torch.cat([train.images, validation.images]),
         torch.cat([train.labels, validation.labels]),
     )
-    students = bench.initial_students("expert", [0])
-    Loop(bench.real_sgd, students, images, labels).epoch(
-        bench.config.expert_lr, [bench.generator("expert", 0, 0)]
+    train_state = ctx.initial_state("expert", [0])
+    Loop(ctx.real_sgd, train_state, images, labels).epoch(
+        ctx.config.expert_lr, [ctx.generator("expert", 0, 0)]
     )
     trajectory = Trajectory(trajectory_path(tmp_path, 0))
-    assert torch.equal(trajectory.checkpoint(1), students.theta[0])
+    assert torch.equal(trajectory.checkpoint(1), train_state.theta[0])
     (reached,) = accuracies(
-        bench.engine, students.theta, bench.data.test.images, bench.data.test.labels
+        ctx.engine, train_state.theta, ctx.data.test.images, ctx.data.test.labels
     )
-    assert trajectory.metadata["held_out_accuracy"] == round(reached, 2)
+    assert trajectory.metadata["selection_accuracy"] == round(reached, 2)
 
 
 def test_some_rows_are_trained_on_as_a_set_of_their_own_and_not_copied(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ctx: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, seen = torch.arange(len(bench.train))[::3], []
+    rows, seen = torch.arange(len(ctx.train))[::3], []
 
-    def spy(sgd: Sgd, students: Students, images: Tensor, *rest: Any, **options: Any) -> Loop:
+    def spy(sgd: Sgd, train_state: TrainState, images: Tensor, *rest: Any, **options: Any) -> Loop:
         seen.append(images.data_ptr())
-        return Loop(sgd, students, images, *rest, **options)
+        return Loop(sgd, train_state, images, *rest, **options)
 
     monkeypatch.setattr(experts, "Loop", spy)
-    record_trajectories(bench, tmp_path, starting(bench), 1, "expert", SILENT, "", rows)
-    assert set(seen) == {bench.train.images.data_ptr()}
-    students = bench.initial_students("expert", [0])
-    loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
-    loop.epoch(bench.config.expert_lr, [bench.generator("expert", 0, 0)])
-    assert torch.equal(Trajectory(trajectory_path(tmp_path, 0)).checkpoint(1), students.theta[0])
+    record_trajectories(ctx, tmp_path, starting(ctx), 1, "expert", SILENT, "", rows)
+    assert set(seen) == {ctx.train.images.data_ptr()}
+    train_state = ctx.initial_state("expert", [0])
+    loop = Loop(ctx.real_sgd, train_state, ctx.train.images[rows], ctx.train.labels[rows])
+    loop.epoch(ctx.config.expert_lr, [ctx.generator("expert", 0, 0)])
+    assert torch.equal(Trajectory(trajectory_path(tmp_path, 0)).checkpoint(1), train_state.theta[0])
 
 
 def test_seed_and_purpose_change_the_trajectories(
-    finished: Run, bench: Workbench, tmp_path: Path
+    finished: Run, ctx: RunContext, tmp_path: Path
 ) -> None:
     expected = Trajectory(trajectory_path(finished.experts_dir, 0))
     other_seed = made(tmp_path / "seed", configuration(seed=1))
@@ -253,7 +251,7 @@ def test_seed_and_purpose_change_the_trajectories(
     )
     folder = tmp_path / "purpose"
     record_trajectories(
-        bench, folder, lambda group: expected.checkpoint(0)[None], 1, "transition", SILENT, ""
+        ctx, folder, lambda group: expected.checkpoint(0)[None], 1, "transition", SILENT, ""
     )
     found = Trajectory(trajectory_path(folder, 0))
     assert torch.equal(found.checkpoint(0), expected.checkpoint(0))
@@ -262,7 +260,7 @@ def test_seed_and_purpose_change_the_trajectories(
 
 def test_experts_learn(finished: Run) -> None:
     for trajectory in list_trajectories(finished.experts_dir):
-        assert trajectory.metadata["held_out_accuracy"] > 20  # ten classes: guessing reaches 10
+        assert trajectory.metadata["selection_accuracy"] > 20  # ten classes: guessing reaches 10
 
 
 # ---- interruptions ----
@@ -330,13 +328,13 @@ def test_work_is_saved_only_as_often_as_was_asked(
         write(folder, k, checkpoints, state)
 
     monkeypatch.setattr(experts, "write_partial", remember)
-    made(tmp_path / "often", configuration(experts=1))
+    made(tmp_path / "often", configuration(num_experts=1))
     assert saved == [1, 2, 3]  # after the last epoch the trajectory itself is written
     saved.clear()
-    made(tmp_path / "seldom", configuration(experts=1, checkpoint_seconds=0.3))
+    made(tmp_path / "seldom", configuration(num_experts=1, checkpoint_seconds=0.3))
     assert saved == [2]
     saved.clear()
-    made(tmp_path / "never", configuration(experts=1, checkpoint_seconds=1e9))
+    made(tmp_path / "never", configuration(num_experts=1, checkpoint_seconds=1e9))
     assert saved == []
 
 
@@ -421,18 +419,18 @@ def test_an_expert_that_diverges_is_named_at_once_and_not_stored(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("function", ["record", "keep"])
 def test_a_start_that_diverged_is_named_before_its_trajectory(
-    value: float, function: str, bench: Workbench, tmp_path: Path
+    value: float, function: str, ctx: RunContext, tmp_path: Path
 ) -> None:
     def start(group: range) -> Tensor:
-        theta = bench.initial_students("expert", group).theta
+        theta = ctx.initial_state("expert", group).theta
         theta[:, 3] = value if group[0] == 1 else 0.0
         return theta
 
     def make() -> None:
         if function == "record":
-            record_trajectories(bench, tmp_path, start, 2, "stage-2", SILENT, "stage 2")
+            record_trajectories(ctx, tmp_path, start, 2, "stage-2", SILENT, "stage 2")
         else:
-            keep_starts(bench, tmp_path, start, SILENT, "stage 2")
+            keep_starts(ctx, tmp_path, start, SILENT, "stage 2")
 
     said = (
         r"^stage 2: network 2 diverged on the images of the stages before, .*; lower "
@@ -457,7 +455,7 @@ MANY = 5  # experts, in groups of three and two
 
 
 def grouped(**changes: Any) -> Config:
-    return configuration(**({"experts": MANY, "side_by_side": 3} | changes))
+    return configuration(**({"num_experts": MANY, "side_by_side": 3} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -471,9 +469,9 @@ def test_experts_are_trained_in_groups_that_stay_the_same(
     seen: list[int] = []
     epoch = Loop.epoch
 
-    def remember(self: Loop, rate: float, generators: list[torch.Generator]) -> None:
+    def remember(self: Loop, lr: float, generators: list[torch.Generator]) -> None:
         seen.append(len(generators))
-        epoch(self, rate, generators)
+        epoch(self, lr, generators)
 
     monkeypatch.setattr(Loop, "epoch", remember)
     recorder = Recorder()
@@ -490,7 +488,7 @@ def test_experts_in_groups_are_those_trained_alone(finished_in_groups: Run, tmp_
     """But for rounding: each has its own start, order and draws. A wrong draw would differ by the
     whole of an epoch.
     """
-    alone = made(tmp_path / "run", configuration(experts=MANY))
+    alone = made(tmp_path / "run", configuration(num_experts=MANY))
     for one, other in zip(
         list_trajectories(finished_in_groups.experts_dir),
         list_trajectories(alone.experts_dir),
@@ -565,7 +563,7 @@ def test_work_of_a_group_of_another_size_is_begun_again(
     finished_in_groups: Run, tmp_path: Path
 ) -> None:
     """As where a run goes on on another device. What groups of another size finished is kept."""
-    run = interrupt(tmp_path / "run", configuration(experts=MANY), limit=EPOCHS + 3)
+    run = interrupt(tmp_path / "run", configuration(num_experts=MANY), limit=EPOCHS + 3)
     assert [path.name for path in run.experts_dir.glob("*.partial")] == ["trajectory-001.partial"]
     first = trajectory_path(run.experts_dir, 0).read_bytes()
     make_experts(Run(run.path, grouped()))
@@ -577,8 +575,8 @@ def test_work_of_a_group_of_another_size_is_begun_again(
 
     other = interrupt(tmp_path / "other", grouped(), limit=3)
     assert [path.name for path in other.experts_dir.glob("*.partial")] == ["trajectory-000.partial"]
-    make_experts(Run(other.path, configuration(experts=MANY)))
-    alone = made(tmp_path / "alone", configuration(experts=MANY))
+    make_experts(Run(other.path, configuration(num_experts=MANY)))
+    alone = made(tmp_path / "alone", configuration(num_experts=MANY))
     assert contents(other.experts_dir) == contents(alone.experts_dir)
 
 
@@ -586,61 +584,61 @@ def test_work_of_a_group_of_another_size_is_begun_again(
 
 
 def test_starts_that_were_kept_leave_no_trace(finished_in_groups: Run, tmp_path: Path) -> None:
-    bench, asked = Workbench.prepare(grouped()), list[range]()
+    ctx, asked = RunContext.prepare(grouped()), list[range]()
 
     def start(group: range) -> Tensor:
         asked.append(group)
-        return starting(bench)(group)
+        return starting(ctx)(group)
 
     recorder = Recorder()
     for _ in range(2):
-        keep_starts(bench, tmp_path, start, recorder, "")
+        keep_starts(ctx, tmp_path, start, recorder, "")
     assert asked == [range(3), range(3, 5)]
     assert (recorder.totals, recorder.advances) == ([(MANY, 0)], [3, 2])
     assert list(contents(tmp_path)) == ["trajectory-000.partial", "trajectory-003.partial"]
-    kept = [stored_start(bench, tmp_path, k) for k in range(MANY)]
-    record_trajectories(bench, tmp_path, start, EPOCHS, "expert", SILENT, "")
+    kept = [stored_start(ctx, tmp_path, k) for k in range(MANY)]
+    record_trajectories(ctx, tmp_path, start, EPOCHS, "expert", SILENT, "")
     assert len(asked) == 2
     assert contents(tmp_path) == contents(finished_in_groups.experts_dir)
     for k in range(MANY):
-        assert torch.equal(kept[k], bench.initial_students("expert", [k]).theta[0])
-        assert torch.equal(stored_start(bench, tmp_path, k), kept[k])
-    keep_starts(bench, tmp_path, start, recorder, "")
+        assert torch.equal(kept[k], ctx.initial_state("expert", [k]).theta[0])
+        assert torch.equal(stored_start(ctx, tmp_path, k), kept[k])
+    keep_starts(ctx, tmp_path, start, recorder, "")
     assert len(recorder.totals) == 1
 
 
 def test_starts_of_finished_trajectories_are_not_made_again(
     finished_in_groups: Run, tmp_path: Path
 ) -> None:
-    bench, asked = Workbench.prepare(grouped()), list[range]()
+    ctx, asked = RunContext.prepare(grouped()), list[range]()
     for k in range(3):
         path = trajectory_path(finished_in_groups.experts_dir, k)
         (tmp_path / path.name).write_bytes(path.read_bytes())
 
     def start(group: range) -> Tensor:
         asked.append(group)
-        return starting(bench)(group)
+        return starting(ctx)(group)
 
     recorder = Recorder()
-    keep_starts(bench, tmp_path, start, recorder, "")
+    keep_starts(ctx, tmp_path, start, recorder, "")
     assert asked == [range(3, 5)]
     assert (recorder.totals, recorder.advances) == ([(MANY, 3)], [2])
 
 
 def test_starts_of_groups_of_another_size_are_made_again(tmp_path: Path) -> None:
     """As where a run goes on on another device."""
-    alone, together = Workbench.prepare(configuration(experts=MANY)), Workbench.prepare(grouped())
+    alone, together = RunContext.prepare(configuration(num_experts=MANY)), RunContext.prepare(grouped())
     keep_starts(alone, tmp_path, starting(alone), SILENT, "")
     keep_starts(together, tmp_path, starting(together), SILENT, "")
     for k in range(MANY):
         assert torch.equal(
-            stored_start(together, tmp_path, k), together.initial_students("expert", [k]).theta[0]
+            stored_start(together, tmp_path, k), together.initial_state("expert", [k]).theta[0]
         )
     record_trajectories(together, tmp_path, starting(together), EPOCHS, "expert", SILENT, "")
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_start_that_is_not_there_is_named(tmp_path: Path) -> None:
-    bench = Workbench.prepare(grouped())
+    ctx = RunContext.prepare(grouped())
     with pytest.raises(UsageError, match=r"trajectory-003\.partial does not exist"):
-        stored_start(bench, tmp_path, 4)
+        stored_start(ctx, tmp_path, 4)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pdd_fast.data import Split
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.filters import (
     FILTERS,
     band,
@@ -35,7 +35,7 @@ from pdd_fast.storage.distilled import load_distilled
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, list_trajectories, write_trajectory
 from pdd_fast.training import sgd as training
-from pdd_fast.training.sgd import Loop, Students
+from pdd_fast.training.sgd import Loop, TrainState
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def test_a_class_with_too_few_takes_the_nearest() -> None:
 
 def configured(**changes: Any) -> Any:
     return resolve(
-        **(tiny.SETTINGS | {"filter": "forgetting", "filter_band": 0.4, "experts": 3} | changes)
+        **(tiny.SETTINGS | {"filter": "forgetting", "filter_band": 0.4, "num_experts": 3} | changes)
     )
 
 
@@ -99,28 +99,28 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def bench(run: Run) -> Workbench:
-    return Workbench.prepare(run.config)
+def ctx(run: Run) -> RunContext:
+    return RunContext.prepare(run.config)
 
 
 @pytest.fixture(scope="module")
-def scores(run: Run, bench: Workbench) -> Tensor:
-    return forgetting_scores(bench, list_trajectories(run.experts_dir), run.forgetting_file, SILENT)
+def scores(run: Run, ctx: RunContext) -> Tensor:
+    return forgetting_scores(ctx, list_trajectories(run.experts_dir), run.forgetting_file, SILENT)
 
 
 def test_scores_are_the_mean_over_all_experts_and_are_kept(
-    run: Run, bench: Workbench, scores: Tensor
+    run: Run, ctx: RunContext, scores: Tensor
 ) -> None:
     experts = list_trajectories(run.experts_dir)
-    each = [times_forgotten(bench.engine, expert, bench.train, CPU) for expert in experts]
+    each = [times_forgotten(ctx.engine, expert, ctx.train, CPU) for expert in experts]
     torch.testing.assert_close(scores, torch.stack(each).mean(0))
     tensors, metadata = read_tensors(run.forgetting_file)
-    assert (metadata["done"], tensors["total"].shape) == (3, (len(bench.train),))
+    assert (metadata["done"], tensors["total"].shape) == (3, (len(ctx.train),))
     assert len(scores.unique()) > 3
 
 
 def test_scores_go_on_where_they_were_interrupted(
-    run: Run, bench: Workbench, scores: Tensor, tmp_path: Path
+    run: Run, ctx: RunContext, scores: Tensor, tmp_path: Path
 ) -> None:
     experts, seen = list_trajectories(run.experts_dir), list[int]()
 
@@ -135,42 +135,42 @@ def test_scores_go_on_where_they_were_interrupted(
             return len(experts)
 
     with pytest.raises(KeyboardInterrupt):
-        forgetting_scores(bench, Stopping(), tmp_path / "f", SILENT)  # type: ignore[arg-type]
-    assert torch.equal(forgetting_scores(bench, Stopping(), tmp_path / "f", SILENT), scores)  # type: ignore[arg-type]
+        forgetting_scores(ctx, Stopping(), tmp_path / "f", SILENT)  # type: ignore[arg-type]
+    assert torch.equal(forgetting_scores(ctx, Stopping(), tmp_path / "f", SILENT), scores)  # type: ignore[arg-type]
     assert seen == [0, 1, 1, 2]
     with pytest.raises(UsageError, match=r"must be for \d+ examples and .*'experts': 2"):
-        forgetting_scores(bench, experts[:2], tmp_path / "f", SILENT)
+        forgetting_scores(ctx, experts[:2], tmp_path / "f", SILENT)
 
 
 def test_stages_start_from_their_bands_and_from_no_image_twice(
-    bench: Workbench, scores: Tensor
+    ctx: RunContext, scores: Tensor
 ) -> None:
-    bands = stage_bands(bench, scores)
+    bands = stage_bands(ctx, scores)
     assert len({tuple(inside.tolist()) for inside in bands}) == 3
-    assert all(int(torch.bincount(bench.train.labels[inside]).min()) >= 10 for inside in bands)
-    rows = initial_rows(bench, bands)
+    assert all(int(torch.bincount(ctx.train.labels[inside]).min()) >= 10 for inside in bands)
+    rows = initial_rows(ctx, bands)
     for inside, own in zip(bands, rows, strict=True):
         assert inside[own].all()
-        assert bench.train.labels[own].tolist() == list(range(10))
+        assert ctx.train.labels[own].tolist() == list(range(10))
     assert len(torch.cat(rows).unique()) == 30
 
 
 def test_every_stage_matches_trajectories_on_its_own_examples(
-    run: Run, bench: Workbench, scores: Tensor
+    run: Run, ctx: RunContext, scores: Tensor
 ) -> None:
     """Real epochs are trained on the band alone: made again from it, the first trajectory of stage
     1 has the same bits, and on all examples it has not.
     """
-    kept = stage_bands(bench, scores)[0].nonzero().flatten()
+    kept = stage_bands(ctx, scores)[0].nonzero().flatten()
     stored = list_trajectories(run.stage_trajectories_dir(1))
     assert len(stored) == 3
     assert torch.equal(stored[0].checkpoint(0), list_trajectories(run.experts_dir)[0].checkpoint(0))
     found = []
-    for rows in (kept, torch.arange(len(bench.train))):
-        students = Students.start(stored[0].checkpoint(0)[None])
-        loop = Loop(bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows])
-        loop.epoch(run.config.expert_lr, [bench.generator("stage-1", 0, 0)])
-        found.append(torch.equal(students.theta[0], stored[0].checkpoint(1)))
+    for rows in (kept, torch.arange(len(ctx.train))):
+        train_state = TrainState.start(stored[0].checkpoint(0)[None])
+        loop = Loop(ctx.real_sgd, train_state, ctx.train.images[rows], ctx.train.labels[rows])
+        loop.epoch(run.config.expert_lr, [ctx.generator("stage-1", 0, 0)])
+        found.append(torch.equal(train_state.theta[0], stored[0].checkpoint(1)))
     assert found == [True, False]
     assert stored[0].epochs == run.config.transition_real_epochs
     for stage in (2, 3):
@@ -235,7 +235,7 @@ def test_an_example_is_learned_where_all_networks_get_it_right() -> None:
 # stage, and two thirds after two.
 LEARNED: dict[str, Any] = {
     "filter": "learned",
-    "experts": 3,
+    "num_experts": 3,
     "transition_epochs": 20,
     "inner_lr": 0.05,
 }
@@ -252,25 +252,24 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def left(run: Run, bench: Workbench, stage: int) -> list[int]:
+def left(run: Run, ctx: RunContext, stage: int) -> list[int]:
     """The examples of a stage, plainly: those that one of the starts gets wrong, and where a class
     has fewer than ten of them the first of its others.
     """
     if stage == 1:
-        return list(range(len(bench.train)))
+        return list(range(len(ctx.train)))
     starts = [
         trajectory.checkpoint(0)
         for trajectory in list_trajectories(run.stage_trajectories_dir(stage))
     ]
-    assert len(starts) == run.config.experts
+    assert len(starts) == run.config.num_experts
     right = [
-        bench.engine.logits(theta, bench.train.images).argmax(1) == bench.train.labels
-        for theta in starts
+        ctx.engine.logits(theta, ctx.train.images).argmax(1) == ctx.train.labels for theta in starts
     ]
     wrong = [not all(column) for column in zip(*(row.tolist() for row in right), strict=True)]
     found = [row for row, is_wrong in enumerate(wrong) if is_wrong]
-    for label in range(bench.data.num_classes):
-        of_class = bench.train.rows_of(label).tolist()
+    for label in range(ctx.data.num_classes):
+        of_class = ctx.train.rows_of(label).tolist()
         have = sum(wrong[row] for row in of_class)
         found += [row for row in of_class if not wrong[row]][: max(0, 10 - have)]
     return sorted(found)
@@ -278,20 +277,20 @@ def left(run: Run, bench: Workbench, stage: int) -> list[int]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_stage_keeps_what_a_start_of_its_trajectories_gets_wrong(
-    learned: Run, bench: Workbench, stage: int
+    learned: Run, ctx: RunContext, stage: int
 ) -> None:
-    rows = left(learned, bench, stage)
-    found = FILTERS["learned"](learned, bench, SILENT).rows(stage)
+    rows = left(learned, ctx, stage)
+    found = FILTERS["learned"](learned, ctx, SILENT).rows(stage)
     assert found is not None
     assert found.tolist() == rows
-    assert int(torch.bincount(bench.train.labels[found]).min()) >= 10
-    assert len(rows) / len(bench.train) == pytest.approx([1, 0.57, 0.36][stage - 1], abs=0.1)
+    assert int(torch.bincount(ctx.train.labels[found]).min()) >= 10
+    assert len(rows) / len(ctx.train) == pytest.approx([1, 0.57, 0.36][stage - 1], abs=0.1)
     assert learned.learned_file(stage).exists() == (stage > 1)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(
-    learned: Run, bench: Workbench, stage: int
+    learned: Run, ctx: RunContext, stage: int
 ) -> None:
     """Made again from what is left alone, every recorded epoch has the same bits; from all examples
     the first has not.
@@ -299,17 +298,12 @@ def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(
     stored = list_trajectories(learned.stage_trajectories_dir(stage))
     for k, trajectory in enumerate(stored):
         assert trajectory.epochs == learned.config.transition_real_epochs
-        for rows, same in (
-            (left(learned, bench, stage), True),
-            (list(range(len(bench.train))), False),
-        ):
-            students = Students.start(trajectory.checkpoint(0)[None])
-            loop = Loop(
-                bench.real_sgd, students, bench.train.images[rows], bench.train.labels[rows]
-            )
+        for rows, same in ((left(learned, ctx, stage), True), (list(range(len(ctx.train))), False)):
+            train_state = TrainState.start(trajectory.checkpoint(0)[None])
+            loop = Loop(ctx.real_sgd, train_state, ctx.train.images[rows], ctx.train.labels[rows])
             for epoch in range(trajectory.epochs if same else 1):
-                loop.epoch(learned.config.expert_lr, [bench.generator(f"stage-{stage}", k, epoch)])
-                assert torch.equal(students.theta[0], trajectory.checkpoint(epoch + 1)) == same
+                loop.epoch(learned.config.expert_lr, [ctx.generator(f"stage-{stage}", k, epoch)])
+                assert torch.equal(train_state.theta[0], trajectory.checkpoint(epoch + 1)) == same
 
 
 def test_the_first_stage_matches_the_experts(learned: Run) -> None:
@@ -324,19 +318,19 @@ def test_no_stage_starts_from_an_image_that_is_learned_and_none_from_one_twice(
     """
     run = Run.create(tmp_path / "run", learning(ipc=6, iterations=0))
     distill(run)
-    bench, found, used = Workbench.prepare(run.config), load_distilled(run.path), list[int]()
+    ctx, found, used = RunContext.prepare(run.config), load_distilled(run.path), list[int]()
     for stage in (1, 2, 3):
-        rows, subset = left(run, bench, stage), found.subset(stage)
+        rows, subset = left(run, ctx, stage), found.subset(stage)
         assert torch.bincount(subset.labels).tolist() == [2] * 10
         for image in subset.images:
-            (row,) = (bench.train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
+            (row,) = (ctx.train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
             assert row in rows
             used.append(row)
     assert len(set(used)) == len(used) == 60
 
 
 def test_what_is_learned_is_counted_on_from_where_it_was_interrupted(
-    learned: Run, bench: Workbench, tmp_path: Path
+    learned: Run, ctx: RunContext, tmp_path: Path
 ) -> None:
     starts, seen = list_trajectories(learned.stage_trajectories_dir(2)), list[int]()
 
@@ -348,9 +342,9 @@ def test_what_is_learned_is_counted_on_from_where_it_was_interrupted(
 
     file = tmp_path / "f"
     with pytest.raises(KeyboardInterrupt):
-        times_learned(bench, start, 3, file, SILENT)
+        times_learned(ctx, start, 3, file, SILENT)
     total = read_tensors(learned.learned_file(2))[0]["total"]
-    assert torch.equal(times_learned(bench, start, 3, file, SILENT), total)
+    assert torch.equal(times_learned(ctx, start, 3, file, SILENT), total)
     assert seen == [0, 1, 1, 2]
 
     class NoTask(Reporter):
@@ -358,10 +352,10 @@ def test_what_is_learned_is_counted_on_from_where_it_was_interrupted(
             raise AssertionError(name)
 
     assert torch.equal(
-        times_learned(bench, start, 3, file, NoTask()), total
+        times_learned(ctx, start, 3, file, NoTask()), total
     )  # nothing is left to do or to be said
     with pytest.raises(UsageError, match=r"must be for \d+ examples and .*'experts': 2"):
-        times_learned(bench, start, 2, file, SILENT)
+        times_learned(ctx, start, 2, file, SILENT)
 
 
 def test_experts_from_elsewhere_teach_the_same(learned: Run, tmp_path: Path) -> None:

@@ -24,15 +24,15 @@ from pdd_fast import load_distilled
 from pdd_fast.networks.parameters import load_parameters
 from pdd_fast.ops import convnet
 from pdd_fast.progressive import stages as progressive
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.runtime.progress import SILENT, Task
 from pdd_fast.settings import Config, resolve
 from pdd_fast.storage.run import Metrics, Run
 from pdd_fast.storage.trajectories import Trajectory, list_trajectories
-from pdd_fast.training.sgd import Students, accuracies
+from pdd_fast.training.sgd import TrainState, accuracies
 
 
 def configuration(**changes: Any) -> Config:
@@ -96,7 +96,7 @@ def test_earlier_subsets_stay_as_they_were(finished: tuple[Run, int]) -> None:
 def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", configuration(iterations=0))
     found = distill(run)
-    train = Workbench.prepare(run.config).train
+    train = RunContext.prepare(run.config).train
     rows = []
     for image, label in zip(found.images, found.labels, strict=True):
         same = (train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
@@ -108,13 +108,13 @@ def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> N
 
 def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int]) -> None:
     run, _ = finished
-    start = Workbench.prepare(run.config)
+    start = RunContext.prepare(run.config)
     rows = start.random_real_rows(run.config.ipc_by_stage, "initial images")
     found = load_distilled(run.path)
     for stage, group in enumerate(rows, start=1):
         measured_here = [row for row in run.metrics.read() if row["stage"] == stage]
-        judged = [row for row in measured_here if "held_out_accuracy" in row]
-        best = max(judged, key=lambda row: (row["held_out_accuracy"], row["iteration"]))[
+        judged = [row for row in measured_here if "selection_accuracy" in row]
+        best = max(judged, key=lambda row: (row["selection_accuracy"], row["iteration"]))[
             "iteration"
         ]
         assert torch.equal(found.subset(stage).images, start.train.images[group]) == (best == 0)
@@ -129,23 +129,23 @@ def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int])
 def test_judged_only_at_the_end_the_last_images_are_kept(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", configuration(eval_every=0))
     found = distill(run)
-    assert [r["iteration"] for r in run.metrics.read() if "held_out_accuracy" in r] == [4, 4, 4]
-    start = Workbench.prepare(run.config)
+    assert [r["iteration"] for r in run.metrics.read() if "selection_accuracy" in r] == [4, 4, 4]
+    start = RunContext.prepare(run.config)
     for stage, rows in enumerate(
         start.random_real_rows(run.config.ipc_by_stage, "initial images"), start=1
     ):
         assert not torch.equal(found.subset(stage).images, start.train.images[rows])
-    rates = found.learning_rates.tolist()
-    assert len(set(rates)) == 3  # learned apart, each from inner_lr
-    assert all(abs(rate - 0.02) < 0.005 for rate in rates)
+    lrs = found.learning_rates.tolist()
+    assert len(set(lrs)) == 3  # learned apart, each from inner_lr
+    assert all(abs(lr - 0.02) < 0.005 for lr in lrs)
 
 
-def test_metrics_hold_every_iteration_and_every_judgement(finished: tuple[Run, int]) -> None:
+def test_metrics_hold_every_iteration_and_every_judgment(finished: tuple[Run, int]) -> None:
     run, _ = finished
     rows = run.metrics.read()
     losses = [(row["stage"], row["iteration"]) for row in rows if "loss" in row]
     assert losses == [(s, i) for s in (1, 2, 3) for i in (1, 2, 3, 4)]
-    judged = [(row["stage"], row["iteration"]) for row in rows if "held_out_accuracy" in row]
+    judged = [(row["stage"], row["iteration"]) for row in rows if "selection_accuracy" in row]
     assert judged == [(s, i) for s in (1, 2, 3) for i in (0, 2, 4)]
     for row in rows:
         if "loss" in row:
@@ -156,23 +156,23 @@ def test_metrics_hold_every_iteration_and_every_judgement(finished: tuple[Run, i
 
 def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, int]) -> None:
     run, _ = finished
-    bench = Workbench.prepare(run.config)
+    ctx = RunContext.prepare(run.config)
     for stage, before in ((2, run.experts_dir), (3, run.stage_trajectories_dir(2))):
-        union = Union.load(run.stage_file(stage - 1), bench)
+        union = UnionSet.load(run.stage_file(stage - 1), ctx)
         for k, trajectory in enumerate(list_trajectories(run.stage_trajectories_dir(stage))):
             assert trajectory.epochs == run.config.transition_real_epochs == 4
-            students = Students.start(list_trajectories(before)[k].checkpoint(0)[None])
-            draw = bench.generator("transition", stage, k)
-            bench.train_on_union(
-                students,
+            train_state = TrainState.start(list_trajectories(before)[k].checkpoint(0)[None])
+            draw = ctx.generator("transition", stage, k)
+            ctx.train_on_union(
+                train_state,
                 union.images,
                 union.labels,
-                union.rates[-1],
+                union.lrs[-1],
                 run.config.transition_epochs,
                 [draw],
             )
-            assert torch.equal(trajectory.checkpoint(0), students.theta[0])
-            assert not torch.equal(trajectory.checkpoint(1), students.theta[0])
+            assert torch.equal(trajectory.checkpoint(0), train_state.theta[0])
+            assert not torch.equal(trajectory.checkpoint(1), train_state.theta[0])
 
 
 @pytest.mark.parametrize("together", [1, 2])
@@ -181,18 +181,18 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
 ) -> None:
     """Each of the three by itself, with its own draws, and none changed by having judged."""
     run, _ = finished
-    bench = Workbench.prepare(replace(run.config, eval_networks=3, side_by_side=together))
-    unions = [Union.load(run.stage_file(stage), bench) for stage in (1, 2, 3)]
-    selection = progressive._Selection(bench, unions[1])
+    ctx = RunContext.prepare(replace(run.config, eval_networks=3, side_by_side=together))
+    unions = [UnionSet.load(run.stage_file(stage), ctx) for stage in (1, 2, 3)]
+    selection = progressive._Selection(ctx, unions[1])
     expected = []
     for j in range(3):
-        students = bench.initial_students("selection", [j])
+        train_state = ctx.initial_state("selection", [j])
         for stage, union in enumerate(unions, start=1):
-            draws = [bench.generator("selection", j, stage)]
-            rate, epochs = union.rates[-1], run.config.eval_epochs
-            bench.train_on_union(students, union.images, union.labels, rate, epochs, draws)
+            draws = [ctx.generator("selection", j, stage)]
+            lr, epochs = union.lrs[-1], run.config.eval_epochs
+            ctx.train_on_union(train_state, union.images, union.labels, lr, epochs, draws)
         expected += accuracies(
-            bench.engine, students.theta, bench.held_out.images, bench.held_out.labels
+            ctx.engine, train_state.theta, ctx.selection_split.images, ctx.selection_split.labels
         )
     assert len(set(expected)) > 1
     score = selection.score(unions[2])
@@ -218,7 +218,7 @@ def test_twice_gives_the_same_bytes_and_another_seed_others(
 def test_stopped_anywhere_and_continued_gives_the_same_bytes(
     finished: tuple[Run, int], tmp_path: Path, kept_every_time: bool
 ) -> None:
-    """Every report of progress is a place to stop: epochs, iterations, judgements, transitions."""
+    """Every report of progress is a place to stop: epochs, iterations, judgments, transitions."""
     run, reports = finished
     expected, expected_metrics = bytes_of(run), measured(run)
     assert reports > 30
@@ -253,13 +253,13 @@ def test_labels_are_what_the_experts_say_and_learned_from_there_on(tmp_path: Pat
         run = Run.create(tmp_path / f"{kind}-{iterations}", configuration(**changes))
         sets[kind, iterations] = distill(run)
         assert load_distilled(run.path).metadata["labels"] == kind
-    bench = Workbench.prepare(run.config)
-    rows = torch.cat(bench.random_real_rows(run.config.ipc_by_stage, "initial images"))
-    net, said = bench.engine.net, []
+    ctx = RunContext.prepare(run.config)
+    rows = torch.cat(ctx.random_real_rows(run.config.ipc_by_stage, "initial images"))
+    net, said = ctx.engine.net, []
     for expert in list_trajectories(run.experts_dir):
         load_parameters(net, expert.checkpoint(expert.epochs))
         with torch.no_grad():
-            said.append(net(bench.train.images[rows]).softmax(1))
+            said.append(net(ctx.train.images[rows]).softmax(1))
     expected = (said[0] + said[1]) / 2
     for start in (sets["soft", 0], sets["soft", 4], sets["learned", 0]):
         torch.testing.assert_close(start.labels, expected, rtol=1e-4, atol=2e-5)
@@ -277,7 +277,7 @@ def test_networks_side_by_side_stopped_anywhere_and_continued_give_the_same_byte
 ) -> None:
     """Four networks in groups of three and one; experts, transitions and selection alike."""
     changes = {
-        "experts": 4,
+        "num_experts": 4,
         "eval_networks": 4,
         "side_by_side": 3,
         "stages": 2,
@@ -310,7 +310,7 @@ def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_t
     """
     changes = {
         "filter": "learned",
-        "experts": 3,
+        "num_experts": 3,
         "side_by_side": 2,
         "transition_epochs": 20,
         "inner_lr": 0.05,
@@ -353,16 +353,22 @@ def test_starts_that_were_trained_are_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three networks, stopped after the second start and then in the second's real epochs."""
-    changes = {"filter": "learned", "experts": 3, "stages": 2, "ipc": 2, "checkpoint_seconds": 1000}
+    changes = {
+        "filter": "learned",
+        "num_experts": 3,
+        "stages": 2,
+        "ipc": 2,
+        "checkpoint_seconds": 1000,
+    }
     run, trained = Run.create(tmp_path / "run", configuration(**changes)), list[int]()
-    generator = Workbench.generator
+    generator = RunContext.generator
 
-    def noting(self: Workbench, *purpose: str | int) -> torch.Generator:
+    def noting(self: RunContext, *purpose: str | int) -> torch.Generator:
         if purpose[0] == "transition":
             trained.append(int(purpose[2]))
         return generator(self, *purpose)
 
-    monkeypatch.setattr(Workbench, "generator", noting)
+    monkeypatch.setattr(RunContext, "generator", noting)
 
     class During(Stopper):
         """Stops at the ``limit``-th report of one task."""
@@ -397,7 +403,13 @@ def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
     found = []
     for together in (1, 3):
         config = configuration(
-            experts=4, stages=2, ipc=2, lr_img=0, lr_lr=0, eval_networks=4, side_by_side=together
+            num_experts=4,
+            stages=2,
+            ipc=2,
+            lr_img=0,
+            lr_lr=0,
+            eval_networks=4,
+            side_by_side=together,
         )
         run = Run.create(tmp_path / f"{together}", config)
         distill(run)
@@ -412,7 +424,7 @@ def test_networks_side_by_side_are_those_one_at_a_time(tmp_path: Path) -> None:
             else:
                 assert 0 < float((one - other).norm()) < 1e-3 * way, (k, epoch)
     scores = [
-        [row["held_out_accuracy"] for row in run.metrics.read() if "held_out_accuracy" in row]
+        [row["selection_accuracy"] for row in run.metrics.read() if "selection_accuracy" in row]
         for run in found
     ]
     # One of the 144 held-out images may lie so near a boundary that rounding decides, and this is a
@@ -494,13 +506,13 @@ def test_two_processes_keep_out_of_one_directory(finished: tuple[Run, int]) -> N
 def test_a_run_that_diverges_says_so_and_keeps_what_it_had(
     changes: dict[str, float], message: str, tmp_path: Path
 ) -> None:
-    run = Run.create(tmp_path / "run", configuration(guard=0, **changes))
+    run = Run.create(tmp_path / "run", configuration(max_rollbacks=0, **changes))
     with pytest.raises(RunError, match=message):
         distill(run)
     assert len(list_trajectories(run.experts_dir)) == 2
     tensors, _ = run.load_checkpoint(1) or ({}, {})
     assert torch.isfinite(tensors["method.images"]).all()
-    assert float(tensors["method.rate"]) > 0
+    assert float(tensors["method.lr"]) > 0
 
 
 def test_more_images_than_a_class_has_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -540,17 +552,17 @@ def test_both_engines_and_both_memories_learn_the_same_images(tmp_path: Path) ->
 
 
 def test_selection_by_test_images_trains_on_all_training_images(tmp_path: Path) -> None:
-    config = configuration(select="test")
-    bench = Workbench.prepare(config)
-    assert len(bench.train) == len(bench.data.train) + len(bench.data.validation)
-    assert bench.held_out is bench.data.test
-    by_validation = Workbench.prepare(replace(config, select="validation"))
-    assert by_validation.held_out is by_validation.data.validation
-    assert len(by_validation.train) == len(bench.data.train)
+    config = configuration(selection_split="test")
+    ctx = RunContext.prepare(config)
+    assert len(ctx.train) == len(ctx.data.train) + len(ctx.data.validation)
+    assert ctx.selection_split is ctx.data.test
+    by_validation = RunContext.prepare(replace(config, selection_split="validation"))
+    assert by_validation.selection_split is by_validation.data.validation
+    assert len(by_validation.train) == len(ctx.data.train)
     distill(Run.create(tmp_path / "run", config), SILENT)
     assert (
         Trajectory(tmp_path / "run" / "experts" / "trajectory-000.safetensors").metadata[
-            "held_out_accuracy"
+            "selection_accuracy"
         ]
         > 0
     )

@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import pdd_fast
-from pdd_fast.progressive.context import Workbench
-from pdd_fast.progressive.start_networks import NetworkSgd, Starts, cut_mixed
-from pdd_fast.progressive.union import Union
+from pdd_fast.progressive.context import RunContext
+from pdd_fast.progressive.start_networks import NetworkSgd, StartNetworks, cutmix_batch
+from pdd_fast.progressive.union import UnionSet
 from pdd_fast.settings import resolve
-from pdd_fast.training.sgd import Students
+from pdd_fast.training.sgd import TrainState
 
 
-def bench(**changes: Any) -> Workbench:
+def ctx(**changes: Any) -> RunContext:
     own = {
-        "base": "idc",
+        "method": "idc",
         "factor": 1,
         "augment_mode": "single",
         "transition_epochs": 6,
         "cutmix": 0,
     }
-    return Workbench.prepare(resolve(**(tiny.SETTINGS | own | changes)))
+    return RunContext.prepare(resolve(**(tiny.SETTINGS | own | changes)))
 
 
-def grown(workbench: Workbench, stages: int) -> Union:
-    union = Union.empty(workbench)
+def grown(workbench: RunContext, stages: int) -> UnionSet:
+    union = UnionSet.empty(workbench)
     for rows in workbench.random_real_rows((1,) * stages, "test"):
         union = union.extended(workbench.train.images[rows], workbench.train.labels[rows], 0.1)
     return union
@@ -44,7 +44,7 @@ def test_a_mixed_image_is_a_box_of_another_in_its_own_and_labels_follow_the_area
 ) -> None:
     images = torch.arange(1.0, n + 1).view(n, 1, 1, 1).expand(n, 2, h, w)
     labels = torch.eye(n)
-    mixed, weights = cut_mixed(images, labels, torch.Generator().manual_seed(s))
+    mixed, weights = cutmix_batch(images, labels, torch.Generator().manual_seed(s))
     torch.testing.assert_close(weights.sum(1), torch.ones(n))
     changed = (mixed != images).any(0).any(0)
     if changed.any():  # one box, the same for all, filled by one other image each
@@ -61,32 +61,32 @@ def test_a_mixed_image_is_a_box_of_another_in_its_own_and_labels_follow_the_area
     torch.testing.assert_close(weights, share)
 
 
-def test_a_step_is_that_of_torchs_optimiser() -> None:
-    work = bench(augment="none")
+def test_a_step_is_that_of_torchs_optimizer() -> None:
+    work = ctx(augment="none")
     images, labels = work.train.images[:40], work.train.labels[:40]
-    students, net = work.initial_students("test", [0]), pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
-    pdd_fast.load_parameters(net, students.theta[0])
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    train_state, net = work.initial_state("test", [0]), pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
+    pdd_fast.load_parameters(net, train_state.theta[0])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     sgd = NetworkSgd(work)
     weights = sgd.weights(labels)
     for rows in torch.arange(40).split(10):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(net(images[rows]), labels[rows]).backward()
-        optimiser.step()
-        sgd.step(students, images, weights, [rows], 0.1, [torch.Generator()])
+        optimizer.step()
+        sgd.step(train_state, images, weights, [rows], 0.1, [torch.Generator()])
     torch.testing.assert_close(
-        students.theta[0], pdd_fast.flatten_parameters(net), rtol=1e-4, atol=1e-6
+        train_state.theta[0], pdd_fast.flatten_parameters(net), rtol=1e-4, atol=1e-6
     )
 
 
 def test_networks_were_trained_on_every_earlier_union_and_know_it() -> None:
-    work = bench(transition_epochs=60, union_batch=16)
+    work = ctx(transition_epochs=60, union_batch=16)
     union = grown(work, 2)
     images, labels = union.up_to()
     losses = []
     for number in (0, 1):
-        for through in (Union.empty(work), union):
-            theta = Starts(work, through).parameters(number)
+        for through in (UnionSet.empty(work), union):
+            theta = StartNetworks(work, through).parameters(number)
             losses.append(float(F.cross_entropy(work.engine.logits(theta, images), labels)))
     assert losses[1] < 0.7 * losses[0]
     assert losses[3] < 0.7 * losses[2]
@@ -95,33 +95,33 @@ def test_networks_were_trained_on_every_earlier_union_and_know_it() -> None:
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_a_number_means_the_same_network_whoever_asks_and_in_whichever_order(together: int) -> None:
-    work = bench(side_by_side=together, cutmix=0.5)
+    work = ctx(side_by_side=together, cutmix=0.5)
     union = grown(work, 1)
-    first = Starts(work, union)
+    first = StartNetworks(work, union)
     expected = [first.parameters(i).clone() for i in range(5)]
     assert len({float(theta.sum()) for theta in expected}) == 5
-    later = Starts(work, union)  # as a continued run asks
+    later = StartNetworks(work, union)  # as a continued run asks
     assert torch.equal(later.parameters(3), expected[3])
     assert torch.equal(later.parameters(4), expected[4])
 
 
 def test_a_pool_is_used_in_turn() -> None:
-    work = bench(start_networks=2, side_by_side=2)
-    starts = Starts(work, grown(work, 1))
+    work = ctx(start_networks=2, side_by_side=2)
+    starts = StartNetworks(work, grown(work, 1))
     own = [starts.parameters(i) for i in range(4)]
     assert torch.equal(own[0], own[2])
     assert torch.equal(own[1], own[3])
     assert not torch.equal(own[0], own[1])
-    assert torch.equal(own[1], Starts(bench(side_by_side=2), grown(work, 1)).parameters(1))
+    assert torch.equal(own[1], StartNetworks(ctx(side_by_side=2), grown(work, 1)).parameters(1))
 
 
 def test_rates_fall_to_a_fifth_at_two_and_at_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def step(self: NetworkSgd, students: Students, *args: Any) -> None:
+    def step(self: NetworkSgd, train_state: TrainState, *args: Any) -> None:
         seen.append(round(args[3], 6))
 
     monkeypatch.setattr(NetworkSgd, "step", step)
-    work = bench(transition_epochs=12)
-    Starts(work, grown(work, 1)).parameters(0)
+    work = ctx(transition_epochs=12)
+    StartNetworks(work, grown(work, 1)).parameters(0)
     assert seen == [0.1] * 8 + [0.02] * 2 + [0.004] * 2

@@ -31,7 +31,7 @@ from pdd_fast.storage.trajectories import Trajectory, write_trajectory
 SMALL = {
     "stages": 2,
     "ipc": 2,
-    "experts": 1,
+    "num_experts": 1,
     "expert_train_epochs": 3,
     "iterations": 1,
     "eval_networks": 1,

@@ -1,4 +1,4 @@
-"""Distilled sets: what is stored comes back, unions train like any data set, and what does not fit
+"""Distilled sets: what is stored comes back, unions train like any dataset, and what does not fit
 is named.
 """
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import pdd_fast
 from pdd_fast.augmentation.multi_formation import decode
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import save_tensors, write_json
 from pdd_fast.storage.distilled import DistilledSet, load_distilled
@@ -31,7 +31,7 @@ def a_set(per_stage: tuple[int, ...] = (4, 2, 2), soft: bool = False) -> Distill
         labels=torch.randn(n, 2).softmax(1) if soft else labels,
         stage=torch.repeat_interleave(torch.arange(1, len(per_stage) + 1), torch.tensor(per_stage)),
         learning_rates=torch.linspace(0.01, 0.03, len(per_stage)),
-        normalisation=Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
+        normalization=Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3)),
         metadata={"data": "made up", "classes": ["ant", "bee"], "seed": 3},
     )
 
@@ -47,7 +47,7 @@ def test_a_set_comes_back_from_its_file(tmp_path: Path, soft: bool) -> None:
     for name in ("images", "labels", "stage", "learning_rates"):
         assert getattr(found, name).dtype == getattr(expected, name).dtype
         assert torch.equal(getattr(found, name), getattr(expected, name))
-    assert found.normalisation == expected.normalisation
+    assert found.normalization == expected.normalization
     assert found.metadata == expected.metadata
 
 
@@ -85,7 +85,7 @@ def test_a_damaged_set_is_named(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_named_with_what_it_lacks(tmp_path: Path) -> None:
     save_tensors(tmp_path / "t", {"checkpoints": torch.ones(2, 3)}, {})
     message = (
-        "/t is not a distilled set: it lacks images, labels, stage, learning_rates, normalisation"
+        "/t is not a distilled set: it lacks images, labels, stage, learning_rates, normalization"
     )
     with pytest.raises(UsageError, match=message):
         load_distilled(tmp_path / "t")
@@ -99,9 +99,9 @@ def test_a_file_of_something_else_is_named_with_what_it_lacks(tmp_path: Path) ->
     [
         ({"stage": torch.tensor([1, 3])}, {}),
         ({"images": torch.full((2, 1, 2, 2), float("nan"))}, {}),
-        ({}, {"normalisation": 3}),
-        ({}, {"normalisation": {"mean": [0.0]}}),
-        ({}, {"normalisation": {"mean": ["x"], "std": [1.0]}}),
+        ({}, {"normalization": 3}),
+        ({}, {"normalization": {"mean": [0.0]}}),
+        ({}, {"normalization": {"mean": ["x"], "std": [1.0]}}),
     ],
 )
 def test_a_file_whose_content_does_not_fit_is_named(
@@ -113,10 +113,10 @@ def test_a_file_whose_content_does_not_fit_is_named(
         "stage": torch.tensor([1, 2]),
         "learning_rates": torch.ones(2),
     }
-    normalisation = {"normalisation": {"mean": [0.0], "std": [1.0]}}
-    save_tensors(tmp_path / "set", tensors, normalisation)
+    normalization = {"normalization": {"mean": [0.0], "std": [1.0]}}
+    save_tensors(tmp_path / "set", tensors, normalization)
     assert load_distilled(tmp_path / "set").stages == 2
-    save_tensors(tmp_path / "set", tensors | change, normalisation | metadata)
+    save_tensors(tmp_path / "set", tensors | change, normalization | metadata)
     with pytest.raises(UsageError, match="/set is not a distilled set: "):
         load_distilled(tmp_path / "set")
 
@@ -185,11 +185,11 @@ def test_a_stage_that_is_not_there_is_named(stage: int) -> None:
 # ---- pictures ----
 
 
-def test_pixels_undo_the_normalisation_and_stay_in_the_unit_interval() -> None:
+def test_pixels_undo_the_normalization_and_stay_in_the_unit_interval() -> None:
     distilled = a_set()
-    colours = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1).expand(8, 3, 4, 5)
-    shown = replace(distilled, images=distilled.normalisation.apply(colours)).pixels()
-    torch.testing.assert_close(shown, colours)
+    colors = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1).expand(8, 3, 4, 5)
+    shown = replace(distilled, images=distilled.normalization.apply(colors)).pixels()
+    torch.testing.assert_close(shown, colors)
     extreme = replace(distilled, images=distilled.images.sign() * 100).pixels()
     assert set(extreme.flatten().tolist()) == {0.0, 1.0}
 
@@ -311,12 +311,12 @@ def test_sets_can_be_compared_and_kept_in_a_dictionary() -> None:
         ),
         ({"labels": torch.full((8, 2), float("nan"))}, "labels must be finite"),
         (
-            {"normalisation": Normalisation((0.0,), (1.0,))},
-            r"normalisation mean must have 3 numbers, got \(0\.0,\)",
+            {"normalization": Normalization((0.0,), (1.0,))},
+            r"normalization mean must have 3 numbers, got \(0\.0,\)",
         ),
         (
-            {"normalisation": Normalisation((0.0,) * 3, (1.0,))},
-            r"normalisation std must have 3 numbers, got \(1\.0,\)",
+            {"normalization": Normalization((0.0,) * 3, (1.0,))},
+            r"normalization std must have 3 numbers, got \(1\.0,\)",
         ),
     ],
 )
@@ -365,7 +365,7 @@ def formed(factor: int = 2) -> DistilledSet:
         torch.tensor([0, 1, 2] * 2),
         torch.tensor([1] * 3 + [2] * 3),
         torch.tensor([0.1, 0.2]),
-        Normalisation((0.5,) * 3, (0.25,) * 3),
+        Normalization((0.5,) * 3, (0.25,) * 3),
         factor=factor,
     )
 
@@ -396,7 +396,7 @@ def test_a_set_from_before_has_one_image_in_each(tmp_path: Path) -> None:
             "stage": one.stage,
             "learning_rates": one.learning_rates,
         },
-        {"normalisation": one.normalisation.to_dict()},
+        {"normalization": one.normalization.to_dict()},
     )
     assert load_distilled(tmp_path / "set").factor == 1
 

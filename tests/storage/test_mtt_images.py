@@ -11,13 +11,13 @@ import torch
 from cases import Harmful
 
 from pdd_fast.cli.main import run
-from pdd_fast.data.normalization import Normalisation
+from pdd_fast.data.normalization import Normalization
 from pdd_fast.data.whitening import Whitening
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.storage.distilled import DistilledSet, load_distilled
 from pdd_fast.storage.mtt_images import read_mtt, write_mtt
 
-NORMALISATION = Normalisation((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+NORMALIZATION = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 FILES = [
     "settings.json",
     *(f"stage-{s}/{kind}_best.pt" for s in (1, 2) for kind in ("images", "labels")),
@@ -39,7 +39,7 @@ def distilled(soft: bool = False) -> DistilledSet:
         labels,
         torch.tensor([1, 2, 1, 2, 2]),
         torch.tensor([0.1, 0.2]),
-        NORMALISATION,
+        NORMALIZATION,
         metadata,
     )
 
@@ -63,7 +63,7 @@ def test_files_are_what_the_scripts_read(soft: bool, tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["learning_rates"] == pytest.approx([0.1, 0.2])
     assert (settings["data"], settings["whitening"]) == ("photographs", "none")
-    assert settings["normalisation"] == NORMALISATION.to_dict()
+    assert settings["normalization"] == NORMALIZATION.to_dict()
     assert settings["augmentation"] == {"strategy": "flip", "mode": "single"}
 
 
@@ -73,7 +73,7 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
     write_mtt(expected, tmp_path)
     assert json.loads((tmp_path / "settings.json").read_text())["whitening"] == "zca"
     folders = [tmp_path / "stage-1", tmp_path / "stage-2"]
-    found = read_mtt(folders, [0.1, 0.2], NORMALISATION, whitening, {"data": "photographs"})
+    found = read_mtt(folders, [0.1, 0.2], NORMALIZATION, whitening, {"data": "photographs"})
     for stage in (1, 2):
         assert torch.equal(found.subset(stage).images, expected.subset(stage).images)
         assert torch.equal(found.subset(stage).labels, expected.subset(stage).labels)
@@ -95,15 +95,15 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     write_mtt(distilled(), tmp_path / "out")
     stage = tmp_path / "out" / "stage-1"
 
-    def read(*folders: Path, rates: tuple[float, ...] = (0.1,)) -> str:
+    def read(*folders: Path, lrs: tuple[float, ...] = (0.1,)) -> str:
         with pytest.raises(UsageError) as caught:
-            read_mtt(folders, rates, NORMALISATION)
+            read_mtt(folders, lrs, NORMALIZATION)
         return str(caught.value)
 
     assert read(tmp_path / "none").endswith("images_best.pt does not exist")
     assert read().startswith("no folders hold no distilled set: ")
     assert "stage-1 hold no distilled set: DistilledSet: stage must number 1..2" in read(
-        stage, rates=(0.1, 0.2)
+        stage, lrs=(0.1, 0.2)
     )
     mark = tmp_path / "it ran"
     for content, message in (
@@ -145,7 +145,7 @@ def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> N
         torch.arange(4),
         torch.ones(4, dtype=torch.int64),
         torch.tensor([0.1]),
-        Normalisation((0.5,) * 3, (0.25,) * 3),
+        Normalization((0.5,) * 3, (0.25,) * 3),
         factor=2,
     )
     for raw, expected in ((False, stored.union()), (True, stored.union(raw=True))):
@@ -154,7 +154,7 @@ def test_what_images_hold_is_written_and_raw_what_is_stored(tmp_path: Path) -> N
         assert torch.equal(torch.load(folder / "stage-1/images_best.pt"), expected.images)
         assert torch.equal(torch.load(folder / "stage-1/labels_best.pt"), expected.labels)
         assert json.loads((folder / "settings.json").read_text())["factor"] == (2 if raw else 1)
-    again = read_mtt([tmp_path / "True/stage-1"], [0.1], stored.normalisation, factor=2)
+    again = read_mtt([tmp_path / "True/stage-1"], [0.1], stored.normalization, factor=2)
     assert torch.equal(again.union().images, stored.union().images)
     stored.save(tmp_path / "set.safetensors")
     arguments = [
@@ -183,17 +183,17 @@ def test_logits_are_refused_unless_they_are_said_to_be(tmp_path: Path) -> None:
     logits = torch.tensor([[4.0, -1.5], [-2.0, 0.5]])
     stage = rewritten(tmp_path, labels=logits)
     with pytest.raises(UsageError) as caught:
-        read_mtt([stage], [0.1], NORMALISATION)
+        read_mtt([stage], [0.1], NORMALIZATION)
     assert (
         "labels must be probabilities in [0, 1], got -2..4; if they are logits, give their "
         'softmax (labels="logits"' in (str(caught.value))
     )
-    found = read_mtt([stage], [0.1], NORMALISATION, labels="logits")
+    found = read_mtt([stage], [0.1], NORMALIZATION, labels="logits")
     torch.testing.assert_close(found.labels, logits.exp() / logits.exp().sum(1, keepdim=True))
     for labels in (logits.double(), logits.half()):
         torch.save(labels, stage / "labels_best.pt")
         torch.testing.assert_close(
-            read_mtt([stage], [0.1], NORMALISATION, labels="logits").labels, found.labels
+            read_mtt([stage], [0.1], NORMALIZATION, labels="logits").labels, found.labels
         )
 
 
@@ -204,9 +204,9 @@ def test_what_cannot_be_logits_is_not_read_as_them(labels: torch.Tensor, tmp_pat
         UsageError,
         match=r"labels_best\.pt must hold logits, floating-point \[n, classes\], got torch\.",
     ):
-        read_mtt([stage], [0.1], NORMALISATION, labels="logits")
+        read_mtt([stage], [0.1], NORMALIZATION, labels="logits")
     with pytest.raises(UsageError, match=r"^labels must be auto or logits, got 'soft'$"):
-        read_mtt([stage], [0.1], NORMALISATION, labels="soft")
+        read_mtt([stage], [0.1], NORMALIZATION, labels="soft")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_what_cannot_be_right_is_refused(
 ) -> None:
     stage = rewritten(tmp_path, **content)
     with pytest.raises(UsageError, match=f"stage-1 hold no distilled set: DistilledSet: {said}"):
-        read_mtt([stage], [0.1], NORMALISATION, metadata={"classes": ["a", "b"]})
+        read_mtt([stage], [0.1], NORMALIZATION, metadata={"classes": ["a", "b"]})
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_cannot_be_right_is_refused(
     ids=["int32", "float", "one-hot", "mask"],
 )
 def test_class_indices_in_other_forms_are_read(labels: torch.Tensor, tmp_path: Path) -> None:
-    found = read_mtt([rewritten(tmp_path, labels=labels)], [0.1], NORMALISATION)
+    found = read_mtt([rewritten(tmp_path, labels=labels)], [0.1], NORMALIZATION)
     assert found.labels.dtype == torch.int64
     assert found.labels.tolist() == [1, 0]
 
@@ -257,4 +257,4 @@ def test_pointers_and_empty_files_are_named(tmp_path: Path) -> None:
     ):
         (stage / "images_best.pt").write_bytes(content)
         with pytest.raises(UsageError, match=rf"images_best\.pt cannot be read: {said}"):
-            read_mtt([stage], [0.1], NORMALISATION)
+            read_mtt([stage], [0.1], NORMALIZATION)

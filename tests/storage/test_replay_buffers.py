@@ -17,7 +17,7 @@ from torch import Tensor
 
 import pdd_fast
 from pdd_fast.networks.parameters import parameter_count, views
-from pdd_fast.progressive.context import Workbench
+from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts, stored_experts
 from pdd_fast.progressive.stages import distill
 from pdd_fast.runtime.errors import UsageError
@@ -224,7 +224,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def buffers(trained: Run, tmp_path: Path) -> Path:
     """The experts of ``trained`` as MTT's scripts would have stored them, one to a file."""
-    net = Workbench.prepare(trained.config).engine.net
+    net = RunContext.prepare(trained.config).engine.net
     for number, trajectory in enumerate(list_trajectories(trained.experts_dir)):
         vectors = [trajectory.checkpoint(epoch) for epoch in range(trajectory.epochs + 1)]
         stored = [[view.clone() for view in views(vector, net.parameters())] for vector in vectors]
@@ -244,7 +244,7 @@ def test_experts_from_elsewhere_give_the_same_run(
 
 
 def test_the_first_experts_are_taken(buffers: Path, tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "new", configured(experts_from=str(buffers), experts=1))
+    run = Run.create(tmp_path / "new", configured(experts_from=str(buffers), num_experts=1))
     make_experts(run)
     (only,) = stored_experts(run)
     assert only.path.name == "replay_buffer_0.pt"
@@ -253,7 +253,7 @@ def test_the_first_experts_are_taken(buffers: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experts": 3}, r"experts must be at most 2, as many as .* holds, got 3$"),
+        ({"num_experts": 3}, r"experts must be at most 2, as many as .* holds, got 3$"),
         (
             {"width": 5},
             r"replay_buffer_0\.pt: parameters must be \d+ as in the run's configuration, got \d+$",
@@ -299,7 +299,7 @@ def test_a_folder_without_experts_is_named(tmp_path: Path) -> None:
 
 
 def test_a_vector_is_in_the_order_of_parameters(trained: Run, buffers: Path) -> None:
-    net = Workbench.prepare(trained.config).engine.net
+    net = RunContext.prepare(trained.config).engine.net
     (trajectory,) = read_buffer(buffers / "replay_buffer_1.pt")
     assert trajectory.parameters == parameter_count(net)
     pdd_fast.load_parameters(net, trajectory.checkpoint(2))

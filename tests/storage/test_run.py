@@ -109,7 +109,7 @@ def test_the_default_directory_says_what_the_run_is(dataset: str, name: str) -> 
     assert default_run_dir(Config(dataset=dataset, stages=2, ipc=4, seed=11)) == Path("runs") / name
     uneven = Config(dataset=dataset, stages=2, ipc=4, stage_ipc="3,1", seed=11)
     assert default_run_dir(uneven) == Path("runs") / name.replace("stages2", "stages3-1")
-    other = Config(dataset=dataset, stages=2, ipc=4, seed=11, base="idc", labels="soft")
+    other = Config(dataset=dataset, stages=2, ipc=4, seed=11, method="idc", labels="soft")
     assert default_run_dir(other) == Path("runs") / name.replace("ipc4", "ipc4-idc-soft-labels")
 
 
@@ -240,7 +240,7 @@ def fill(run: Run) -> list[dict[str, float]]:
     for stage in (1, 2):
         for iteration in (1, 2, 3):
             rows.append({"stage": stage, "iteration": iteration, "loss": 10 * stage + iteration})
-            rows.append({"stage": stage, "iteration": iteration, "held_out_accuracy": 50})
+            rows.append({"stage": stage, "iteration": iteration, "selection_accuracy": 50})
     for row in rows:
         run.metrics.append(**row)
     return rows

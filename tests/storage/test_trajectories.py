@@ -173,7 +173,7 @@ def test_a_half_made_trajectory_comes_back_bit_by_bit(
         torch.cat([torch.randn(3, dtype=dtype), torch.tensor(odd, dtype=dtype)])
         for _ in range(count)
     ]
-    state = {"velocity": torch.randn(5, dtype=dtype), "checkpoints": torch.tensor(3)}
+    state = {"momentum_buffer": torch.randn(5, dtype=dtype), "checkpoints": torch.tensor(3)}
     with TemporaryDirectory() as name:
         write_partial(Path(name), 7, checkpoints, state)
         found = read_partial(Path(name), 7)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import DSA, PackedDraws
+from pdd_fast.augmentation.dsa import DSA, PackedAugmentParameters
 from pdd_fast.ops import add_rows as rows_ops
 from pdd_fast.ops import cross_entropy as ce
 from pdd_fast.ops import dsa as dsa_ops
@@ -165,7 +165,7 @@ def _dsa(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         DSA(name, mode="multiple").sample(2, (9, 6))
         for name in ("crop_color_flip", "rotate", "none", "scale")
     ]
-    packed = PackedDraws.of(several)
+    packed = PackedAugmentParameters.of(several)
     for images in layouts(torch.randn(8, 3, 9, 6, dtype=dtype)):
         yield images, packed.values, packed.operations, list(packed.cutout_size), False
 

@@ -24,7 +24,7 @@ from pdd_fast.ops import _native, _registry
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 HOST = ROOT / "tests" / "native" / "host"
-STAND_IN = [HOST / name for name in ("block.cpp", "fibre.cpp", "runtime.cpp")]
+STAND_IN = [HOST / name for name in ("block.cpp", "fiber.cpp", "runtime.cpp")]
 COMPILER = shutil.which("g++")
 # The kernels' .bss, which holds their static shared memory alone, between two symbols for block.cpp
 # to spoil: g++ ignores a section attribute in a template.

@@ -19,7 +19,7 @@ def unroll(
     theta: Tensor,  # [P]
     images: Tensor,  # [n, C, H, W]
     labels: Tensor,  # [n] or [n, classes]
-    rates: Tensor,  # [] or [N]
+    lrs: Tensor,  # [] or [N]
     batches: Sequence[Tensor],
     augmentations: Sequence[AugmentParameters] | None = None,
 ) -> Tensor:
@@ -38,5 +38,5 @@ def unroll(
         }
         loss = F.cross_entropy(torch.func.functional_call(net, parameters, (x,)), y)
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = theta - (rates if rates.dim() == 0 else rates[i]) * gradient
+        theta = theta - (lrs if lrs.dim() == 0 else lrs[i]) * gradient
     return theta

@@ -13,7 +13,7 @@ SETTINGS: dict[str, Any] = {
     "ipc": 3,
     "width": 4,
     "depth": 1,
-    "experts": 2,
+    "num_experts": 2,
     "expert_train_epochs": 4,
     "max_start_epoch": 1,
     "expert_epochs": 2,

@@ -58,7 +58,7 @@ print(json.dumps(found))
 def shape(
     batch: int, size: int = 32, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PassShape:
-    """Of colour images."""
+    """Of color images."""
     return PassShape(batch, (3, size, size), dtype, torch.device(device))
 
 
@@ -210,13 +210,13 @@ def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu")
     """One training step; what it should have taken."""
     net = ConvNet(3, 10, 32, width=32, depth=3).to(device)
     theta = torch.cat([p.detach().flatten() for p in net.parameters()]).repeat(networks, 1)
-    velocity, data = torch.zeros_like(theta), torch.randn(batch, 3, 32, 32, device=device)
+    momentum_buffer, data = torch.zeros_like(theta), torch.randn(batch, 3, 32, 32, device=device)
     index = torch.arange(batch, device=device).repeat(networks)
     images = data.index_select(0, index).unflatten(0, (networks, -1))
     chosen = engines.choose(net, engine)
     _, gradient = chosen.gradients(theta, images, (index % 10).unflatten(0, (networks, -1)))
     theta.addcmul_(
-        velocity.mul_(0.9).add_(gradient.add_(theta, alpha=5e-4)),
+        momentum_buffer.mul_(0.9).add_(gradient.add_(theta, alpha=5e-4)),
         torch.full_like(theta[:, :1], 0.01),
     )
     return training_bytes(chosen, shape(batch, device=device), networks)

@@ -19,9 +19,9 @@ from pdd_fast.augmentation.dsa import DSA, augment
 from pdd_fast.networks.convnet import ConvNet
 from pdd_fast.networks.parameters import flatten_parameters, load_parameters
 from pdd_fast.training import sgd as training
-from pdd_fast.training import step_queue as tape
+from pdd_fast.training import step_queue as queue
 from pdd_fast.training.cuda_graphs import Replay
-from pdd_fast.training.sgd import Loop, Sgd, Students, accuracies
+from pdd_fast.training.sgd import Loop, Sgd, TrainState, accuracies
 
 CLASSES, RATE = 3, 0.1
 EVERYTHING = DSA("color_crop_cutout_flip_scale_rotate")
@@ -41,10 +41,10 @@ class Problem:
     ) -> Sgd:
         return Sgd(engines.choose(self.net, engine), dsa, batch, **settings)
 
-    def students(self, networks: int = 1) -> Students:
+    def train_state(self, networks: int = 1) -> TrainState:
         """Students that start from different parameters, the first from ``theta``."""
         more = [self.theta + 0.1 * k * torch.ones_like(self.theta) for k in range(networks)]
-        return Students.start(torch.stack(more))
+        return TrainState.start(torch.stack(more))
 
 
 def make(count: int = 10, soft: bool = False, device: torch.device | str = "cpu") -> Problem:
@@ -71,30 +71,30 @@ class Reference:
     def __init__(self, problem: Problem, sgd: Sgd, theta: Tensor | None = None) -> None:
         self.net, self.sgd = problem.net, sgd
         load_parameters(self.net, problem.theta if theta is None else theta)
-        self.optimiser = torch.optim.SGD(
+        self.optimizer = torch.optim.SGD(
             self.net.parameters(), lr=1.0, momentum=sgd.momentum, weight_decay=sgd.weight_decay
         )
 
-    def step(self, images: Tensor, labels: Tensor, rate: float, generator: torch.Generator) -> None:
+    def step(self, images: Tensor, labels: Tensor, lr: float, generator: torch.Generator) -> None:
         p = self.sgd.dsa.sample(len(images), (8, 6), generator)
-        self.optimiser.param_groups[0]["lr"] = rate
-        self.optimiser.zero_grad()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.zero_grad()
         F.cross_entropy(self.net(augment(images, p)), labels).backward()
-        self.optimiser.step()
+        self.optimizer.step()
 
     def run(
-        self, problem: Problem, rates: Sequence[float], generator: torch.Generator
+        self, problem: Problem, lrs: Sequence[float], generator: torch.Generator
     ) -> list[Tensor]:
         """One step at each of the rates, a new random order whenever all images were seen;
         parameters after each.
         """
         count, seen, rows = len(problem.images), list[Tensor](), list[Tensor]()
-        for rate in rates:
+        for lr in lrs:
             if not rows:
                 order = torch.randperm(count, generator=generator).to(problem.images.device)
                 rows = [order[i : i + self.sgd.batch] for i in range(0, count, self.sgd.batch)]
             index = rows.pop(0)
-            self.step(problem.images[index], problem.labels[index], rate, generator)
+            self.step(problem.images[index], problem.labels[index], lr, generator)
             seen.append(flatten_parameters(self.net))
         return seen
 
@@ -122,14 +122,14 @@ def test_steps_equal_torch_optim_sgd(
 ) -> None:
     problem = make(soft=soft, device=device)
     sgd = problem.sgd(engine, **settings)
-    students, start = problem.students(networks), problem.students(networks).theta
+    train_state, start = problem.train_state(networks), problem.train_state(networks).theta
     ours, theirs = draws(*range(networks)), draws(*range(networks))
-    rates = (0.1, 0.1, 0.02, 0.3)  # with momentum the second step differs from the first
-    for _ in Loop(sgd, students, problem.images, problem.labels, steps=4).advance(rates, ours):
+    lrs = (0.1, 0.1, 0.02, 0.3)  # with momentum the second step differs from the first
+    for _ in Loop(sgd, train_state, problem.images, problem.labels, steps=4).advance(lrs, ours):
         pass
     for k in range(networks):
-        expected = Reference(problem, sgd, start[k]).run(problem, rates, theirs[k])[-1]
-        close(students.theta[k], expected, start[k])
+        expected = Reference(problem, sgd, start[k]).run(problem, lrs, theirs[k])[-1]
+        close(train_state.theta[k], expected, start[k])
         assert torch.equal(ours[k].get_state(), theirs[k].get_state())
 
 
@@ -138,16 +138,19 @@ def test_steps_equal_torch_optim_sgd(
 def test_an_epoch_takes_every_image_once(engine: str, networks: int) -> None:
     problem = make(count=11)
     sgd = problem.sgd(engine, momentum=0.9, weight_decay=0.01)
-    students, start = problem.students(networks), problem.students(networks).theta
+    train_state, start = problem.train_state(networks), problem.train_state(networks).theta
     assert sgd.steps_per_epoch(11) == 3
-    loop, seeds = Loop(sgd, students, problem.images, problem.labels), list(range(1, networks + 1))
+    loop, seeds = (
+        Loop(sgd, train_state, problem.images, problem.labels),
+        list(range(1, networks + 1)),
+    )
     loop.epoch(RATE, draws(*seeds))
     loop.epoch(RATE / 2, draws(*(seed + 10 for seed in seeds)))
     for k, seed in enumerate(seeds):
         reference = Reference(problem, sgd, start[k])
         reference.run(problem, [RATE] * 3, draws(seed)[0])
         close(
-            students.theta[k],
+            train_state.theta[k],
             reference.run(problem, [RATE / 2] * 3, draws(seed + 10)[0])[-1],
             start[k],
         )
@@ -168,9 +171,9 @@ class Watched(engines.FusedEngine):
 def test_every_network_goes_through_all_images_in_a_random_order_of_its_own() -> None:
     problem = make(count=11)
     engine = Watched(ConvNet(2, 11, (8, 6), width=4, depth=1).double())
-    students = Students.start(flatten_parameters(engine.net).repeat(3, 1))
+    train_state = TrainState.start(flatten_parameters(engine.net).repeat(3, 1))
     loop = Loop(
-        Sgd(engine, EVERYTHING, 4), students, problem.images, torch.eye(11).double()
+        Sgd(engine, EVERYTHING, 4), train_state, problem.images, torch.eye(11).double()
     )  # an image, a class
     loop.epoch(RATE, draws(0, 1, 2))
     assert [tuple(labels.shape) for labels in engine.seen] == [(3, 4), (3, 4), (3, 3)]
@@ -183,15 +186,15 @@ def test_networks_may_be_trained_on_images_of_their_own() -> None:
     problem = make(count=12)
     sgd = problem.sgd(momentum=0.9)
     rows = torch.tensor([[0, 2, 4, 6, 8, 9], [11, 1, 5, 3, 7, 0], [0, 1, 2, 3, 4, 5]])
-    together = problem.students(3)
+    together = problem.train_state(3)
     stops = sgd.run(together, problem.images, problem.labels, RATE, 5, draws(4, 5, 6), (2, 5), rows)
     for k, row in enumerate(rows):
-        alone = Students.start(problem.students(3).theta[k : k + 1])
+        alone = TrainState.start(problem.train_state(3).theta[k : k + 1])
         seen = sgd.run(
             alone, problem.images[row], problem.labels[row], RATE, 5, draws(4 + k), (2, 5)
         )
         for found, expected in zip(stops, seen, strict=True):
-            close(found[k], expected[0], problem.students(3).theta[k])
+            close(found[k], expected[0], problem.train_state(3).theta[k])
 
 
 @pytest.mark.parametrize("mode", ["single", "multiple"])
@@ -203,44 +206,48 @@ def test_networks_side_by_side_draw_what_they_would_alone(mode: str, device: tor
     sgd = problem.sgd(
         dsa=DSA("color_crop_cutout_flip_scale_rotate", mode=mode), momentum=0.9, weight_decay=0.01
     )
-    together = problem.students(5)
+    together = problem.train_state(5)
     sgd.run(together, problem.images, problem.labels, RATE, 8, draws(*range(5)))
     for k in range(5):
-        alone = Students.start(problem.students(5).theta[k : k + 1])
+        alone = TrainState.start(problem.train_state(5).theta[k : k + 1])
         sgd.run(alone, problem.images, problem.labels, RATE, 8, draws(k))
-        close(together.theta[k], alone.theta[0], problem.students(5).theta[k])
-        close(together.velocity[k], alone.velocity[0], torch.zeros_like(alone.velocity[0]))
+        close(together.theta[k], alone.theta[0], problem.train_state(5).theta[k])
+        close(
+            together.momentum_buffer[k],
+            alone.momentum_buffer[0],
+            torch.zeros_like(alone.momentum_buffer[0]),
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 8])
 def test_a_run_cuts_the_rate_at_half_time(steps: int) -> None:
     problem = make()
     sgd = problem.sgd(momentum=0.9, weight_decay=0.01)
-    students, reference = problem.students(), Reference(problem, sgd)
+    train_state, reference = problem.train_state(), Reference(problem, sgd)
     # The step in the middle of an odd number belongs to the first half.
-    rates = {1: [1], 2: [1, 0.1], 7: [1] * 4 + [0.1] * 3, 8: [1] * 4 + [0.1] * 4}[steps]
-    sgd.run(students, problem.images, problem.labels, RATE, steps, draws(2))
-    expected = reference.run(problem, [RATE * rate for rate in rates], draws(2)[0])
-    close(students.theta[0], expected[-1], problem.theta)
+    lrs = {1: [1], 2: [1, 0.1], 7: [1] * 4 + [0.1] * 3, 8: [1] * 4 + [0.1] * 4}[steps]
+    sgd.run(train_state, problem.images, problem.labels, RATE, steps, draws(2))
+    expected = reference.run(problem, [RATE * lr for lr in lrs], draws(2)[0])
+    close(train_state.theta[0], expected[-1], problem.theta)
 
 
 def test_a_run_gives_the_parameters_at_its_stops() -> None:
     problem = make()
     sgd = problem.sgd(momentum=0.9)
-    students, reference = problem.students(), Reference(problem, sgd)
+    train_state, reference = problem.train_state(), Reference(problem, sgd)
     stops = [0, 1, 4, 7]
-    found = sgd.run(students, problem.images, problem.labels, RATE, 7, draws(3), stops)
+    found = sgd.run(train_state, problem.images, problem.labels, RATE, 7, draws(3), stops)
     expected = reference.run(problem, [RATE] * 4 + [RATE / 10] * 3, draws(3)[0])
     assert torch.equal(found[0][0], problem.theta)
     for theta, stop in zip(found[1:], stops[1:], strict=True):
         close(theta[0], expected[stop - 1], problem.theta)
-    assert torch.equal(found[-1], students.theta)
-    assert len({theta.data_ptr() for theta in [*found, students.theta, problem.theta]}) == 6
+    assert torch.equal(found[-1], train_state.theta)
+    assert len({theta.data_ptr() for theta in [*found, train_state.theta, problem.theta]}) == 6
 
 
 def test_stops_change_nothing() -> None:
     problem = make()
-    with_stops, without = problem.students(), problem.students()
+    with_stops, without = problem.train_state(), problem.train_state()
     sgd = problem.sgd(momentum=0.5)
     sgd.run(with_stops, problem.images, problem.labels, RATE, 5, draws(), stops=(1, 2, 3, 4, 5))
     assert sgd.run(without, problem.images, problem.labels, RATE, 5, draws()) == []
@@ -249,9 +256,9 @@ def test_stops_change_nothing() -> None:
 
 def test_no_steps_leave_the_students_alone() -> None:
     problem = make()
-    students = problem.students()
-    assert problem.sgd().run(students, problem.images, problem.labels, RATE, 0, draws()) == []
-    assert torch.equal(students.theta[0], problem.theta)
+    train_state = problem.train_state()
+    assert problem.sgd().run(train_state, problem.images, problem.labels, RATE, 0, draws()) == []
+    assert torch.equal(train_state.theta[0], problem.theta)
 
 
 @ENGINES
@@ -259,15 +266,15 @@ def test_no_steps_leave_the_students_alone() -> None:
 def test_same_bits_twice_whatever_the_global_random_state(engine: str, networks: int) -> None:
     problem = make()
     sgd = problem.sgd(engine, momentum=0.9, weight_decay=0.01)
-    runs = [problem.students(networks) for _ in range(3)]
-    for seed, students in enumerate(runs):
+    runs = [problem.train_state(networks) for _ in range(3)]
+    for seed, train_state in enumerate(runs):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
         own = draws(*(seed // 2 + 10 * k for k in range(networks)))
-        sgd.run(students, problem.images, problem.labels, RATE, 6, own)
+        sgd.run(train_state, problem.images, problem.labels, RATE, 6, own)
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(runs[0].theta, runs[1].theta)
-    assert torch.equal(runs[0].velocity, runs[1].velocity)
+    assert torch.equal(runs[0].momentum_buffer, runs[1].momentum_buffer)
     assert not torch.equal(runs[0].theta, runs[2].theta)
 
 
@@ -275,13 +282,18 @@ def test_same_bits_twice_whatever_the_global_random_state(engine: str, networks:
 @NETWORKS
 def test_images_labels_and_start_are_left_alone(engine: str, networks: int) -> None:
     problem = make(soft=True)
-    start = problem.students(networks).theta
+    start = problem.train_state(networks).theta
     copies = [tensor.clone() for tensor in (start, problem.images, problem.labels)]
     parameters = flatten_parameters(problem.net)
     for dsa in (EVERYTHING, DSA("none")):
         sgd = problem.sgd(engine, dsa=dsa, momentum=0.9, weight_decay=0.1)
         sgd.run(
-            Students.start(start), problem.images, problem.labels, RATE, 4, draws(*range(networks))
+            TrainState.start(start),
+            problem.images,
+            problem.labels,
+            RATE,
+            4,
+            draws(*range(networks)),
         )
     for tensor, copy in zip((start, problem.images, problem.labels), copies, strict=True):
         assert torch.equal(tensor, copy)
@@ -291,27 +303,27 @@ def test_images_labels_and_start_are_left_alone(engine: str, networks: int) -> N
 def test_students_start_at_rest_in_memory_of_their_own() -> None:
     theta = torch.randn(2, 5)
     kept = theta.clone()
-    students = Students.start(theta)
-    twins = students.copy()
-    assert len(students) == 2
-    for some in (students, twins):
+    train_state = TrainState.start(theta)
+    twins = train_state.copy()
+    assert len(train_state) == 2
+    for some in (train_state, twins):
         assert torch.equal(some.theta, theta)
-        assert torch.equal(some.velocity, torch.zeros(2, 5))
-    students.theta.add_(1)
-    students.velocity.add_(1)
+        assert torch.equal(some.momentum_buffer, torch.zeros(2, 5))
+    train_state.theta.add_(1)
+    train_state.momentum_buffer.add_(1)
     assert torch.equal(theta, kept)
     assert torch.equal(twins.theta, kept)
-    assert torch.equal(twins.velocity, torch.zeros(2, 5))
+    assert torch.equal(twins.momentum_buffer, torch.zeros(2, 5))
 
 
 def test_steps_change_the_students_in_place() -> None:
     problem = make()
-    students = problem.students(2)
-    theta, velocity = students.theta, students.velocity
-    problem.sgd(momentum=0.9).run(students, problem.images, problem.labels, RATE, 1, draws(0, 1))
-    assert students.theta is theta
-    assert students.velocity is velocity
-    assert float(velocity.norm()) > 0
+    train_state = problem.train_state(2)
+    theta, momentum_buffer = train_state.theta, train_state.momentum_buffer
+    problem.sgd(momentum=0.9).run(train_state, problem.images, problem.labels, RATE, 1, draws(0, 1))
+    assert train_state.theta is theta
+    assert train_state.momentum_buffer is momentum_buffer
+    assert float(momentum_buffer.norm()) > 0
 
 
 @pytest.mark.parametrize(
@@ -322,9 +334,11 @@ def test_steps_of_an_epoch(images: int, batch: int, steps: int) -> None:
     sgd = problem.sgd(batch=batch)
     assert sgd.steps_per_epoch(images) == steps
     ours, theirs = draws(5), draws(5)
-    students, reference = problem.students(), Reference(problem, sgd)
-    Loop(sgd, students, problem.images, problem.labels).epoch(RATE, ours)
-    close(students.theta[0], reference.run(problem, [RATE] * steps, theirs[0])[-1], problem.theta)
+    train_state, reference = problem.train_state(), Reference(problem, sgd)
+    Loop(sgd, train_state, problem.images, problem.labels).epoch(RATE, ours)
+    close(
+        train_state.theta[0], reference.run(problem, [RATE] * steps, theirs[0])[-1], problem.theta
+    )
     assert torch.equal(ours[0].get_state(), theirs[0].get_state())
 
 
@@ -340,9 +354,9 @@ def test_how_many_steps_are_drawn_at_a_time_makes_no_difference(
     """
     problem = make()
     sgd = problem.sgd(momentum=0.9)
-    expected, found = problem.students(2), problem.students(2)
+    expected, found = problem.train_state(2), problem.train_state(2)
     stops = sgd.run(expected, problem.images, problem.labels, RATE, 17, draws(1, 2), (3, 11))
-    monkeypatch.setattr(tape, "_STEPS", room)
+    monkeypatch.setattr(queue, "_STEPS", room)
     again = sgd.run(found, problem.images, problem.labels, RATE, 17, draws(1, 2), (3, 11))
     assert torch.equal(found.theta, expected.theta)
     for one, other in zip(again, stops, strict=True):
@@ -350,10 +364,12 @@ def test_how_many_steps_are_drawn_at_a_time_makes_no_difference(
 
 
 def test_a_tape_has_a_bounded_length() -> None:
-    assert tape.steps_per_tape(20, 64) == 20
-    assert tape.steps_per_tape(1000, 64) == 32
-    assert 1 < tape.steps_per_tape(1000, 16 * 256) < 32  # 16 networks of 256 images: 0.4 MB a step
-    assert tape.steps_per_tape(1000, 10**7) == 1
+    assert queue.steps_per_queue(20, 64) == 20
+    assert queue.steps_per_queue(1000, 64) == 32
+    assert (
+        1 < queue.steps_per_queue(1000, 16 * 256) < 32
+    )  # 16 networks of 256 images: 0.4 MB a step
+    assert queue.steps_per_queue(1000, 10**7) == 1
 
 
 @pytest.mark.parametrize(
@@ -363,24 +379,26 @@ def test_a_step_that_counts_on_the_device_reads_the_same(dsa: DSA, device: torch
     """What a captured step does, written twice, the second time with fewer steps."""
     images = torch.randn(6, 2, 8, 6).to(device)
     generator = draws(7)[0]
-    tapes = [tape.Tape(3, 6, dsa, torch.float32, device, counted) for counted in (True, False)]
-    for rates in ((0.5, 0.25, 0.125), (2.0, 1.0)):
+    tapes = [
+        queue.StepQueue(3, 6, dsa, torch.float32, device, counted) for counted in (True, False)
+    ]
+    for lrs in ((0.5, 0.25, 0.125), (2.0, 1.0)):
         drawn = [
-            tape.Drawn(
+            queue.Drawn(
                 torch.randint(9, (2, 3)), [dsa.sample(3, (8, 6), generator) for _ in range(2)]
             )
-            for _ in rates
+            for _ in lrs
         ]
         for one in tapes:
-            one.write(drawn, rates)
-        for step, rate in zip(drawn, rates, strict=True):
+            one.write(drawn, lrs)
+        for step, lr in zip(drawn, lrs, strict=True):
             expected = torch.cat(
                 [augment(images[3 * k : 3 * k + 3], step.augmentations[k]) for k in range(2)]
             )
             for one in tapes:
                 assert torch.equal(one.indices().cpu(), step.indices.flatten())
-                assert one.rate().dim() == 0
-                assert float(one.rate()) == rate
+                assert one.lr().dim() == 0
+                assert float(one.lr()) == lr
                 assert torch.equal(one.augment(images), expected)
                 one.advance()
 
@@ -406,7 +424,7 @@ def test_steps_go_through_replays_that_are_asked_for_or_not(
     for graph in (True, False):
         made.clear()
         calls = 0
-        loop = Loop(problem.sgd(graph=graph), problem.students(), problem.images, problem.labels)
+        loop = Loop(problem.sgd(graph=graph), problem.train_state(), problem.images, problem.labels)
         for _ in range(4):
             loop.epoch(RATE, draws())
         assert (
@@ -418,7 +436,7 @@ def test_steps_go_through_replays_that_are_asked_for_or_not(
 def test_a_loop_goes_when_it_is_let_go() -> None:
     """The memory of a CUDA graph must not wait for the garbage collector."""
     problem = make()
-    loop = Loop(problem.sgd(), problem.students(), problem.images, problem.labels)
+    loop = Loop(problem.sgd(), problem.train_state(), problem.images, problem.labels)
     loop.epoch(RATE, draws())
     gone = weakref.ref(loop)
     del loop
@@ -431,13 +449,13 @@ def test_graphs_give_the_bits_of_single_launches(networks: int) -> None:
     problem = make(device="cuda")
     found = []
     for graph in (True, False):
-        students = problem.students(networks)
+        train_state = problem.train_state(networks)
         loop = Loop(
-            problem.sgd(graph=graph, momentum=0.9), students, problem.images, problem.labels
+            problem.sgd(graph=graph, momentum=0.9), train_state, problem.images, problem.labels
         )
         for epoch in range(4):
             loop.epoch(RATE, draws(*(epoch + 10 * k for k in range(networks))))
-        found.append(students.theta)
+        found.append(train_state.theta)
     assert torch.equal(*found)
 
 

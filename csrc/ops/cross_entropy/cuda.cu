@@ -1,6 +1,6 @@
-// One warp a sample, its lanes across the classes: reads and writes are runs of neighbouring
+// One warp a sample, its lanes across the classes: reads and writes are runs of neighboring
 // numbers, and the sums are butterflies. A label out of range gives a loss of NaN; telling the host
-// would cost a synchronisation.
+// would cost a synchronization.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/cross_entropy/math.h"

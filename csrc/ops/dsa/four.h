@@ -1,4 +1,4 @@
-// Four numbers as a value: the channels of a pixel, or neighbours in memory.
+// Four numbers as a value: the channels of a pixel, or neighbors in memory.
 #pragma once
 
 #include <cstdint>

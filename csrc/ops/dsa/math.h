@@ -59,9 +59,9 @@ PDD_HD Box cutout_box(Draws draws, int64_t height, int64_t width) {
     return {top, top + height, left, left + width};
 }
 
-// Where an output pixel is sampled: position = centre + M (pixel - centre), in pixels. Equals
+// Where an output pixel is sampled: position = center + M (pixel - center), in pixels. Equals
 // affine_grid followed by grid_sample with align_corners=True; double for every type, since the
-// rounding of a position is multiplied by the difference of neighbouring pixels.
+// rounding of a position is multiplied by the difference of neighboring pixels.
 struct Sampling {
     double xx, xy, yx, yy;  // M: x from x, x from y, y from x, y from y
     double cx, cy;
@@ -125,10 +125,10 @@ PDD_HD double tap(double distance) {
 // Along one axis, tap() of the two pixels around a position, or several: `first`, its floor, which
 // may lie outside, and the next.
 template <class Value>
-struct Neighbours {
+struct Neighbors {
     Value first, weight, next_weight;
 
-    PDD_HD Neighbours(Value position, Value floor)
+    PDD_HD Neighbors(Value position, Value floor)
         : first(floor),
           weight(1.0 - (position - floor)),
           next_weight(1.0 - ((floor + 1.0) - position)) {}
@@ -143,7 +143,7 @@ struct Taps {
         // From one pixel outside on, all four weights are 0 already.
         const double y = held(s.y(i, j), -1, static_cast<double>(shape.height));
         const double x = held(s.x(i, j), -1, static_cast<double>(shape.width));
-        const Neighbours<double> down(y, floor(y)), across(x, floor(x));
+        const Neighbors<double> down(y, floor(y)), across(x, floor(x));
         row = static_cast<int64_t>(down.first);
         column = static_cast<int64_t>(across.first);
         rows[0] = down.weight, rows[1] = down.next_weight;

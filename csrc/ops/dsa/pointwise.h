@@ -1,4 +1,4 @@
-// Colour, crop, cutout and flip of one planar image, from one buffer to another.
+// Color, crop, cutout and flip of one planar image, from one buffer to another.
 #pragma once
 
 #include <algorithm>
@@ -105,7 +105,7 @@ void color_adjoint(const T* grad, T* out, ImageShape shape, Draws draws) {
 }
 
 // out[i, j] = image[i + u, j + v], zero outside. A plane is moved as one run of numbers; what then
-// has come from a neighbouring row is blanked.
+// has come from a neighboring row is blanked.
 template <class T>
 void shift(const T* image, T* out, ImageShape shape, int64_t u, int64_t v) {
     const int64_t height = shape.height, width = shape.width, pixels = shape.pixels();

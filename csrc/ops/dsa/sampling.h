@@ -104,7 +104,7 @@ class SamplingRow {
         }
         for (int64_t j = 0; j < columns_; j += kTogether) {
             const Doubles x = held(of_column(0, j), -1, width_);
-            const Neighbours<Doubles> columns(x, floor_of(x));
+            const Neighbors<Doubles> columns(x, floor_of(x));
             M::store(of_column_[0] + j, columns.first);
             M::store(of_column_[1] + j, columns.weight);
             M::store(of_column_[2] + j, columns.next_weight);
@@ -124,7 +124,7 @@ class SamplingRow {
         const double dy = static_cast<double>(i) - row.sampling_.cy;
         if (!row.turned_) {  // a row has one y, and all rows have the same x
             const double y = held(row.sampling_.y(i, 0), -1, row.height_);
-            const Neighbours<double> rows(y, std::floor(y));
+            const Neighbors<double> rows(y, std::floor(y));
             for (int64_t j = 0; j < row.columns_; j += kTogether)
                 row.set(j, rows, row.of_column(0, j), row.of_column(1, j), row.of_column(2, j));
             return;
@@ -134,8 +134,8 @@ class SamplingRow {
                 held(multiply_add(row.sampling_.yy, dy, row.of_column(1, j)), -1, row.height_);
             const Doubles x =
                 held(multiply_add(row.sampling_.xy, dy, row.of_column(0, j)), -1, row.width_);
-            const Neighbours<Doubles> columns(x, floor_of(x));
-            row.set(j, Neighbours<Doubles>(y, floor_of(y)), columns.first, columns.weight,
+            const Neighbors<Doubles> columns(x, floor_of(x));
+            row.set(j, Neighbors<Doubles>(y, floor_of(y)), columns.first, columns.weight,
                     columns.next_weight);
         }
     }

@@ -53,7 +53,7 @@ void copy_run(const T* from, T* to, int64_t count) {
     for (; k < count; ++k) to[k] = from[k];
 }
 
-// Three channels side by side are what nearly every coloured image is: with the number known the
+// Three channels side by side are what nearly every colored image is: with the number known the
 // compiler makes shuffles of it.
 template <class T>
 void split_three(const T* __restrict pixels, int64_t count, T* __restrict a, T* __restrict b,

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 S sum = 0;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    const S a = channel.activation(channel.normalised(pixels.of[k].get(v)));
+                    const S a = channel.activation(channel.normalized(pixels.of[k].get(v)));
                     sum += a > 0 ? a : S(0);
                 }
                 out.set(v, sum * S(kPoolWeight));
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const S grad = above.of.get(v) * S(kPoolWeight);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    const S x_hat = channel.normalised(pixels.of[k].get(v));
+                    const S x_hat = channel.normalized(pixels.of[k].get(v));
                     const S passed = channel.activation(x_hat) > 0 ? grad : S(0);
                     sums[0][v] += passed;
                     sums[1][v] += passed * x_hat;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                 for (int v = 0; v < V; ++v) {
                     const Channel<S> channel = channels[v];
                     const BackwardMeans<S> means{sums[0][v] * inverse, sums[1][v] * inverse};
-                    const S x_hat = channel.normalised(pixels.of[k].get(v));
+                    const S x_hat = channel.normalized(pixels.of[k].get(v));
                     const S grad =
                         channel.activation(x_hat) > 0 ? above.of.get(v) * S(kPoolWeight) : S(0);
                     grad_z_pack.set(v, grad_z(channel, means, grad, x_hat));
@@ -231,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 S value = 0, derivative = 0;
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    const S x_hat = channel.normalised(pixels.of[k].get(v));
-                    const S x_hat_tangent = tangent.normalised(channel, x_hat, along.of[k].get(v));
+                    const S x_hat = channel.normalized(pixels.of[k].get(v));
+                    const S x_hat_tangent = tangent.normalized(channel, x_hat, along.of[k].get(v));
                     const S a = channel.activation(x_hat);
                     value += a > 0 ? a : S(0);
                     derivative += a > 0 ? tangent.activation(channel, x_hat, x_hat_tangent) : S(0);
@@ -287,8 +287,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                 const S grad_tangent = above_tangent.of.get(v) * S(kPoolWeight);
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    const S x_hat = channel.normalised(pixels.of[k].get(v));
-                    const S x_hat_tangent = tangent.normalised(channel, x_hat, along.of[k].get(v));
+                    const S x_hat = channel.normalized(pixels.of[k].get(v));
+                    const S x_hat_tangent = tangent.normalized(channel, x_hat, along.of[k].get(v));
                     const bool active = channel.activation(x_hat) > 0;
                     sums[0][v] += active ? grad : S(0);
                     sums[1][v] += active ? grad * x_hat : S(0);
@@ -318,8 +318,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const BackwardMeans<S> means{sums[0][v] * inverse, sums[1][v] * inverse};
                     const BackwardMeans<S> means_tangent{sums[2][v] * inverse,
                                                          sums[3][v] * inverse};
-                    const S x_hat = channel.normalised(pixels.of[k].get(v));
-                    const S x_hat_tangent = tangent.normalised(channel, x_hat, along.of[k].get(v));
+                    const S x_hat = channel.normalized(pixels.of[k].get(v));
+                    const S x_hat_tangent = tangent.normalized(channel, x_hat, along.of[k].get(v));
                     const bool active = channel.activation(x_hat) > 0;
                     const S grad = active ? above.of.get(v) * S(kPoolWeight) : S(0);
                     const S grad_tangent = active ? above_tangent.of.get(v) * S(kPoolWeight) : S(0);

@@ -39,7 +39,7 @@ template <class T>
 struct Channel {
     T mean, rstd, weight, bias;
 
-    PDD_HD T normalised(T z) const { return (z - mean) * rstd; }
+    PDD_HD T normalized(T z) const { return (z - mean) * rstd; }
     // What ReLU sees. Every kernel decides the sign by this very expression, so value and
     // derivative never disagree.
     PDD_HD T activation(T x_hat) const { return weight * x_hat + bias; }
@@ -49,7 +49,7 @@ template <class T>
 struct ChannelTangent {
     T mean, kappa, weight, bias;  // tangents of mean, weight and bias; kappa as above
 
-    PDD_HD T normalised(const Channel<T>& channel, T x_hat, T z_tangent) const {
+    PDD_HD T normalized(const Channel<T>& channel, T x_hat, T z_tangent) const {
         return channel.rstd * (z_tangent - mean - x_hat * kappa);
     }
     PDD_HD T activation(const Channel<T>& channel, T x_hat, T x_hat_tangent) const {
@@ -65,13 +65,13 @@ struct BackwardMeans {
 
 // grad_z before the factor rstd * weight.
 template <class T>
-PDD_HD T centred(const BackwardMeans<T>& means, T grad, T x_hat) {
+PDD_HD T centered(const BackwardMeans<T>& means, T grad, T x_hat) {
     return grad - means.grad - x_hat * means.grad_x_hat;
 }
 
 template <class T>
 PDD_HD T grad_z(const Channel<T>& channel, const BackwardMeans<T>& means, T grad, T x_hat) {
-    return channel.rstd * channel.weight * centred(means, grad, x_hat);
+    return channel.rstd * channel.weight * centered(means, grad, x_hat);
 }
 
 template <class T>
@@ -80,10 +80,10 @@ PDD_HD T grad_z_tangent(const Channel<T>& channel, const ChannelTangent<T>& tang
                         T grad, T grad_tangent, T x_hat, T x_hat_tangent) {
     const T rstd_tangent = -channel.rstd * channel.rstd * tangent.kappa;
     const T factor_tangent = rstd_tangent * channel.weight + channel.rstd * tangent.weight;
-    const T centred_tangent = grad_tangent - means_tangent.grad - x_hat_tangent * means.grad_x_hat -
+    const T centered_tangent = grad_tangent - means_tangent.grad - x_hat_tangent * means.grad_x_hat -
                               x_hat * means_tangent.grad_x_hat;
-    return factor_tangent * centred(means, grad, x_hat) +
-           channel.rstd * channel.weight * centred_tangent;
+    return factor_tangent * centered(means, grad, x_hat) +
+           channel.rstd * channel.weight * centered_tangent;
 }
 
 }  // namespace pdd::PDD_BACKEND

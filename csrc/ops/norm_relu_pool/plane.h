@@ -102,7 +102,7 @@ void norm_relu_pool_plane(const Plane<T, Pack>& plane, const NormReluPool<T>& p)
     plane.set_plane(p.mean, channel.mean);
     plane.set_plane(p.rstd, channel.rstd);
     const auto active = [&](int64_t h, int64_t w) {
-        const Pack a = channel.activation(channel.normalised(M::load(p.z + plane.pixel(h, w))));
+        const Pack a = channel.activation(channel.normalized(M::load(p.z + plane.pixel(h, w))));
         return select<Pack>(a > Pack{}, a);
     };
     for (int64_t h = 0; h < plane.rows_pooled(); h += 2) {
@@ -126,7 +126,7 @@ void norm_relu_pool_backward_plane(const Plane<T, Pack>& plane, const NormReluPo
     plane.for_each_pixel(
         plane.rows_pooled(), plane.columns_pooled(),
         [&](int64_t h, int64_t w) {
-            const Pack x_hat = channel.normalised(M::load(p.z + plane.pixel(h, w)));
+            const Pack x_hat = channel.normalized(M::load(p.z + plane.pixel(h, w)));
             const Pack grad = upstream(h, w, x_hat);
             grad_sum.add(grad);
             product_sum.add(grad * x_hat);
@@ -140,7 +140,7 @@ void norm_relu_pool_backward_plane(const Plane<T, Pack>& plane, const NormReluPo
     for (int64_t h = 0; h < p.shape.height; ++h) {
         for (int64_t w = 0; w < p.shape.width; ++w) {
             const int64_t at = plane.pixel(h, w);
-            const Pack x_hat = channel.normalised(M::load(p.z + at));
+            const Pack x_hat = channel.normalized(M::load(p.z + at));
             const bool pooled = h < plane.rows_pooled() && w < plane.columns_pooled();
             const Pack grad = pooled ? upstream(h, w, x_hat) : Pack{};
             M::store(p.grad_z + at, grad_z(channel, means, grad, x_hat));
@@ -176,9 +176,9 @@ void norm_relu_pool_dual_plane(const Plane<T, Pack>& plane, const NormReluPoolDu
             Pack value{}, derivative{};
             for (int k = 0; k < 4; ++k) {
                 const int64_t at = plane.pixel(h + k / 2, w + k % 2);
-                const Pack x_hat = channel.normalised(M::load(p.z + at));
+                const Pack x_hat = channel.normalized(M::load(p.z + at));
                 const Pack x_hat_tangent =
-                    tangent.normalised(channel, x_hat, M::load(p.z_tangent + at));
+                    tangent.normalized(channel, x_hat, M::load(p.z_tangent + at));
                 const Pack a = channel.activation(x_hat);
                 value += select<Pack>(a > Pack{}, a);
                 derivative +=
@@ -205,8 +205,8 @@ void norm_relu_pool_dual_backward_plane(const Plane<T, Pack>& plane,
     const auto element = [&](int64_t h, int64_t w, bool pooled) {
         const int64_t at = plane.pixel(h, w);
         Element e{};
-        e.x_hat = channel.normalised(M::load(p.z + at));
-        e.x_hat_tangent = tangent.normalised(channel, e.x_hat, M::load(p.z_tangent + at));
+        e.x_hat = channel.normalized(M::load(p.z + at));
+        e.x_hat_tangent = tangent.normalized(channel, e.x_hat, M::load(p.z_tangent + at));
         if (pooled) {
             const int64_t above = plane.pooled(h / 2, w / 2);
             const auto active = channel.activation(e.x_hat) > Pack{};

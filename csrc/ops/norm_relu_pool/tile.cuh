@@ -1,7 +1,7 @@
 // How the CUDA kernels go over planes: who owns which pixels, how they are read, held and summed.
 //
-// A block takes one image and a few packs of neighbouring channels, whole planes of them. Its
-// threads are `vectors` across the channels, so that a warp's accesses are runs of neighbouring
+// A block takes one image and a few packs of neighboring channels, whole planes of them. Its
+// threads are `vectors` across the channels, so that a warp's accesses are runs of neighboring
 // packs, times `rows` down the planes. What a thread owns are windows, the 2x2 pixels that are
 // pooled together (cut off at an odd border).
 //

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import PackedDraws
+from pdd_fast.augmentation.dsa import PackedAugmentParameters
 from pdd_fast.engines import PassShape
 from pdd_fast.functional.unroll import kept_steps
 from pdd_fast.methods.base import BaseMethod, StageProblem
@@ -33,7 +33,7 @@ from pdd_fast.runtime.errors import RunError
 _ANCHOR = 20
 
 
-class SetBackWarning(UserWarning):
+class RollbackWarning(UserWarning):
     """Images were set back to earlier ones, and the steps halved."""
 
 
@@ -41,12 +41,12 @@ class _Point(NamedTuple):
     """What is learned, without its velocities."""
 
     images: Tensor  # [n, C, H, W]
-    rate: Tensor  # []
+    lr: Tensor  # []
     logits: Tensor  # [n, classes], or [0, 0]
 
     @classmethod
     def of(cls, state: MatchingState) -> _Point:
-        return cls(state.images, state.rate, state.logits)
+        return cls(state.images, state.lr, state.logits)
 
     def at_rest(self) -> MatchingState:
         return MatchingState(*(t for tensor in self for t in (tensor, torch.zeros_like(tensor))))
@@ -67,7 +67,7 @@ class _Progress(NamedTuple):
         point = _Point.of(state)
         return cls(0, state, point, 0, point, point)
 
-    def set_back(self) -> _Progress:
+    def rolled_back(self) -> _Progress:
         """At rest at the older images, with steps of half the length."""
         return self._replace(
             state=self.older.at_rest(),
@@ -84,7 +84,7 @@ class _Progress(NamedTuple):
             images, _, logits = (
                 old.lerp(new, 1 - decay) for old, new in zip(self.average, point, strict=True)
             )
-            average = _Point(images, state.rate, logits)
+            average = _Point(images, state.lr, logits)
         older, newer = self.older, self.newer
         if iteration % _ANCHOR == 0:
             older, newer = newer, point
@@ -123,7 +123,7 @@ class _Progress(NamedTuple):
 
 
 class TrajectoryMatching(BaseMethod):
-    """MTT as a base method: images, inner rate and, on request, labels by SGD with momentum on the
+    """MTT as a method: images, inner rate and, on request, labels by SGD with momentum on the
     matching loss.
 
     Raises:
@@ -134,7 +134,7 @@ class TrajectoryMatching(BaseMethod):
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
-        config, bench, images = problem.config, problem.bench, problem.images
+        config, ctx, images = problem.config, problem.ctx, problem.images
         self._total = len(problem.union.labels) + len(problem.labels)
         self._batch = min(config.inner_batch or len(problem.labels), self._total)
         device_memory.require(
@@ -147,11 +147,11 @@ class TrajectoryMatching(BaseMethod):
         self._ahead: tuple[int, MatchingInputs] | None = (
             None  # the inputs of an iteration, made while a GPU was busy
         )
-        drawn = bench.dsa.sample(
+        drawn = ctx.dsa.sample(
             1, self._image_size, torch.Generator()
         )  # what every draw has in common
         self._step = MatchingStep(
-            bench.engine,
+            ctx.engine,
             torch.cat([problem.union.labels, problem.labels]),
             problem.union.images,
             steps=config.inner_steps,
@@ -165,9 +165,9 @@ class TrajectoryMatching(BaseMethod):
             lr_label=config.lr_label,
             momentum=config.momentum,
             learn_labels=learned is not None,
-            trajectories=config.trajectories,
-            clip=config.clip,
-            graph=config.graph != "off" and can_capture(bench.engine, images.device),
+            trajectories_per_step=config.trajectories_per_step,
+            max_grad_norm=config.max_grad_norm,
+            graph=config.graph != "off" and can_capture(ctx.engine, images.device),
         )
 
     @property
@@ -186,7 +186,7 @@ class TrajectoryMatching(BaseMethod):
 
     @property
     def learning_rate(self) -> float:
-        return float(self._done.state.rate)
+        return float(self._done.state.lr)
 
     @property
     def _lr_img(self) -> float:
@@ -215,11 +215,11 @@ class TrajectoryMatching(BaseMethod):
         shape = PassShape.of(problem.images, self._batch)
         steps = [shape] * config.inner_steps
         return matching_bytes(
-            problem.bench.engine,
+            problem.ctx.engine,
             shape,
             steps=config.inner_steps,
             kept=kept_steps(
-                "matching", problem.bench.engine, steps, config.memory, self._memory_limit()
+                "matching", problem.ctx.engine, steps, config.memory, self._memory_limit()
             ),
             learned=len(problem.labels),
             frozen=len(problem.union.labels),
@@ -251,21 +251,21 @@ class TrajectoryMatching(BaseMethod):
             wrong = self._wrong(result)
             if wrong is None:
                 break
-            if done.halvings == config.guard:
+            if done.halvings == config.max_rollbacks:
                 times = (
                     f", after its steps were halved {done.halvings} times" if done.halvings else ""
                 )
                 raise RunError(f"{where}: {wrong[0]}{times}; start again with a smaller {wrong[1]}")
-            done, meanwhile = done.set_back(), None
+            done, meanwhile = done.rolled_back(), None
             warnings.warn(
                 f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} "
                 f"iterations before, with "
                 f"steps of 1/{2**done.halvings}",
-                SetBackWarning,
+                RollbackWarning,
                 stacklevel=2,
             )
-        self._done = done.followed_by(result.state, config.ema)
-        values = {"loss": result.loss, "inner_lr": result.rate}
+        self._done = done.followed_by(result.state, config.ema_decay)
+        values = {"loss": result.loss, "inner_lr": result.lr}
         return values | ({"halvings": done.halvings} if done.halvings else {})
 
     def _look_ahead(self) -> None:
@@ -278,53 +278,56 @@ class TrajectoryMatching(BaseMethod):
 
     def _inputs(self, iteration: int) -> MatchingInputs:
         problem, config = self.problem, self.problem.config
-        draw, dsa = problem.bench.generator("matching", problem.stage, iteration), problem.bench.dsa
+        generator, dsa = (
+            problem.ctx.generator("matching", problem.stage, iteration),
+            problem.ctx.dsa,
+        )
         pairs, batches, drawn = [], [], []
-        for _ in range(config.trajectories):
-            trajectory = problem.trajectories[self._integer(len(problem.trajectories), draw)]
-            first = self._integer(config.max_start_epoch + 1, draw)
+        for _ in range(config.trajectories_per_step):
+            trajectory = problem.trajectories[self._integer(len(problem.trajectories), generator)]
+            first = self._integer(config.max_start_epoch + 1, generator)
             pairs.append(trajectory.pair(first, config.expert_epochs))
-            own = self._batches(draw)
+            own = self._batches(generator)
             batches.append(torch.stack(own))
             if dsa.operations:
-                drawn += [dsa.sample(self._batch, self._image_size, draw) for _ in own]
-        draws = PackedDraws.of(drawn) if drawn else None
-        if config.trajectories == 1:
-            return MatchingInputs(*pairs[0], batches[0], draws)
+                drawn += [dsa.sample(self._batch, self._image_size, generator) for _ in own]
+        aug_params = PackedAugmentParameters.of(drawn) if drawn else None
+        if config.trajectories_per_step == 1:
+            return MatchingInputs(*pairs[0], batches[0], aug_params)
         starts, targets = (torch.stack(points) for points in zip(*pairs, strict=True))
-        return MatchingInputs(starts, targets, torch.stack(batches), draws)
+        return MatchingInputs(starts, targets, torch.stack(batches), aug_params)
 
     def _wrong(self, result: MatchingResult) -> tuple[str, str] | None:
         """What is wrong with an iteration, and what to make smaller; None where all is well."""
         config = self.problem.config
         lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {config.lr_lr:g})"
         if not math.isfinite(result.loss) or not result.finite:
-            rates = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
+            lrs = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
             what = "images"
             if config.labels == "learned":
-                rates, what = f"lr_label (now {config.lr_label:g}), {rates}", "images or labels"
+                lrs, what = f"lr_label (now {config.lr_label:g}), {lrs}", "images or labels"
             return (
                 f"the matching loss is {result.loss:g} and the {what} are no longer finite",
-                rates,
+                lrs,
             )
-        if not result.rate > 0:
-            return f"the learned inner rate became {result.rate:g}", lr_lr
+        if not result.lr > 0:
+            return f"the learned inner rate became {result.lr:g}", lr_lr
         return None
 
-    def _batches(self, draw: torch.Generator) -> list[Tensor]:
+    def _batches(self, generator: torch.Generator) -> list[Tensor]:
         """N batches: the union in random order, again and again, in whole batches of the stage's
         own size.
         """
         size, steps = self._batch, self.problem.config.inner_steps
         batches: list[Tensor] = []
         while len(batches) < steps:
-            order = torch.randperm(self._total, generator=draw, device="cpu")
+            order = torch.randperm(self._total, generator=generator, device="cpu")
             batches += order[: self._total // size * size].split(size)
         return batches[:steps]
 
     @staticmethod
-    def _integer(bound: int, draw: torch.Generator) -> int:
-        return int(torch.randint(bound, (), generator=draw, device="cpu"))
+    def _integer(bound: int, generator: torch.Generator) -> int:
+        return int(torch.randint(bound, (), generator=generator, device="cpu"))
 
     def state(self) -> dict[str, Tensor]:
         return {name: tensor.cpu() for name, tensor in self._done.tensors().items()}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import PackedDraws
+from pdd_fast.augmentation.dsa import PackedAugmentParameters
 from pdd_fast.engines import Engine, FusedEngine, PassShape
 from pdd_fast.functional.unroll import (
     UnrollSpec,
@@ -44,20 +44,20 @@ class MatchingState(NamedTuple):
     """What an iteration changes. Never written to: an iteration gives a new one."""
 
     images: Tensor  # [n, C, H, W]
-    images_velocity: Tensor  # [n, C, H, W]
-    rate: Tensor  # [] inner learning rate
-    rate_velocity: Tensor  # []
+    images_momentum_buffer: Tensor  # [n, C, H, W]
+    lr: Tensor  # [] inner learning rate
+    lr_momentum_buffer: Tensor  # []
     logits: (
         Tensor  # [n, classes], whose softmax the labels are; [0, 0] where labels are not learned
     )
-    logits_velocity: Tensor
+    logits_momentum_buffer: Tensor
 
     @classmethod
-    def start(cls, images: Tensor, rate: float, labels: Tensor | None = None) -> MatchingState:
-        """At rest at ``images`` [n, C, H, W], ``rate`` and, where they are learned, ``labels`` [n,
+    def start(cls, images: Tensor, lr: float, labels: Tensor | None = None) -> MatchingState:
+        """At rest at ``images`` [n, C, H, W], ``lr`` and, where they are learned, ``labels`` [n,
         classes], which are probabilities.
         """
-        first = torch.tensor(rate, dtype=images.dtype, device=images.device)
+        first = torch.tensor(lr, dtype=images.dtype, device=images.device)
         logits = images.new_empty(0, 0) if labels is None else labels.clamp_min(_SMALLEST).log()
         pairs = [(tensor, torch.zeros_like(tensor)) for tensor in (images.clone(), first, logits)]
         return cls(*(tensor for pair in pairs for tensor in pair))
@@ -76,13 +76,15 @@ class MatchingInputs(NamedTuple):
     batches: (
         Tensor  # int64 [N, b], or [K, N, b], rows of the frozen images followed by the learned ones
     )
-    draws: PackedDraws | None  # of K·N·b images, batch after batch, as PackedDraws.of gives them
+    aug_params: (
+        PackedAugmentParameters | None
+    )  # of K·N·b images, batch after batch, as PackedDraws.of gives them
 
 
 class MatchingResult(NamedTuple):
     state: MatchingState
     loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖², before the update; the mean of K
-    rate: float  # the new state's
+    lr: float  # the new state's
     finite: bool  # whether all of the new state's images and logits are
 
 
@@ -113,8 +115,8 @@ class MatchingStep:
             inner rate and of learned labels' logits.
         learn_labels: the labels of the learned images are learned too. ``labels`` has to be weights
             then, whose last n rows are not read: the state has them.
-        trajectories: K, whose mean gradient an update takes.
-        clip: largest norm of the images' gradient, which is scaled down to it; 0: any.
+        trajectories_per_step: K, whose mean gradient an update takes.
+        max_grad_norm: largest norm of the images' gradient, which is scaled down to it; 0: any.
         graph: one launch from the second call on (:class:`pdd_fast.training.cuda_graphs.Replay`);
             no effect on CPU.
         backend: how a graph is captured; for tests.
@@ -140,8 +142,8 @@ class MatchingStep:
         lr_label: float = 0.0,
         momentum: float = 0.0,
         learn_labels: bool = False,
-        trajectories: int = 1,
-        clip: float = 0.0,
+        trajectories_per_step: int = 1,
+        max_grad_norm: float = 0.0,
         graph: bool = False,
         backend: Backend | None = None,
     ) -> None:
@@ -162,8 +164,13 @@ class MatchingStep:
         _require(steps >= 1, "steps", "be at least 1", steps)
         _require(1 <= batch <= total, "batch", f"lie in [1, {total}]", batch)
         _require(operations >= 0, "operations", "be at least 0", operations)
-        _require(trajectories >= 1, "trajectories", "be at least 1", trajectories)
-        _require(clip >= 0, "clip", "be at least 0", clip)
+        _require(
+            trajectories_per_step >= 1,
+            "trajectories_per_step",
+            "be at least 1",
+            trajectories_per_step,
+        )
+        _require(max_grad_norm >= 0, "max_grad_norm", "be at least 0", max_grad_norm)
         weights = labels.dim() == 2 and labels.dtype == frozen_images.dtype
         _require(
             weights or not learn_labels,
@@ -175,30 +182,30 @@ class MatchingStep:
         shape = PassShape.of(frozen_images, batch)
         keep = kept_steps("MatchingStep", engine, [shape] * steps, memory, memory_limit)
         parameters = parameter_count(engine.net)
-        several = () if trajectories == 1 else (trajectories,)
+        several = () if trajectories_per_step == 1 else (trajectories_per_step,)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "start": ((*several, parameters), dtype),
             "target": ((*several, parameters), dtype),
             "batches": ((*several, steps, batch), torch.int64),
-            "rates": ((3,), dtype),
+            "lrs": ((3,), dtype),
         }
         if operations:
-            shapes["values"] = ((trajectories * steps, len(DRAWS), batch), torch.float64)
-            shapes["operations"] = ((trajectories * steps, operations, batch), torch.int32)
+            shapes["values"] = ((trajectories_per_step * steps, len(DRAWS), batch), torch.float64)
+            shapes["operations"] = ((trajectories_per_step * steps, operations, batch), torch.int32)
         self._inputs = Upload(shapes, device)
         fixed = self._inputs.tensors
         batches = fixed["batches"].view(-1, batch).unbind()
-        draws: list[PackedDraws | None] = [None] * len(batches)
+        aug_params: list[PackedAugmentParameters | None] = [None] * len(batches)
         if operations:
-            draws = [
-                PackedDraws(fixed["values"][i], fixed["operations"][i], cutout)
+            aug_params = [
+                PackedAugmentParameters(fixed["values"][i], fixed["operations"][i], cutout)
                 for i in range(len(batches))
             ]
         specs = [
             UnrollSpec(
                 engine,
                 batches[first : first + steps],
-                draws[first : first + steps],
+                aug_params[first : first + steps],
                 [None] * steps,
                 keep=keep,
             )
@@ -217,13 +224,13 @@ class MatchingStep:
             _empty_state(images[frozen:], logits),
             _empty_state(images[frozen:], logits),
             images.new_empty(3, dtype=torch.float64),
-            fixed["rates"],
+            fixed["lrs"],
             momentum,
-            clip,
+            max_grad_norm,
             learn_labels,
         )
         self._shape, self._operations, self._cutout = (*several, steps, batch), operations, cutout
-        self._rates = torch.tensor([lr_img, lr_lr, lr_label], dtype=torch.float64, device="cpu")
+        self._lrs = torch.tensor([lr_img, lr_lr, lr_label], dtype=torch.float64, device="cpu")
         self._replay = Replay(partial(_iterate, self._buffers), device, graph, backend=backend)
         # How many rows of a batch are frozen changes from batch to batch. Where shapes have to
         # stay, frozen images get a gradient too, which nobody reads: some 3 % of the operations at
@@ -248,7 +255,7 @@ class MatchingStep:
             of range.
         """
         buffers = self._buffers
-        self._write(inputs, self._rates * shorter)
+        self._write(inputs, self._lrs * shorter)
         if self._skips_frozen:
             batches = inputs.batches.view(len(buffers.specs), -1, self._shape[-1])
             buffers.specs = [
@@ -264,12 +271,12 @@ class MatchingStep:
         self._replay()
         if meanwhile is not None:
             meanwhile()
-        loss, rate, finite = buffers.numbers.tolist()  # the only wait of an iteration
+        loss, lr, finite = buffers.numbers.tolist()  # the only wait of an iteration
         return MatchingResult(
-            MatchingState(*(tensor.clone() for tensor in buffers.new)), loss, rate, finite == 1
+            MatchingState(*(tensor.clone() for tensor in buffers.new)), loss, lr, finite == 1
         )
 
-    def _write(self, inputs: MatchingInputs, rates: Tensor) -> None:
+    def _write(self, inputs: MatchingInputs, lrs: Tensor) -> None:
         batch, steps = self._shape[-1], math.prod(self._shape[:-1])
         total = len(self._buffers.images)
         batches = inputs.batches
@@ -284,35 +291,38 @@ class MatchingStep:
         _require(
             low >= 0 and high < total, "batches", f"hold indices in [0, {total})", f"{low}..{high}"
         )
-        sources = {
-            "start": inputs.start,
-            "target": inputs.target,
-            "batches": batches,
-            "rates": rates,
-        }
+        sources = {"start": inputs.start, "target": inputs.target, "batches": batches, "lrs": lrs}
         if self._operations:
-            draws = inputs.draws
-            if draws is None:
+            aug_params = inputs.aug_params
+            if aug_params is None:
                 raise ValueError(
-                    "MatchingStep: draws must be given where operations is not 0, got None"
+                    "MatchingStep: aug_params must be given where operations is not 0, got None"
                 )
-            k, images = draws.operations.shape
-            _require(images == steps * batch, "draws", f"be of {steps * batch} images", images)
+            k, images = aug_params.operations.shape
+            _require(images == steps * batch, "aug_params", f"be of {steps * batch} images", images)
             _require(
-                k <= self._operations, "draws", f"apply at most {self._operations} operations", k
+                k <= self._operations,
+                "aug_params",
+                f"apply at most {self._operations} operations",
+                k,
             )
             _require(
-                draws.cutout_size == self._cutout,
-                "draws",
+                aug_params.cutout_size == self._cutout,
+                "aug_params",
                 f"have cutout_size {self._cutout}",
-                draws.cutout_size,
+                aug_params.cutout_size,
             )
-            operations = draws.operations.new_full((self._operations, images), NOTHING)
-            operations[:k] = draws.operations
-            sources["values"] = draws.values.view(len(DRAWS), steps, batch).transpose(0, 1)
+            operations = aug_params.operations.new_full((self._operations, images), NOTHING)
+            operations[:k] = aug_params.operations
+            sources["values"] = aug_params.values.view(len(DRAWS), steps, batch).transpose(0, 1)
             sources["operations"] = operations.view(self._operations, steps, batch).transpose(0, 1)
         else:
-            _require(inputs.draws is None, "draws", "be None where operations is 0", inputs.draws)
+            _require(
+                inputs.aug_params is None,
+                "aug_params",
+                "be None where operations is 0",
+                inputs.aug_params,
+            )
         self._inputs.write(**sources)
 
 
@@ -330,16 +340,16 @@ class _Buffers:
     old: MatchingState
     new: MatchingState
     numbers: Tensor  # float64 [3], as MatchingResult has them after the state
-    rates: Tensor  # [3], of the images, of the inner rate and of the logits
+    lrs: Tensor  # [3], of the images, of the inner rate and of the logits
     momentum: float
-    clip: float
+    max_grad_norm: float
     learn_labels: bool
 
 
 def _empty_state(images: Tensor, logits: Tensor) -> MatchingState:
-    rate = images.new_empty(())
+    lr = images.new_empty(())
     return MatchingState(
-        *(torch.empty_like(like) for like in (images, images, rate, rate, logits, logits))
+        *(torch.empty_like(like) for like in (images, images, lr, lr, logits, logits))
     )
 
 
@@ -357,16 +367,16 @@ def _iterate(b: _Buffers) -> None:
         for total in found:
             total.div_(len(b.specs))
     loss, images_grad, slope, logits_grad = found
-    if b.clip:
-        images_grad = images_grad * (b.clip / images_grad.norm()).clamp_max(1)
-    new.images_velocity.copy_(old.images_velocity * b.momentum + images_grad)
-    new.rate_velocity.copy_(old.rate_velocity * b.momentum - slope)
-    new.logits_velocity.copy_(old.logits_velocity * b.momentum + logits_grad)
-    new.images.copy_(old.images - b.rates[0] * new.images_velocity)
-    new.rate.copy_(old.rate - b.rates[1] * new.rate_velocity)
-    new.logits.copy_(old.logits - b.rates[2] * new.logits_velocity)
+    if b.max_grad_norm:
+        images_grad = images_grad * (b.max_grad_norm / images_grad.norm()).clamp_max(1)
+    new.images_momentum_buffer.copy_(old.images_momentum_buffer * b.momentum + images_grad)
+    new.lr_momentum_buffer.copy_(old.lr_momentum_buffer * b.momentum - slope)
+    new.logits_momentum_buffer.copy_(old.logits_momentum_buffer * b.momentum + logits_grad)
+    new.images.copy_(old.images - b.lrs[0] * new.images_momentum_buffer)
+    new.lr.copy_(old.lr - b.lrs[1] * new.lr_momentum_buffer)
+    new.logits.copy_(old.logits - b.lrs[2] * new.logits_momentum_buffer)
     b.numbers.copy_(
-        torch.stack([loss, new.rate, new.images.isfinite().all() & new.logits.isfinite().all()])
+        torch.stack([loss, new.lr, new.images.isfinite().all() & new.logits.isfinite().all()])
     )
 
 
@@ -375,7 +385,7 @@ def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slopes [], and the gradient with respect to the logits ([0, 0] where labels are not learned).
     """
     spec, start, target = b.specs[k], b.start[k], b.target[k]
-    alphas = b.old.rate.expand(len(spec.batches))
+    alphas = b.old.lr.expand(len(spec.batches))
     path, kept = forward_path(spec, start, b.images, b.labels, alphas)
     # ∂L/∂θ_N = 2 (θ_N − θ_T) / ‖θ_0 − θ_T‖², rounded as autograd rounds it: the reciprocal first.
     difference, distance = path[-1] - target, (start - target).square().sum()

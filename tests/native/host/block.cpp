@@ -1,4 +1,4 @@
-// Runs the blocks of a launch; cuda_runtime.h says what is modelled.
+// Runs the blocks of a launch; cuda_runtime.h says what is modeled.
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -27,7 +27,7 @@ namespace {
 enum class State { ready, waits, left };
 
 struct Thread {
-    Fibre fibre;
+    Fiber fiber;
     unsigned number;
     unsigned rank;  // its place in the order of running
     uint3 index;
@@ -44,7 +44,7 @@ struct Thread {
 std::vector<std::unique_ptr<Thread>>
     threads;                // as many as the largest block so far; they start anew in every block
 Thread* current = nullptr;  // or nullptr: the host
-Fibre host;
+Fiber host;
 unsigned count;  // of the block's threads
 unsigned by_rank[kMostThreads];
 uint64_t ready[kMostThreads / 64];       // bits by rank
@@ -78,7 +78,7 @@ void go_on_with(Thread* to) {
     if (to == from) return;
     current = to;
     if (to) threadIdx = to->index;
-    go(from ? from->fibre : host, to ? to->fibre : host);
+    go(from ? from->fiber : host, to ? to->fiber : host);
 }
 
 void thread_main() {
@@ -190,7 +190,7 @@ void make_threads() {
     for (unsigned k = 0; k < count; ++k) {
         if (threads.size() == k) {
             threads.push_back(std::make_unique<Thread>());
-            make_fibre(threads[k]->fibre, k, thread_main);
+            make_fiber(threads[k]->fiber, k, thread_main);
         }
         threads[k]->number = k;
         threads[k]->index = {k % blockDim.x, k / blockDim.x % blockDim.y,

@@ -1,6 +1,6 @@
 // CUDA on the host, for the tests: csrc/ops/*/cuda.cu compiled by g++ with this header in place of
 // the toolkit's and run without a GPU (block.cpp). Blocks run one after another; a block's threads
-// are fibres that give way to one another at barriers and warp primitives only.
+// are fibers that give way to one another at barriers and warp primitives only.
 //
 // What holds here holds on a GPU: indices, tails, sizes of shared memory (0xFF bytes before every
 // block, and a heap block of its exact size for AddressSanitizer), who takes part in a barrier or a
@@ -10,7 +10,7 @@
 // lanes within them, another one for every block.
 //
 // Stricter than a GPU: a barrier or a warp primitive has to be reached by all threads that it
-// names, none of which has left the kernel, the barrier on one line of the source. Not modelled:
+// names, none of which has left the kernel, the barrier on one line of the source. Not modeled:
 // blocks at the same time, so neither races between them nor atomics; memory ordering and races
 // within one stretch between two barriers where no order above shows them; lockstep of warps;
 // static shared memory in a launch's limit; __launch_bounds__ and registers; streams; timing; fused

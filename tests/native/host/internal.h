@@ -9,10 +9,10 @@
 
 namespace pdd_host {
 
-// ---- fibre.cpp ----
+// ---- fiber.cpp ----
 
 // A stack and where on it to go on. The host's own is one too.
-struct Fibre {
+struct Fiber {
 #if defined(__x86_64__)
     void* at = nullptr;
 #else
@@ -25,9 +25,9 @@ struct Fibre {
 
 // A new stack, on which `start` runs when it is first gone to; `start` calls arrive() first and
 // never returns.
-void make_fibre(Fibre& fibre, unsigned number, void (*start)());
+void make_fiber(Fiber& fiber, unsigned number, void (*start)());
 void arrive();
-void go(Fibre& from, Fibre& to);
+void go(Fiber& from, Fiber& to);
 
 // ---- runtime.cpp ----
 

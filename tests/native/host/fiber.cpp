@@ -17,8 +17,8 @@ namespace {
 
 constexpr size_t kPage = 4096, kStackBytes = 128 * 1024;
 
-Fibre* left = nullptr;
-Fibre* entered = nullptr;
+Fiber* left = nullptr;
+Fiber* entered = nullptr;
 
 #if defined(__x86_64__)
 // swapcontext makes two system calls, and a sum over a block is thousands of switches.
@@ -37,48 +37,48 @@ pdd_host_switch:
 .popsection
 )");
 
-void prepare(Fibre& fibre, void (*start)()) {
+void prepare(Fiber& fiber, void (*start)()) {
     // What pdd_host_switch pops: six registers and where to return to; then a call's usual
     // alignment.
-    auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(const_cast<void*>(fibre.stack)) +
-                                             fibre.bytes);
+    auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(const_cast<void*>(fiber.stack)) +
+                                             fiber.bytes);
     top[-2] = reinterpret_cast<uintptr_t>(start);
-    fibre.at = top - 8;
+    fiber.at = top - 8;
 }
-void swap(Fibre& from, Fibre& to) {
+void swap(Fiber& from, Fiber& to) {
     pdd_host_switch(&from.at, to.at);
 }
 #else
-void prepare(Fibre& fibre, void (*start)()) {
-    getcontext(&fibre.at);
-    fibre.at.uc_stack.ss_sp = const_cast<void*>(fibre.stack);
-    fibre.at.uc_stack.ss_size = fibre.bytes;
-    fibre.at.uc_link = nullptr;
-    makecontext(&fibre.at, start, 0);
+void prepare(Fiber& fiber, void (*start)()) {
+    getcontext(&fiber.at);
+    fiber.at.uc_stack.ss_sp = const_cast<void*>(fiber.stack);
+    fiber.at.uc_stack.ss_size = fiber.bytes;
+    fiber.at.uc_link = nullptr;
+    makecontext(&fiber.at, start, 0);
 }
-void swap(Fibre& from, Fibre& to) {
+void swap(Fiber& from, Fiber& to) {
     swapcontext(&from.at, &to.at);
 }
 #endif
 
 }  // namespace
 
-void make_fibre(Fibre& fibre, unsigned number, void (*start)()) {
+void make_fiber(Fiber& fiber, unsigned number, void (*start)()) {
     void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, kPage, PROT_NONE);  // an overflow ends the program
-    fibre.stack = static_cast<char*>(memory) + kPage;
-    fibre.bytes =
+    fiber.stack = static_cast<char*>(memory) + kPage;
+    fiber.bytes =
         kStackBytes - number % 16 * 192;  // apart, or the stacks' tops would share cache lines
-    prepare(fibre, start);
+    prepare(fiber, start);
 }
 
 void arrive() {
     __sanitizer_finish_switch_fiber(entered->fake_stack, &left->stack, &left->bytes);
 }
 
-void go(Fibre& from, Fibre& to) {
+void go(Fiber& from, Fiber& to) {
     left = &from;
     entered = &to;
     __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.bytes);
