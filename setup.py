@@ -137,8 +137,9 @@ class ToolError(Exception):
 def answer_of(*command: str) -> str:
     """Return what a command prints.
 
-    Raises: ToolError: it does not run, fails, or gives no answer in time; what it started is ended
-        with it.
+    Raises:
+        ToolError: it does not run, fails, or gives no answer in time; what it started is ended with
+            it.
     """
     try:
         process = subprocess.Popen(

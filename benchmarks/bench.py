@@ -44,8 +44,9 @@ class Bench:
         folder: gets bench.json, bench.md and, where meta-gradients were measured, bench.png.
         told: gets the name and the record of every case that is finished.
 
-    Raises: UsageError: the folder holds a benchmark, the device cannot be used, or a text means no
-        contender.
+    Raises:
+        UsageError: the folder holds a benchmark, the device cannot be used, or a text means no
+            contender.
     """
 
     def __init__(

@@ -203,9 +203,10 @@ class DSA:
     """A strategy: which operations are drawn, and from which ranges (docs/mathematics.md, section
     5).
 
-    Args: strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate;
-        "none" for no
-            augmentation. The order is the order in which mode "multiple" applies them.
+    Args:
+        strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate;
+            "none" for no augmentation. The order is the order in which mode "multiple" applies
+            them.
         mode: "single" draws one of the operations per call, for the whole batch, with numbers per
             image; "multiple" applies all.
         brightness: width of the range of what is added, centered on 0.
@@ -217,8 +218,9 @@ class DSA:
         scale: largest factor; the smallest is its inverse.
         rotate: largest angle in degrees.
 
-    Raises: ValueError: an unknown operation, one named twice, an unknown mode, or a number out of
-        range.
+    Raises:
+        ValueError: an unknown operation, one named twice, an unknown mode, or a number out of
+            range.
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -271,9 +273,11 @@ class DSA:
     ) -> AugmentParameters:
         """Draws for a batch.
 
-        Args: batch_size: images, at least 1. image_size: H = W, or (H, W), pixels. generator: where
-            the randomness comes from and on which device the draws are made; None: torch's global
-                CPU generator. CPU draws give the same augmentation on every device.
+        Args:
+            batch_size: images, at least 1.
+            image_size: H = W, or (H, W), pixels.
+            generator: where the randomness comes from and on which device the draws are made; None:
+                torch's global CPU generator. CPU draws give the same augmentation on every device.
         """
         if batch_size < 1:
             raise ValueError(f"DSA: batch_size must be at least 1, got {batch_size}")

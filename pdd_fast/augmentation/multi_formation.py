@@ -30,8 +30,9 @@ def decode(images: Tensor, factor: int) -> Tensor:
         images: [n, C, H, W], floating-point.
         factor: f, cells along each side, in [1, min(H, W)]; with 1 the result is ``images`` itself.
 
-    Returns: [n·f², C, H, W]: cell (0, 0) of all images first, then cell (0, 1) of all, ..., as in
-        IDC's published code; :func:`decode_labels` gives their labels.
+    Returns:
+        [n·f², C, H, W]: cell (0, 0) of all images first, then cell (0, 1) of all, ..., as in IDC's
+        published code; :func:`decode_labels` gives their labels.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -71,8 +72,10 @@ def combine(images: Tensor, factor: int) -> Tensor:
     Shrinking averages over areas, pixels on an edge by the part of them that lies inside. (IDC's
     published code takes the nearest pixel.) Differentiable to any order.
 
-    Args: images: [n·f², C, H, W], floating-point, in the order of :func:`decode`: the first n go to
-        cell (0, 0). factor: f, in [1, min(H, W)]; with 1 the result is ``images`` itself.
+    Args:
+        images: [n·f², C, H, W], floating-point, in the order of :func:`decode`: the first n go to
+            cell (0, 0).
+        factor: f, in [1, min(H, W)]; with 1 the result is ``images`` itself.
 
     Returns:
         [n, C, H, W].

@@ -50,24 +50,25 @@ def load(
 ) -> ImageData:
     """A dataset by name.
 
-    Args: name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and
-        DIR/test/<class>/
-            (or val/, valid/, validation/).
+    Args:
+        name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and
+            DIR/test/<class>/ (or val/, valid/, validation/).
         data_dir: where torchvision's files lie.
-        validation_fraction: share of every class's training images to validate on, in (0, 1).
+        validation_fraction: share of every class's training images that is held out, in (0, 1).
         whitening: "none", or "zca": of pixels in [0, 1], which are not normalized before.
         keep_whitening: a file that the whitening is read from where it is there, and written to
-            where it is not: fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and
-            many minutes for 3×64×64. A file of an earlier version is for normalized images, which
-            it is then applied to.
+            where it is not:
+            fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and many minutes for
+            3×64×64. A file of an earlier version is for normalized images, which it is then applied
+            to.
         normalization: of images that are not whitened: by constants "fitted" to all training
             images, or "published" ones (CIFAR-10, CIFAR-100, and ImageNet's for folders of its
             classes, such as Tiny ImageNet).
         whitening_epsilon: is added to every eigenvalue of the covariance, above 0.
 
-    Raises: UsageError: an unknown name; files that are missing, unreadable or do not fit together;
-        no constants were
-            published for the dataset.
+    Raises:
+        UsageError: an unknown name; files that are missing, unreadable or do not fit together; no
+            constants were published for the dataset.
     """
     if name == "digits":
         from pdd_fast.data.digits import read

@@ -95,10 +95,10 @@ def read(folder: str) -> Pixels:
     which none of them vanishes; a :class:`~pdd_fast.runtime.errors.PddFastWarning` says each of the
     last four. Class names that are not UTF-8 have their odd bytes written as \\xNN.
 
-    Raises: UsageError: a folder is missing or empty, there is one class only, classes differ
-        between the splits, a file
-            is no image that can be decoded, has floating-point or 32-bit levels, or images are not
-            of one size; the message names the first offender.
+    Raises:
+        UsageError: a folder is missing or empty, there is one class only, classes differ between
+            the splits, a file is no image that can be decoded, has floating-point or 32-bit levels,
+            or images are not of one size; the message names the first offender.
     """
     root = expanded(folder)
     if not (root / "train").is_dir():
@@ -243,9 +243,10 @@ def _sorted_into_classes(
 ) -> _Part:
     """A folder that holds one per class, with its images at any depth below it.
 
-    Args: texts: gets the files that describe images. wanted: the classes of train/; an empty folder
-        that is none of them is what a script left behind that sorted
-            images into the others.
+    Args:
+        texts: gets the files that describe images.
+        wanted: the classes of train/; an empty folder that is none of them is what a script left
+            behind that sorted images into the others.
     """
     classes = tuple(
         name

@@ -113,9 +113,9 @@ def prepare(
     Beside the pixels and what is made of them it takes the memory of 1024 images, and of the
     whitening's matrices.
 
-    Raises: UsageError: labels or shapes do not fit, a class has too few images to hold one out, or
-        ``validation_fraction``
-            is not in (0, 1).
+    Raises:
+        UsageError: labels or shapes do not fit, a class has too few images to hold one out, or
+            ``validation_fraction`` is not in (0, 1).
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")

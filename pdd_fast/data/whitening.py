@@ -34,8 +34,9 @@ _BLOCK = 512
 class Whitening:
     """A fitted transformation of images [n, C, H, W], with D = C·H·W. All float32, on the CPU.
 
-    Raises: ValueError: shapes do not fit each other, numbers are not finite, or a scale or ε is not
-        positive.
+    Raises:
+        ValueError: shapes do not fit each other, numbers are not finite, or a scale or ε is not
+            positive.
     """
 
     mean: Tensor  # [C, H, W]
@@ -70,9 +71,11 @@ class Whitening:
         """Of ``images`` [n, C, H, W], n at least 2, in float64 and 40·D² bytes beside them, however
         many they are.
 
-        Args: epsilon: is added to every eigenvalue: directions in which images hardly differ are
-            not blown up. convert: what makes images of some of ``images``, 1024 at a time, where
-            these are pixels still.
+        Args:
+            epsilon: is added to every eigenvalue: directions in which images hardly differ are not
+                blown up.
+            convert: what makes images of some of ``images``, 1024 at a time, where these are pixels
+                still.
         """
         count, size = len(images), images[0].numel()
         if count < 2:

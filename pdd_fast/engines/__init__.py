@@ -31,15 +31,16 @@ def choose(
     "autograd" for other modules and for a ConvNet that was changed
     (:func:`pdd_fast.networks.convnet.kernel_shape`).
 
-    Args: precision: of convolutions, one of pdd_fast.runtime.precision.NAMES (docs/precision.md).
+    Args:
+        precision: of convolutions, one of pdd_fast.runtime.precision.NAMES (docs/precision.md).
         convolution: how the fused engine convolves on the CPU, one of CONVOLUTIONS: "direct",
-        "winograd" (F(4×4, 3×3),
-            fewer multiplications, rounding errors about four times as large), or "auto", whichever
-            is faster layer by layer. Without effect on a GPU and on the autograd engine, whose
-            libraries choose by themselves.
+            "winograd" (F(4×4, 3×3), fewer multiplications, rounding errors about four times as
+            large), or "auto", whichever is faster layer by layer. Without effect on a GPU and on
+            the autograd engine, whose libraries choose by themselves.
 
-    Raises: ValueError: an unknown name, precision or convolution, or "fused" for a module that the
-        kernels cannot compute.
+    Raises:
+        ValueError: an unknown name, precision or convolution, or "fused" for a module that the
+            kernels cannot compute.
     """
     if name not in NAMES:
         raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")

@@ -45,9 +45,9 @@ class _Graph(NamedTuple):
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each image [B].
 
-    Raises: ValueError: ``logits`` are not [B, classes], or labels do not fit them. Class indices
-        are looked at on the CPU
-            only, since it would take a wait for the device.
+    Raises:
+        ValueError: ``logits`` are not [B, classes], or labels do not fit them. Class indices are
+            looked at on the CPU only, since it would take a wait for the device.
     """
     count, shape = len(labels), tuple(logits.shape)
     require(

@@ -82,9 +82,10 @@ class Engine(Protocol):
     ) -> DualResult:
         """The derivatives of ∇_θ ℓ · ``direction`` at the point of :meth:`gradient`.
 
-        Args: direction: [P]. saved: what :meth:`gradient` or :meth:`without_activations` gave for
-            this step. Which of them decides only
-                how results are rounded. Activations may serve once.
+        Args:
+            direction: [P].
+            saved: what :meth:`gradient` or :meth:`without_activations` gave for this step. Which of
+                them decides only how results are rounded. Activations may serve once.
             want_theta: whether the Hessian-vector product is needed.
             rows: int64 indices of the images whose gradient is wanted; None: all; empty: none.
         """

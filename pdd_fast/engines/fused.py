@@ -19,8 +19,9 @@ from pdd_fast.runtime import precision as precisions
 class FusedEngine:
     """Engine for the networks that the kernels compute.
 
-    Args: shape: what :func:`pdd_fast.networks.convnet.kernel_shape` says of ``net``, where the
-        caller has asked it.
+    Args:
+        shape: what :func:`pdd_fast.networks.convnet.kernel_shape` says of ``net``, where the caller
+            has asked it.
 
     Raises:
         ValueError: ``net`` is not one of them.

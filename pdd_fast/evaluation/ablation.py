@@ -83,10 +83,11 @@ def ablate(
     """Runs and judges every variant at every seed; writes ablation.json and ablation.png in
     ``folder``.
 
-    Returns: the content of ablation.json. ``accuracy`` has a row for every seed: the final test
-        accuracy in percent, mean over the repeats of that seed's evaluation; ``ci95`` is over
-        seeds. "random" are as many random real images, in as many stages as the first variant has,
-        with labels of the variants' kind.
+    Returns:
+        the content of ablation.json. ``accuracy`` has a row for every seed: the final test accuracy
+        in percent, mean over the repeats of that seed's evaluation; ``ci95`` is over seeds.
+        "random" are as many random real images, in as many stages as the first variant has, with
+        labels of the variants' kind.
 
     Raises:
         UsageError: a variant's settings cannot be, or a folder holds another run.

@@ -69,20 +69,21 @@ def evaluate_run(
     - "last-union": U_S alone from the start, at the last stage's rate;
     - "one-stage" (or "against"): the last union of the run ``against``, at its last rate;
     - "subsets", where asked for: at every stage another fresh network, trained on what that stage
-      alone made.
+    alone made.
 
     Args:
         repeats: fresh networks; None: what the run's configuration says.
         against: another run directory or distilled set on the same data.
         networks: names of :data:`pdd_fast.networks.zoo.TITLES`; every result is there for each.
 
-    Returns: the content of evaluation.json. "labels" of a result are hard, soft or learned:
-        accuracies by hard labels are not to be compared with those by others, which lift random
-        images too. Accuracies are percent of the test images; ``std`` is the sample standard
-        deviation over repeats, 0 for one repeat; ``ci95`` is half the width of the 95 % confidence
-        interval of the mean (Student's t), None for one repeat. "paired" has the same of the
-        differences, repeat by repeat, between "pdd" and every other result after the last step,
-        where both have hard labels, or neither.
+    Returns:
+        the content of evaluation.json. "labels" of a result are hard, soft or learned: accuracies
+        by hard labels are not to be compared with those by others, which lift random images too.
+        Accuracies are percent of the test images; ``std`` is the sample standard deviation over
+        repeats, 0 for one repeat; ``ci95`` is half the width of the 95 % confidence interval of the
+        mean (Student's t), None for one repeat. "paired" has the same of the differences, repeat by
+        repeat, between "pdd" and every other result after the last step, where both have hard
+        labels, or neither.
 
     Raises:
         UsageError: ``run`` is not finished, or ``against`` does not fit it.

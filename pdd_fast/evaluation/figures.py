@@ -27,8 +27,9 @@ _settings = threading.RLock()  # matplotlib's are global
 def attempt(path: Path, draw: Callable[[Path], object]) -> list[Path]:
     """Draw a figure into ``path``; where that fails, warn.
 
-    Returns: ``[path]``, or nothing where it failed or ``draw`` returned False because there is
-        nothing to draw.
+    Returns:
+        ``[path]``, or nothing where it failed or ``draw`` returned False because there is nothing
+        to draw.
     """
     try:
         drawn = draw(path)

@@ -58,9 +58,9 @@ def gradient_matching(
     parameterization" (IDC, ICML 2022). The gradient is exact, that of autograd with
     ``create_graph=True``. It is computed with the value, and nothing else is kept for the way back.
 
-    Args: net: the network; its own parameters are not read and its buffers are not changed.
-        Parameters that do not
-            require gradients are frozen and do not count.
+    Args:
+        net: the network; its own parameters are not read and its buffers are not changed.
+            Parameters that do not require gradients are frozen and do not count.
         theta: [P] parameters, float32 or float64, a constant; fixes the precision and the device.
         real_images: [B, C, H, W], of the type and device of ``theta``; constants. For K pairs [K,
             B, C, H, W], whose gradients a GPU takes side by side, or a sequence of K tensors [B_k,
@@ -84,11 +84,13 @@ def gradient_matching(
         precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
         convolution: how the fused engine convolves on the CPU: "direct", "winograd" or "auto".
 
-    Returns: 0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A
-        second derivative raises RuntimeError.
+    Returns:
+        0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A second
+        derivative raises RuntimeError.
 
-    Raises: ValueError, TypeError: an argument does not fit; the message names it, what it must be
-        and what it is.
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and
+            what it is.
     """
     given = (real_images, real_labels, images, labels)
     each = (
@@ -230,10 +232,13 @@ def matched_gradients(
 
     Records no graph, checks nothing, and nothing in it waits for the device.
 
-    Args: theta, target: [P]; ``target`` is the gradient of the real images
-        (:func:`class_gradients`). images: [n, C, H, W]. labels: int64 [n] or weights [n, classes].
-        keep: as for :func:`gradient_matching`. rows: int64, of the images whose derivative is
-        wanted, which :class:`Matched` has alone; None: all; empty: none.
+    Args:
+        theta, target: [P]; ``target`` is the gradient of the real images (:func:`class_gradients`).
+        images: [n, C, H, W].
+        labels: int64 [n] or weights [n, classes].
+        keep: as for :func:`gradient_matching`.
+        rows: int64, of the images whose derivative is wanted, which :class:`Matched` has alone;
+            None: all; empty: none.
     """
     with torch.no_grad():
         _, gradient, saved = engine.gradient(theta, images, labels, keep=keep)

@@ -56,11 +56,11 @@ def unroll(
     through all N steps with ``create_graph=True``, while only θ_0..θ_N are kept
     (docs/mathematics.md, section 1).
 
-    Args: net: the network; its own parameters are not read and its buffers are not changed.
-        Parameters that do not
-            require gradients are frozen: the steps leave their elements of ``theta`` as they are.
-            Layers and hooks must stay as they are until the backward pass, which computes the steps
-            again.
+    Args:
+        net: the network; its own parameters are not read and its buffers are not changed.
+            Parameters that do not require gradients are frozen: the steps leave their elements of
+            ``theta`` as they are. Layers and hooks must stay as they are until the backward pass,
+            which computes the steps again.
         theta: [P] start parameters, float32 or float64; fixes the precision and the device.
         images: [n, C, H, W], of the type and device of ``theta``.
         labels: class indices [n], or weights [n, classes] of the type of ``theta``. Integers of any
@@ -87,11 +87,13 @@ def unroll(
             fewer operations and a larger rounding error), or "auto", whichever is faster layer by
             layer.
 
-    Returns: θ_N [P], differentiable once with respect to theta, images, float labels and
-        learning_rate. A second derivative raises RuntimeError.
+    Returns:
+        θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate.
+        A second derivative raises RuntimeError.
 
-    Raises: ValueError, TypeError: an argument does not fit; the message names it, what it must be
-        and what it is.
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and
+            what it is.
     """
     require_plain_call("unroll", (theta, images, labels, learning_rate))
     chosen = engines.choose(net, engine, precision, convolution)
@@ -243,10 +245,10 @@ def adjoint(
 ) -> Gradients:
     """The way back from λ_N = ``grad`` [P], one dual pass a step.
 
-    Args: path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``,
-        ``labels`` and ``alphas``. Of
-            ``kept`` the activations are dropped one step after another; a second call makes them
-            again.
+    Args:
+        path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels``
+            and ``alphas``. Of ``kept`` the activations are dropped one step after another; a second
+            call makes them again.
         wanted: what to compute. Labels that are class indices have no gradient.
     """
     steps = len(spec.batches)

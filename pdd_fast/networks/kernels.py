@@ -69,8 +69,9 @@ def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
     Args:
         net: a ConvNet whose ``forward`` is the class's own.
 
-    Returns: None and no parameters where a layer is not as ConvNet makes it, or somebody wants to
-        be told when it is called.
+    Returns:
+        None and no parameters where a layer is not as ConvNet makes it, or somebody wants to be
+        told when it is called.
     """
     blocks: list[Any] = list(net.blocks)
     last = net.classifier

@@ -37,8 +37,9 @@ def build(
         image_size: height and width, pixels.
         width, depth: of "convnet"; the others are as published.
 
-    Raises: UsageError: an unknown name, images that are too small, or torchvision is needed and
-        does not import.
+    Raises:
+        UsageError: an unknown name, images that are too small, or torchvision is needed and does
+            not import.
     """
     check_names([name])
     least = _LEAST_SIDE.get(name, 1)

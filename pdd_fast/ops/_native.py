@@ -69,9 +69,10 @@ def explain_missing(device_type: str) -> None:
 def address(tensor: torch.Tensor | None, device: torch.device) -> int:
     """Return the address of the first element of ``tensor``, 0 for None.
 
-    Raises: TypeError: ``tensor`` does not lie in the memory of ``device``, or has no memory of its
-        own (wrappers of torch's
-            transforms, fake tensors), or its memory holds the negative of its values.
+    Raises:
+        TypeError: ``tensor`` does not lie in the memory of ``device``, or has no memory of its own
+            (wrappers of torch's transforms, fake tensors), or its memory holds the negative of its
+            values.
     """
     if tensor is None:
         return 0
@@ -97,12 +98,15 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
     """Runs kernel ``name`` on the device of ``like``, on its current stream, in the precision of
     ``like``.
 
-    Args: arguments: numbers, and tensors on that device, of which the kernel gets the addresses;
-        None: absent.
+    Args:
+        arguments: numbers, and tensors on that device, of which the kernel gets the addresses;
+            None: absent.
 
-    Raises: TypeError: a tensor lies elsewhere. RuntimeError: the kernel could not be launched; the
-        message names the operator and the CUDA error. ValueError: a value that only the kernel sees
-        is out of range.
+    Raises:
+        TypeError: a tensor lies elsewhere.
+        RuntimeError: the kernel could not be launched; the message names the operator and the CUDA
+            error.
+        ValueError: a value that only the kernel sees is out of range.
     """
     library = loaded(like.device.type)
     number = TYPES.index(like.dtype)

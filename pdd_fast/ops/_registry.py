@@ -25,11 +25,14 @@ def operator(
     """Defines ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and returns the function that
     calls it.
 
-    Args: schema: name, arguments and results, in torch's schema language. check: takes the
-        arguments, raises ValueError or TypeError; runs before anything takes an address. allocate:
-        takes the arguments, gives the uninitialized results; also the fake kernel. kernel: takes
-        the arguments, gives the results of the compiled kernel. reference: the same in plain torch:
-        the oracle of the tests and the fallback where nothing was compiled.
+    Args:
+        schema: name, arguments and results, in torch's schema language.
+        check: takes the arguments, raises ValueError or TypeError; runs before anything takes an
+            address.
+        allocate: takes the arguments, gives the uninitialized results; also the fake kernel.
+        kernel: takes the arguments, gives the results of the compiled kernel.
+        reference: the same in plain torch: the oracle of the tests and the fallback where nothing
+            was compiled.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)

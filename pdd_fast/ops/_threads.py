@@ -36,10 +36,11 @@ def cgroup_quota(groups: Path = _GROUPS, root: Path = _ROOT) -> float | None:
     """Processors whose time this process may use, by its control groups; None where there is no
     quota.
 
-    Args: groups: lines "id:controllers:path", without controllers in version 2. root: where version
-        2, or a folder for each controller of version 1, is mounted. Within a container ``path`` may
-            be the host's name for what is the root there, so the root counts too, and every group
-            above.
+    Args:
+        groups: lines "id:controllers:path", without controllers in version 2.
+        root: where version 2, or a folder for each controller of version 1, is mounted. Within a
+            container ``path`` may be the host's name for what is the root there, so the root counts
+            too, and every group above.
     """
     found: list[float] = []
     for line in _read(groups).splitlines():

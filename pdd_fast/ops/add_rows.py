@@ -64,8 +64,8 @@ def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
         index: int64 [b] in [0, n), any of them more than once.
         rows: [b, ...], of the type of ``target``.
 
-    Raises: ValueError, TypeError: a shape, type or device does not fit; an index is out of range
-        (CPU; on CUDA such a row
-            is left out).
+    Raises:
+        ValueError, TypeError: a shape, type or device does not fit; an index is out of range (CPU;
+            on CUDA such a row is left out).
     """
     return _add_rows(target, index, rows)

@@ -102,9 +102,10 @@ class ConvNetPasses:
     """The passes of networks of one shape. Everything is float32 or float64, all of one type, on
     the CPU.
 
-    Args: shape: of the network. convolution: of the blocks after the first: "direct", "winograd"
-        (F(4×4, 3×3); rounding errors four times as
-            large), or "auto", whichever is faster for a block's shape.
+    Args:
+        shape: of the network.
+        convolution: of the blocks after the first: "direct", "winograd" (F(4×4, 3×3); rounding
+            errors four times as large), or "auto", whichever is faster for a block's shape.
     """
 
     def __init__(self, shape: ConvNetShape, convolution: str = "auto") -> None:

@@ -89,15 +89,17 @@ _cross_entropy = operator(
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Losses of a batch and the gradient of their mean.
 
-    Args: logits: [B, K], float32 or float64. labels: int64 [B] class indices in [0, K), or [B, K]
-        weights of the type of ``logits`` (any real numbers).
+    Args:
+        logits: [B, K], float32 or float64.
+        labels: int64 [B] class indices in [0, K), or [B, K] weights of the type of ``logits`` (any
+            real numbers).
 
     Returns:
         losses [B] and the gradient of ``losses.mean()`` with respect to the logits [B, K].
 
-    Raises: ValueError, TypeError: a shape, type or device does not fit; a class index is out of
-        range (CPU; on CUDA the
-            loss of that sample is NaN).
+    Raises:
+        ValueError, TypeError: a shape, type or device does not fit; a class index is out of range
+            (CPU; on CUDA the loss of that sample is NaN).
     """
     return _cross_entropy(logits, labels)
 
@@ -184,8 +186,9 @@ def cross_entropy_dual(
         logits, logits_tangent: [B, K].
         labels: as for :func:`cross_entropy`.
 
-    Returns: tangents of the losses [B]; gradient of the mean loss with respect to the logits [B,
-        K]; its tangent [B, K]; tangent of the gradient with respect to soft labels [B, K] ([0, K]
-        for hard labels).
+    Returns:
+        tangents of the losses [B]; gradient of the mean loss with respect to the logits [B, K]; its
+        tangent [B, K]; tangent of the gradient with respect to soft labels [B, K] ([0, K] for hard
+        labels).
     """
     return _cross_entropy_dual(logits, logits_tangent, labels)

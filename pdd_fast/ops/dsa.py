@@ -267,8 +267,9 @@ def _straight(
     8 microseconds a call instead of 20, and each twice to three times that where other code runs
     between calls; the kernel takes 5 for 20 flipped images of 3x32x32.
 
-    Returns: None where anything is unusual (a mode, a transform, a trace, a gradient, a mistake):
-        call the operator.
+    Returns:
+        None where anything is unusual (a mode, a transform, a trace, a gradient, a mistake): call
+        the operator.
     """
     if torch.compiler.is_compiling():
         return None
@@ -320,11 +321,12 @@ def dsa(
 ) -> Tensor:
     """Applies ``operations`` in order to every image, each with its own draws.
 
-    Args: images: [B, C, H, W], float32, float64, bfloat16 or float16, any strides. draws: float64
-        [11, B], rows as in :data:`DRAWS`. operations: int32 [k, B], for every image the indices
-        into :data:`OPERATIONS` of what it goes through, or
-            :data:`NOTHING`. On CUDA they are read by the kernel alone: an image with another number
-            becomes NaN.
+    Args:
+        images: [B, C, H, W], float32, float64, bfloat16 or float16, any strides.
+        draws: float64 [11, B], rows as in :data:`DRAWS`.
+        operations: int32 [k, B], for every image the indices into :data:`OPERATIONS` of what it
+            goes through, or :data:`NOTHING`. On CUDA they are read by the kernel alone: an image
+            with another number becomes NaN.
         cutout: height and width of what cutout blanks, pixels.
         linear: leave out the constant that brightness adds.
 

@@ -108,8 +108,11 @@ def norm_relu_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """avg_pool2d(relu(instance_norm(z) * weight + bias), 2).
 
-    Args: z: [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not
-        pooled. weight, bias: [C]. eps: added to the variance.
+    Args:
+        z: [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not
+            pooled.
+        weight, bias: [C].
+        eps: added to the variance.
 
     Returns:
         out [B, C, H//2, W//2], mean [B, C], rstd [B, C] = 1/sqrt(variance + eps).
@@ -207,9 +210,11 @@ def norm_relu_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """The backward pass of :func:`norm_relu_pool`.
 
-    Returns: grad_z: gradient with respect to z [B, C, H, W]. parts: [2, B, C], every image's term
-        of the gradients with respect to weight and bias. The sums over B are the
-            caller's, who knows where they belong: the two are neighbors in a flat vector.
+    Returns:
+        grad_z: gradient with respect to z [B, C, H, W].
+        parts: [2, B, C], every image's term of the gradients with respect to weight and bias. The
+            sums over B are the caller's, who knows where they belong: the two are neighbors in a
+            flat vector.
     """
     return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
 
@@ -333,9 +338,9 @@ def norm_relu_pool_dual(
 ) -> tuple[Tensor, Tensor]:
     """:func:`norm_relu_pool` on dual numbers (docs/mathematics.md, section 2).
 
-    Returns: out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next
-        convolution is one call;
-            with ``tangent_only`` the tangents alone, [B, C, H//2, W//2].
+    Returns:
+        out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next
+            convolution is one call; with ``tangent_only`` the tangents alone, [B, C, H//2, W//2].
         statistics: [4, B, C]: mean, rstd, tangent of mean, kappa = mean(x_hat * z_tangent), for the
             backward pass.
     """
@@ -476,10 +481,10 @@ def norm_relu_pool_dual_backward(
 ) -> tuple[Tensor, Tensor]:
     """:func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
 
-    Returns: grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of
-        the convolution before
-            pairs tangents of gradients with values of inputs; with ``tangent_only`` the tangents
-            alone [B, C, H, W].
+    Returns:
+        grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of the
+            convolution before pairs tangents of gradients with values of inputs; with
+            ``tangent_only`` the tangents alone [B, C, H, W].
         parts: [2, B, C], every image's term of the tangents of the gradients with respect to weight
             and bias.
     """

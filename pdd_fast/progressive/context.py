@@ -53,8 +53,9 @@ class RunContext:
         Args:
             folder: of the run, where the whitening is kept once it was fitted.
 
-        Raises: UsageError: data are missing or do not fit the configuration, or the device cannot
-            be used.
+        Raises:
+            UsageError: data are missing or do not fit the configuration, or the device cannot be
+                used.
         """
         where = resolve_device(config.device)
         if config.threads:
@@ -99,8 +100,10 @@ class RunContext:
         """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they
         lie now.
 
-        Args: config: in place of the run's own. to_judge: the run is finished: nothing in it is
-            written, and its images may lie in another order.
+        Args:
+            config: in place of the run's own.
+            to_judge: the run is finished: nothing in it is written, and its images may lie in
+                another order.
 
         Raises:
             UsageError: as :meth:`prepare`; or the data are others.

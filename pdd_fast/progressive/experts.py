@@ -99,16 +99,18 @@ def record_trajectories(
     title: str,
     rows: Tensor | None = None,
 ) -> None:
-    """Trains one network per expert on real data (``rows`` of ``ctx.train``, on the CPU, or all
-    of it), keeping the weights of every epoch.
+    """Trains one network per expert on real data (``rows`` of ``ctx.train``, on the CPU, or all of
+    it), keeping the weights of every epoch.
 
     Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K,
     P]. Epoch e of network k draws from a generator of its own, so an interrupted group goes on with
     the same bits. Where some of a group are finished and others are not, all are trained, and the
     missing ones written.
 
-    Raises: UsageError: a trajectory that is there already is of another network, length or data
-        set, or not finite. RunError: a network diverges.
+    Raises:
+        UsageError: a trajectory that is there already is of another network, length or dataset, or
+            not finite.
+        RunError: a network diverges.
     """
     config, train = ctx.config, ctx.train
     groups, there = ctx.groups(config.num_experts), set[int]()

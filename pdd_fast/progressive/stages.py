@@ -41,9 +41,11 @@ from pdd_fast.training.sgd import TrainState, accuracies
 def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
     """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors``.
 
-    Raises: UsageError: data are missing or too few; the configuration does not fit them; its
-        method is unknown here. RunError: the optimization left the range in which going on makes
-        sense. What was computed is kept.
+    Raises:
+        UsageError: data are missing or too few; the configuration does not fit them; its base
+            method is unknown here.
+        RunError: the optimization left the range in which going on makes sense. What was computed
+            is kept.
     """
     with run.lock():
         config = run.config

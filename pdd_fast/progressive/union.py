@@ -51,9 +51,9 @@ class UnionSet:
     def load(cls, path: Path, ctx: RunContext) -> UnionSet:
         """Return the union in a file of the run that ``ctx`` is of.
 
-        Raises: UsageError: it is missing or damaged, or its images were made of other data than the
-            run's, or in another
-                way than the run's data are now.
+        Raises:
+            UsageError: it is missing or damaged, or its images were made of other data than the
+                run's, or in another way than the run's data are now.
         """
         stored = load_distilled(path)
         if reason := misfit(stored, ctx):

@@ -163,9 +163,9 @@ def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
     """What ``torch.save`` wrote, of tensors, lists and dictionaries alone: no code in a file is
     run.
 
-    Args: mapped: leave the numbers in the file until they are used. Files of the format before
-        torch 1.6, which cannot
-            be mapped, are read whole.
+    Args:
+        mapped: leave the numbers in the file until they are used. Files of the format before torch
+            1.6, which cannot be mapped, are read whole.
 
     Raises:
         UsageError: the file is missing or damaged, or holds something else.

@@ -39,8 +39,9 @@ class DistilledSet:
     """All stages of a distilled set. Labels of other types that mean class indices are converted to
     int64 [n].
 
-    Raises: ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or
-        rates not positive.
+    Raises:
+        ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates
+            not positive.
     """
 
     # [n, C, H, W] float32, normalized (and whitened) as training data are, as they are stored
@@ -131,9 +132,9 @@ class DistilledSet:
         """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with
         ``learning_rate``.
 
-        Args: raw: the images as they are stored. Otherwise, where ``factor`` is not 1, the factor²
-            enlarged ones that
-                each of them holds, which are what to train on.
+        Args:
+            raw: the images as they are stored. Otherwise, where ``factor`` is not 1, the factor²
+                enlarged ones that each of them holds, which are what to train on.
         """
         last = self._check_stage(self.stages if stage is None else stage)
         return self._part(self.stage <= last, last, raw)

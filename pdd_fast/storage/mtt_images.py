@@ -30,8 +30,10 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
     Images are as networks see them (normalized and, where the set is, whitened), which is what the
     scripts expect.
 
-    Args: folder: is made where it is missing. raw: images that hold several as they are stored.
-        Otherwise what they hold, enlarged, as the scripts need them.
+    Args:
+        folder: is made where it is missing.
+        raw: images that hold several as they are stored. Otherwise what they hold, enlarged, as the
+            scripts need them.
 
     Raises:
         UsageError: there is something in it already.
@@ -74,19 +76,20 @@ def read_mtt(
     """A distilled set of what MTT's scripts stored, one folder with images_best.pt and
     labels_best.pt for each stage.
 
-    Args: learning_rates: that were learned with each stage's images; the scripts print them.
+    Args:
+        learning_rates: that were learned with each stage's images; the scripts print them.
         normalization, whitening: that the images were learned under: of ``pdd_fast.data.load`` for
-        the same data. Those
-            that the scripts of MTT and PDD made are with ``whitening="zca"`` where they used ZCA,
-            else with ``normalization="published"``.
+            the same data. Those that the scripts of MTT and PDD made are with ``whitening="zca"``
+            where they used ZCA, else with ``normalization="published"``.
         metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared
             by.
         factor: of settings.json, for images that were written as they are stored.
         labels: what labels_best.pt holds: "auto" for class indices or probabilities, "logits" for
             logits, whose softmax is taken.
 
-    Raises: UsageError: a file is missing or damaged, or holds something else (code is never run);
-        or the parts do not fit.
+    Raises:
+        UsageError: a file is missing or damaged, or holds something else (code is never run); or
+            the parts do not fit.
     """
     if labels not in ("auto", "logits"):
         raise UsageError(f"labels must be auto or logits, got {labels!r}")

@@ -97,9 +97,9 @@ def read_buffer(path: Path) -> list[BufferTrajectory]:
     """The trajectories of one file. Only tensors, lists and dictionaries are unpickled, and no
     numbers are read.
 
-    Raises: UsageError: the file holds other things (code among them) or is damaged; its checkpoints
-        are not of one shape,
-            or are one and the same.
+    Raises:
+        UsageError: the file holds other things (code among them) or is damaged; its checkpoints are
+            not of one shape, or are one and the same.
     """
     content = read_pickled_tensors(path, mapped=True)
     if _is_list(content) and all(isinstance(each, Mapping) for each in content):

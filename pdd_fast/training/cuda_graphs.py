@@ -103,10 +103,10 @@ class Replay:
     :class:`CaptureWarning` says why, once, and it goes on being called: a capture records and runs
     nothing, so nothing is lost and nothing happens twice.
 
-    Args: function: whatever it reads that changes between calls lies in tensors that stay where
-        they are. It must not
-            hold the object that holds this one: the memory of a graph would wait for the garbage
-                collector.
+    Args:
+        function: whatever it reads that changes between calls lies in tensors that stay where they
+            are. It must not hold the object that holds this one: the memory of a graph would wait
+            for the garbage collector.
         device: of these tensors.
         enabled: whether to capture at all.
         backend: how; None: :class:`CudaBackend` on CUDA, none elsewhere.

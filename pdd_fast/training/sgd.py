@@ -66,11 +66,14 @@ class Sgd:
     ) -> list[Tensor]:
         """``steps`` steps, epoch after epoch, at ``lr`` and from half time on at a tenth of it.
 
-        Args: images, labels: [n, C, H, W], and [n] or [n, classes]. generators: one for each
-            student. rows: int64 [K, m] on the CPU, the images that each student is trained on;
-            None: all, for every student.
+        Args:
+            images, labels: [n, C, H, W], and [n] or [n, classes].
+            generators: one for each student.
+            rows: int64 [K, m] on the CPU, the images that each student is trained on; None: all,
+                for every student.
 
-        Returns: the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0,
+        Returns:
+            the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0,
             ``steps``]).
         """
         seen = [train_state.theta.clone()] if 0 in stops else []

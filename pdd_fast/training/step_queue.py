@@ -42,10 +42,12 @@ class StepQueue:
     """Indices, draws and rates of up to ``capacity`` steps on ``columns`` images each, and the
     place that is read next.
 
-    Args: dtype: of the rates. device: of what is read. counted: whether the place is a number on
-        the device, so that a captured step reads on when it is replayed.
-            Otherwise the host counts, and reading is taking a view, which saves 0.07 ms a step on
-            the CPU.
+    Args:
+        dtype: of the rates.
+        device: of what is read.
+        counted: whether the place is a number on the device, so that a captured step reads on when
+            it is replayed. Otherwise the host counts, and reading is taking a view, which saves
+            0.07 ms a step on the CPU.
     """
 
     def __init__(

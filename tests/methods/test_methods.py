@@ -122,7 +122,9 @@ def test_a_name_means_one_method() -> None:
     register("shrinking", Shrinking)
     with pytest.raises(ValueError, match="name must be new, got 'idc', which is GradientMatching"):
         register("idc", Shrinking)
-    with pytest.raises(UsageError, match="method must be mtt or idc or dm or shrinking, got 'nope'"):
+    with pytest.raises(
+        UsageError, match="method must be mtt or idc or dm or shrinking, got 'nope'"
+    ):
         resolve(method="nope")
 
 

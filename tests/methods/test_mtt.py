@@ -579,7 +579,8 @@ def test_a_loaded_state_goes_on_with_the_same_bits(
 
 def test_every_iteration_draws_several_trajectories_where_asked(tmp_path: Path) -> None:
     one, two = (
-        TrajectoryMatching(problem(tmp_path, trajectories_per_step=count))._inputs(7) for count in (1, 2)
+        TrajectoryMatching(problem(tmp_path, trajectories_per_step=count))._inputs(7)
+        for count in (1, 2)
     )
     assert one.aug_params is not None
     assert two.aug_params is not None

@@ -627,7 +627,10 @@ def test_starts_of_finished_trajectories_are_not_made_again(
 
 def test_starts_of_groups_of_another_size_are_made_again(tmp_path: Path) -> None:
     """As where a run goes on on another device."""
-    alone, together = RunContext.prepare(configuration(num_experts=MANY)), RunContext.prepare(grouped())
+    alone, together = (
+        RunContext.prepare(configuration(num_experts=MANY)),
+        RunContext.prepare(grouped()),
+    )
     keep_starts(alone, tmp_path, starting(alone), SILENT, "")
     keep_starts(together, tmp_path, starting(together), SILENT, "")
     for k in range(MANY):

@@ -103,26 +103,30 @@ class MatchingStep:
     """One iteration of MTT: N inner steps forward, N back, and an SGD update with momentum of
     images and rate.
 
-    Args: engine: of the network, on the device of the images. labels: int64 [m + n] or weights [m +
-        n, classes], of the frozen images and then of the learned ones. frozen_images: [m, C, H, W],
-        m may be 0; their type and device are those of everything else. steps: N, at least 1. batch:
-        b, images of an inner step, at most m + n. operations: k, the most operations that any draw
-        applies; 0: no augmentation. cutout: height and width of what the operation cutout blanks,
-        pixels. memory, memory_limit: as for :func:`pdd_fast.unroll`; how many steps keep their
-        activations is settled here and
-            for good.
+    Args:
+        engine: of the network, on the device of the images.
+        labels: int64 [m + n] or weights [m + n, classes], of the frozen images and then of the
+            learned ones.
+        frozen_images: [m, C, H, W], m may be 0; their type and device are those of everything else.
+        steps: N, at least 1.
+        batch: b, images of an inner step, at most m + n.
+        operations: k, the most operations that any draw applies; 0: no augmentation.
+        cutout: height and width of what the operation cutout blanks, pixels.
+        memory, memory_limit: as for :func:`pdd_fast.unroll`; how many steps keep their activations
+            is settled here and for good.
         lr_img, lr_lr, lr_label, momentum: of the update; the rates are those of the images, of the
             inner rate and of learned labels' logits.
         learn_labels: the labels of the learned images are learned too. ``labels`` has to be weights
             then, whose last n rows are not read: the state has them.
-        trajectories_per_step: K, whose mean gradient an update takes.
-        max_grad_norm: largest norm of the images' gradient, which is scaled down to it; 0: any.
+        trajectories: K, whose mean gradient an update takes.
+        clip: largest norm of the images' gradient, which is scaled down to it; 0: any.
         graph: one launch from the second call on (:class:`pdd_fast.training.cuda_graphs.Replay`);
             no effect on CPU.
         backend: how a graph is captured; for tests.
 
-    Raises: ValueError, TypeError: an argument does not fit; the message names it, what it must be
-        and what it is.
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it, what it must be and
+            what it is.
     """
 
     def __init__(
@@ -251,8 +255,9 @@ class MatchingStep:
             meanwhile: what the host does while a GPU is at work.
             shorter: factor of all rates of the update.
 
-        Raises: ValueError: an input does not fit what the constructor was told, or an index is out
-            of range.
+        Raises:
+            ValueError: an input does not fit what the constructor was told, or an index is out of
+                range.
         """
         buffers = self._buffers
         self._write(inputs, self._lrs * shorter)
