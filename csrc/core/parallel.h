@@ -1,6 +1,7 @@
-// Parallel loops for the CPU back end. Which thread runs an index never changes what is computed for it, and there is
-// one copy of a body for any number of threads (compiled twice, multiplications and additions may be joined in one copy
-// and not in the other), so results do not depend on the number of threads.
+// Parallel loops for the CPU back end. Which thread runs an index never changes what is computed
+// for it, and there is one copy of a body for any number of threads (compiled twice,
+// multiplications and additions may be joined in one copy and not in the other), so results do not
+// depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,9 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Nanoseconds, roughly: of n multiply-adds in registers and of n numbers that are read or written with a little
-// arithmetic (measured with AVX2: 44 float multiply-adds a nanosecond in large products, half of that in small ones).
+// Nanoseconds, roughly: of n multiply-adds in registers and of n numbers that are read or written
+// with a little arithmetic (measured with AVX2: 44 float multiply-adds a nanosecond in large
+// products, half of that in small ones).
 template <class T>
 constexpr double multiply_time(int64_t n) {
     return static_cast<double>(n) * sizeof(T) / (4 * 30);
@@ -28,14 +30,17 @@ PDD_ONE_COPY void run_indices(const void* body, int64_t first, int64_t last, int
 
 // How many of `threads` threads `count` indices are worth that take `each` nanoseconds, roughly.
 inline int threads_worth(int64_t count, int threads, double each) {
-    const double work = each * static_cast<double>(count), one = worth_a_thread.load(std::memory_order_relaxed);
+    const double work = each * static_cast<double>(count),
+                 one = worth_a_thread.load(std::memory_order_relaxed);
     const int64_t most = count < threads ? count : threads;
     if (most < 2 || work < 2 * one) return 1;
-    return static_cast<int>(work < one * static_cast<double>(most) ? work / one : static_cast<double>(most));
+    return static_cast<int>(work < one * static_cast<double>(most) ? work / one
+                                                                   : static_cast<double>(most));
 }
 
-// Calls body(i, thread) for i in [0, count), thread in [0, threads), for bodies that work in scratch of their own.
-// `each`: nanoseconds that an index takes, roughly. A region worth one thread touches no other, and costs nothing.
+// Calls body(i, thread) for i in [0, count), thread in [0, threads), for bodies that work in
+// scratch of their own. `each`: nanoseconds that an index takes, roughly. A region worth one thread
+// touches no other, and costs nothing.
 template <class Body>
 inline void parallel_with_scratch(int64_t count, int threads, double each, const Body& body) {
     const int used = threads_worth(count, threads, each);

@@ -1,10 +1,11 @@
-// A pool of threads whose regions end when their work is done, not when every thread has come. With OpenMP's, which all
-// have to meet at the end, two processes on two cores took 4 to 58 times as long as one: each waited, spinning, for
-// threads that the other kept from their core by doing the same.
+// A pool of threads whose regions end when their work is done, not when every thread has come. With
+// OpenMP's, which all have to meet at the end, two processes on two cores took 4 to 58 times as
+// long as one: each waited, spinning, for threads that the other kept from their core by doing the
+// same.
 //
-// A region's indices are split in a contiguous range for each thread, as a static schedule would; a thread takes its
-// range chunk by chunk, and then what is left of the others'. One that has no core leaves its range to them, and one
-// that loses its core holds up the region by one chunk at most.
+// A region's indices are split in a contiguous range for each thread, as a static schedule would; a
+// thread takes its range chunk by chunk, and then what is left of the others'. One that has no core
+// leaves its range to them, and one that loses its core holds up the region by one chunk at most.
 #include "core/threads.h"
 
 #include <algorithm>
@@ -29,8 +30,8 @@
 namespace pdd {
 namespace {
 
-// How long an idle thread spins before it sleeps: the regions of a pass are a few microseconds apart, its calls from
-// Python tens. And how long the calling thread spins for the last chunks.
+// How long an idle thread spins before it sleeps: the regions of a pass are a few microseconds
+// apart, its calls from Python tens. And how long the calling thread spins for the last chunks.
 constexpr std::chrono::microseconds kIdleSpin{200}, kEndSpin{50};
 constexpr int kChunks = 16;           // of a thread's range, at most;
 constexpr double kLeastChunk = 5000;  // nanoseconds of a chunk, where a range has as many
@@ -64,21 +65,26 @@ struct Processors {
     cpu_set_t set;
     bool known;
 
-    bool operator==(const Processors& other) const { return known == other.known && CPU_EQUAL(&set, &other.set); }
+    bool operator==(const Processors& other) const {
+        return known == other.known && CPU_EQUAL(&set, &other.set);
+    }
 
-    // OpenMP's places, where threads are bound to them (OMP_PROC_BIND): the calling thread has one, the process all.
-    // Asked of whichever OpenMP torch has loaded.
+    // OpenMP's places, where threads are bound to them (OMP_PROC_BIND): the calling thread has one,
+    // the process all. Asked of whichever OpenMP torch has loaded.
     static Processors of_places() {
         Processors found{};
         const auto places = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_places"));
-        const auto count = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_get_place_num_procs"));
-        const auto ids = reinterpret_cast<void (*)(int, int*)>(dlsym(RTLD_DEFAULT, "omp_get_place_proc_ids"));
+        const auto count =
+            reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_get_place_num_procs"));
+        const auto ids =
+            reinterpret_cast<void (*)(int, int*)>(dlsym(RTLD_DEFAULT, "omp_get_place_proc_ids"));
         if (!places || !count || !ids) return found;
         for (int place = 0; place < places(); ++place) {
             std::vector<int> each(static_cast<size_t>(count(place)));
             ids(place, each.data());
             for (const int id : each)
-                if (id >= 0 && id < CPU_SETSIZE) CPU_SET(static_cast<size_t>(id), &found.set), found.known = true;
+                if (id >= 0 && id < CPU_SETSIZE)
+                    CPU_SET(static_cast<size_t>(id), &found.set), found.known = true;
         }
         return found;
     }
@@ -91,7 +97,8 @@ struct Processors {
         static thread_local std::chrono::steady_clock::time_point until{};
         const auto now = std::chrono::steady_clock::now();
         if (now >= until) {
-            found.known = sched_getaffinity(0, sizeof(found.set), &found.set) == 0;  // not beyond 1024 processors
+            found.known = sched_getaffinity(0, sizeof(found.set), &found.set) ==
+                          0;  // not beyond 1024 processors
             until = now + std::chrono::milliseconds(10);
         }
         return found;
@@ -119,7 +126,8 @@ struct alignas(64) Range {
 };
 
 struct Region {
-    Region(int64_t count, int threads, double each, Task task, const void* body, const Processors& processors)
+    Region(int64_t count, int threads, double each, Task task, const void* body,
+           const Processors& processors)
         : task(task),
           body(body),
           threads(threads),
@@ -137,7 +145,8 @@ struct Region {
             Range& range = ranges[(thread + i) % threads];
             while (range.next.load(std::memory_order_relaxed) < range.end) {
                 const int64_t first = range.next.fetch_add(chunk, std::memory_order_relaxed);
-                if (first < range.end) task(body, first, std::min(first + chunk, range.end), thread);
+                if (first < range.end)
+                    task(body, first, std::min(first + chunk, range.end), thread);
             }
         }
     }
@@ -152,9 +161,9 @@ struct Region {
 
 // ---- the pool ----
 
-// A thread, and its mailbox: nullptr, a region it is called to, or, its lowest bit set, the region it is in. Who called
-// it takes the call back at the end, or waits for it to leave. A thread that is called or in a region is not there for
-// other callers.
+// A thread, and its mailbox: nullptr, a region it is called to, or, its lowest bit set, the region
+// it is in. Who called it takes the call back at the end, or waits for it to leave. A thread that
+// is called or in a region is not there for other callers.
 class alignas(64) Helper {
   public:
     explicit Helper(int id) : id_(id) {}
@@ -259,7 +268,8 @@ class Pool {
             auto* const helper = new Helper(started_.load());
             try {
                 std::thread([helper] { helper->live(); }).detach();
-            } catch (const std::system_error&) {  // no more threads for this process: the others do the work
+            } catch (const std::system_error&) {  // no more threads for this process: the others do
+                                                  // the work
                 delete helper;
                 break;
             }
@@ -276,11 +286,13 @@ class Pool {
     std::atomic<Helper*> helpers_[kMostThreads] = {};
 };
 
-// Never deleted: its threads run until the process ends. A child process has none of them, and makes a pool anew.
+// Never deleted: its threads run until the process ends. A child process has none of them, and
+// makes a pool anew.
 std::atomic<Pool*> current_pool{nullptr};
 
 #ifdef PDD_POSIX
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
+[[maybe_unused]] const int registered =
+    pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
 #endif
 
 Pool& Pool::get() {

@@ -108,15 +108,14 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
             error.
         ValueError: a value that only the kernel sees is out of range.
     """
-    library = loaded(like.device.type)
-    number = TYPES.index(like.dtype)
+    device, number = like.device, TYPES.index(like.dtype)
+    library = loaded(device.type)
     given = [
-        address(a, like.device) if a is None or isinstance(a, torch.Tensor) else a
-        for a in arguments
+        address(a, device) if a is None or isinstance(a, torch.Tensor) else a for a in arguments
     ]
     function = getattr(library, name)
-    if like.device.type == "cuda":
-        with torch.cuda.device(like.device):
+    if device.type == "cuda":
+        with torch.cuda.device(device):
             stream = torch.cuda.current_stream().cuda_stream
             status = function(number, stream, 0, *given)
     else:

@@ -101,15 +101,15 @@ def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """``tensor.index_select(0, index)``, without OpenMP's threads on a CPU."""
-    numbers = tensor[:1].numel()
+    each = tensor.numel() // max(tensor.shape[0], 1)
     if (
         tensor.device.type != "cpu"
-        or len(index) * numbers <= _SHARED_BY_TORCH
-        or not 0 < numbers <= _SHARED_BY_TORCH
+        or index.numel() * each <= _SHARED_BY_TORCH
+        or not 0 < each <= _SHARED_BY_TORCH
     ):
         return tensor.index_select(0, index)
     result = tensor.new_empty(len(index), *tensor.shape[1:])
-    rows = _SHARED_BY_TORCH // numbers
+    rows = _SHARED_BY_TORCH // each
     for part, out in zip(index.split(rows), result.split(rows), strict=True):
         torch.index_select(tensor, 0, part, out=out)
     return result

@@ -11,6 +11,7 @@ as one graph.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,15 @@ def idle_bytes() -> int:
     return _KEPT.idle_bytes()
 
 
+@lru_cache(maxsize=64)
+def _sizes(
+    shape: ConvNetShape, convolution: int, batch: int, dual: bool, kept: bool, threads: int
+) -> _Sizes:
+    return _Sizes(
+        *_native.loaded("cpu").convnet_sizes([batch, *shape], convolution, dual, kept, threads)
+    )
+
+
 class ConvNetPasses:
     """The passes of networks of one shape. Everything is float32 or float64, all of one type, on
     the CPU.
@@ -110,14 +120,12 @@ class ConvNetPasses:
 
     def __init__(self, shape: ConvNetShape, convolution: str = "auto") -> None:
         self.shape = shape
+        self._parameters = shape.parameters  # Every pass checks them; to count them takes 2 µs.
         self._convolution = CONVOLUTIONS.index(convolution)
 
     def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
         """What a pass on ``batch`` images works in and keeps, in numbers of its type."""
-        shape = [batch, *self.shape]
-        return _Sizes(
-            *_native.loaded("cpu").convnet_sizes(shape, self._convolution, dual, kept, threads())
-        )
+        return _sizes(self.shape, self._convolution, batch, dual, kept, threads())
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""
@@ -183,7 +191,7 @@ class ConvNetPasses:
         Args:
             kept: from :meth:`gradient` at the same point; None: its values are made again.
         """
-        require_like("convnet", "direction", direction, theta, (self.shape.parameters,))
+        require_like("convnet", "direction", direction, theta, (self._parameters,))
         batch = len(images)
         hard, soft = self._labels(theta, batch, labels)
         if kept is not None:
@@ -192,12 +200,12 @@ class ConvNetPasses:
         theta_tangent = theta.new_empty(theta.shape) if want_theta else None
         labels_tangent = None if soft is None else soft.new_empty(soft.shape)
         wanted, images_tangent = None, None
-        if rows is None:
-            wanted = torch.ones(batch, dtype=torch.bool, device="cpu")
-        elif len(rows):
-            wanted = torch.zeros(batch, dtype=torch.bool, device="cpu").index_fill_(0, rows, True)
-        if wanted is not None:
+        if rows is None or len(rows):
             images_tangent = theta.new_empty(images.shape)
+            if rows is not None:
+                wanted = torch.zeros(batch, dtype=torch.bool, device="cpu").index_fill_(
+                    0, rows, True
+                )
         self._run(
             "dual",
             theta,
@@ -249,7 +257,7 @@ class ConvNetPasses:
         batch = len(images)
         require_floating("convnet", "theta", theta)
         require("convnet", theta.device.type == "cpu", "theta", "be on cpu", theta.device)
-        expected = (self.shape.parameters,)
+        expected = (self._parameters,)
         require(
             "convnet",
             tuple(theta.shape) == expected,

@@ -557,9 +557,8 @@ Status convnet_dual(const ConvNetDual<T>& p, Context context) {
     pass.start();
     pass.forward();
     if (const Status bad = loss_dual(pass, p, context)) return bad;
-    if (p.theta_tangent || p.wanted)
-        pass.backward(pass.grad_logits(), p.theta_tangent, p.wanted,
-                      p.wanted ? p.images_tangent : nullptr);
+    if (p.theta_tangent || p.images_tangent)
+        pass.backward(pass.grad_logits(), p.theta_tangent, p.wanted, p.images_tangent);
     return kSuccess;
 }
 

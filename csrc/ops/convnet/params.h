@@ -74,12 +74,12 @@ struct ConvNetDual {
     const T* soft;        // [B, K] or nullptr
     T* kept;  // from convnet_gradient at the same point, only read; or nullptr: made again
     const T* direction;  // [P]
-    const bool* wanted;  // [B]: images whose gradient is; nullptr: none are
+    const bool* wanted;  // [B]: images whose gradient is; nullptr: all are
     T* losses_tangent;   // [B] tangents of the losses; their mean is the gradient along the
                          // direction
     T* theta_tangent;    // [P] tangent of the gradient, or nullptr
     T* images_tangent;   // [B, C_in, H, W] contiguous: tangent of the gradient with respect to the
-                        // images; written where wanted
+                        // images; written where wanted; or nullptr
     T* labels_tangent;  // [B, K] with respect to soft labels, or nullptr
 };
 
