@@ -85,7 +85,7 @@ class Problem:
         }
         self.index = [batch.to(device) for batch in self.batches]
         self.steps = len(self.batches)  # fewer while warming up
-        # Before the clock starts, as ours packs its draws: every contender finds them on the
+        # Before the clock starts, as ours packs its draws: every implementation finds them on the
         #     device.
         self.augments = (
             [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None

@@ -1,4 +1,4 @@
-"""The benchmark: cases one after another, contenders in turn, and a record that is whole after
+"""The benchmark: cases one after another, implementations in turn, and a record that is whole after
 every measurement.
 """
 
@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pdd_fast.benchmarks import contenders, machine, processes, results, tables
+from pdd_fast.benchmarks import implementations, machine, processes, results, tables
 from pdd_fast.benchmarks.cases import KINDS, SUITES, Case
-from pdd_fast.benchmarks.contenders import FLOOR, TRUTH, Contender
+from pdd_fast.benchmarks.implementations import FLOOR, TRUTH, Implementation
 from pdd_fast.benchmarks.plot import draw
 from pdd_fast.benchmarks.processes import Outcome
 from pdd_fast.evaluation.figures import attempt
@@ -33,7 +33,7 @@ class Settings:
     rounds: int = 0  # 0: the suite's
     limit: float = 0.0  # seconds of one measurement; 0: the suite's
     threads: int = 0  # 0: torch's own number
-    contender: tuple[str, ...] = ()  # texts of names; (): all
+    implementation: tuple[str, ...] = ()  # texts of names; (): all
     without: tuple[str, ...] = ()  # likewise, to leave out
 
 
@@ -46,7 +46,7 @@ class Bench:
 
     Raises:
         UsageError: the folder holds a benchmark, the device cannot be used, or a text means no
-            contender.
+            implementation.
     """
 
     def __init__(
@@ -63,17 +63,19 @@ class Bench:
         self.rounds, self.limit = settings.rounds or suite.rounds, settings.limit or suite.limit
         self.settings, self.folder, self.reporter, self.told = settings, folder, reporter, told
         self.device = resolve_device(settings.device)
-        every = {case: contenders.contenders(case, self.device.type) for case in cases}
-        contenders.check(list(every.values()), settings.contender, settings.without)
-        self.plan: dict[Case, list[Contender]] = {}
+        every = {case: implementations.implementations(case, self.device.type) for case in cases}
+        implementations.check(list(every.values()), settings.implementation, settings.without)
+        self.plan: dict[Case, list[Implementation]] = {}
         self.left_out: dict[Case, list[str]] = {}
         for case, there in every.items():
-            chosen = contenders.select(there, settings.contender, settings.without, suite.compiles)
+            chosen = implementations.select(
+                there, settings.implementation, settings.without, suite.compiles
+            )
             if chosen:
                 self.plan[case] = chosen
                 self.left_out[case] = [c.name for c in there if c not in chosen]
         if not self.plan:
-            raise UsageError("--contender and --without leave nobody to measure")
+            raise UsageError("--implementation and --without leave nobody to measure")
         self.wrong: list[str] = []  # what should have worked and did not
         self.record: dict[str, Any] = {}
 
@@ -109,13 +111,13 @@ class Bench:
     def _case(self, case: Case) -> None:
         """Measures a case. Interrupted too, who wants to be told is told of what there is."""
         chosen = self.plan[case]
-        names = [*([FLOOR] if contenders.has_floor(case) else []), *(c.name for c in chosen)]
+        names = [*([FLOOR] if implementations.has_floor(case) else []), *(c.name for c in chosen)]
         outcomes = {name: Outcome() for name in names}
         found: dict[str, Any] = {
             "case": asdict(case),
             "title": case.title,
             "left_out": self.left_out[case],
-            "contenders": [asdict(c) for c in chosen],
+            "implementations": [asdict(c) for c in chosen],
         }
 
         def keep() -> None:
@@ -159,7 +161,7 @@ class Bench:
     def _measure(self, case: Case, scratch: str, name: str) -> dict[str, Any]:
         told = {
             "case": case.name,
-            "contender": name,
+            "implementation": name,
             "device": str(self.device),
             "threads": self.settings.threads,
             "scratch": scratch,

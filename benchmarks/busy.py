@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdd_fast.benchmarks import present
+from pdd_fast.benchmarks import formatting
 from pdd_fast.benchmarks.machine import ask
 from pdd_fast.runtime.files import write_json
 
@@ -53,7 +53,7 @@ def resnet18() -> Problem:
     return Problem(net, start, target, images, labels, torch.tensor(0.01), batches, None, None)
 
 
-def worker(case: str, contender: str, seconds: float) -> None:
+def worker(case: str, implementation: str, seconds: float) -> None:
     """Says "ready", waits for a line, iterates for ``seconds`` and prints wall and processor time
     of an iteration.
     """
@@ -68,10 +68,10 @@ def worker(case: str, contender: str, seconds: float) -> None:
             unroll.problem_of(cases.parse(case), torch.device("cpu"), torch.float32),
             {},
         )
-    if contender == "plain autograd":
+    if implementation == "plain autograd":
         iterate = baselines.plain(problem)
     else:
-        memory = "cache" if contender == "ours, cache" else "recompute"
+        memory = "cache" if implementation == "ours, cache" else "recompute"
         iterate = unroll.unrolled(problem, memory=memory, **options)
     iterate()
     print("ready", flush=True)
@@ -85,7 +85,9 @@ def worker(case: str, contender: str, seconds: float) -> None:
     sys.stdin.readline()
 
 
-def together(case: str, contender: str, seconds: float, processes: int) -> list[dict[str, float]]:
+def together(
+    case: str, implementation: str, seconds: float, processes: int
+) -> list[dict[str, float]]:
     """Return the measurement of each of ``processes`` that begin at the same moment."""
     command = [
         sys.executable,
@@ -94,7 +96,7 @@ def together(case: str, contender: str, seconds: float, processes: int) -> list[
         "pdd_fast.benchmarks.busy",
         "--worker",
         case,
-        contender,
+        implementation,
         str(seconds),
     ]
     workers = [
@@ -117,18 +119,18 @@ def together(case: str, contender: str, seconds: float, processes: int) -> list[
             one.wait()
 
 
-def measured(name: str, contender: str, seconds: float) -> dict[str, Any]:
+def measured(name: str, implementation: str, seconds: float) -> dict[str, Any]:
     case = CASES[name]
     # Before and after: the machine may have become faster or slower meanwhile.
-    alone = [together(case, contender, seconds, 1)[0]]
-    beside = together(case, contender, seconds, PROCESSES)
-    alone += together(case, contender, seconds, 1)
+    alone = [together(case, implementation, seconds, 1)[0]]
+    beside = together(case, implementation, seconds, PROCESSES)
+    alone += together(case, implementation, seconds, 1)
     wall, cpu = (sum(one[key] for one in alone) / len(alone) for key in ("wall", "cpu"))
     fair = max(wall, PROCESSES * cpu / len(os.sched_getaffinity(0)))
     slowest = max(one["wall"] for one in beside)
     return {
         "case": name,
-        "contender": contender,
+        "implementation": implementation,
         "alone": wall,
         "alone_cpu": cpu,
         "beside": slowest,
@@ -143,7 +145,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     cells = [
         [
             row["case"],
-            row["contender"],
+            row["implementation"],
             f"{1e3 * row['alone']:.1f}",
             f"{1e3 * row['beside']:.1f}",
             f"{1e3 * row['fair']:.1f}",
@@ -152,7 +154,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return present.table(
+    return formatting.table(
         [
             "case",
             "",
@@ -175,7 +177,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--contenders", nargs="+", choices=CONTENDERS, default=["ours", "plain autograd"]
+        "--implementations", nargs="+", choices=CONTENDERS, default=["ours", "plain autograd"]
     )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
@@ -185,8 +187,8 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for name in args.cases:
-        for contender in args.contenders:
-            rows.append(measured(name, contender, args.seconds))
+        for implementation in args.implementations:
+            rows.append(measured(name, implementation, args.seconds))
             print(show(rows) if len(rows) == 1 else show(rows).splitlines()[-1], flush=True)
     if args.output:
         write_json(args.output, {"benchmark": "busy", "machine": ask(False), "results": rows})

@@ -200,7 +200,7 @@ class Suite:
     cases: tuple[Case, ...]
     rounds: int
     limit: float  # seconds of one measurement
-    compiles: bool  # whether contenders that compile for up to a minute take part
+    compiles: bool  # whether implementations that compile for up to a minute take part
 
 
 def _grid(kind: str, **values: Sequence[int | bool | str]) -> tuple[Case, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 import pdd_fast
 from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import OPERATIONS, Case
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 
@@ -45,14 +45,14 @@ def drawing(ours: bool, case: Case, device: torch.device) -> Drawing:
     return draw
 
 
-def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
+def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
     torch.manual_seed(0)
     images, grad = (
         torch.randn(case.batch, 3, case.size, case.size, device=job.device) for _ in range(2)
     )
     followed = images.clone().requires_grad_()
     memory = measure.Memory(job.device)
-    draw = drawing(contender.ours, case, job.device)
+    draw = drawing(implementation.ours, case, job.device)
     # Where each draw is of another operation, all six have to be among what is timed: drawn once,
     #     in turn.
     drawn = [draw() for _ in range(24 if case.operation == "single" else 1)]

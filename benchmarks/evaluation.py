@@ -14,12 +14,12 @@ from torch import Tensor
 import pdd_fast
 from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.fixtures import begin, ready, real_union
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
-from pdd_fast.benchmarks.small_run import begin, ready, real_union
 from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.union import UnionSet
@@ -77,22 +77,24 @@ def plain(ctx: RunContext, union: UnionSet, channels_last: bool) -> list[float]:
     return found
 
 
-def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callable[[], Any]:
+def prepared(
+    case: Case, implementation: Implementation, job: Job, folder: Path
+) -> Callable[[], Any]:
     """The evaluation as one call."""
-    own = contender.options if contender.ours else {}
-    run, ctx = begin(case, job, folder, contender.precision, **own)
+    own = implementation.options if implementation.ours else {}
+    run, ctx = begin(case, job, folder, implementation.precision, **own)
     union = real_union(ctx, ctx.config.stages)
-    if not contender.ours:
+    if not implementation.ours:
         # Loading the data is part of an evaluation of ours, and so of this one.
         return lambda: plain(
-            RunContext.prepare(run.config), union, contender.options["channels_last"]
+            RunContext.prepare(run.config), union, implementation.options["channels_last"]
         )
     union.distilled(ctx).save(run.distilled_file)
     return lambda: evaluate_run(run)
 
 
-def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    with ready(prepared, case, contender, job) as (call, memory):
+def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    with ready(prepared, case, implementation, job) as (call, memory):
         # Without a warm-up: an evaluation is hundreds of steps, and that the first takes longer is
         # part of it.
         taken = measure.repeated(call, job.device, most=1)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import pdd_fast
 from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_network import plain_convnet
 
@@ -69,11 +69,11 @@ class Problem:
         return torch.autocast(self.images.device.type, dtype=self.autocast)
 
 
-def ours(problem: Problem, contender: Contender) -> Gradient:
+def ours(problem: Problem, implementation: Implementation) -> Gradient:
     """The installed package by its public function; with ``engine="autograd"`` on a module that it
     does not know.
     """
-    options = dict(contender.options)
+    options = dict(implementation.options)
     net = problem.net if options["engine"] == "autograd" else problem.own
 
     def gradient(classes: int) -> Tensor:
@@ -85,7 +85,7 @@ def ours(problem: Problem, contender: Contender) -> Gradient:
             problem.real_labels[:classes],
             images,
             problem.labels[:classes],
-            precision=contender.precision,
+            precision=implementation.precision,
             **options,
         )
         return torch.autograd.grad(loss, images)[0]
@@ -156,13 +156,13 @@ def functional(problem: Problem) -> Gradient:
     return gradient
 
 
-def prepared(contender: Contender, problem: Problem) -> Gradient:
-    """A contender's gradient on ``problem``, which then is in its memory format and precision."""
-    options = contender.options
-    if contender.ours:
-        return ours(problem, contender)
+def prepared(implementation: Implementation, problem: Problem) -> Gradient:
+    """Return a gradient on ``problem``, moved to the memory format and precision it needs."""
+    options = implementation.options
+    if implementation.ours:
+        return ours(problem, implementation)
     problem.channels_last = options["channels_last"]
-    problem.autocast = torch.bfloat16 if contender.precision == "bfloat16" else None
+    problem.autocast = torch.bfloat16 if implementation.precision == "bfloat16" else None
     return {"plain": plain, "functional": functional}[options["function"]](problem)
 
 
@@ -175,13 +175,13 @@ def write_truth(case: Case, job: Job) -> dict[str, Any]:
     return {"by": "torch.func in float64"}
 
 
-def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    measure.set_precision(contender.precision)
+def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    measure.set_precision(implementation.precision)
     problem = Problem.draw(case, job.device, torch.float32)
-    if contender.options.get("function") == "functional":
+    if implementation.options.get("function") == "functional":
         measure.load_lazily_loaded()
     memory = measure.Memory(job.device)
-    gradient = prepared(contender, problem)
+    gradient = prepared(implementation, problem)
     # Two classes have everything behind that is done once; a GPU takes all of them side by side.
     gradient(case.classes if job.device.type == "cuda" else min(2, case.classes))
     gc.collect()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pdd_fast.benchmarks.present import size
+from pdd_fast.benchmarks.formatting import size
 from pdd_fast.runtime import host_memory as host
 from pdd_fast.runtime.device_memory import is_out_of_memory
 from pdd_fast.runtime.devices import peak_memory
@@ -97,7 +97,7 @@ def set_precision(name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = (
-        True  # shapes never change here, so every contender gets its fastest algorithms
+        True  # shapes never change here, so every implementation gets its fastest algorithms
     )
 
 
@@ -139,7 +139,7 @@ def resident_peak() -> int:
 
 def load_lazily_loaded() -> None:
     """What torch loads at the first use of an optimizer or of forward mode: 1.5 seconds and 170 MB
-    that are torch's and no contender's.
+    that are torch's and no implementation's.
     """
     number = torch.zeros(1, requires_grad=True)
     number.square().sum().backward()
@@ -204,7 +204,7 @@ def out_of_memory(error: BaseException) -> str | None:
     asked = "did not say for how much it asked"
     if found:
         amount = size(float(found[1])) if found[2] == "bytes" else f"{found[1]} {found[2]}"
-    asked = f"asked for {amount} more"
+        asked = f"asked for {amount} more"
     on_gpu = torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0
     held = torch.cuda.max_memory_allocated() if on_gpu else resident_peak()
     return f"{asked} with {size(held)} taken"

@@ -1,8 +1,8 @@
 """Differentiable Siamese augmentation as a good user writes it in eager PyTorch: a handful of calls
 per operation.
 
-It can take the draws of :class:`pdd_fast.AugmentParameters`, so that all contenders compute the
-same function, or draw its own from the same ranges, and uses nothing else of the package. Formulas:
+It takes :class:`pdd_fast.AugmentParameters`, so that all implementations compute the same function,
+or samples its own from the same ranges. It uses nothing else of the package. Formulas:
 docs/mathematics.md, section 5.
 """
 

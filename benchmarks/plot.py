@@ -33,14 +33,14 @@ def family(names: list[str]) -> list[str]:
 
 
 def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The contenders of these cases that a picture has room for: of each way to write it the
+    """The implementations of these cases that a picture has room for: of each way to write it the
     fastest.
 
     Ours are the fused engine's with its own choice of convolution, where that was measured, by what
     they keep; of the others memory formats compete, and on a GPU precisions. bfloat16 is another
     computation.
     """
-    every = {c["name"]: c for found in cases.values() for c in found["contenders"]}
+    every = {c["name"]: c for found in cases.values() for c in found["implementations"]}
     there = [
         c for c in every.values() if c["precision"] != "bfloat16" and _curve(c["name"], cases)[0]
     ]
@@ -49,19 +49,19 @@ def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
         c for c in there if c["ours"] and all(c["options"].get(k, v) == v for k, v in usual.items())
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for contender in there:
-        if contender["ours"] and default and contender not in default:
+    for implementation in there:
+        if implementation["ours"] and default and implementation not in default:
             continue
         way = (
-            contender["name"]
-            if contender["ours"] and not default
-            else contender["options"].get("function")
+            implementation["name"]
+            if implementation["ours"] and not default
+            else implementation["options"].get("function")
         )
-        groups.setdefault(way or contender["options"]["memory"], []).append(contender)
+        groups.setdefault(way or implementation["options"]["memory"], []).append(implementation)
 
-    def at_the_end(contender: dict[str, Any]) -> tuple[int, float]:
+    def at_the_end(implementation: dict[str, Any]) -> tuple[int, float]:
         """Who gets furthest, and of those the fastest."""
-        steps, seconds, _ = _curve(contender["name"], cases)[0][-1]
+        steps, seconds, _ = _curve(implementation["name"], cases)[0][-1]
         return -steps, seconds
 
     return [min(group, key=at_the_end) for group in groups.values()]
@@ -72,22 +72,22 @@ def draw(record: Mapping[str, Any], path: Path) -> bool:
     """Writes the picture of a record's largest family of cases; whether there was anything to
     draw."""
     cases = {name: record["cases"][name] for name in family(list(record["cases"]))}
-    contenders = drawn(cases)
-    if not contenders:
+    implementations = drawn(cases)
+    if not implementations:
         return False
     figure = new_figure(figsize=(9.6, 4.4), dpi=150)
     time, memory = figure.subplots(1, 2)
     colors = {True: cycle(OURS), False: cycle(OTHERS)}
-    for contender in contenders:
-        points, lost = _curve(contender["name"], cases)
-        ours = contender["ours"]
+    for implementation in implementations:
+        points, lost = _curve(implementation["name"], cases)
+        ours = implementation["ours"]
         style: dict[str, Any] = {
             "color": next(colors[ours]),
             "marker": "o" if ours else "s",
             "markersize": 4,
             "linewidth": 2 if ours else 1.2,
-            "linestyle": "-" if contender["exact"] else ":",
-            "label": contender["name"] + (f" (N = {lost[0]}: {lost[1]})" if lost else ""),
+            "linestyle": "-" if implementation["exact"] else ":",
+            "label": implementation["name"] + (f" (N = {lost[0]}: {lost[1]})" if lost else ""),
         }
         steps, seconds, taken = zip(*points, strict=True)
         time.plot(steps, seconds, **style)
@@ -116,12 +116,12 @@ def _where(machine: Mapping[str, Any]) -> str:
 
 
 def _curve(
-    contender: str, cases: Mapping[str, Any]
+    implementation: str, cases: Mapping[str, Any]
 ) -> tuple[list[tuple[int, float, float]], tuple[int, str] | None]:
-    """N, seconds and new bytes of a contender, and where it first gave no result, and why."""
+    """N, seconds and new bytes of an implementation, and where it first gave no result, and why."""
     points, lost = [], None
     for name, found in cases.items():
-        result = found["results"].get(contender)
+        result = found["results"].get(implementation)
         if result is None or result.get("failed") == "not run":
             continue
         if "failed" in result:

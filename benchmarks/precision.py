@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import pdd_fast
-from pdd_fast.benchmarks import present
+from pdd_fast.benchmarks import formatting
 from pdd_fast.benchmarks.machine import ask
 from pdd_fast.engines import convolution
 from pdd_fast.networks.parameters import initial_parameters
@@ -134,7 +134,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return present.table(
+    return formatting.table(
         ["N", "precision", "images' gradient", "smallest–largest", "cosine", "rate's", "θ_N"], cells
     )
 

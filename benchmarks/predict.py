@@ -4,7 +4,7 @@ none was measured.
     python -P -m pdd_fast.benchmarks.predict --page docs/performance.md    # writes the table in
     that page
 
-Every contender runs eagerly on the CPU for one and for two steps at the real sizes, and each
+Every implementation runs eagerly on the CPU for one and for two steps at the real sizes, and each
 operation that torch dispatches is written down: the bytes of its inputs and results, and its
 floating-point operations. What the second step adds, times N, is the iteration. On the GPU an
 operation takes the longest of its bytes over the memory's rate, its operations over the

@@ -1,7 +1,7 @@
-"""One process a measurement, contenders in turn. Imports no torch.
+"""Run each measurement in a process of its own. Imports no torch.
 
-Rounds go through all contenders in turn, so that a slow minute of the machine hits all of them, and
-a contender that failed is not tried again.
+Rounds go through all implementations in turn, so that a slow minute of the machine hits all of
+them. An implementation that failed is not tried again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MODULE = "pdd_fast.benchmarks.child"
+MODULE = "pdd_fast.benchmarks.worker"
 DETAILS = 4000  # last characters of what a process said before it failed
 PATIENCE = 10.0  # seconds to end in, once asked
 
 
 @dataclass
 class Outcome:
-    """A contender's measurements, one a round, or what kept it from more."""
+    """A implementation's measurements, one a round, or what kept it from more."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, Any] | None = None
@@ -109,9 +109,11 @@ def in_turn(
     rounds: int,
     outcomes: dict[str, Outcome],
 ) -> Iterator[str]:
-    """``rounds`` measurements of every contender, into ``outcomes``. Gives the name after each, so
-    that what there is can be kept at once; also those of contenders that failed before and are not
-    tried again.
+    """Measure every implementation ``rounds`` times, into ``outcomes``.
+
+    Yields:
+        The name after each measurement, so that the caller can save the results so far. Names of
+        implementations that failed before come too, without another try.
     """
     for _ in range(rounds):
         for name in names:

@@ -1,5 +1,6 @@
-"""From measurements to results: medians with their spread, ratios, what is over the floor, who is
-the best alternative. Imports no torch.
+"""Turn measurements into results: medians, spreads, ratios and the best alternative.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdd_fast.benchmarks.cases import KINDS, Case
-from pdd_fast.benchmarks.contenders import FLOOR, Contender
-from pdd_fast.benchmarks.floors import best, floors
+from pdd_fast.benchmarks.implementations import FLOOR, Implementation
 from pdd_fast.benchmarks.processes import Outcome
+from pdd_fast.benchmarks.roofline_counts import best, rooflines
 
 NOT_RUN = {"failed": "not run", "why": "the benchmark ended before"}
 
@@ -35,38 +36,42 @@ def ratio(outcome: Outcome, base: Outcome, part: str) -> float | None:
 
 
 def reference(
-    contenders: Sequence[Contender], outcomes: Mapping[str, Outcome], precision: str
-) -> Contender | None:
+    implementations: Sequence[Implementation], outcomes: Mapping[str, Outcome], precision: str
+) -> Implementation | None:
     """Ours that others of a precision are compared with: the first that was measured."""
     return next(
-        (c for c in contenders if c.ours and c.precision == precision and outcomes[c.name].samples),
+        (
+            c
+            for c in implementations
+            if c.ours and c.precision == precision and outcomes[c.name].samples
+        ),
         None,
     )
 
 
 def summary(
-    case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, Outcome]
+    case: Case, implementations: Sequence[Implementation], outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
-    """What a record keeps of a case: by contender its results, the floors, and the best
+    """What a record keeps of a case: by implementation its results, the rooflines, and the best
     alternatives.
     """
     rates = outcomes.get(FLOOR, Outcome())
     measured = best(rates.samples) if rates.samples else None
-    precisions = list(dict.fromkeys(c.precision for c in contenders))
-    bounds = {p: floors(case, measured, p) for p in precisions} if measured else {}
+    precisions = list(dict.fromkeys(c.precision for c in implementations))
+    bounds = {p: rooflines(case, measured, p) for p in precisions} if measured else {}
     results = {}
-    for contender in contenders:
-        other = reference(contenders, outcomes, contender.precision)
+    for implementation in implementations:
+        other = reference(implementations, outcomes, implementation.precision)
         base = outcomes[other.name] if other else None
-        bound = bounds.get(contender.precision, {})
-        results[contender.name] = _result(case, outcomes[contender.name], base, bound)
-    found: dict[str, Any] = {"results": results, "floor": {"seconds": bounds, "rates": measured}}
+        bound = bounds.get(implementation.precision, {})
+        results[implementation.name] = _result(case, outcomes[implementation.name], base, bound)
+    found: dict[str, Any] = {"results": results, "roofline": {"seconds": bounds, "rates": measured}}
     if rates.failed:
-        found["floor"]["failed"] = rates.failed
+        found["roofline"]["failed"] = rates.failed
     if rates.samples:
-        found["floor"]["samples"] = rates.samples
+        found["roofline"]["samples"] = rates.samples
     found["alternatives"] = [
-        a for p in precisions if (a := alternative(case, contenders, outcomes, p))
+        a for p in precisions if (a := alternative(case, implementations, outcomes, p))
     ]
     return found
 
@@ -109,13 +114,16 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def alternative(
-    case: Case, contenders: Sequence[Contender], outcomes: Mapping[str, Outcome], precision: str
+    case: Case,
+    implementations: Sequence[Implementation],
+    outcomes: Mapping[str, Outcome],
+    precision: str,
 ) -> dict[str, Any] | None:
     """The fastest exact baseline of a precision beside ours: the default, and the fastest."""
     part = main_part(case)
     there = {
         c.name: c
-        for c in contenders
+        for c in implementations
         if c.precision == precision and outcomes[c.name].samples and not outcomes[c.name].failed
     }
 
@@ -143,7 +151,7 @@ def alternative(
 
     missing = [
         c.name
-        for c in contenders
+        for c in implementations
         if c.exact and not c.ours and c.precision == precision and c.name not in there
     ]
     return {

@@ -19,12 +19,12 @@ import pdd_fast
 from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.baselines import Problem, trained
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import Contender
 from pdd_fast.benchmarks.evaluation import student
+from pdd_fast.benchmarks.fixtures import begin, ready, real_union
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
-from pdd_fast.benchmarks.small_run import begin, ready, real_union
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.progressive.stages import distill
@@ -149,21 +149,23 @@ def before_the_stage(run: Run, ctx: RunContext) -> UnionSet:
     return union
 
 
-def prepared(case: Case, contender: Contender, job: Job, folder: Path) -> Callable[[], Any]:
+def prepared(
+    case: Case, implementation: Implementation, job: Job, folder: Path
+) -> Callable[[], Any]:
     """The stage as one call, which can be made once."""
-    own = contender.options if contender.ours else {}
-    run, ctx = begin(case, job, folder, contender.precision, **own)
+    own = implementation.options if implementation.ours else {}
+    run, ctx = begin(case, job, folder, implementation.precision, **own)
     union = before_the_stage(run, ctx)
-    if contender.ours:
+    if implementation.ours:
         return lambda: distill(run)
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
     # Loading the data is part of a stage of ours, and so of this one.
     return lambda: PlainStage(
-        RunContext.prepare(run.config), union, starts, contender.options["channels_last"]
+        RunContext.prepare(run.config), union, starts, implementation.options["channels_last"]
     )()
 
 
-def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    with ready(prepared, case, contender, job) as (call, memory):
+def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    with ready(prepared, case, implementation, job) as (call, memory):
         seconds, _ = measure.timed(call, job.device)
         return measure.sample({"stage": [seconds]}, memory.found())

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pdd_fast.benchmarks import floors
+from pdd_fast.benchmarks import roofline_counts
 from pdd_fast.benchmarks.cases import KINDS, parse
-from pdd_fast.benchmarks.present import duration, number, size, spread, table
+from pdd_fast.benchmarks.formatting import duration, number, size, spread, table
 
 
 def case_table(name: str, found: Mapping[str, Any]) -> str:
@@ -17,22 +17,26 @@ def case_table(name: str, found: Mapping[str, Any]) -> str:
     case = parse(name)
     kind, labels = (
         KINDS[case.kind],
-        floors.OF_KIND.get(case.kind, ("copy",) if case.kind == "dsa" else ()),
+        roofline_counts.OF_KIND.get(case.kind, ("copy",) if case.kind == "dsa" else ()),
     )
     several = len(kind.parts) > 1
-    header = ["contender", *(["part"] if several else []), "seconds", "min–max", "times ours"]
+    header = ["implementation", *(["part"] if several else []), "seconds", "min–max", "times ours"]
     header += ["peak memory", "of it new"]
     header += [_ERRORS[key][0] for key in kind.errors]
-    header += [f"over floor {' / '.join(labels)}"] if labels else []
+    header += [f"over roofline {' / '.join(labels)}"] if labels else []
     rows = []
-    for contender, result in found["results"].items():
+    for implementation, result in found["results"].items():
         if "failed" in result:
-            cells = [contender, *([""] if several else []), f"{result['failed']}: {result['why']}"]
+            cells = [
+                implementation,
+                *([""] if several else []),
+                f"{result['failed']}: {result['why']}",
+            ]
             rows.append(cells + [""] * (len(header) - len(cells)))
             continue
         for i, (part, seconds) in enumerate(result["seconds"].items()):
             row = [
-                contender if i == 0 else "",
+                implementation if i == 0 else "",
                 *([part] if several else []),
                 duration(seconds["median"]),
             ]
@@ -65,31 +69,38 @@ def _errors(keys: Sequence[str], error: Mapping[str, float | None] | None) -> li
 
 
 def floor_table(name: str, found: Mapping[str, Any]) -> str:
-    """The rates that a case's floor was counted with, and its seconds; nothing where it has
+    """The rates that a case's roofline was counted with, and its seconds; nothing where it has
     none."""
-    floor, case = found["floor"], parse(name)
-    if floor["rates"] is None:
-        return f"No floor: {floor['failed']['why']}." if "failed" in floor else ""
-    copy = f"{floor['rates']['copy'] / 1e9:.4g} GB/s"
-    if "convolution" not in floor["rates"]:
-        return f"Floor: bytes at the rate of a copy, {copy}."
+    roofline, case = found["roofline"], parse(name)
+    if roofline["rates"] is None:
+        return f"No roofline: {roofline['failed']['why']}." if "failed" in roofline else ""
+    copy = f"{roofline['rates']['copy'] / 1e9:.4g} GB/s"
+    if "convolution" not in roofline["rates"]:
+        return f"Roofline: bytes at the rate of a copy, {copy}."
     rows = []
-    for precision, of_layers in floor["rates"]["convolution"].items():
+    for precision, of_layers in roofline["rates"]["convolution"].items():
         for i, (layer, rates) in enumerate(
-            zip(floors.layers(case), of_layers, strict=True), start=1
+            zip(roofline_counts.layers(case), of_layers, strict=True), start=1
         ):
             shape = f"{layer.channels}→{layer.width}, {layer.side}×{layer.side}"
             rows.append(
-                [precision, f"{i}: {shape}", *(f"{rates[k] / 1e9:.4g}" for k in floors.KINDS)]
+                [
+                    precision,
+                    f"{i}: {shape}",
+                    *(f"{rates[k] / 1e9:.4g}" for k in roofline_counts.KINDS),
+                ]
             )
-    text = table(["floor", "layer", *(f"{kind}, GFLOP/s" for kind in floors.KINDS)], rows)
+    text = table(
+        ["roofline", "layer", *(f"{kind}, GFLOP/s" for kind in roofline_counts.KINDS)], rows
+    )
     sums = [
-        f"{label} and {floors.passes_in_words(label)} at {copy}: {duration(seconds)} in {precision}"
-        for precision, parts in floor["seconds"].items()
+        f"{label} and {roofline_counts.passes_in_words(label)} at {copy}: {duration(seconds)} in "
+        f"{precision}"
+        for precision, parts in roofline["seconds"].items()
         for part in parts.values()
         for label, seconds in part.items()
     ]
-    return "\n\n".join([text, f"Floor: {'; '.join(sums)}."] if sums else [text])
+    return "\n\n".join([text, f"Roofline: {'; '.join(sums)}."] if sums else [text])
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
@@ -142,7 +153,8 @@ def report(record: Mapping[str, Any]) -> str:
     ]
     lines += ["| | |", "|---|---|", *rows, ""]
     lines += [
-        "Every number is a median over rounds, in each of which every contender runs in a process "
+        "Every number is a median over rounds, in each of which every implementation runs in a "
+        "process "
         "of its own; min–max "
         "is over all that was timed. Times ours: round by round over the first of ours in the "
         "same precision. Peak "
@@ -152,7 +164,7 @@ def report(record: Mapping[str, Any]) -> str:
     ]
     for name, found in record["cases"].items():
         lines += ["", f"## {case_text(name, found)}"]
-        lines += ["", *(f"- {c['name']}: {c['note']}" for c in found["contenders"])]
+        lines += ["", *(f"- {c['name']}: {c['note']}" for c in found["implementations"])]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ import pdd_fast
 from pdd_fast import engines
 from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
@@ -30,11 +30,17 @@ Parameters = Callable[[], Tensor]  # [P], as they are then
 
 
 def ours(
-    contender: Contender, net: pdd_fast.ConvNet, images: Tensor, labels: Tensor, augment: bool
+    implementation: Implementation,
+    net: pdd_fast.ConvNet,
+    images: Tensor,
+    labels: Tensor,
+    augment: bool,
 ) -> tuple[Steps, Parameters]:
     train_state = TrainState.start(pdd_fast.flatten_parameters(net)[None])
-    options = contender.options
-    engine = engines.choose(net, options["engine"], contender.precision, options["convolution"])
+    options = implementation.options
+    engine = engines.choose(
+        net, options["engine"], implementation.precision, options["convolution"]
+    )
     dsa = pdd_fast.DSA(DSA if augment else "none")
     loop = Loop(
         Sgd(engine, dsa, len(images), MOMENTUM, DECAY, graph=options.get("graph", True)),
@@ -48,7 +54,7 @@ def ours(
 
 
 def plain(
-    contender: Contender,
+    implementation: Implementation,
     own: pdd_fast.ConvNet,
     images: Tensor,
     labels: Tensor,
@@ -58,7 +64,7 @@ def plain(
     """The same in PyTorch, from the parameters of ``own`` on; with the option "module" on ``own``
     itself.
     """
-    options = dict(contender.options)
+    options = dict(implementation.options)
     net: torch.nn.Module = own
     if not options.pop("module", False):
         net = plain_convnet(
@@ -73,24 +79,24 @@ def plain(
     )
 
 
-def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    measure.set_precision(contender.precision)
+def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    measure.set_precision(implementation.precision)
     torch.manual_seed(0)
     net = pdd_fast.ConvNet(3, 10, case.size, case.width, case.depth).to(job.device)
     images = torch.randn(case.batch, 3, case.size, case.size, device=job.device)
     labels = torch.arange(case.batch, device=job.device) % 10
-    fused = contender.ours and "module" not in contender.options
+    fused = implementation.ours and "module" not in implementation.options
     if not fused:
         measure.load_lazily_loaded()
     memory = measure.Memory(job.device)
     if fused:
-        steps, _ = ours(contender, net, images, labels, case.augment)
+        steps, _ = ours(implementation, net, images, labels, case.augment)
     else:
         draws = PlainDraws(pdd_fast.DSA(DSA), job.device, images.dtype) if case.augment else None
         steps, _ = plain(
-            contender, net, images, labels, draws, torch.Generator(job.device).manual_seed(0)
+            implementation, net, images, labels, draws, torch.Generator(job.device).manual_seed(0)
         )
     steps()
     memory.forget()
     taken = [seconds / STEPS for seconds in measure.repeated(steps, job.device)]
-    return measure.sample({"step": taken}, memory.found(holds_graph="graph" in contender.name))
+    return measure.sample({"step": taken}, memory.found(holds_graph="graph" in implementation.name))

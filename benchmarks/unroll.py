@@ -15,7 +15,7 @@ from pdd_fast.augmentation.dsa import PackedAugmentParameters
 from pdd_fast.benchmarks import baselines, measure
 from pdd_fast.benchmarks.baselines import Gradients, Iteration, Problem
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
 
@@ -94,16 +94,16 @@ def matching(
     return iterate
 
 
-def prepared(contender: Contender, problem: Problem) -> Iteration:
-    """A contender's iteration on ``problem``, which then is in its memory format and precision."""
-    options = contender.options
+def prepared(implementation: Implementation, problem: Problem) -> Iteration:
+    """Return an iteration on ``problem``, moved to the memory format and precision it needs."""
+    options = implementation.options
     if "function" in options:
         problem.channels_last = options["channels_last"]
-        problem.autocast = torch.bfloat16 if contender.precision == "bfloat16" else None
+        problem.autocast = torch.bfloat16 if implementation.precision == "bfloat16" else None
         return baselines.FUNCTIONS[options["function"]](problem)
     if "graph" in options:
-        return matching(problem, precision=contender.precision, **options)
-    return unrolled(problem, precision=contender.precision, **options)
+        return matching(problem, precision=implementation.precision, **options)
+    return unrolled(problem, precision=implementation.precision, **options)
 
 
 def warm_up(problem: Problem, iterate: Iteration, keeps: bool = False) -> None:
@@ -147,14 +147,14 @@ def errors(found: Gradients, truth: Gradients) -> dict[str, float | None]:
     }
 
 
-def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
-    measure.set_precision(contender.precision)
+def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    measure.set_precision(implementation.precision)
     problem = problem_of(case, job.device, torch.float32)
-    if contender.options.get("function") in ("functional", "compiled"):
+    if implementation.options.get("function") in ("functional", "compiled"):
         measure.load_lazily_loaded()
     memory = measure.Memory(job.device)
-    iterate = prepared(contender, problem)
-    warm_up(problem, iterate, keeps=contender.options.get("memory") == "cache")
+    iterate = prepared(implementation, problem)
+    warm_up(problem, iterate, keeps=implementation.options.get("memory") == "cache")
     gc.collect()
     memory.forget()
     kept: list[Gradients] = []
@@ -163,12 +163,14 @@ def measured(case: Case, contender: Contender, job: Job) -> dict[str, Any]:
         kept[:] = [iterate()]
 
     taken = measure.repeated(once, job.device)
-    bytes_taken = memory.found(holds_graph=job.device.type == "cuda" and _holds_graph(contender))
+    bytes_taken = memory.found(
+        holds_graph=job.device.type == "cuda" and _holds_graph(implementation)
+    )
     truth = job.scratch / _TRUTH
     found = {"error": errors(kept[0], tuple(torch.load(truth)))} if truth.exists() else {}
     return measure.sample({"iteration": taken}, bytes_taken, **found)
 
 
-def _holds_graph(contender: Contender) -> bool:
-    """Whether a CUDA graph holds what a contender works in; torch.compile is asked for some too."""
-    return contender.compiles or bool(contender.options.get("graph"))
+def _holds_graph(implementation: Implementation) -> bool:
+    """Return whether a CUDA graph holds the memory that an implementation works in."""
+    return implementation.compiles or bool(implementation.options.get("graph"))

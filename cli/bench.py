@@ -37,12 +37,14 @@ from pdd_fast.runtime.errors import RunError
     help="A case by its name, in the suite's place.",
 )
 @click.option(
-    "--contender",
+    "--implementation",
     multiple=True,
     metavar="TEXT",
-    help="Contenders whose names contain it; may be repeated.",
+    help="Implementations whose names contain it; may be repeated.",
 )
-@click.option("--without", multiple=True, metavar="TEXT", help="Contenders to leave out, likewise.")
+@click.option(
+    "--without", multiple=True, metavar="TEXT", help="Implementations to leave out, likewise."
+)
 @click.option(
     "--rounds",
     type=click.IntRange(1),
@@ -87,7 +89,7 @@ def command(
 ) -> None:
     """Measure speed, memory and gradient error against plain PyTorch.
 
-    Every contender runs in processes of its own, in turn. Results are written after every
+    Every implementation runs in processes of its own, in turn. Results are written after every
     measurement, so that Ctrl-C loses none. The quick suite takes about ten minutes on two cores.
     """
     if listing:

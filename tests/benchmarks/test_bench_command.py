@@ -1,6 +1,6 @@
-"""`pdd-fast bench`: which cases and contenders it takes, what it writes, prints and answers, and
-what an interruption leaves. Measurements are made up but for two tests; those themselves are tested
-in test_benchmarks.py.
+"""Test `pdd-fast bench`: its choice of cases, its files and answers, and interruptions.
+
+All but two tests make up their measurements; test_benchmarks.py tests the measurements themselves.
 """
 
 from __future__ import annotations
@@ -19,9 +19,17 @@ import pytest
 from command import Outcome, call, process
 from PIL import Image
 
-from pdd_fast.benchmarks import cases, contenders, floors, machine, plot, processes, tables
+from pdd_fast.benchmarks import (
+    cases,
+    implementations,
+    machine,
+    plot,
+    processes,
+    roofline_counts,
+    tables,
+)
 from pdd_fast.benchmarks.cases import SUITES, parse
-from pdd_fast.benchmarks.contenders import FLOOR, TRUTH
+from pdd_fast.benchmarks.implementations import FLOOR, TRUTH
 from pdd_fast.runtime.errors import UsageError
 
 MACHINE = {
@@ -32,7 +40,7 @@ MACHINE = {
     "pdd_fast": "0",
     "commit": "abc",
 }
-Answer = Callable[[str, str], dict[str, Any]]  # to a case's name and a contender's
+Answer = Callable[[str, str], dict[str, Any]]  # to a case's name and an implementation's
 
 
 # ---- cases ----
@@ -151,11 +159,11 @@ def test_patterns_choose_cases() -> None:
         names(only=["stage"], skip=["st*"])
 
 
-def test_a_name_means_its_contender_and_another_text_all_that_contain_it() -> None:
-    every = contenders.contenders(parse("unroll"), "cpu")
+def test_a_name_means_its_implementation_and_another_text_all_that_contain_it() -> None:
+    every = implementations.implementations(parse("unroll"), "cpu")
 
     def names(*only: str, without: tuple[str, ...] = (), compiles: bool = True) -> list[str]:
-        return [c.name for c in contenders.select(every, only, without, compiles)]
+        return [c.name for c in implementations.select(every, only, without, compiles)]
 
     assert names("plain autograd") == ["plain autograd"]
     assert names("plain") == ["plain autograd", "plain autograd, channels-last"]
@@ -196,7 +204,7 @@ def seconds(name: str) -> float:
 def made_up(case_name: str, name: str) -> dict[str, Any]:
     case = parse(case_name)
     if name == FLOOR:
-        rates = [dict.fromkeys(floors.KINDS, 1e9)] * case.depth
+        rates = [dict.fromkeys(roofline_counts.KINDS, 1e9)] * case.depth
         return {"copy": 1e10, **({} if case.kind == "dsa" else {"convolution": {"float32": rates}})}
     if name == TRUTH:
         return {"by": "nobody"}
@@ -222,7 +230,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
             told = json.loads(arguments[-1])
             assert Path(told["scratch"]).is_dir()
             assert told["device"] == "cpu"
-            return answer(told["case"], told["contender"])
+            return answer(told["case"], told["implementation"])
 
         monkeypatch.setattr(processes, "run", run)
         monkeypatch.setattr(
@@ -257,7 +265,8 @@ def test_the_quick_suite_with_made_up_answers(answers: Any, tmp_path: Path) -> N
     text = (tmp_path / "a" / "place" / "bench.md").read_text(encoding="utf-8")
     assert "not finished" not in text
     assert "| cpu | a processor |\n" in text
-    assert "| contender |" not in text  # which nobody chose
+    facts = text.partition("\n## ")[0]
+    assert "| implementation |" not in facts  # which nobody chose
     assert all(f"\n## {name}: " in text for name in record["cases"])
     with Image.open(tmp_path / "a" / "place" / "bench.png") as picture:
         assert picture.width > 800
@@ -293,7 +302,7 @@ def test_what_a_table_says(answers: Any, tmp_path: Path) -> None:
     ]
     assert "not finite" in lines["frozen weights"]
     assert "ours, any module" not in lines
-    bound = floors.floors(
+    bound = roofline_counts.rooflines(
         parse("unroll-b4-n2-w4-s8"), made_up("unroll-b4-n2-w4-s8", FLOOR), "float32"
     )["iteration"]
     assert cells[9] == f"{5.35 / bound['9 F']:.2f} / {5.35 / bound['11 F']:.2f}"
@@ -370,10 +379,10 @@ def test_without_the_true_gradient_there_are_no_errors(
         return found
 
     answers(answer)
-    outcome = bench(tmp_path, "--case", "unroll-b4-n2-w4-s8", "--contender", "plain")
+    outcome = bench(tmp_path, "--case", "unroll-b4-n2-w4-s8", "--implementation", "plain")
     assert outcome.status == status
     assert f"No errors: the gradient in float64 {failed['why']}." in outcome.out
-    assert "No floor" not in outcome.out
+    assert "No roofline" not in outcome.out
 
 
 def test_as_json(answers: Any, tmp_path: Path) -> None:
@@ -427,7 +436,7 @@ def test_a_signal_ends_the_measurement_too(tmp_path: Path) -> None:
     arguments = (
         "--case",
         "stage-i9000",
-        "--contender",
+        "--implementation",
         "ours, direct",
         "--device",
         "cpu",
@@ -437,7 +446,7 @@ def test_a_signal_ends_the_measurement_too(tmp_path: Path) -> None:
     with process("bench", *arguments, "--output", tmp_path / "out") as running:
         until = time.monotonic() + 60
         while (
-            not (started := children_of(running.pid, "pdd_fast.benchmarks.child"))
+            not (started := children_of(running.pid, "pdd_fast.benchmarks.worker"))
             and time.monotonic() < until
         ):
             time.sleep(0.05)
@@ -482,11 +491,14 @@ def children_of(pid: int, text: str) -> list[int]:
             "s32, d3 and dsa",
         ),
         (
-            ["--only", "stage", "--contender", "nobody"],
-            "no contender's name contains 'nobody'; they are: ours, "
+            ["--only", "stage", "--implementation", "nobody"],
+            "no implementation's name contains 'nobody'; they are: ours, "
             "auto; ours, direct; ours, any module; MTT's loop; MTT's loop, channels-last",
         ),
-        (["--only", "dsa", "--without", "r"], "--contender and --without leave nobody to measure"),
+        (
+            ["--only", "dsa", "--without", "r"],
+            "--implementation and --without leave nobody to measure",
+        ),
         (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (
             ["--rounds", "0"],
@@ -562,7 +574,7 @@ def test_of_each_way_to_write_it_the_picture_shows_the_one_that_gets_furthest(
 def test_from_end_to_end(tmp_path: Path) -> None:
     name = "unroll-b4-n3-w4-s8-dsa"
     chosen = (
-        "--contender",
+        "--implementation",
         "ours, recompute, direct",
     )  # torch alone takes two seconds to load, every time
     with process(
@@ -591,7 +603,7 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     assert ours["seconds"]["iteration"]["times_ours"] == 1
     assert set(ours["seconds"]["iteration"]["over_floor"]) == {"9 F", "11 F"}
     assert ours["peak_bytes"] > ours["above_start_bytes"] > 1e5
-    assert len(found["floor"]["rates"]["convolution"]["float32"]) == 2
+    assert len(found["roofline"]["rates"]["convolution"]["float32"]) == 2
     assert out.count("\n|") >= 6
     assert tables.case_text(name, found) in out
     assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000

@@ -25,24 +25,24 @@ from pdd_fast import engines
 from pdd_fast.augmentation.dsa import AugmentParameters, PackedAugmentParameters, augment_adjoint
 from pdd_fast.benchmarks import (
     baselines,
-    child,
-    contenders,
     dsa,
     evaluation,
-    floor,
-    floors,
     gradient_matching,
+    implementations,
     machine,
     measure,
     processes,
     results,
+    roofline,
+    roofline_counts,
     stage,
     training_step,
+    worker,
 )
 from pdd_fast.benchmarks import unroll as unroll_benchmark
 from pdd_fast.benchmarks.baselines import Problem
 from pdd_fast.benchmarks.cases import parse
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import DRAWS_OF, PlainAugment, PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
@@ -58,13 +58,13 @@ STRATEGY = "color_crop_cutout_flip_scale_rotate"
 def problem(device: torch.device, **changes: Any) -> Problem:
     """Six images, five steps; a rate at which what is left out of an approximation shows."""
     found = Problem.draw(6, 5, 8, 5, 2, device, torch.float64, **changes)
-    found.rate = found.rate * 20
+    found.lr = found.lr * 20
     return found
 
 
 def by_autograd(p: Any, end: Any) -> tuple[Tensor, Tensor]:
     """Gradients of the matching loss at ``end(images, rate)``."""
-    images, rate = p.images.clone().requires_grad_(), p.rate.clone().requires_grad_()
+    images, rate = p.images.clone().requires_grad_(), p.lr.clone().requires_grad_()
     images_grad, rate_grad = torch.autograd.grad(p.matching_loss(end(images, rate)), [images, rate])
     return images_grad, rate_grad
 
@@ -80,7 +80,7 @@ def textbook(p: Any) -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def _flags_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark sets torch's flags for its whole process, which here is that of all tests."""
-    for module in (measure, floor):
+    for module in (measure, roofline):
         monkeypatch.setattr(module, "set_precision", lambda name: None)
 
 
@@ -92,7 +92,7 @@ def _in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         measure, "seconds_per_call", lambda call, device, at_least=0.0: few(call, device)
     )
-    monkeypatch.setattr(floor, "AT_LEAST", 1e-4)
+    monkeypatch.setattr(roofline, "AT_LEAST", 1e-4)
 
 
 # ---- the baselines ----
@@ -149,7 +149,7 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("augment", [True, False], ids=["DSA", "none"])
-def test_exact_contenders_give_the_gradient_of_plain_autograd(
+def test_exact_implementations_give_the_gradient_of_plain_autograd(
     name: str, augment: bool, device: torch.device
 ) -> None:
     p = problem(device, augment=augment)
@@ -168,7 +168,7 @@ def test_channels_last_changes_no_value(name: str, device: torch.device) -> None
 
 
 @pytest.mark.slow
-def test_the_compiled_contender_is_exact_too(device: torch.device) -> None:
+def test_the_compiled_implementation_is_exact_too(device: torch.device) -> None:
     p = problem(device)
     for found, expected in zip(baselines.functional(p, compiled=True)(), textbook(p), strict=True):
         assert relative_error(found, expected) < 1e-9
@@ -237,13 +237,13 @@ def test_training_steps_of_ours_and_of_eager_pytorch_agree(
 ) -> None:
     device = torch.device("cpu")  # where both order the images by the same generator
     net, images, labels = small_net(device)
-    own, _ = contenders.contenders(parse("step-b6-w4-s8"), "cpu")[:2]
+    own, _ = implementations.implementations(parse("step-b6-w4-s8"), "cpu")[:2]
     make, ours = training_step.ours(own, net, images, labels, augment)
     make()
     net, images, labels = small_net(device)
     generator = torch.Generator().manual_seed(0)
     draws = PackagesDraws(generator, device, torch.float64) if augment else None
-    eager = Contender("", "", options={"channels_last": channels_last})
+    eager = Implementation("", "", options={"channels_last": channels_last})
     make, parameters = training_step.plain(eager, net, images, labels, draws, generator)
     make()
     assert relative_error(parameters(), ours()) < 1e-9
@@ -273,12 +273,12 @@ def test_baselines_run_nothing_of_the_package(
     monkeypatch.setattr(PackedAugmentParameters, "apply", refuse)
     monkeypatch.setattr(measure, "repeated", lambda call, device: [measure.timed(call, device)[0]])
     for name in ("unroll-b4-n2-w4-s8-dsa", "gradient-matching-b4-r3-k3-w4-s8", "step-b4-w4-s8-dsa"):
-        every = contenders.contenders(parse(name), "cpu")
+        every = implementations.implementations(parse(name), "cpu")
         with pytest.raises(AssertionError, match="a baseline ran the package"):
-            child.work(parse(name), every[0].name, job)
-        for contender in every:
-            if not contender.ours and not contender.compiles:
-                child.work(parse(name), contender.name, job)
+            worker.work(parse(name), every[0].name, job)
+        for implementation in every:
+            if not implementation.ours and not implementation.compiles:
+                worker.work(parse(name), implementation.name, job)
 
 
 def test_the_rate_of_plain_training_falls_to_a_tenth_at_half_time() -> None:
@@ -297,7 +297,7 @@ def test_the_rate_of_plain_training_falls_to_a_tenth_at_half_time() -> None:
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
+def test_implementations_of_gradient_matching_give_the_gradient_of_plain_autograd(
     device_type: str, device: torch.device
 ) -> None:
     p = gradient_matching.Problem.draw(
@@ -327,12 +327,12 @@ def test_contenders_of_gradient_matching_give_the_gradient_of_plain_autograd(
     ]
     (expected,) = torch.autograd.grad(torch.stack(distances).sum(), images)
     seen = 0
-    for contender in contenders.contenders(parse("gradient-matching"), device_type):
-        if contender.precision != "float32":
+    for implementation in implementations.implementations(parse("gradient-matching"), device_type):
+        if implementation.precision != "float32":
             continue
-        run = gradient_matching.prepared(contender, p)
-        assert relative_error(run(3), expected) < 1e-9, contender.name
-        assert relative_error(run(2), expected[:2]) < 1e-9, contender.name
+        run = gradient_matching.prepared(implementation, p)
+        assert relative_error(run(3), expected) < 1e-9, implementation.name
+        assert relative_error(run(2), expected[:2]) < 1e-9, implementation.name
         seen += 1
     assert seen >= 4
 
@@ -411,7 +411,7 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_in_haste")
-def test_every_contender_of_every_kind_can_be_measured(
+def test_every_implementation_of_every_kind_can_be_measured(
     device: torch.device, tmp_path: Path
 ) -> None:
     job = Job(device, tmp_path)
@@ -425,12 +425,12 @@ def test_every_contender_of_every_kind_can_be_measured(
     ):
         case = parse(name)
         if errors := results.KINDS[case.kind].errors:
-            child.work(case, contenders.TRUTH, job)
-        for contender in contenders.contenders(case, device.type):
-            if contender.compiles:  # half a minute each
+            worker.work(case, implementations.TRUTH, job)
+        for implementation in implementations.implementations(case, device.type):
+            if implementation.compiles:  # half a minute each
                 continue
-            found = child.work(case, contender.name, job)
-            assert set(found["seconds"]) == set(results.KINDS[case.kind].parts), contender.name
+            found = worker.work(case, implementation.name, job)
+            assert set(found["seconds"]) == set(results.KINDS[case.kind].parts), implementation.name
             assert all(each and min(each) > 0 for each in found["seconds"].values())
             assert found["peak_bytes"] > 0
             assert found["above_start_bytes"] >= 0
@@ -439,19 +439,21 @@ def test_every_contender_of_every_kind_can_be_measured(
                 # On a GPU convolutions take TF32 unless a flag says otherwise.
                 exact = (
                     0.5
-                    if contender.precision == "bfloat16"
+                    if implementation.precision == "bfloat16"
                     else 0.05
                     if device.type == "cuda"
                     else 1e-4
                 )
-                assert (found["error"]["images"] < exact) == contender.exact, contender.name
+                assert (found["error"]["images"] < exact) == implementation.exact, (
+                    implementation.name
+                )
         json.dumps(found)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_the_first_contender_of_every_precision_is_ours(device_type: str) -> None:
+def test_the_first_implementation_of_every_precision_is_ours(device_type: str) -> None:
     for name in ("unroll", "gradient-matching", "step", "dsa", "evaluate", "stage"):
-        every = contenders.contenders(parse(name), device_type)
+        every = implementations.implementations(parse(name), device_type)
         assert len({c.name for c in every}) == len(every) > 1
         assert every[0].ours
         for precision in {c.precision for c in every}:
@@ -491,12 +493,12 @@ def test_all_operations_are_among_what_dsa_times() -> None:
     assert operations == {("flip",)}
 
 
-# ---- the floor ----
+# ---- the roofline ----
 
 
 def test_the_floor_counts_operations_and_bytes() -> None:
     case = parse("unroll-b10-n5-w128-s32")
-    layers = floors.layers(case)
+    layers = roofline_counts.layers(case)
     multiplications = [32 * 32 * 3 * 128, 16 * 16 * 128 * 128, 8 * 8 * 128 * 128]
     assert [layer.operations() for layer in layers] == [10 * 2 * 9 * m for m in multiplications]
     assert [layer.results() for layer in layers] == [10 * 128 * p for p in (1024, 256, 64)]
@@ -509,21 +511,21 @@ def test_the_floor_counts_operations_and_bytes() -> None:
     )
     again = kept + (first + rest) / 1e9 + rest / 2e9
     rates = {"forward": 1e9, "input gradient": 2e9, "weight gradient": 4e9}
-    found = floors.floors(
+    found = roofline_counts.rooflines(
         case, {"convolution": {"bfloat16": [rates] * 3}, "copy": 1e8}, "bfloat16"
     )["iteration"]
     bytes_of_one = 10.5 * 10 * 128 * (1024 + 256 + 64) * 2
     for label, seconds in (("9 F", kept), ("11 F", again)):
         assert found[label] == pytest.approx(5 * (10 * 18 * seconds + bytes_of_one / 1e8))
-    assert floors.floors(case, {"convolution": {}, "copy": 1e8}, "float32") == {}
+    assert roofline_counts.rooflines(case, {"convolution": {}, "copy": 1e8}, "float32") == {}
 
 
 def test_counts_of_convolutions_have_the_names_they_should() -> None:
-    for label, (_, others) in floors.COUNTS.items():
+    for label, (_, others) in roofline_counts.COUNTS.items():
         assert f"{sum(others) if label != '11 F' else 11} F" == label
-    step = floors.floors(
+    step = roofline_counts.rooflines(
         parse("step-b10-w128-s32"),
-        {"convolution": {"float32": [dict.fromkeys(floors.KINDS, 1e9)] * 3}, "copy": 1e30},
+        {"convolution": {"float32": [dict.fromkeys(roofline_counts.KINDS, 1e9)] * 3}, "copy": 1e30},
         "float32",
     )
     first, rest = 32 * 32 * 3 * 128, (16 * 16 + 8 * 8) * 128 * 128
@@ -537,16 +539,16 @@ def test_the_floor_of_gradient_matching_counts_real_and_synthetic_images() -> No
     synthetic = (2 * first + 3 * rest) / 1e9 + (2 * first + 3 * rest) / 2e9 + (first + rest) / 4e9
     real = (first + rest) / 1e9 + rest / 2e9 + (first + rest) / 4e9
     numbers = 128 * (1024 + 256 + 64) * 4 / 1e8  # seconds of one pass over one image
-    found = floors.floors(case, {"convolution": {"float32": [rates] * 3}, "copy": 1e8}, "float32")[
-        "gradient"
-    ]
+    found = roofline_counts.rooflines(
+        case, {"convolution": {"float32": [rates] * 3}, "copy": 1e8}, "float32"
+    )["gradient"]
     expected = 3 * (10 * (18 * synthetic + 10.5 * numbers) + 4 * (18 * real + 3.5 * numbers))
     assert found == {"7 F + 3 F": pytest.approx(expected)}
-    assert floors.passes_in_words("7 F + 3 F") == "10.5 + 3.5 passes"
+    assert roofline_counts.passes_in_words("7 F + 3 F") == "10.5 + 3.5 passes"
 
 
 def test_the_floor_of_dsa_is_bytes() -> None:
-    found = floors.floors(parse("dsa-color-b20"), {"copy": 1e9}, "float32")
+    found = roofline_counts.rooflines(parse("dsa-color-b20"), {"copy": 1e9}, "float32")
     assert found["forward"]["copy"] == pytest.approx(2 * 4 * 20 * 3 * 32 * 32 / 1e9)
     assert found["forward and backward"]["copy"] == pytest.approx(2 * found["forward"]["copy"])
 
@@ -554,24 +556,25 @@ def test_the_floor_of_dsa_is_bytes() -> None:
 @pytest.mark.usefixtures("_in_haste")
 def test_rates_are_measured_of_every_layer_and_kind(device: torch.device, tmp_path: Path) -> None:
     case = parse("step-b2-w4-s8")
-    found = child.work(case, contenders.FLOOR, Job(device, tmp_path))
+    found = worker.work(case, implementations.FLOOR, Job(device, tmp_path))
     assert found["copy"] > 1e6
     for layers in found["convolution"].values():
         assert len(layers) == case.depth
         assert all(
-            set(rates) == set(floors.KINDS) and min(rates.values()) > 1e3 for rates in layers
+            set(rates) == set(roofline_counts.KINDS) and min(rates.values()) > 1e3
+            for rates in layers
         )
 
 
 def test_of_several_measurements_of_the_rates_the_best_count() -> None:
     first = {"copy": 1.0, "convolution": {"float32": [{"forward": 5.0, "input gradient": 1.0}]}}
     second = {"copy": 2.0, "convolution": {"float32": [{"forward": 4.0, "input gradient": 3.0}]}}
-    found = floors.best([first, second])
+    found = roofline_counts.best([first, second])
     assert found == {
         "copy": 2.0,
         "convolution": {"float32": [{"forward": 5.0, "input gradient": 3.0}]},
     }
-    assert floors.best([{"copy": 1.0}]) == {"copy": 1.0}
+    assert roofline_counts.best([{"copy": 1.0}]) == {"copy": 1.0}
 
 
 # ---- one process a measurement ----
@@ -579,10 +582,10 @@ def test_of_several_measurements_of_the_rates_the_best_count() -> None:
 LIMITED = """
 import json
 import torch
-from pdd_fast.benchmarks import child, measure
+from pdd_fast.benchmarks import worker, measure
 measure.host.free = lambda: 200_000_000
 measure.refuse_too_much()
-print(json.dumps(child.answered(lambda: {"there": torch.ones(300_000_000).sum()})))
+print(json.dumps(worker.answered(lambda: {"there": torch.ones(300_000_000).sum()})))
 """
 PROGRAMS = {
     "limit": LIMITED,
@@ -612,15 +615,17 @@ PROGRAMS = {
         ("silent", "failed", "gave no numbers"),
     ],
 )
-def test_what_keeps_a_contender_from_a_result_is_said(name: str, failed: str, why: str) -> None:
+def test_what_keeps_a_implementation_from_a_result_is_said(
+    name: str, failed: str, why: str
+) -> None:
     if name == "limit" and not sys.platform.startswith("linux"):
         pytest.skip("only Linux says what there is")
     calls = []
 
-    def run(contender: str) -> dict[str, Any]:
-        calls.append(contender)
+    def run(implementation: str) -> dict[str, Any]:
+        calls.append(implementation)
         return processes.run(
-            [sys.executable, "-P", "-c", PROGRAMS[contender]], 1 if name == "hang" else 60
+            [sys.executable, "-P", "-c", PROGRAMS[implementation]], 1 if name == "hang" else 60
         )
 
     outcomes = {name: Outcome()}
@@ -643,12 +648,12 @@ def test_a_process_that_is_asked_says_what_it_cannot_do() -> None:
         warnings.warn("there are no kernels", MissingKernelsWarning, stacklevel=1)
         return {}
 
-    assert child.answered(slower) == {"failed": "not available", "why": "there are no kernels"}
-    found = child.answered(lambda: {"x": torch.empty(2**62, dtype=torch.uint8)})
+    assert worker.answered(slower) == {"failed": "not available", "why": "there are no kernels"}
+    found = worker.answered(lambda: {"x": torch.empty(2**62, dtype=torch.uint8)})
     assert found["failed"] == "out of memory"
     assert re.match(r"asked for 46116860\d+.\d+ GB more with ", found["why"])
     with pytest.raises(ValueError, match="what went wrong"):
-        child.answered(lambda: exec("raise ValueError('what went wrong')"))  # type: ignore[func-returns-value]
+        worker.answered(lambda: exec("raise ValueError('what went wrong')"))  # type: ignore[func-returns-value]
 
 
 def test_a_signal_has_a_name() -> None:
@@ -696,7 +701,7 @@ def timed(*rounds: list[float], memory: int = 100, **more: Any) -> Outcome:
 
 def test_ratios_are_medians_over_rounds_and_all_iterations_make_the_spread() -> None:
     case = parse("step-b4-w4-s8")
-    own, direct, eager, *_ = contenders.contenders(case, "cpu")
+    own, direct, eager, *_ = implementations.implementations(case, "cpu")
     outcomes = {
         own.name: timed([1.0], [2.0], [4.0], memory=20),
         direct.name: Outcome(
@@ -718,7 +723,7 @@ def test_ratios_are_medians_over_rounds_and_all_iterations_make_the_spread() -> 
 
 def test_the_best_alternative_is_the_fastest_exact_baseline() -> None:
     case = parse("unroll-b4-n2-w4-s8")
-    every = {c.name: c for c in contenders.contenders(case, "cpu")}
+    every = {c.name: c for c in implementations.implementations(case, "cpu")}
     names = [
         "ours, recompute, auto",
         "ours, cache, auto",
@@ -750,7 +755,7 @@ def test_the_best_alternative_is_the_fastest_exact_baseline() -> None:
 
 def test_ours_of_the_same_precision_is_compared_with() -> None:
     case = parse("step-b4-w4-s8")
-    every = contenders.contenders(case, "cuda")
+    every = implementations.implementations(case, "cuda")
     outcomes = {c.name: timed([1.0 if c.precision == "float32" else 0.5]) for c in every}
     found = results.summary(case, every, outcomes)
     assert {r["seconds"]["step"]["times_ours"] for r in found["results"].values()} == {1.0}
@@ -759,19 +764,19 @@ def test_ours_of_the_same_precision_is_compared_with() -> None:
 
 def test_over_the_floor_is_over_the_sum() -> None:
     case = parse("step-b10-w8-s8")
-    own = contenders.contenders(case, "cpu")[0]
+    own = implementations.implementations(case, "cpu")[0]
     rates = {
         "copy": 1e9,
-        "convolution": {"float32": [dict.fromkeys(floors.KINDS, 1e9)] * case.depth},
+        "convolution": {"float32": [dict.fromkeys(roofline_counts.KINDS, 1e9)] * case.depth},
     }
-    bound = floors.floors(case, rates, "float32")["step"]["3 F"]
-    outcomes = {contenders.FLOOR: Outcome([rates]), own.name: timed([3 * bound])}
+    bound = roofline_counts.rooflines(case, rates, "float32")["step"]["3 F"]
+    outcomes = {implementations.FLOOR: Outcome([rates]), own.name: timed([3 * bound])}
     found = results.summary(case, [own], outcomes)
     assert found["results"][own.name]["seconds"]["step"]["over_floor"] == {"3 F": pytest.approx(3)}
-    assert found["floor"]["rates"] == rates
+    assert found["roofline"]["rates"] == rates
 
 
-def test_rounds_go_through_all_contenders_in_turn() -> None:
+def test_rounds_go_through_all_implementations_in_turn() -> None:
     calls: list[str] = []
 
     def run(name: str) -> dict[str, Any]:

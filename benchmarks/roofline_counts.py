@@ -1,4 +1,4 @@
-"""The arithmetic of the floor (floor.py says what it is and measures its rates). Imports no
+"""The arithmetic of the roofline (roofline.py says what it is and measures its rates). Imports no
 torch."""
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def passes(case: Case, label: str, precision: str, copy: float) -> float:
     return PASSES[label] * sum(layer.results() for layer in layers(case)) * BYTES[precision] / copy
 
 
-def floors(case: Case, rates: dict[str, Any], precision: str) -> dict[str, dict[str, float]]:
+def rooflines(case: Case, rates: dict[str, Any], precision: str) -> dict[str, dict[str, float]]:
     """By part and by what is counted, the seconds that a part takes at least."""
     if case.kind == "dsa":
         # An image is read and written once on its way forward, and its gradient once on the way

@@ -1,9 +1,8 @@
 """Who takes part in a case on a kind of device: ours in its settings, and the other ways to write
 the same. Imports no torch.
 
-The first contender of a case is the package as it comes, with its default settings: "times ours"
-compares with it. What a contender's ``options`` mean is up to the module that measures its kind of
-case.
+The first implementation of a case is the package with its default settings: "times ours" compares
+with it. The module that measures a kind of case defines the meaning of ``options``.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from pdd_fast.benchmarks.cases import Case
 from pdd_fast.runtime.errors import UsageError
 
 FLOOR, TRUTH = (
-    "floor",
+    "roofline",
     "float64",
-)  # measured like contenders: the machine's rates, and the gradient in float64
+)  # measured like implementations: the machine's rates, and the gradient in float64
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     name: str
     note: str
     ours: bool = False
@@ -32,8 +31,8 @@ class Contender:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def contenders(case: Case, device: str) -> list[Contender]:
-    """All of a case's contenders on a device of type "cpu" or "cuda"."""
+def implementations(case: Case, device: str) -> list[Implementation]:
+    """All of a case's implementations on a device of type "cpu" or "cuda"."""
     return _MAKERS[case.kind](device == "cuda")
 
 
@@ -42,15 +41,17 @@ def has_floor(case: Case) -> bool:
 
 
 def select(
-    every: Sequence[Contender], only: Sequence[str], without: Sequence[str], compiles: bool = True
-) -> list[Contender]:
-    """The contenders that a text of ``only`` means, if there is any, and that none of ``without``
-    means.
+    every: Sequence[Implementation],
+    only: Sequence[str],
+    without: Sequence[str],
+    compiles: bool = True,
+) -> list[Implementation]:
+    """Return the implementations that ``only`` names, less those that ``without`` names.
 
-    A text means the contender of that name, or where there is none all whose names contain it. With
-    ``compiles`` false those that compile take part only where ``only`` asks for them.
+    A text names the implementation of that name, or else all whose names contain it. With
+    ``compiles`` false, those that compile take part only where ``only`` names them.
     """
-    names = [contender.name for contender in every]
+    names = [implementation.name for implementation in every]
 
     def meant(texts: Sequence[str]) -> set[str]:
         return {
@@ -60,28 +61,34 @@ def select(
         }
 
     wanted = meant(only) if only else {c.name for c in every if compiles or not c.compiles}
-    return [contender for contender in every if contender.name in wanted - meant(without)]
+    return [
+        implementation for implementation in every if implementation.name in wanted - meant(without)
+    ]
 
 
 def check(
-    every: Sequence[Sequence[Contender]], only: Sequence[str], without: Sequence[str]
+    every: Sequence[Sequence[Implementation]], only: Sequence[str], without: Sequence[str]
 ) -> None:
-    """Raises UsageError where a text means no contender of any of the cases, whose contenders these
-    are.
+    """Check that every text names an implementation of some case.
+
+    Raises:
+        UsageError: A text names none.
     """
-    names = list(dict.fromkeys(contender.name for some in every for contender in some))
+    names = list(dict.fromkeys(implementation.name for some in every for implementation in some))
     for text in [*only, *without]:
         if not any(text in name for name in names):
-            raise UsageError(f"no contender's name contains {text!r}; they are: {'; '.join(names)}")
+            raise UsageError(
+                f"no implementation's name contains {text!r}; they are: {'; '.join(names)}"
+            )
 
 
 # ---- by kind of case ----
 
 
-def _precise(made: Sequence[tuple[Contender, Sequence[str]]]) -> list[Contender]:
+def _precise(made: Sequence[tuple[Implementation, Sequence[str]]]) -> list[Implementation]:
     """Each in every one of its precisions, which then are part of its name."""
     return [
-        Contender(f"{c.name}, {p}", c.note, c.ours, c.exact, c.compiles, p, c.options)
+        Implementation(f"{c.name}, {p}", c.note, c.ours, c.exact, c.compiles, p, c.options)
         for c, precisions in made
         for p in precisions
     ]
@@ -92,8 +99,8 @@ _BOTH, _ALL = ("float32", "tf32"), ("float32", "tf32", "bfloat16")
 
 def _autograd(
     label: str, note: str, function: str, channels_last: bool = False, **more: Any
-) -> Contender:
-    return Contender(
+) -> Implementation:
+    return Implementation(
         label, note, options={"function": function, "channels_last": channels_last}, **more
     )
 
@@ -124,10 +131,10 @@ _COMPILED = _autograd(
 )
 
 
-def _unroll(on_gpu: bool) -> list[Contender]:
+def _unroll(on_gpu: bool) -> list[Implementation]:
     if on_gpu:
         # Whole iterations, as a run makes them: what a graph holds is the update too.
-        made: list[tuple[Contender, Sequence[str]]] = [
+        made: list[tuple[Implementation, Sequence[str]]] = [
             (_matching(graph, memory), _ALL)
             for graph, memory in ((True, "recompute"), (True, "cache"), (False, "recompute"))
         ]
@@ -139,7 +146,7 @@ def _unroll(on_gpu: bool) -> list[Contender]:
         ]
         return _precise([*made, (_FUNCTIONAL, ("float32",)), (_COMPILED, _BOTH)])
     own = [
-        Contender(
+        Implementation(
             f"ours, {memory}, {convolution}",
             f"exact; memory={memory!r}, convolution={convolution!r}",
             ours=True,
@@ -149,7 +156,7 @@ def _unroll(on_gpu: bool) -> list[Contender]:
         for convolution in ("auto", "direct")
     ]
     own.append(
-        Contender(
+        Implementation(
             "ours, any module",
             "exact; engine='autograd', memory='recompute'",
             ours=True,
@@ -168,22 +175,22 @@ def _unroll(on_gpu: bool) -> list[Contender]:
     ]
 
 
-def _matching(graph: bool, memory: str) -> Contender:
+def _matching(graph: bool, memory: str) -> Implementation:
     label = f"ours, {'graph' if graph else 'eager'}, {memory}"
     note = f"exact; memory={memory!r}{', one CUDA graph' if graph else ''}"
-    return Contender(label, note, ours=True, options={"graph": graph, "memory": memory})
+    return Implementation(label, note, ours=True, options={"graph": graph, "memory": memory})
 
 
-def _own(label: str, note: str, **options: Any) -> Contender:
-    return Contender(
+def _own(label: str, note: str, **options: Any) -> Implementation:
+    return Implementation(
         label, note, ours=True, options={"engine": "auto", "convolution": "auto", **options}
     )
 
 
 _AUTO = _own("ours, auto", "convolution='auto'")
 _DIRECT = _own("ours, direct", "convolution='direct'", convolution="direct")
-_EAGER = Contender("eager PyTorch", "planar memory (NCHW)", options={"channels_last": False})
-_EAGER_LAST = Contender(
+_EAGER = Implementation("eager PyTorch", "planar memory (NCHW)", options={"channels_last": False})
+_EAGER_LAST = Implementation(
     "eager PyTorch, channels-last", "channels-last memory", options={"channels_last": True}
 )
 
@@ -197,7 +204,7 @@ _PLAIN_CLASS_LAST = _autograd(
 _FUNCTIONAL_CLASS = _autograd("torch.func", "exact; jvp of grad, a class at a time", "functional")
 
 
-def _gradient_matching(on_gpu: bool) -> list[Contender]:
+def _gradient_matching(on_gpu: bool) -> list[Implementation]:
     module = _own("ours, any module", "exact; engine='autograd'", engine="autograd")
     others = (_PLAIN_CLASS, _PLAIN_CLASS_LAST, _FUNCTIONAL_CLASS)
     if not on_gpu:
@@ -207,15 +214,15 @@ def _gradient_matching(on_gpu: bool) -> list[Contender]:
     return _precise(list(zip((own, module, *others), precisions, strict=True)))
 
 
-def _step(on_gpu: bool) -> list[Contender]:
-    compiled = Contender(
+def _step(on_gpu: bool) -> list[Implementation]:
+    compiled = Implementation(
         "PyTorch, compiled",
         "network and loss under torch.compile",
         compiles=True,
         options={"channels_last": False, "compiled": True},
     )
     if not on_gpu:
-        module = Contender(
+        module = Implementation(
             "ours, as a module",
             "pdd_fast.ConvNet in the place of torch's layers, torch.optim.SGD, eager DSA",
             ours=True,
@@ -231,15 +238,15 @@ def _step(on_gpu: bool) -> list[Contender]:
     )
 
 
-def _dsa(on_gpu: bool) -> list[Contender]:
+def _dsa(on_gpu: bool) -> list[Implementation]:
     note = "a handful of torch calls per operation"
     return [
-        Contender("ours", "pdd_fast.DSA and pdd_fast.augment", ours=True),
-        Contender("eager PyTorch", note),
+        Implementation("ours", "pdd_fast.DSA and pdd_fast.augment", ours=True),
+        Implementation("eager PyTorch", note),
     ]
 
 
-def _evaluate(on_gpu: bool) -> list[Contender]:
+def _evaluate(on_gpu: bool) -> list[Implementation]:
     if not on_gpu:
         return [_AUTO, _DIRECT, _EAGER, _EAGER_LAST]
     return _precise(
@@ -251,12 +258,12 @@ def _evaluate(on_gpu: bool) -> list[Contender]:
     )
 
 
-def _stage(on_gpu: bool) -> list[Contender]:
+def _stage(on_gpu: bool) -> list[Implementation]:
     module = _own("ours, any module", "engine='autograd'", engine="autograd")
-    loop = Contender(
+    loop = Implementation(
         "MTT's loop", "create_graph=True and torch.optim.SGD", options={"channels_last": False}
     )
-    loop_last = Contender(
+    loop_last = Implementation(
         "MTT's loop, channels-last", "the same in channels-last", options={"channels_last": True}
     )
     if not on_gpu:
@@ -265,7 +272,7 @@ def _stage(on_gpu: bool) -> list[Contender]:
     return _precise([(own, _ALL), (module, ("float32",)), (loop, _BOTH), (loop_last, _BOTH)])
 
 
-_MAKERS: dict[str, Callable[[bool], list[Contender]]] = {
+_MAKERS: dict[str, Callable[[bool], list[Implementation]]] = {
     "unroll": _unroll,
     "gradient-matching": _gradient_matching,
     "step": _step,

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: ``python -P -m pdd_fast.benchmarks.child '{"case": ...,
+"""One measurement in a process of its own: ``python -P -m pdd_fast.benchmarks.worker '{"case": ...,
 ...}'``.
 
 Prints one JSON object: what was measured, or what kept it from that. Other errors end the process
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from pdd_fast.benchmarks import cases, contenders, measure
+from pdd_fast.benchmarks import cases, implementations, measure
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import FLOOR, TRUTH
+from pdd_fast.benchmarks.implementations import FLOOR, TRUTH
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.ops._native import MissingKernelsWarning
 from pdd_fast.training.cuda_graphs import CaptureWarning
@@ -39,12 +39,12 @@ MODULES = {
 
 
 def work(case: Case, name: str, job: Job) -> dict[str, Any]:
-    """The measurement called ``name``: of a contender, of the machine's rates, or of the true
+    """The measurement called ``name``: of an implementation, of the machine's rates, or of the true
     gradient.
     """
-    every = contenders.contenders(case, job.device.type)
+    every = implementations.implementations(case, job.device.type)
     if name == FLOOR:
-        from pdd_fast.benchmarks.floor import measured
+        from pdd_fast.benchmarks.roofline import measured
 
         return measured(case, list(dict.fromkeys(c.precision for c in every)), job)
     module = import_module(f"pdd_fast.benchmarks.{MODULES[case.kind]}")
@@ -81,7 +81,9 @@ def main(argument: str) -> None:
         torch.cuda.set_device(job.device)
     else:
         measure.refuse_too_much()
-    print(json.dumps(answered(lambda: work(cases.parse(told["case"]), told["contender"], job))))
+    print(
+        json.dumps(answered(lambda: work(cases.parse(told["case"]), told["implementation"], job)))
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ forward, norm, ReLU and pooling read z and write a quarter of it; going backward
 and z and write z: 3.5 times the size of z in a training step. The dual pass does both for values
 and tangents: 10.5 times in all. The convolutions' own bytes are in their measured rate.
 
-Fewer operations than the direct convolution's (Winograd) can go below this floor.
+Fewer operations than the direct convolution's (Winograd) can go below this roofline.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.floors import Layer, layers
 from pdd_fast.benchmarks.measure import Job, set_precision, timed
+from pdd_fast.benchmarks.roofline_counts import Layer, layers
 
 CAPTURED = 20  # calls in one graph: one launch costs as much as a small convolution
 TRIES = 3  # of which the fastest counts
@@ -113,7 +113,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def measured(case: Case, precisions: Sequence[str], job: Job) -> dict[str, Any]:
-    """The rates that a case's floor is counted with."""
+    """The rates that a case's roofline is counted with."""
     with torch.no_grad():
         found: dict[str, Any] = {"copy": copy_rate(job.device)}
         if case.kind != "dsa":

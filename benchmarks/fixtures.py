@@ -15,7 +15,7 @@ from PIL import Image
 
 from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.contenders import Contender
+from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.union import UnionSet
@@ -88,16 +88,16 @@ def begin(
 
 @contextmanager
 def ready(
-    prepared: Callable[[Case, Contender, Job, Path], Callable[[], Any]],
+    prepared: Callable[[Case, Implementation, Job, Path], Callable[[], Any]],
     case: Case,
-    contender: Contender,
+    implementation: Implementation,
     job: Job,
 ) -> Iterator[tuple[Callable[[], Any], measure.Memory]]:
     """The call that ``prepared`` gives for a folder of its own, and the memory from here on."""
-    measure.set_precision(contender.precision)
+    measure.set_precision(implementation.precision)
     with tempfile.TemporaryDirectory() as folder:
-        call = prepared(case, contender, job, Path(folder))
-        if not contender.ours:
+        call = prepared(case, implementation, job, Path(folder))
+        if not implementation.ours:
             measure.load_lazily_loaded()
         yield call, measure.Memory(job.device)
 
