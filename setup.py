@@ -106,11 +106,29 @@ class Plan:
             "cuda": cuda,
             "cuda_reason": self.cuda_reason,
             "nvcc_error": self.nvcc_error,
+            "commit": commit(),
         }
 
 
 def output_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def commit() -> str:
+    """Return the commit of these sources, or "unknown".
+
+    PDD_FAST_COMMIT names it in a copy without .git. A copy may lie within another repository, whose
+    commit would be wrong.
+    """
+    if given := os.environ.get("PDD_FAST_COMMIT"):
+        return given
+    git = ("git", "-C", str(ROOT))
+    try:
+        if Path(output_of(*git, "rev-parse", "--show-toplevel").strip()).resolve() == ROOT:
+            return output_of(*git, "describe", "--always", "--dirty").strip()
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return "unknown"
 
 
 def compiler_version(cxx: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pdd_fast._version import __version__
+from pdd_fast._version import __version__, commit
 from pdd_fast.cli import output
 
 _REBUILD = (
@@ -26,6 +26,7 @@ def command(as_json: bool) -> None:
     advice: list[str] = []
     facts["pdd-fast"] = {
         "version": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "machine": platform.machine(),
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from pdd_fast._version import __version__
+from pdd_fast._version import __version__, commit
 from pdd_fast.runtime.errors import PddFastError
 
 COMMANDS = {  # name -> what --help says; a command's module is imported when the command is run
@@ -79,7 +79,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="pdd-fast")
+@click.version_option(f"{__version__} (commit {commit()})", prog_name="pdd-fast")
 def group() -> None:
     """Progressive dataset distillation: a few synthetic images that train a network almost as well
     as the full data.

@@ -205,7 +205,8 @@ def preflight(args: argparse.Namespace) -> dict[str, Any]:
 
 def version() -> str:
     """The version of the sources, read without importing them."""
-    found = re.search(r'"(.+)"', (ROOT / "pdd_fast" / "_version.py").read_text(encoding="utf-8"))
+    text = (ROOT / "pdd_fast" / "_version.py").read_text(encoding="utf-8")
+    found = re.search(r'__version__ = "(.+)"', text)
     return f"pdd-fast {found[1]}" if found else "unknown"
 
 

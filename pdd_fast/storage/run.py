@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pdd_fast import settings as configuration
-from pdd_fast._version import __version__
+from pdd_fast._version import __version__, commit
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_json, read_tensors, save_tensors, write_json, write_text
 from pdd_fast.runtime.locks import locked
@@ -95,6 +95,7 @@ class Run:
         absolute = configuration.absolute(config)
         versions = {
             "pdd_fast": __version__,
+            "commit": commit(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }

@@ -35,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pdd_fast import __version__, load_distilled
+from pdd_fast._version import commit
 from pdd_fast.cli import main as cli
 from pdd_fast.settings import Config, recipe_names
 from pdd_fast.storage.run import Run
@@ -144,7 +145,7 @@ def test_version_is_the_packages() -> None:
     outcome = call("--version")
     assert (outcome.status, outcome.out, outcome.err) == (
         0,
-        f"pdd-fast, version {__version__}\n",
+        f"pdd-fast, version {__version__} (commit {commit()})\n",
         "",
     )
 
@@ -224,6 +225,7 @@ def test_config_holds_every_setting_and_the_versions(finished: Finished) -> None
     assert {key: stored["config"][key] for key in tiny.SETTINGS} == tiny.SETTINGS
     assert stored["versions"]["pdd_fast"] == __version__
     assert stored["versions"]["torch"] == torch.__version__
+    assert stored["versions"]["commit"] == commit()
 
 
 def test_experts_hold_a_checkpoint_an_epoch_and_where_they_come_from(finished: Finished) -> None:
@@ -1097,7 +1099,7 @@ def test_class_folders_that_are_no_utf_8_go_through_a_whole_run(tmp_path: Path, 
 
 
 def test_the_entry_point_exits_with_the_status() -> None:
-    assert call_main("--version") == Outcome(0, f"pdd-fast, version {__version__}\n", "")
+    assert call_main("--version") == call("--version")
     assert call_main("nope").status == 2
 
 

@@ -91,6 +91,7 @@ def test_it_says_what_this_machine_has(facts: Callable[[], Facts]) -> None:
     found = facts()
     stored = json.loads((Path(_native.__file__).parents[1] / "_build.json").read_text())
     assert found["pdd-fast"]["version"] == __version__
+    assert found["pdd-fast"]["commit"] == stored["commit"]
     assert found["pdd-fast"]["python"] == platform.python_version()
     assert found["built"]["compiler"] == stored["cpu"]["compiler"]
     for level in stored["cpu"]["levels"]:

@@ -565,6 +565,38 @@ def test_the_build_prints_and_records_what_it_decided(
     assert [extension.name for extension in command.extensions] == ["pdd_fast._cpu"]
 
 
+def test_the_build_records_the_commit_that_it_is_told(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PDD_FAST_COMMIT", "abc1234")
+    command.run()
+    record = json.loads((tmp_path / "pdd_fast" / "_build.json").read_text())
+    assert record["commit"] == "abc1234"
+
+
+def test_the_commit_is_that_of_the_sources_own_repository(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    monkeypatch.delenv("PDD_FAST_COMMIT", raising=False)
+    sources = tmp_path / "outer" / "sources"
+    sources.mkdir(parents=True)
+    monkeypatch.setattr(build, "ROOT", sources)
+    assert build.commit() == "unknown"
+
+    def git(folder: Path, *arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        call = ["git", "-C", str(folder), *who, *arguments]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    for folder in (tmp_path / "outer", sources):
+        assert build.commit() == "unknown"  # the outer repository's would be wrong
+        git(folder, "init")
+        git(folder, "commit", "--allow-empty", "-m", "first")
+    assert build.commit() == git(sources, "rev-parse", "--short", "HEAD")
+
+
 def test_cuda_kernels_of_an_earlier_build_do_not_stay(
     command: Any, tool: Tools, tmp_path: Path
 ) -> None:

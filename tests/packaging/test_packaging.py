@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 import pdd_fast
+from pdd_fast import _version
 
 ROOT = Path(__file__).resolve().parents[2]
 DISTRIBUTION = importlib.metadata.distribution("pdd-fast")
@@ -107,7 +108,19 @@ def test_the_command_is_on_the_path() -> None:
     found = subprocess.run(
         [str(script.locate()), "--version"], capture_output=True, text=True, check=True
     )
-    assert found.stdout == f"pdd-fast, version {pdd_fast.__version__}\n"
+    record = json.loads((resources.files("pdd_fast") / "_build.json").read_text(encoding="utf-8"))
+    assert found.stdout == f"pdd-fast, version {pdd_fast.__version__} (commit {record['commit']})\n"
+
+
+def test_an_installation_without_a_record_is_of_an_unknown_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_version, "__file__", str(tmp_path / "_version.py"))
+    assert _version.commit() == "unknown"
+    (tmp_path / "_build.json").write_text('{"cpu": null}')  # of an earlier version
+    assert _version.commit() == "unknown"
+    (tmp_path / "_build.json").write_text('{"commit": "abc1234"}')
+    assert _version.commit() == "abc1234"
 
 
 def test_no_other_top_level_name_is_installed() -> None:
@@ -162,6 +175,7 @@ def test_types_recipes_record_and_library_are_installed() -> None:
         "cuda",
         "cuda_reason",
         "nvcc_error",
+        "commit",
     }
     spec = importlib.util.find_spec("pdd_fast._cpu")
     assert spec is not None

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdd_fast import __version__
+from pdd_fast._version import commit
 from pdd_fast.runtime import locks
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import Config, resolve
@@ -41,6 +42,7 @@ def test_a_run_is_made_with_its_configuration_and_opened_again(tmp_path: Path) -
     assert stored["config"] == CONFIG.to_dict()
     assert stored["versions"]["pdd_fast"] == __version__
     assert stored["versions"]["torch"] == torch.__version__
+    assert stored["versions"]["commit"] == commit()
 
 
 def test_an_empty_folder_becomes_a_run(tmp_path: Path) -> None:
