@@ -1,7 +1,7 @@
 """Add a method: match the mean and the spread of each class's pixels, with no network at all.
 
 A method is a class with a `step()`. Stages, selection, resume and evaluation then work as for the
-package's own methods (docs/method.md, "Another base method").
+package's own methods (docs/method.md, "Another method").
 """
 
 import sys
@@ -60,6 +60,6 @@ class Moments(BaseMethod):
 register("moments", Moments)
 with tempfile.TemporaryDirectory() as folder:
     settings = [f"--set={setting}" for setting in SMALL.split()]
-    network = ["--set=width=32", "--set=depth=2"]
-    command = ["distill", "--set=base=moments", "--ipc=6", "--stages=3", f"--run-dir={folder}/run"]
-    sys.exit(run([*command, *network, *settings]))
+    settings += ["--set=method=moments", "--set=width=32", "--set=depth=2"]
+    command = ["distill", "--ipc=6", "--stages=3", f"--run-dir={folder}/run"]
+    sys.exit(run([*command, *settings]))

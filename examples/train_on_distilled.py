@@ -18,8 +18,8 @@ import pdd_fast.data
 from pdd_fast.cli.main import run
 
 SMALL = (
-    "experts=2 iterations=20 inner_steps=5 eval_every=0 eval_networks=1 eval_epochs=20 "
-    "transition_epochs=20 union_epochs=20 repeats=1"
+    "num_experts=2 iterations=20 inner_steps=5 eval_every=0 eval_networks=1 "
+    "eval_epochs=20 transition_epochs=20 union_epochs=20 repeats=1"
 )
 
 

@@ -1,6 +1,6 @@
 """Base methods: what one is given by a stage of progressive distillation, and what it gives back.
 
-docs/method.md, "Another base method", adds one step by step.
+docs/method.md, "Another method", adds one step by step.
 """
 
 from __future__ import annotations
