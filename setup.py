@@ -245,7 +245,7 @@ def decide() -> Plan:
         )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     # All levels or the baseline alone, as the binding has it: gcc knows x86-64-v3 from release 11
-    #     on, clang from 12.
+    # on, clang from 12.
     levels = (
         list(CPU_LEVELS)
         if x86 and all(supports(cxx, *flags) for flags in CPU_LEVELS.values())

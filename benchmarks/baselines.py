@@ -86,7 +86,7 @@ class Problem:
         self.index = [batch.to(device) for batch in self.batches]
         self.steps = len(self.batches)  # fewer while warming up
         # Before the clock starts, as ours packs its draws: every implementation finds them on the
-        #     device.
+        # device.
         self.augments = (
             [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None
         )
@@ -116,7 +116,7 @@ class Problem:
         if self.autocast is None:
             return nullcontext()
         # Without the cache: θ changes every step, and what was cast in one graph must not turn up
-        #     in the next.
+        # in the next.
         return torch.autocast(self.images.device.type, dtype=self.autocast, cache_enabled=False)
 
     def matching_loss(self, end: Tensor) -> Tensor:

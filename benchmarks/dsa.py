@@ -54,7 +54,7 @@ def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, 
     memory = measure.Memory(job.device)
     draw = drawing(implementation.ours, case, job.device)
     # Where each draw is of another operation, all six have to be among what is timed: drawn once,
-    #     in turn.
+    # in turn.
     drawn = [draw() for _ in range(24 if case.operation == "single" else 1)]
     turn = 0
 

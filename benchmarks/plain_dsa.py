@@ -61,7 +61,7 @@ class PlainAugment:
 
     def crop(self, x: Tensor) -> Tensor:
         # Two gathers: their gradients scatter, where that of x[batch, rows, columns] would sort all
-        #     indices first.
+        # indices first.
         for dim, name in ((2, "shift_h"), (3, "shift_w")):
             side = x.shape[dim]
             index = (

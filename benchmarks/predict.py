@@ -152,7 +152,7 @@ def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -
 def rows(n: int, steps: int) -> list[str]:
     def problem(channels_last: bool = False) -> Problem:
         # Without augmentation: one is drawn for each step, and the second would differ from the
-        #     first by it.
+        # first by it.
         found = Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
         found.channels_last = channels_last
         return found

@@ -80,7 +80,7 @@ def _result(
     case: Case, outcome: Outcome, base: Outcome | None, bound: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
     # What was measured before it failed stays in the record, but is no result: the rounds are not
-    #     complete.
+    # complete.
     if outcome.failed:
         return {**outcome.failed, **({"samples": outcome.samples} if outcome.samples else {})}
     if not outcome.samples:

@@ -13,7 +13,7 @@ CHANNELS = 3  # of an image
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
 KINDS = ("forward", "input gradient", "weight gradient")
 # How often each kind is computed of a layer, in the order of KINDS: of the first layer, and of the
-#     others.
+# others.
 COUNTS = {
     "3 F": ((1, 0, 1), (1, 1, 1)),  # a training step
     "7 F": (

@@ -336,7 +336,7 @@ def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], ki
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
     _print_line(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}{kind}")
     # Stages run downwards: there may be any number of them, and the table has to fit into 80
-    #     columns.
+    # columns.
     table = []
     rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
     for stage, (images, steps) in enumerate(rows):

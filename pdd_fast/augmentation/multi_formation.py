@@ -119,7 +119,7 @@ def _resampled(images: Tensor, kind: str, size: tuple[int, int]) -> Tensor:
 
 
 # Never emptied: a captured CUDA graph reads the matrix where it lay. There are as many as pairs of
-#     sides, of kilobytes.
+# sides, of kilobytes.
 @functools.cache
 def _matrix(kind: str, before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[after, before] weights of one side, whose rows sum to 1."""

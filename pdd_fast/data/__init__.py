@@ -83,7 +83,7 @@ def load(
 
         pixels = read_folder(name.removeprefix(FOLDER))
         # The name goes into distilled sets that are given away: the folder's own, not where it lies
-        #     on this disk.
+        # on this disk.
         name = short_dataset(name)
     else:
         known = f"{', '.join(NAMES)} or imagefolder:DIR"

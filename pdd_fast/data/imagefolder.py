@@ -80,7 +80,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # Files of a task: what a pool of threads keeps of one, 1.6 KB, is half of the bytes of an image of
-#     3×32×32.
+# 3×32×32.
 _AT_ONCE = 64
 
 Levels = NDArray[np.uint8]
@@ -382,7 +382,7 @@ class _Decoded:
 def _open(path: Path) -> _Decoded:
     try:
         # Not by its path: Pillow maps a TIFF of eight bits without regard to its orientation, which
-        #     garbles it.
+        # garbles it.
         with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
             # Of a JPEG with several pictures (MPO: a preview, the other eye's) the first is the
             # photograph.

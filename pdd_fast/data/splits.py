@@ -96,7 +96,7 @@ class Pixels:
 
 
 # Finds from the pixels of all training images how images are made of pixels: normalized and then,
-#     or not, whitened.
+# or not, whitened.
 Fit = Callable[[Tensor], tuple[Normalization, Whitening | None]]
 
 

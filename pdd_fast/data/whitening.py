@@ -106,7 +106,7 @@ class Whitening:
             return False
         pairs = ((self.mean, other.mean), (self.scale, other.scale))
         # Eigenvectors are left out: only their span is the same where eigenvalues are close to each
-        #     other.
+        # other.
         return all(torch.allclose(one, another, rtol=1e-3, atol=1e-3) for one, another in pairs)
 
     def apply(self, images: Tensor) -> Tensor:

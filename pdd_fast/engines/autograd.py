@@ -122,7 +122,7 @@ class AutogradEngine:
         self.precision = precisions.check(precision)
         self._parameters = dict(net.named_parameters())
         # A step may be computed again long after it was first: from the same buffers, and in the
-        #     same mode.
+        # same mode.
         self._buffers = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
         self._modes = [module.training for module in net.modules()]
 
@@ -168,7 +168,7 @@ class AutogradEngine:
         with precisions.computing_in(self.precision, theta.device):
             before = _random_state(theta.device)
             # A copy: the caller may go on writing to the memory that theta is a view of, and a kept
-            #     graph lives on.
+            # graph lives on.
             losses, graph = self._graph(
                 theta.clone() if keep else theta, images, labels, second=keep
             )

@@ -226,7 +226,7 @@ class ComposedPasses:
         grads = self._split(result) if result is not None else None
 
         # Forward: x, z and their tangents, block by block. The images have none: they are not
-        #     moved.
+        # moved.
         x: _Pair | Tensor = self._stored(theta, images)
         seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
         for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):

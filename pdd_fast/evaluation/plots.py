@@ -54,7 +54,7 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
     width, height = inches * sum(columns) + 0.15 * len(columns) + 1.4, inches * shown * H / W + 0.9
     figure = new_figure(figsize=(max(width, 4.0), height), dpi=150, layout="compressed")
     # In dots and not in images, because the lines between images are fewer by one: every panel then
-    #     has one scale.
+    # has one scale.
     panels = figure.subplots(
         1, len(columns), squeeze=False, width_ratios=[n * (W + 1) - 1 for n in columns]
     )[0]

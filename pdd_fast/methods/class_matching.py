@@ -91,7 +91,7 @@ class ClassMatching(BaseMethod):
                 f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
             )
         # As they come back from a file: in another order of memory products are summed in another
-        #     order.
+        # order.
         self.done = Learned(
             torch.tensor(number, device="cpu"),
             pixels.clamp(0, 1).contiguous(),
@@ -150,7 +150,7 @@ class ClassBatches:
         index = torch.cat(synthetic)
         own = index >= len(frozen)
         # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy
-        #     them every time.
+        # them every time.
         learned = decode(self.images(pixels), self._factor)[
             (index[own] - len(frozen)).to(pixels.device)
         ]

@@ -18,7 +18,7 @@ from pdd_fast.runtime.torchvision_import import load
 
 _MLP_WIDTH = 128
 # Of the last normalized plane, which has to have more than one pixel: an instance norm makes zeros
-#     of one.
+# of one.
 _LEAST_SIDE = {"resnet18": 16, "resnet18-batchnorm": 8, "vgg11": 32, "alexnet": 8}
 
 

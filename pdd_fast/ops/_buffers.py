@@ -46,7 +46,7 @@ class BufferPool:
 
     def __init__(self) -> None:
         # Reentrant: a garbage collection inside the lock may run Buffer.__del__, which takes it
-        #     again.
+        # again.
         self._lock = threading.RLock()
         self._idle: list[Tensor] = []
 

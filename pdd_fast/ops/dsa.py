@@ -58,7 +58,7 @@ _TYPES = (torch.float32, torch.float64, *HALF)
 
 def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> None:
     # Conditions first, and what a message is made of only where one fails: 2 microseconds a call
-    #     instead of 10.
+    # instead of 10.
     shape, device = images.shape, images.device
     if images.dtype not in _TYPES:
         require_floating(name, "images", images, half=True)

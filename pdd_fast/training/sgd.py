@@ -189,7 +189,7 @@ class Loop:
                 capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted
             )
             # Not a method of this object, which holds the Replay: the memory of a graph is to go
-            #     when its loop does.
+            # when its loop does.
             step = partial(
                 _step, sgd, theta, self._students.momentum_buffer, self._images, self._labels, queue
             )

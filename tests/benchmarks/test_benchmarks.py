@@ -121,7 +121,7 @@ def test_plain_draws_have_the_packages_ranges(size: tuple[int, int], device: tor
         found, expected = value.flatten().double().cpu(), getattr(ours, name).double()
         width = float(expected.max() - expected.min())
         # The ends of a range and its middle, of 4000 draws: two and five hundredths of its width
-        #     are many deviations.
+        # are many deviations.
         for statistic, off in ((Tensor.min, 0.02), (Tensor.max, 0.02), (Tensor.mean, 0.05)):
             assert abs(float(statistic(found) - statistic(expected))) <= off * width, name
 
@@ -504,7 +504,7 @@ def test_the_floor_counts_operations_and_bytes() -> None:
     assert [layer.results() for layer in layers] == [10 * 128 * p for p in (1024, 256, 64)]
 
     # By hand, in multiplications of one image: forward, input gradients and weight gradients at
-    #     rates of their own.
+    # rates of their own.
     first, rest = multiplications[0], sum(multiplications[1:])
     kept = (
         (2 * first + 3 * rest) / 1e9 + (2 * first + 3 * rest) / 2e9 + (2 * first + 3 * rest) / 4e9

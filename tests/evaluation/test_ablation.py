@@ -37,7 +37,7 @@ def test_variants_are_all_combinations_that_differ() -> None:
     assert len({variant.folder for variant in CHOSEN}) == 7
     assert variants([2, 2], ["on"], ["none"]) == [Variant(2, "on", "none")]
     # A single stage has no networks before it: it is one without the filter, and there is a point
-    #     of it in the plot.
+    # of it in the plot.
     assert variants([1, 2], ["on", "off"], ["learned"]) == [
         Variant(1, "on", "none"),
         Variant(2, "on", "learned"),

@@ -255,7 +255,7 @@ def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         # An activation that crosses zero by rounding changes the gradient by its whole share: up to
-        #     1e-3.
+        # 1e-3.
         assert relative_error(gradient, truth[name]) <= max(
             3 * relative_error(by_plain[name], truth[name]), 1e-5
         ), name

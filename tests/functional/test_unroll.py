@@ -233,7 +233,7 @@ def test_float32_is_as_close_to_the_truth_as_plain_float32_autograd(
             name
         )
         # An activation that crosses zero by rounding changes the gradient by its whole share: up to
-        #     1e-3.
+        # 1e-3.
         assert max(errors) <= 1e-3, name
 
 

@@ -675,7 +675,7 @@ def test_what_left_the_range_is_set_back_with_smaller_steps(
     assert (values["halvings"], method.iteration, Spoiled.calls) == (1, 46, 47)
     assert Spoiled.lengths[-2:] == [1.0, 0.5]
     # From the images of iteration 20, at rest: 45 iterations were done, and 40 is the newer of the
-    #     states kept.
+    # states kept.
     images, lr = plain[19]["images"], plain[19]["lr"]
     state = method.state()
     torch.testing.assert_close(state["images"], images - 0.25 * state["images_momentum_buffer"])

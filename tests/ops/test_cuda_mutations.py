@@ -296,6 +296,6 @@ def test_a_mistake_is_seen(
         )
         result = run_tests(library, f"{mutation.seen_by} and {mutation.operator}")
         # 1: a test failed; below 0: the mistake ended the process. All else would be a mistake of
-        #     this test's.
+        # this test's.
         assert result.returncode == 1 or result.returncode < 0, result.stdout
         assert result.returncode < 0 or "1 failed" in result.stdout

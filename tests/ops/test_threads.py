@@ -89,7 +89,7 @@ def test_threads_bound_by_openmp_do_not_share_one_processor() -> None:
 @needs_two
 def test_a_forked_process_computes_the_same_with_threads_of_its_own() -> None:
     # Fewer numbers in every tensor than torch shares among threads: OpenMP's do not survive a fork,
-    #     and hang.
+    # and hang.
     code = """
 before = run(20, 32, 48)
 child = os.fork()

@@ -283,7 +283,7 @@ def test_a_trajectory_does_not_show_an_interruption_after_every_epoch(
     interruptions = 0
     while True:
         # The epoch that is reported last is not saved yet: two an attempt are the least that get
-        #     on.
+        # on.
         recorder = Recorder(2)
         try:
             make_experts(run, recorder)
