@@ -1,0 +1,1 @@
+"""Differentiable building blocks for other methods: unroll, gradient matching, trajectory loss."""

@@ -1,4 +1,4 @@
-"""Make second derivatives an error where only the first is implemented."""
+"""Raise an error for second derivatives where only the first is implemented."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ Backward = Callable[..., tuple[Any, ...]]
 
 
 def first_order_only(operator: str) -> Callable[[Backward], Backward]:
-    """Make a second derivative through ``operator`` an error, on every path to what it was computed
-    from.
+    """Return a decorator for ``backward`` that turns every second derivative into an error.
 
-    For the ``backward`` of a :class:`torch.autograd.Function` that saves every input it
-    differentiates with respect to (``save_for_backward``); it is called with ``ctx``, the saved
-    tensors and the incoming gradients. torch's own ``once_differentiable`` raises only where the
-    incoming gradient requires gradients. Where that is a constant, as under ``theta_N.sum()``, or
-    where the input is reached by another path too, it leaves a term out without a word.
+    The decorated ``backward`` belongs to a :class:`torch.autograd.Function` that saves every input
+    it differentiates with respect to (``save_for_backward``). It is called with ``ctx``, the saved
+    tensors and the incoming gradients.
+
+    torch's own ``once_differentiable`` raises only if the incoming gradient requires gradients. It
+    silently drops a term if that gradient is a constant, as under ``theta_N.sum()``, or if another
+    path reaches the input too.
+
+    Args:
+        operator: name of the function, for the error message.
     """
 
     def decorate(backward: Backward) -> Backward:
         @wraps(backward)
         def run(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-            saved = ctx.saved_tensors  # Read once: within a checkpoint a second time is an error.
+            saved = ctx.saved_tensors  # Read once: a second read raises inside a checkpoint.
             with torch.no_grad():
                 found = backward(ctx, saved, *grads)
             if not torch.is_grad_enabled():
@@ -43,7 +47,7 @@ def first_order_only(operator: str) -> Callable[[Backward], Backward]:
 
 
 class _Barrier(torch.autograd.Function):
-    """The identity, whose derivative is an error."""
+    """Identity whose derivative raises an error."""
 
     @staticmethod
     def forward(ctx: Any, operator: str, value: Tensor, *causes: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Gradient matching: the distance between the parameter gradients of synthetic and of real images,
-and its gradient with respect to the synthetic ones (docs/mathematics.md, section 8).
+"""Gradient matching: the distance between parameter gradients of synthetic and of real images.
 
 With g = ∇_θ ℓ on the synthetic images and v = ∂D/∂g, the gradient of D with respect to the images
-is the tangent of ∇_x ℓ along v: one dual pass without its Hessian-vector product, in the place of a
-double backward pass.
+is the tangent of ∇_x ℓ along v (docs/mathematics.md, section 8). One dual pass without its
+Hessian-vector product therefore replaces a double backward pass.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from pdd_fast.runtime.errors import require
 
 _NAME = "gradient_matching"
 DISTANCES = ("squared", "cosine")
-# By the least number of dimensions of a parameter that counts. IDC's published code
-# (snu-mllab/Efficient-Dataset-Condensation, `matchloss` of condense.py) leaves out those of one
-# unless it is told `--bias true`, and those of two unless `--fc true`; both are false if not given.
-# DC's and DSA's (VICO-UoE/DatasetCondensation, `distance_wb` of utils.py) takes two or more.
+# Minimum number of dimensions of a parameter that counts. IDC's published code
+# (snu-mllab/Efficient-Dataset-Condensation, `matchloss` of condense.py) skips parameters of one
+# dimension unless `--bias true` is given, and those of two unless `--fc true` is given; both
+# default to false. The code of DC and DSA (VICO-UoE/DatasetCondensation, `distance_wb` of utils.py)
+# uses two dimensions or more.
 PARAMETERS = {"convolutions": 3, "weights": 2, "all": 0}
 _AUTO = {"squared": "convolutions", "cosine": "weights"}
-COSINE_EPS = 1e-6  # added to the product of two norms, as in both codes
+COSINE_EPS = 1e-6  # added to the product of the two norms, as in both codes
 
 Batches = Tensor | Sequence[Tensor]
 
@@ -50,47 +50,64 @@ def gradient_matching(
     precision: str = "float32",
     convolution: str = "auto",
 ) -> Tensor:
-    """D(∇_θ ℓ(θ, X, y), ∇_θ ℓ(θ, X_real, y_real)), or the sum of such distances over K pairs of
-    batches, one a class.
+    """Return the distance D between the gradients of synthetic and of real images.
 
-    ℓ is the mean cross-entropy over a batch. Zhao et al., "Dataset condensation with gradient
-    matching" (DC, ICLR 2021), and Kim et al., "Dataset condensation via efficient synthetic-data
-    parameterization" (IDC, ICML 2022). The gradient is exact, that of autograd with
-    ``create_graph=True``. It is computed with the value, and nothing else is kept for the way back.
+    D(∇_θ ℓ(θ, X, y), ∇_θ ℓ(θ, X_real, y_real)) is computed for one pair of batches, or summed over
+    K pairs, for example one per class. ℓ is the mean cross-entropy over a batch.
+
+    The gradient of D is exact: it equals that of autograd with ``create_graph=True``. It is
+    computed together with the value, so that the backward pass only scales it.
+
+    Sources: Zhao et al., "Dataset condensation with gradient matching" (DC, ICLR 2021), and Kim et
+    al., "Dataset condensation via efficient synthetic-data parameterization" (IDC, ICML 2022).
 
     Args:
-        net: the network; its own parameters are not read and its buffers are not changed.
+        net: the network. Its own parameter values are not read and its buffers are not changed.
             Parameters that do not require gradients are frozen and do not count.
-        theta: [P] parameters, float32 or float64, a constant; fixes the precision and the device.
-        real_images: [B, C, H, W], of the type and device of ``theta``; constants. For K pairs [K,
-            B, C, H, W], whose gradients a GPU takes side by side, or a sequence of K tensors [B_k,
-            C, H, W].
-        real_labels: class indices [B], or weights [B, classes], converted as for
-            :func:`pdd_fast.unroll`; for K pairs [K, B], [K, B, classes] or a sequence.
-        images: synthetic ones, [n, C, H, W], [K, n, C, H, W] or K tensors [n_k, C, H, W].
-        labels: theirs, likewise.
-        distance: of two gradients g and t. "squared": the sum of (g − t)². "cosine": for every
-            weight the sum over its output rows, each flattened, of 1 − g·t / (‖g‖‖t‖ + 1e-6), so
-            that a row of zeros counts 1 and the distance of a gradient from itself is 0 but for the
-            1e-6.
-        parameters: which of the network's count: "convolutions" (of three dimensions or more),
-            "weights" (of two or more: linear layers too), "all" (biases and norms too; of "squared"
-            alone), or "auto": "convolutions" for "squared", as IDC has it, and "weights" for
-            "cosine", as DC and DSA have it.
-        keep: keep the activations of the pass that gives g for the dual pass that follows it, which
-            then does not make them again. Only one batch's are alive at a time. The gradient
-            differs by rounding.
+        theta: [P] parameters, float32 or float64, a constant. They fix the precision and the
+            device.
+        real_images: [B, C, H, W], with the type and device of ``theta``; constants. For K pairs:
+            [K, B, C, H, W], whose gradients a GPU computes side by side, or a sequence of K tensors
+            [B_k, C, H, W].
+        real_labels: class indices [B] or weights [B, classes], converted as for
+            :func:`pdd_fast.unroll`. For K pairs: [K, B], [K, B, classes] or a sequence.
+        images: synthetic images [n, C, H, W], [K, n, C, H, W] or K tensors [n_k, C, H, W].
+        labels: labels of ``images``, in the same forms as ``real_labels``.
+        distance: D for two gradients g and t. "squared": the sum of (g − t)². "cosine": the sum of
+            1 − g·t / (‖g‖‖t‖ + 1e-6) over all weights and, within a weight, over its output rows,
+            each flattened. A row of zeros counts 1. The distance of a gradient from itself is 0 up
+            to the 1e-6.
+        parameters: parameters that count: "convolutions" (three dimensions or more), "weights" (two
+            or more, so linear layers too), "all" (biases and norms too; for "squared" only), or
+            "auto". "auto" means "convolutions" for "squared", as in IDC, and "weights" for
+            "cosine", as in DC and DSA.
+        keep: save the activations of the pass that computes g for the dual pass that follows, which
+            then does not recompute them. Only one batch's activations are alive at a time. The
+            gradient differs by rounding.
         engine: "fused" (ConvNet only), "autograd" (any module), or "auto".
-        precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
-        convolution: how the fused engine convolves on the CPU: "direct", "winograd" or "auto".
+        precision: of convolutions: "float32", "tf32" or "bfloat16" (docs/precision.md).
+        convolution: algorithm of the fused engine on the CPU: "direct", "winograd" or "auto".
 
     Returns:
         0-d tensor, differentiable once with respect to ``images`` and float ``labels``. A second
         derivative raises RuntimeError.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it must be and
-            what it is.
+        ValueError, TypeError: an argument does not fit. The message names the argument, the
+            requirement and the value.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> net = pdd_fast.ConvNet(in_channels=1, num_classes=2, image_size=8, width=4, depth=1)
+        >>> theta = pdd_fast.flatten_parameters(net)
+        >>> real_images, real_labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 1] * 3)
+        >>> images = torch.randn(2, 1, 8, 8, requires_grad=True)
+        >>> labels = torch.tensor([0, 1])
+        >>> loss = pdd_fast.gradient_matching(net, theta, real_images, real_labels, images, labels)
+        >>> loss.backward()
+        >>> images.grad.shape
+        torch.Size([2, 1, 8, 8])
     """
     given = (real_images, real_labels, images, labels)
     each = (
@@ -131,18 +148,20 @@ def gradient_matching(
     return _GradientMatching.apply(spec, *tensors)
 
 
-# ---- without autograd: what a base method calls ----
+# ---- without autograd: the interface of the methods ----
 
 
 class GradientDistance:
-    """D of two gradients of ``net``, with ∂D/∂g beside it.
+    """Distance D between two gradients of ``net``, with its derivative ∂D/∂g.
 
     Args:
+        net: the network whose parameters' shapes give the parts of a gradient.
         distance: one of :data:`DISTANCES`.
         parameters: one of :data:`PARAMETERS` or "auto", as for :func:`gradient_matching`.
 
     Raises:
-        ValueError: an unknown name, "all" for "cosine", or ``net`` has no such parameters.
+        ValueError: a name is unknown, "all" is combined with "cosine", or ``net`` has no such
+            parameters.
     """
 
     def __init__(self, net: nn.Module, distance: str = "squared", parameters: str = "auto") -> None:
@@ -161,7 +180,7 @@ class GradientDistance:
             distance,
             _AUTO[distance] if parameters == "auto" else parameters,
         )
-        self._parts: list[tuple[slice, int]] = []  # of the vector, and how many rows lie in each
+        self._parts: list[tuple[slice, int]] = []  # slice of the vector, number of its rows
         start = 0
         for parameter in net.parameters():
             stop = start + parameter.numel()
@@ -180,8 +199,10 @@ class GradientDistance:
 
     @torch.no_grad()
     def __call__(self, gradient: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """D [] and ∂D/∂gradient [P] (zero where a parameter does not count) of two gradients
-        [P]."""
+        """Return D [] and ∂D/∂gradient [P] of two gradients [P].
+
+        The derivative is zero at parameters that do not count.
+        """
         direction = torch.zeros_like(gradient)
         if self.distance == "squared":
             for part, _ in self._parts:
@@ -195,10 +216,15 @@ class GradientDistance:
 
 
 def _cosine(gradient: Tensor, target: Tensor, rows: int, direction: Tensor) -> Tensor:
-    """Σ over rows of 1 − g·t / (‖g‖‖t‖ + ε); its derivative is written into ``direction``. All
-    three [rows · columns].
+    """Return Σ over rows of 1 − g·t / (‖g‖‖t‖ + ε) and write its derivative into ``direction``.
 
-    Where g = 0 the derivative of ‖g‖ is taken to be 0, as torch does.
+    The derivative of ‖g‖ at g = 0 is taken to be 0, as in torch.
+
+    Args:
+        gradient: g, [rows · columns].
+        target: t, [rows · columns].
+        rows: number of rows.
+        direction: [rows · columns], overwritten.
     """
     g, t = gradient.view(rows, -1), target.view(rows, -1)
     g_norm, t_norm = g.norm(dim=1, keepdim=True), t.norm(dim=1, keepdim=True)
@@ -210,10 +236,10 @@ def _cosine(gradient: Tensor, target: Tensor, rows: int, direction: Tensor) -> T
 
 
 class Matched(NamedTuple):
-    """A distance and its derivatives."""
+    """Distance with its derivatives."""
 
     loss: Tensor  # []
-    images: Tensor | None  # [rows, C, H, W]; None where none are wanted
+    images: Tensor | None  # [rows, C, H, W]; None if not wanted
     labels: Tensor | None  # [n, classes]; None for class indices
 
 
@@ -228,17 +254,21 @@ def matched_gradients(
     keep: bool = True,
     rows: Tensor | None = None,
 ) -> Matched:
-    """D(∇_θ ℓ(θ, X, y), target) with its derivatives: a gradient pass and a dual pass.
+    """Return D(∇_θ ℓ(θ, X, y), target) with its derivatives.
 
-    Records no graph, checks nothing, and nothing in it waits for the device.
+    This takes one gradient pass and one dual pass. It records no graph, checks nothing, and never
+    waits for the device.
 
     Args:
-        theta, target: [P]; ``target`` is the gradient of the real images (:func:`class_gradients`).
+        engine: computes the gradient and the dual pass.
+        theta: [P].
+        target: [P], the gradient of the real images (:func:`class_gradients`).
         images: [n, C, H, W].
         labels: int64 [n] or weights [n, classes].
+        distance: D.
         keep: as for :func:`gradient_matching`.
-        rows: int64, of the images whose derivative is wanted, which :class:`Matched` has alone;
-            None: all; empty: none.
+        rows: int64 indices of the images whose derivative is wanted; :class:`Matched` holds the
+            derivative of these images only. None means all images, an empty tensor none.
     """
     with torch.no_grad():
         _, gradient, saved = engine.gradient(theta, images, labels, keep=keep)
@@ -250,12 +280,14 @@ def matched_gradients(
 def class_gradients(
     engine: engines.Engine, theta: Tensor, images: Batches, labels: Batches
 ) -> Tensor:
-    """∇_θ ℓ [K, P] of K batches, at the same parameters.
+    """Return ∇_θ ℓ [K, P] of K batches at the same parameters.
 
-    Batches of one size are taken side by side on a GPU, as many as fit in half of its memory, and
-    otherwise one by one. Equal to one at a time but for rounding. Records no graph.
+    On a GPU, batches of one size are computed side by side, as many at a time as fit in half of its
+    memory. All other batches are computed one by one. Both ways agree up to rounding. No graph is
+    recorded.
 
     Args:
+        engine: computes the gradients.
         theta: [P].
         images: [K, B, C, H, W] or K tensors [B_k, C, H, W].
         labels: int64 or weights: [K, B], [K, B, classes], or K tensors [B_k] or [B_k, classes].
@@ -284,15 +316,15 @@ class _Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class _Spec:
-    """What is fixed for one call."""
+    """Constants of one call."""
 
     engine: engines.Engine
     distance: GradientDistance
     theta: Tensor  # [P]
     targets: Tensor  # [K, P]
     keep: bool
-    wanted: list[bool]  # by pair: whether its images' derivative is
-    follow: list[bool]  # by pair: whether any is
+    wanted: list[bool]  # per pair: whether the derivative of its images is wanted
+    follow: list[bool]  # per pair: whether any derivative is wanted
 
 
 class _GradientMatching(torch.autograd.Function):
@@ -305,8 +337,8 @@ class _GradientMatching(torch.autograd.Function):
                 _, gradient, _ = spec.engine.gradient(spec.theta, images, labels)
                 total = total + spec.distance(gradient, spec.targets[k])[0]
                 continue
-            # The loss itself is the scalar that is differentiated, so its gradient is known but for
-            # a factor.
+            # D is itself the scalar that is differentiated, so its gradient is known up to the
+            # factor that the backward pass receives.
             loss, found[k], found[pairs + k] = matched_gradients(
                 spec.engine,
                 spec.theta,
@@ -318,7 +350,7 @@ class _GradientMatching(torch.autograd.Function):
                 rows=None if spec.wanted[k] else images.new_empty(0, dtype=torch.int64),
             )
             total = total + loss
-        # The inputs are saved only so that a second derivative through them is an error.
+        # The inputs are saved only to make a second derivative through them an error.
         ctx.save_for_backward(
             *found,
             *(
@@ -345,8 +377,9 @@ def _pairs(
     labels: Batches,
     names: tuple[str, str],
 ) -> list[_Pair]:
-    """The batches of one side, each checked. Tensors of one dimension more than a batch hold K of
-    them.
+    """Return the batches of one side, each checked.
+
+    A tensor with one dimension more than a batch holds K batches.
     """
     images_name, labels_name = names
     for name, given in zip(names, (images, labels), strict=True):

@@ -1,5 +1,7 @@
-"""The differentiable unroll: N SGD steps forward, and their exact adjoint at a memory of (N+1)·P
-numbers, or of more where that saves passes.
+"""Differentiable unroll: N SGD steps forward, and their exact adjoint.
+
+The unroll saves (N+1)·P elements, the parameters of every step. It may save activations too where
+memory allows, which spares the adjoint a recomputation.
 """
 
 from __future__ import annotations
@@ -49,63 +51,77 @@ def unroll(
     precision: str = "float32",
     convolution: str = "auto",
 ) -> Tensor:
-    """Parameters after N = ``len(batches)`` SGD steps θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i],
-    y[b_i]).
+    """Return the parameters after N = ``len(batches)`` SGD steps on synthetic images.
 
-    ℓ is the mean cross-entropy over the batch. The gradient is exact: it equals what autograd gets
-    through all N steps with ``create_graph=True``, while only θ_0..θ_N are kept
-    (docs/mathematics.md, section 1).
+    Step i computes θ_{i+1} = θ_i − α_i ∇ℓ(θ_i, A_i X[b_i], y[b_i]), with ℓ the mean cross-entropy
+    over the batch. The gradient is exact: it equals what autograd computes through all N steps with
+    ``create_graph=True``, although only θ_0..θ_N are saved (docs/mathematics.md, section 1).
 
     Args:
-        net: the network; its own parameters are not read and its buffers are not changed.
+        net: the network. Its own parameter values are not read and its buffers are not changed.
             Parameters that do not require gradients are frozen: the steps leave their elements of
-            ``theta`` as they are. Layers and hooks must stay as they are until the backward pass,
-            which computes the steps again.
-        theta: [P] start parameters, float32 or float64; fixes the precision and the device.
-        images: [n, C, H, W], of the type and device of ``theta``.
-        labels: class indices [n], or weights [n, classes] of the type of ``theta``. Integers of any
-            type, whole numbers in a floating-point vector [n], and one-hot rows of integers or
+            ``theta`` unchanged. Do not change layers and hooks before the backward pass, which
+            recomputes the steps.
+        theta: [P] start parameters, float32 or float64. They fix the precision and the device.
+        images: [n, C, H, W], with the type and device of ``theta``.
+        labels: class indices [n], or weights [n, classes] with the type of ``theta``. Integers of
+            any type, whole numbers in a floating-point vector [n], and one-hot rows of integers or
             bools are converted.
-        learning_rate: one rate (0-d or a number) or one per step [N].
-        batches: N vectors of indices into ``images``, tensors or lists; an image may occur more
+        learning_rate: one learning rate (0-d or a number), or one per step [N].
+        batches: N vectors of indices into ``images``, tensors or lists. An image may occur more
             than once. Keep them on the CPU.
-        augmentations: None, or N draws, each for as many images as its batch has.
+        augmentations: None, or N :class:`pdd_fast.AugmentParameters`, each for as many images as
+            its batch has.
         engine: "fused" (a ConvNet with the layers and parameters that its constructor made),
-            "autograd" (any module), or "auto": "fused" where it can.
-        memory: "recompute" makes each step's activations again in the backward pass; "cache" keeps
-            them, and each step's go as soon as the backward pass has used them; "auto" keeps those
-            of as many steps as fit in ``memory_limit``, the last ones, which the backward pass uses
-            first. The gradient differs by rounding. The fused engine's memory on the CPU then waits
-            for the next call (:func:`pdd_fast.free_buffers`).
-        memory_limit: bytes that kept activations may take, with "auto"; None: half of what is free
-            at the moment, so that how results are rounded depends on what else runs. What does not
-            depend on the number of steps kept, θ_0..θ_N and what one pass works in, comes on top.
-        frozen: None, or bool [n]: images whose gradient is neither needed nor computed (their rows
-            of it are zero).
-        precision: of convolutions, "float32", "tf32" or "bfloat16" (docs/precision.md).
-        convolution: how the fused engine convolves on the CPU: "direct", "winograd" (F(4×4, 3×3),
-            fewer operations and a larger rounding error), or "auto", whichever is faster layer by
-            layer.
+            "autograd" (any module), or "auto": "fused" if it applies.
+        memory: "recompute" recomputes the activations of each step in the backward pass. "cache"
+            saves them; those of a step are freed as soon as the backward pass has used them. "auto"
+            saves the activations of as many steps as fit in ``memory_limit``, starting from the
+            last step, which the backward pass needs first. The gradient differs by rounding. The
+            CPU memory of the fused engine is then held for the next call
+            (:func:`pdd_fast.free_buffers`).
+        memory_limit: bytes that saved activations may take with "auto". None: half of the memory
+            that is free at the moment, so rounding depends on the machine's load. θ_0..θ_N and the
+            working memory of one pass are not counted.
+        frozen: None, or bool [n]: images whose gradient is not needed. It is not computed; their
+            rows are zero.
+        precision: of convolutions: "float32", "tf32" or "bfloat16" (docs/precision.md).
+        convolution: algorithm of the fused engine on the CPU: "direct", "winograd" (F(4×4, 3×3),
+            fewer operations and a larger rounding error), or "auto", which chooses the faster one
+            per layer.
 
     Returns:
         θ_N [P], differentiable once with respect to theta, images, float labels and learning_rate.
         A second derivative raises RuntimeError.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it must be and
-            what it is.
+        ValueError, TypeError: an argument does not fit. The message names the argument, the
+            requirement and the value.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> net = pdd_fast.ConvNet(in_channels=1, num_classes=2, image_size=8, width=4, depth=1)
+        >>> theta = pdd_fast.flatten_parameters(net)
+        >>> images = torch.randn(4, 1, 8, 8, requires_grad=True)
+        >>> labels = torch.tensor([0, 1, 0, 1])
+        >>> lr = torch.tensor(0.01, requires_grad=True)
+        >>> theta_N = pdd_fast.unroll(net, theta, images, labels, lr, batches=[[0, 1], [2, 3]])
+        >>> theta_N.square().sum().backward()
+        >>> images.grad.shape, lr.grad.shape
+        (torch.Size([4, 1, 8, 8]), torch.Size([]))
     """
     require_plain_call("unroll", (theta, images, labels, learning_rate))
     chosen = engines.choose(net, engine, precision, convolution)
     indices = [as_indices("unroll", batch, f"batches[{i}]") for i, batch in enumerate(batches)]
     labels = as_labels("unroll", labels, theta.dtype)
     spec = _check(chosen, theta, images, labels, indices, augmentations, frozen)
-    # Also where nothing is going to be kept: a wrong argument is one with or without gradients.
+    # Called even if no activations will be saved, so that a wrong argument is an error with or
+    # without gradients.
     shapes = [engines.PassShape.of(images, len(batch)) for batch in indices]
     keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
-    if isinstance(
-        learning_rate, list | tuple
-    ):  # of tensors, perhaps, whose gradients as_tensor would lose
+    # The list may hold tensors, whose gradients as_tensor would lose.
+    if isinstance(learning_rate, list | tuple):
         each = [torch.as_tensor(lr, dtype=theta.dtype, device=theta.device) for lr in learning_rate]
         learning_rate = torch.stack(each) if each else theta.new_empty(0)
     lrs = torch.as_tensor(learning_rate, dtype=theta.dtype, device=theta.device)
@@ -127,15 +143,17 @@ def kept_steps(
     memory: str,
     limit: int | None,
 ) -> int:
-    """How many steps keep their activations, counted from the last.
+    """Return the number of steps that save their activations, counted from the last.
 
     Args:
-        operator: whose arguments these are, for errors.
-        shapes: of every step's batch.
-        memory, limit: as ``memory`` and ``memory_limit`` of :func:`unroll`.
+        operator: function that the arguments belong to, for errors.
+        engine: engine of the unroll.
+        shapes: shape of the batch of every step.
+        memory: as ``memory`` of :func:`unroll`.
+        limit: as ``memory_limit`` of :func:`unroll`.
 
     Raises:
-        ValueError, TypeError: ``memory`` or ``limit`` cannot be.
+        ValueError, TypeError: ``memory`` or ``limit`` is invalid.
     """
     if memory not in MEMORY:
         raise ValueError(f"{operator}: memory must be {' or '.join(MEMORY)}, got {memory!r}")
@@ -173,25 +191,25 @@ def kept_steps(
 
 @dataclass(frozen=True)
 class UnrollSpec:
-    """What is fixed for one unroll: for each of its N steps one entry of every list. All tensors on
-    its device.
+    """Constants of one unroll of N steps, on its device.
+
+    Every list has one entry per step.
     """
 
     engine: engines.Engine
     batches: Sequence[Tensor]  # int64 [b]
     aug_params: Sequence[PackedAugmentParameters | None]  # of b images; None: no augmentation
-    rows: Sequence[
-        Tensor | None
-    ]  # int64, rows of the batch whose image gradient is wanted; None: all
-    moving: Tensor | None = None  # bool [P], the elements that steps change; None: all change
-    keep: int = 0  # so many of the last steps keep their activations for the way back
-    # so many images in front are in none of ``rows``, and the images' gradient is that of the
-    # others
+    # int64, rows of the batch whose image gradient is wanted; None: all
+    rows: Sequence[Tensor | None]
+    moving: Tensor | None = None  # bool [P], elements that the steps change; None: all
+    keep: int = 0  # number of steps, counted from the last, that save their activations
+    # Number of leading images that no entry of ``rows`` contains. The gradient of the images starts
+    # after them.
     frozen: int = 0
 
 
 class Wanted(NamedTuple):
-    """What :func:`adjoint` is asked for; the slopes come by themselves."""
+    """Gradients that :func:`adjoint` computes; the slopes come at no cost."""
 
     theta: bool
     images: bool
@@ -201,8 +219,8 @@ class Wanted(NamedTuple):
 class Gradients(NamedTuple):
     """Derivatives of an outer loss L through the unroll (docs/mathematics.md, section 1)."""
 
-    theta: Tensor | None  # [P] ∂L/∂θ_0; None where not wanted, as below
-    images: Tensor | None  # [n, C, H, W], without the spec's frozen ones in front
+    theta: Tensor | None  # [P] ∂L/∂θ_0; None if not wanted, as below
+    images: Tensor | None  # [n, C, H, W], without the spec's leading frozen images
     labels: Tensor | None  # [n, classes]
     slopes: Tensor  # [N] s_i = −∂L/∂α_i
 
@@ -210,13 +228,14 @@ class Gradients(NamedTuple):
 def forward_path(
     spec: UnrollSpec, theta: Tensor, images: Tensor, labels: Tensor, alphas: Tensor
 ) -> tuple[Tensor, list[Any]]:
-    """θ_0..θ_N as [N + 1, P], and what the engine kept of every step.
+    """Return θ_0..θ_N as [N + 1, P], and what the engine saved of every step.
 
     Args:
+        spec: constants of the unroll.
         theta: [P].
         images: [n, C, H, W].
         labels: int64 [n] or weights [n, classes].
-        alphas: [N], one rate a step.
+        alphas: [N], learning rate of every step.
     """
     path = _parameter_rows(theta, len(spec.batches) + 1)
     for start, piece in in_pieces(path[0], theta):
@@ -244,13 +263,19 @@ def adjoint(
     grad: Tensor,
     wanted: Wanted,
 ) -> Gradients:
-    """The way back from λ_N = ``grad`` [P], one dual pass a step.
+    """Return the gradients of the unroll, computed from λ_N = ``grad`` by one dual pass per step.
 
     Args:
-        path, kept: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels``
-            and ``alphas``. Of ``kept`` the activations are dropped one step after another; a second
-            call makes them again.
-        wanted: what to compute. Labels that are class indices have no gradient.
+        spec: constants of the unroll.
+        path: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels`` and
+            ``alphas``.
+        kept: from the same call. Its activations are freed step by step; a second call recomputes
+            them.
+        images: [n, C, H, W].
+        labels: int64 [n] or weights [n, classes].
+        alphas: [N], learning rate of every step.
+        grad: λ_N [P], the gradient of the outer loss with respect to θ_N.
+        wanted: gradients to compute. Class indices have none.
     """
     steps = len(spec.batches)
     none = torch.empty(0, dtype=torch.int64, device=path.device)
@@ -260,18 +285,18 @@ def adjoint(
     for (piece,) in in_pieces(images_grad) if images_grad is not None else ():
         piece.zero_()
     slopes = alphas.new_empty(steps)
-    # Indexing a tensor takes 2 µs each time.
+    # Unbound once, because indexing a tensor takes 2 µs each time.
     points, lrs, downhill = path.unbind(), alphas.unbind(), (-alphas).unbind()
     for i in reversed(range(steps)):
         x, y = _step_input(spec, i, images, labels)
         rows = spec.rows[i] if wanted.images else none
-        # θ_0's own adjoint is a Hessian-vector product that only the caller can want.
+        # The adjoint of θ_0 is a Hessian-vector product that only the caller can want.
         saved, kept[i] = kept[i], spec.engine.without_activations(kept[i])
         direction = carried if spec.moving is None else carried.masked_fill(~spec.moving, 0)
         dual = spec.engine.dual(
             points[i], x, y, direction, saved, want_theta=i > 0 or wanted.theta, rows=rows
         )
-        del saved  # what it keeps of the step makes room for the next
+        del saved  # frees the step's activations before the next dual pass
         slopes[i] = dual.slope
         if images_grad is not None and dual.images is not None:
             batch, aug_params, part = spec.batches[i], spec.aug_params[i], dual.images
@@ -294,32 +319,37 @@ def adjoint(
 
 
 def _parameter_rows(like: Tensor, rows: int) -> Tensor:
-    """Uninitialized [rows, P]."""
+    """Return an uninitialized tensor [rows, P]."""
     if like.device.type != "cuda":
         return like.new_empty(rows, like.numel())
-    # P is rarely a multiple of 4, and convolutions by weights that do not lie on 16 bytes take
-    # slower kernels.
+    # Rows are padded to 64 elements: P is rarely a multiple of 4, and convolutions whose weights
+    # are not aligned to 16 bytes take slower kernels.
     padded = -(-like.numel() // 64) * 64
     return like.new_empty(rows, padded)[:, : like.numel()]
 
 
 def learned_rows(learned: Tensor) -> Tensor | None:
-    """Rows of a batch whose images are learned, from bool [b]; None where all are, as
-    :class:`UnrollSpec` takes it.
+    """Return the rows of a batch whose images are learned, as :class:`UnrollSpec` takes them.
+
+    Args:
+        learned: bool [b].
+
+    Returns:
+        int64 indices; None if all images are learned.
     """
     rows = learned.nonzero().flatten()
     return None if len(rows) == len(learned) else rows
 
 
 def _step_input(spec: UnrollSpec, i: int, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Augmented images and labels of step i."""
+    """Return the augmented images and the labels of step i."""
     batch, aug_params = spec.batches[i], spec.aug_params[i]
     x = select_rows(images, batch)
     return (x if aug_params is None else aug_params.apply(x)), labels.index_select(0, batch)
 
 
 def _part(aug_params: PackedAugmentParameters, rows: Tensor) -> PackedAugmentParameters:
-    """The draws of some of the images."""
+    """Return the augmentation parameters of some of the images."""
     return PackedAugmentParameters(
         aug_params.values.index_select(1, rows),
         aug_params.operations.index_select(1, rows),
@@ -334,8 +364,8 @@ class _Unroll(torch.autograd.Function):
     ) -> Tensor:
         path, kept = forward_path(spec, theta, images, labels, lrs.expand(len(spec.batches)))
         ctx.spec, ctx.kept = spec, kept
-        # θ_0 is saved only so that a second derivative through it is an error: path holds a copy of
-        # its values. A caller may go on to write to a constant one.
+        # θ_0 is saved only to make a second derivative through it an error: path holds a copy of
+        # its values. A constant theta is not saved, because the caller may write to it.
         ctx.save_for_backward(theta if ctx.needs_input_grad[0] else None, images, labels, lrs, path)
         return path[-1].clone()
 
@@ -379,7 +409,7 @@ def _check(
         _require(
             len(augmentations) == len(batches),
             "augmentations",
-            f"hold {len(batches)} draws",
+            f"hold {len(batches)} AugmentParameters",
             len(augmentations),
         )
         H, W = images.shape[2:]
@@ -399,9 +429,8 @@ def _check(
             )
             if draw.operations:
                 packed = draw.packed(theta.device)
-                aug_params[i] = packed._replace(
-                    values=packed.values.clone()
-                )  # The caller may go on to write to its own.
+                # Copied, because the caller may write to its own tensor.
+                aug_params[i] = packed._replace(values=packed.values.clone())
 
     rows: list[Tensor | None] = [None] * len(batches)
     if frozen is not None:

@@ -472,7 +472,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "too few draws": (
         {"augmentations": [SINGLE.sample(5, 8)]},
         ValueError,
-        "augmentations must hold 3 draws, got 1",
+        "augmentations must hold 3 AugmentParameters, got 1",
     ),
     "a draw for another batch": (
         {"augmentations": [SINGLE.sample(4, 8)] * 3},
