@@ -1,0 +1,1 @@
+"""Augmentations: DSA, and multi-formation, which stores several images in one."""

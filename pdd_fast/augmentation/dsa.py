@@ -1,8 +1,9 @@
-"""Differentiable Siamese augmentation (DSA; Zhao and Bilen, ICML 2021, arXiv 2102.08259) with draws
-that can be kept.
+"""Differentiable Siamese augmentation (DSA) with reusable augmentation parameters.
 
-Drawing and applying are apart: the same draws can be applied again, to other images, or transposed,
-which is what the adjoint of an unrolled training run needs.
+Sampling and applying are separate. The same parameters can be applied again, to other images, or
+transposed, as the adjoint of an unrolled training run needs.
+
+Source: Zhao and Bilen, ICML 2021, arXiv 2102.08259.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from pdd_fast.ops.dsa import DRAWS, NOTHING, OPERATIONS, dsa, dsa_adjoint
 MODES = ("single", "multiple")
 _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
 _ROWS = {name: row for row, name in enumerate(DRAWS)}
-_COLOR = slice(
-    _ROWS["brightness"], _ROWS["contrast"] + 1
-)  # with saturation between them: one call draws all three
+# Saturation lies between the two, so that one call samples all three.
+_COLOR = slice(_ROWS["brightness"], _ROWS["contrast"] + 1)
 _NEUTRAL = torch.tensor(
     [[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in DRAWS],
     dtype=torch.float64,
@@ -34,13 +34,13 @@ _NEUTRAL = torch.tensor(
 
 
 def _neutral(batch_size: int, device: torch.device) -> Tensor:
-    """float64 [11, batch_size]: draws that change nothing."""
+    """Return float64 [11, batch_size]: parameters that change nothing."""
     # Three times as fast as repeat.
     return _NEUTRAL.to(device).expand(-1, batch_size).clone(memory_format=torch.contiguous_format)
 
 
 def _draw(name: str) -> Any:
-    """One draw of every image as an attribute."""
+    """Return a property that gives one parameter of every image."""
     row = _ROWS[name]
     if name == "flip":
         return property(lambda p: p.values[row] != 0)
@@ -49,28 +49,39 @@ def _draw(name: str) -> Any:
     )
 
 
-@dataclass(frozen=True, eq=False)  # an == of tensors has no truth value
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class AugmentParameters:
-    """What was drawn for a batch of b images: which operations, in which order, and every image's
-    numbers.
+    """Sampled augmentation parameters of a batch of b images.
 
-    Draws of operations that are not applied hold the values that change nothing. Make one by hand
-    with :meth:`of`.
+    They hold the operations, their order, and the parameters of every image. The parameters of
+    operations that are not applied have neutral values. :meth:`of` makes an instance from given
+    values, :meth:`DSA.sample` from random ones.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> parameters = pdd_fast.AugmentParameters.of(
+        ...     ("flip",), batch_size=2, image_size=2, flip=torch.tensor([True, False])
+        ... )
+        >>> images = torch.arange(8.0).view(2, 1, 2, 2)
+        >>> pdd_fast.augment(images, parameters)[0]
+        tensor([[[1., 0.],
+                 [3., 2.]]])
     """
 
-    operations: tuple[str, ...]  # of color, crop, cutout, flip, scale, rotate, in the order applied
-    image_size: tuple[int, int]  # (H, W) that was drawn for
-    cutout_size: tuple[int, int]  # height and width of what cutout blanks
-    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS; below each row by its name
+    operations: tuple[str, ...]  # from color, crop, cutout, flip, scale, rotate, in order
+    image_size: tuple[int, int]  # (H, W) of the images
+    cutout_size: tuple[int, int]  # height and width of the blanked rectangle
+    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS
     _packed: dict[torch.device, PackedAugmentParameters] = field(
         default_factory=dict, repr=False, compare=False
     )
 
+    # Rows of ``values`` by name.
     brightness = _draw("brightness")  # [b] float64, added
-    saturation = _draw(
-        "saturation"
-    )  # [b] float64, factor of the distance from the mean over channels
-    contrast = _draw("contrast")  # [b] float64, factor of the distance from the mean of the image
+    # [b] float64, factor of the distance from the mean over channels
+    saturation = _draw("saturation")
+    contrast = _draw("contrast")  # [b] float64, factor of the distance from the image's mean
     shift_h = _draw("shift_h")  # [b] int64, rows
     shift_w = _draw("shift_w")  # [b] int64, columns
     cutout_h = _draw("cutout_h")  # [b] int64, row of the center
@@ -89,11 +100,18 @@ class AugmentParameters:
         cutout_size: tuple[int, int] | None = None,
         **draws: Tensor,
     ) -> AugmentParameters:
-        """Parameters with the given draws, each [batch_size], on one device; the others hold what
-        changes nothing.
+        """Return parameters with the given values.
+
+        Args:
+            operations: names of the operations, in the order applied.
+            batch_size: number of images.
+            image_size: H = W, or (H, W), pixels.
+            cutout_size: height and width of the blanked rectangle. None: half of each side.
+            draws: parameters by name, each [batch_size], all on one device. The others are neutral.
 
         Raises:
-            ValueError, TypeError: an operation or a draw is unknown, or a draw has another length.
+            ValueError, TypeError: an operation or a parameter is unknown, or a parameter has
+                another length.
         """
         size = _size("AugmentParameters", image_size)
         unknown = [name for name in operations if name not in OPERATIONS]
@@ -125,48 +143,49 @@ class AugmentParameters:
         return cls(tuple(operations), size, cutout_size, values)
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return self.values.shape[1]
 
     def __getitem__(self, rows: Tensor | slice) -> AugmentParameters:
-        """The parameters of some of the images."""
+        """Return the parameters of some of the images."""
         if isinstance(rows, Tensor):
             rows = rows.to(self.values.device)
         return self._with(self.values[:, rows])
 
     def to(self, device: torch.device | str) -> AugmentParameters:
-        """The parameters on another device."""
+        """Return the parameters on another device."""
         return self._with(self.values.to(device))
 
     def _with(self, values: Tensor) -> AugmentParameters:
         return AugmentParameters(self.operations, self.image_size, self.cutout_size, values)
 
     def _numbers(self, count: int) -> list[int]:
-        """The operations as the kernels count them, and then nothing, ``count`` in all."""
+        """Return the kernels' codes of the operations, padded to ``count`` with "nothing"."""
         return [OPERATIONS.index(name) for name in self.operations] + [NOTHING] * (
             count - len(self.operations)
         )
 
     def packed(self, device: torch.device) -> PackedAugmentParameters:
-        """What the kernels take, on ``device``; made once per device."""
+        """Return the parameters as the kernels take them, on ``device``; cached per device."""
         if device not in self._packed:
             self._packed[device] = PackedAugmentParameters.of([self]).to(device)
         return self._packed[device]
 
 
 class PackedAugmentParameters(NamedTuple):
-    """The draws of a batch of b images as the kernels take them: tensors alone, so that a captured
-    graph can be given others of the same shape.
+    """Augmentation parameters of a batch of b images as the kernels take them.
+
+    They are tensors only, so that a captured graph can be given others of the same shape.
     """
 
     values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS
-    operations: (
-        Tensor  # int32 [k, b], indices into pdd_fast.ops.dsa.OPERATIONS, in the order applied
-    )
+    # int32 [k, b], indices into pdd_fast.ops.dsa.OPERATIONS, in the order applied
+    operations: Tensor
     cutout_size: tuple[int, int]
 
     @classmethod
     def of(cls, parameters: Sequence[AugmentParameters]) -> PackedAugmentParameters:
-        """The draws of several batches of images of one size, one after another."""
+        """Return the parameters of several batches of images of one size, concatenated."""
         first, most = parameters[0], max(len(p.operations) for p in parameters)
         blocks = [(p._numbers(most), len(p)) for p in parameters]
         if len(parameters) == 1:
@@ -185,32 +204,33 @@ class PackedAugmentParameters(NamedTuple):
         return cls(values, operations.to(values.device), first.cutout_size)
 
     def to(self, device: torch.device) -> PackedAugmentParameters:
+        """Return the parameters on another device."""
         return PackedAugmentParameters(
             self.values.to(device), self.operations.to(device), self.cutout_size
         )
 
     def apply(self, images: Tensor, linear: bool = False) -> Tensor:
-        """:func:`augment` without autograd, or its linear part."""
+        """Return :func:`augment` of ``images`` without autograd, or its linear part."""
         return dsa(images, self.values, self.operations, self.cutout_size, linear)
 
     def adjoint(self, grad: Tensor) -> Tensor:
-        """:func:`augment_adjoint` without autograd."""
+        """Return :func:`augment_adjoint` of ``grad`` without autograd."""
         return dsa_adjoint(grad, self.values, self.operations, self.cutout_size)
 
 
 @dataclass(frozen=True)
 class DSA:
-    """A strategy: which operations are drawn, and from which ranges (docs/mathematics.md, section
-    5).
+    """Augmentation strategy: operations and the ranges of their parameters.
+
+    docs/mathematics.md, section 5, has the formulas.
 
     Args:
-        strategy: names of operations joined by "_", of color, crop, cutout, flip, scale, rotate;
-            "none" for no augmentation. The order is the order in which mode "multiple" applies
-            them.
-        mode: "single" draws one of the operations per call, for the whole batch, with numbers per
-            image; "multiple" applies all.
-        brightness: width of the range of what is added, centered on 0.
-        saturation: upper end of the range of the factor, from 0.
+        strategy: names of operations joined by "_", from color, crop, cutout, flip, scale, rotate;
+            "none" for no augmentation. Mode "multiple" applies them in this order.
+        mode: "single" samples one operation per call for the whole batch, with parameters per
+            image; "multiple" applies all operations.
+        brightness: width of the range of the added value, centered on 0.
+        saturation: upper end of the range of the factor, which starts at 0.
         contrast: half the width of the range of the factor, centered on 1.
         crop: largest shift as a fraction of the side.
         cutout: side of the blanked square as a fraction of the side.
@@ -219,8 +239,18 @@ class DSA:
         rotate: largest angle in degrees.
 
     Raises:
-        ValueError: an unknown operation, one named twice, an unknown mode, or a number out of
-            range.
+        ValueError: an operation is unknown or named twice, the mode is unknown, or a number is out
+            of range.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> dsa = pdd_fast.DSA("color_crop_flip")
+        >>> parameters = dsa.sample(5, 32, torch.Generator().manual_seed(0))
+        >>> len(parameters), len(parameters.operations)
+        (5, 1)
+        >>> pdd_fast.augment(torch.rand(5, 3, 32, 32), parameters).shape
+        torch.Size([5, 3, 32, 32])
     """
 
     strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -262,7 +292,7 @@ class DSA:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """The strategy's operations, in order."""
+        """Operations of the strategy, in order."""
         return () if self.strategy.lower() in ("", "none") else tuple(self.strategy.split("_"))
 
     def sample(
@@ -271,21 +301,21 @@ class DSA:
         image_size: int | tuple[int, int],
         generator: torch.Generator | None = None,
     ) -> AugmentParameters:
-        """Draws for a batch.
+        """Return sampled augmentation parameters for a batch.
 
         Args:
-            batch_size: images, at least 1.
+            batch_size: number of images, at least 1.
             image_size: H = W, or (H, W), pixels.
-            generator: where the randomness comes from and on which device the draws are made; None:
-                torch's global CPU generator. CPU draws give the same augmentation on every device.
+            generator: source of randomness; its device is that of the parameters. None: torch's
+                global CPU generator. Parameters sampled on the CPU give the same augmentation on
+                every device.
         """
         if batch_size < 1:
             raise ValueError(f"DSA: batch_size must be at least 1, got {batch_size}")
         H, W = _size("DSA", image_size)
         device = generator.device if generator is not None else torch.device("cpu")
         values = _neutral(batch_size, device)
-        # A call of torch on so few numbers takes a microsecond or two, and that is all that this
-        # function takes.
+        # A torch call on so few elements takes 1 to 2 µs, and these calls are the whole cost here.
         operations = self.operations
         if operations and self.mode == "single":
             index = torch.randint(len(operations), (), generator=generator, device=device)
@@ -318,7 +348,7 @@ class DSA:
 
     @cached_property
     def _color(self) -> Tensor:
-        """Lower ends and widths of the ranges of the rows of color, [2, 3, 1]."""
+        """Lower ends and widths of the ranges of the color rows, [2, 3, 1]."""
         low = torch.tensor(
             [-self.brightness / 2, 0.0, 1 - self.contrast], dtype=torch.float64, device="cpu"
         )
@@ -331,7 +361,7 @@ class DSA:
 
 
 def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
-    """int32 [len(numbers), count]: the same operations for every image."""
+    """Return int32 [len(numbers), count]: the same operations for every image."""
     if len(numbers) == 1:
         return torch.full((1, count), numbers[0], dtype=torch.int32, device=device)
     column = torch.tensor(numbers, dtype=torch.int32, device=device)
@@ -339,17 +369,26 @@ def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
 
 
 def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
-    """Augmented images [b, C, H, W], in the memory format of ``images``.
+    """Return augmented images [b, C, H, W], in the memory format of ``images``.
 
-    Differentiable to any order in ``images``, in reverse and forward mode: the map is affine, and
-    the transpose of its linear part is :func:`augment_adjoint`.
+    Differentiable to any order in ``images``, in reverse and forward mode. The map is affine, and
+    :func:`augment_adjoint` is the transpose of its linear part.
 
     Args:
         images: [b, C, H, W], float32 or float64.
-        parameters: drawn for b images of this size; moved to the device of ``images`` where needed.
+        parameters: sampled for b images of this size; moved to the device of ``images`` if needed.
 
     Raises:
         ValueError, TypeError: the images do not fit the parameters.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> images = torch.rand(3, 1, 8, 8, requires_grad=True)
+        >>> parameters = pdd_fast.DSA().sample(3, 8)
+        >>> pdd_fast.augment(images, parameters).sum().backward()
+        >>> images.grad.shape
+        torch.Size([3, 1, 8, 8])
     """
     _check("augment", "images", images, parameters)
     if not parameters.operations:
@@ -360,8 +399,12 @@ def augment(images: Tensor, parameters: AugmentParameters) -> Tensor:
 
 
 def augment_adjoint(grad: Tensor, parameters: AugmentParameters) -> Tensor:
-    """Aᵀ ``grad`` [b, C, H, W], with A the linear part of :func:`augment` for the same
-    parameters."""
+    """Return Aᵀ ``grad`` [b, C, H, W], with A the linear part of :func:`augment`.
+
+    Args:
+        grad: [b, C, H, W], the gradient with respect to the augmented images.
+        parameters: those given to :func:`augment`.
+    """
     _check("augment_adjoint", "grad", grad, parameters)
     if not parameters.operations:
         return grad
@@ -371,9 +414,7 @@ def augment_adjoint(grad: Tensor, parameters: AugmentParameters) -> Tensor:
 
 
 def _is_followed(images: Tensor) -> bool:
-    """Whether torch records what is done with ``images``: for reverse mode, or for a tangent they
-    carry along.
-    """
+    """Return whether torch records operations on ``images``, for reverse mode or for a tangent."""
     return (torch.is_grad_enabled() and images.requires_grad) or forward_ad.unpack_dual(
         images
     ).tangent is not None

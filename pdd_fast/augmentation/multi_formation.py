@@ -1,14 +1,14 @@
 """Multi-formation (IDC; Kim et al., ICML 2022): every stored image holds f×f smaller ones.
 
-:func:`decode` cuts an image into f×f cells and enlarges each to full size; :func:`combine` fills
-the cells with images. Both are linear: rows and columns apart, a cell X becomes R X Cᵀ
-(docs/mathematics.md, section 9). Two matrix products and, on the way back, their transposes: the
-same bits every time on a GPU too, where the gradient of torch's own ``interpolate`` adds by
-atomics.
+:func:`decode` cuts an image into f×f cells and enlarges each to full size. :func:`combine` fills
+the cells with images. Both are linear and separable: a cell X becomes R X Cᵀ (docs/mathematics.md,
+section 9). The forward pass is two matrix products, and the backward pass their transposes. Both
+give the same bits every time on a GPU too, whereas the gradient of torch's ``interpolate`` adds
+with atomics.
 
-Sides that f does not divide have cells of unequal size, with boundaries at i·H/f rounded (halves
-up). IDC's published code pads such images with a constant instead, which costs a row of pixels of
-every cell there.
+If f does not divide a side, its cells have unequal sizes, with boundaries at i·H/f rounded half up.
+IDC's published code pads such images with a constant instead, which costs every cell at that side a
+row of pixels.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from torch import Tensor
 
 
 def decode(images: Tensor, factor: int) -> Tensor:
-    """The ``factor``² images that each of ``images`` holds, enlarged bilinearly as by
-    ``interpolate(..., align_corners=False)``.
+    """Return the ``factor``² images that each of ``images`` holds, enlarged to full size.
 
-    Differentiable to any order.
+    Enlarging is bilinear, as by ``interpolate(..., align_corners=False)``, and differentiable to
+    any order.
 
     Args:
         images: [n, C, H, W], floating-point.
-        factor: f, cells along each side, in [1, min(H, W)]; with 1 the result is ``images`` itself.
+        factor: f, number of cells along each side, in [1, min(H, W)]. With 1, the result is
+            ``images`` itself.
 
     Returns:
-        [n·f², C, H, W]: cell (0, 0) of all images first, then cell (0, 1) of all, ..., as in IDC's
-        published code; :func:`decode_labels` gives their labels.
+        [n·f², C, H, W]: cell (0, 0) of all images first, then cell (0, 1) of all, and so on, as in
+        IDC's published code. :func:`decode_labels` gives their labels.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -50,8 +51,14 @@ def decode(images: Tensor, factor: int) -> Tensor:
 
 
 def decode_labels(labels: Tensor, factor: int) -> Tensor:
-    """Labels [n·f²] or [n·f², classes] of what :func:`decode` makes of images with ``labels`` [n]
-    or [n, classes]; with ``factor`` 1 these themselves.
+    """Return the labels of the images that :func:`decode` returns.
+
+    Args:
+        labels: [n] or [n, classes], labels of the stored images.
+        factor: f; with 1, the result is ``labels`` itself.
+
+    Returns:
+        [n·f²] or [n·f², classes].
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -67,15 +74,16 @@ def decode_labels(labels: Tensor, factor: int) -> Tensor:
 
 
 def combine(images: Tensor, factor: int) -> Tensor:
-    """Images whose cells are ``images``, shrunk: where a stage starts from real images.
+    """Return images whose cells hold ``images``, shrunk.
 
-    Shrinking averages over areas, pixels on an edge by the part of them that lies inside. (IDC's
-    published code takes the nearest pixel.) Differentiable to any order.
+    A stage that starts from real images uses it. Shrinking averages over areas; a pixel on an edge
+    counts by the part of it that lies inside. IDC's published code takes the nearest pixel instead.
+    Differentiable to any order.
 
     Args:
         images: [n·f², C, H, W], floating-point, in the order of :func:`decode`: the first n go to
             cell (0, 0).
-        factor: f, in [1, min(H, W)]; with 1 the result is ``images`` itself.
+        factor: f, in [1, min(H, W)]. With 1, the result is ``images`` itself.
 
     Returns:
         [n, C, H, W].
@@ -86,7 +94,7 @@ def combine(images: Tensor, factor: int) -> Tensor:
     _check("combine", images, factor)
     if len(images) % factor**2:
         raise ValueError(
-            f"combine: images must be a multiple of factor² = {factor**2} in number, got "
+            f"combine: images must hold a multiple of factor² = {factor**2} images, got "
             f"{len(images)}"
         )
     if factor == 1:
@@ -104,13 +112,13 @@ def combine(images: Tensor, factor: int) -> Tensor:
 
 
 def _cells(side: int, factor: int) -> list[tuple[int, int]]:
-    """First pixel and the one after the last, of ``factor`` cells."""
+    """Return the first pixel and the one after the last of each of ``factor`` cells."""
     bounds = [(2 * i * side + factor) // (2 * factor) for i in range(factor + 1)]
     return list(itertools.pairwise(bounds))
 
 
 def _resampled(images: Tensor, kind: str, size: tuple[int, int]) -> Tensor:
-    """R X Cᵀ of every plane X of ``images``, of ``size`` H×W."""
+    """Return R X Cᵀ of every plane X of ``images``, with ``size`` H×W."""
     rows, columns = (
         _matrix(kind, before, after, images.dtype, images.device)
         for before, after in zip(images.shape[2:], size, strict=True)
@@ -118,15 +126,13 @@ def _resampled(images: Tensor, kind: str, size: tuple[int, int]) -> Tensor:
     return rows @ (images @ columns.mT)
 
 
-# Never emptied: a captured CUDA graph reads the matrix where it lay. There are as many as pairs of
-# sides, of kilobytes.
+# Never cleared, because a captured CUDA graph reads the matrix at its address. There is one of a
+# few kilobytes per pair of sides.
 @functools.cache
 def _matrix(kind: str, before: int, after: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[after, before] weights of one side, whose rows sum to 1."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # the first call may be within either, the next one not
+    """Return the weights [after, before] along one side; rows sum to 1."""
+    # The first call may come from inside either mode, and later calls from outside.
+    with torch.inference_mode(False), torch.no_grad():
         made = _bilinear(before, after) if kind == "bilinear" else _area(before, after)
         return made.to(device, dtype)
 
@@ -146,8 +152,9 @@ def _bilinear(before: int, after: int) -> Tensor:
 
 
 def _area(before: int, after: int) -> Tensor:
-    """The part of each pixel that lies in [i, i + 1)·before / after, of whole numbers up to the
-    last division.
+    """Return the part of each pixel that lies in [i, i + 1)·before / after.
+
+    The parts are whole numbers up to the last division.
     """
     pixel, cell = (
         torch.arange(before, device="cpu") * after,

@@ -258,7 +258,7 @@ WRONG: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
         combine,
         (IMAGES[:3], 2),
         ValueError,
-        "combine: images must be a multiple of factor² = 4 in number, got 3",
+        "combine: images must hold a multiple of factor² = 4 images, got 3",
     ),
     "labels of labels": (
         decode_labels,
