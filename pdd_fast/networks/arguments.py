@@ -1,5 +1,6 @@
-"""Checks of what a function takes a network's gradient of: sentences that name the argument, what
-it must be and what it is.
+"""Checks of the arguments that a network's gradient is computed from.
+
+Every message names the argument, the requirement and the value.
 """
 
 from __future__ import annotations
@@ -20,9 +21,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def require_plain_call(operator: str, tensors: Iterable[Any]) -> None:
-    """Raise RuntimeError inside a transform of torch.func, and where one of ``tensors`` carries a
-    tangent.
-    """
+    """Raise RuntimeError inside a torch.func transform or if a tensor carries a tangent."""
     if torch._C._functorch.peek_interpreter_stack() is not None or (
         forward_ad._current_level >= 0
         and any(
@@ -31,15 +30,12 @@ def require_plain_call(operator: str, tensors: Iterable[Any]) -> None:
     ):
         raise RuntimeError(
             f"{operator}: must be called outside of torch.func's transforms and of forward mode, "
-            f"got a call inside; "
-            "differentiate with torch.autograd.grad or backward()"
+            f"got a call inside; differentiate with torch.autograd.grad or backward()"
         )
 
 
 def check_theta(operator: str, net: nn.Module, theta: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``theta`` is a vector of parameters of ``net``, float32
-    or float64.
-    """
+    """Raise TypeError or ValueError unless ``theta`` is a float vector of parameters of ``net``."""
     require(
         operator,
         any(True for _ in net.parameters()),
@@ -56,7 +52,7 @@ def moving_parameters(operator: str, net: nn.Module, theta: Tensor) -> Tensor | 
     """Return which elements of ``theta`` [P] belong to parameters that require gradients.
 
     Returns:
-        bool [P] on the device of ``theta``; None where no parameter is frozen.
+        bool [P] on the device of ``theta``; None if no parameter is frozen.
 
     Raises:
         ValueError: all parameters are frozen.
@@ -83,11 +79,19 @@ def as_labels(operator: str, labels: Any, dtype: torch.dtype, name: str = "label
     """Return ``labels`` as int64 class indices [n] or as weights [n, classes] of type ``dtype``.
 
     Class indices may have any integer type, or be whole numbers in a floating-point type. One-hot
-    rows may be integers or bools. Lists and arrays become tensors. Everything else is returned as
-    it is.
+    rows may be integers or bools. Lists and arrays become tensors. Everything else is returned
+    unchanged.
+
+    Args:
+        operator: function that the argument belongs to, for errors.
+        labels: a tensor, a list or an array.
+        dtype: type of weights.
+        name: of the argument, for errors.
 
     Raises:
-        ValueError: a single column, or floating-point class indices that are not whole numbers.
+        TypeError: ``labels`` cannot become a tensor.
+        ValueError: ``labels`` are a single column, floating-point class indices that are not whole
+            numbers, or integer rows that are not one-hot.
     """
     if not isinstance(labels, Tensor):
         try:
@@ -101,8 +105,8 @@ def as_labels(operator: str, labels: Any, dtype: torch.dtype, name: str = "label
     if labels.dim() == 2 and shape[1] == 1:
         raise ValueError(
             f"{operator}: {name} must be class indices [n], or weights [n, classes] of 2 classes "
-            f"or more, got {shape}; "
-            f"pass {name}.squeeze(1).long() where the column holds class indices"
+            f"or more, got {shape}; pass {name}.squeeze(1).long() if the column holds class "
+            f"indices"
         )
     if labels.dim() == 1 and labels.is_floating_point():
         whole = labels.detach()
@@ -132,12 +136,16 @@ def as_labels(operator: str, labels: Any, dtype: torch.dtype, name: str = "label
 
 
 def as_indices(operator: str, indices: Any, name: str) -> Tensor:
-    """Return ``indices``, an integer tensor or whole numbers in a list, as a new int64 vector that
-    is not empty.
+    """Return ``indices`` as a new, nonempty int64 vector.
+
+    Args:
+        operator: function that the argument belongs to, for errors.
+        indices: an integer tensor, or whole numbers in a list.
+        name: of the argument, for errors.
 
     Raises:
-        TypeError: they are not whole numbers.
-        ValueError: they are empty or have another number of dimensions.
+        TypeError: the indices are not whole numbers.
+        ValueError: there are none, or they have another number of dimensions.
     """
     if not isinstance(indices, Tensor):
         try:
@@ -156,7 +164,7 @@ def as_indices(operator: str, indices: Any, name: str) -> Tensor:
     require(
         operator, indices.dim() == 1 and indices.numel() > 0, name, "be a vector of indices", shape
     )
-    return indices.to(torch.int64, copy=True)  # The caller may go on to write to its own.
+    return indices.to(torch.int64, copy=True)  # copied: the caller may write to its own
 
 
 def check_batch(
@@ -167,13 +175,15 @@ def check_batch(
     labels: Tensor,
     names: tuple[str, str] = ("images", "labels"),
 ) -> None:
-    """Raises TypeError or ValueError unless ``images`` [n, C, H, W] and ``labels``, int64 [n] or
-    weights [n, classes], fit one another, the network and ``theta``.
+    """Raise TypeError or ValueError unless images and labels fit each other and the network.
 
     Args:
-        known: the network's shape, where its layers are a ConvNet's.
-        labels: as :func:`as_labels` gives them.
-        names: of both arguments, for the message.
+        operator: function that the arguments belong to, for errors.
+        known: shape of the network if its layers are a ConvNet's, else None.
+        theta: parameters, which fix the device and the precision.
+        images: [n, C, H, W].
+        labels: int64 [n] or weights [n, classes], as :func:`as_labels` returns them.
+        names: of both arguments, for errors.
     """
     images_name, labels_name = names
     for name, tensor in zip(names, (images, labels), strict=True):
@@ -213,11 +223,9 @@ def _check_network(
     labels: Tensor,
     names: tuple[str, str],
 ) -> None:
-    """Name a mismatch before a kernel or a matrix product trips over it, where the layers say what
-    the module takes.
-    """
-    if known is None:  # The attributes of a module that was changed are no longer true.
-        # torch would take -100 for "no label", and leave the image out of the loss.
+    """Report a mismatch with the network before a kernel or a matrix product fails on it."""
+    if known is None:  # A changed module's attributes may no longer be true.
+        # torch reads the label -100 as "no label" and leaves the image out of the loss.
         low = int(labels.min()) if labels.dtype == torch.int64 else 0
         require(operator, low >= 0, names[1], "lie from 0 on", f"{low}")
         return

@@ -1,4 +1,4 @@
-"""The ConvNet of the dataset-distillation literature."""
+"""ConvNet of the dataset-distillation literature."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pdd_fast.ops.convnet import ConvNetShape
 
 
 class ConvNet(nn.Module):
-    """``depth`` × [3×3 convolution, instance norm with affine, ReLU, 2×2 average pooling], then one
-    linear layer.
+    """Convolutional network of ``depth`` blocks and one linear layer.
 
-    The order of ``parameters()`` is (convolution weight, convolution bias, norm weight, norm bias)
-    per block, then linear weight and bias, so flat vectors are interchangeable with those of MTT's
-    expert files (Cazenavette et al. 2022).
+    A block is a 3×3 convolution, an instance norm with affine parameters, ReLU, and 2×2 average
+    pooling. ``parameters()`` gives convolution weight, convolution bias, norm weight and norm bias
+    per block, then linear weight and bias. Flat vectors are therefore interchangeable with those of
+    MTT's expert files (Cazenavette et al. 2022).
 
-    Differentiable to any order. On the CPU the forward pass and its first gradient run on a
-    compiled kernel, in float32 and float64 alike, two to three times as fast as the layers one by
-    one; on a GPU, in transforms, and within :func:`pdd_fast.networks.kernels.plain_torch` the
-    layers run as they are.
+    Differentiable to any order. On the CPU, a compiled kernel computes the forward pass and its
+    first gradient in float32 and float64, two to three times as fast as the layers one by one. The
+    layers themselves run on a GPU, in transforms, and within
+    :func:`pdd_fast.networks.kernels.plain_torch`.
 
     Args:
         in_channels: channels of an image, at least 1.
@@ -31,6 +31,15 @@ class ConvNet(nn.Module):
 
     Raises:
         ValueError: a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> net = pdd_fast.ConvNet(in_channels=3, num_classes=10, image_size=32)
+        >>> net(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 10])
+        >>> sum(parameter.numel() for parameter in net.parameters())
+        320010
     """
 
     def __init__(
@@ -92,13 +101,12 @@ _FORWARD = ConvNet.forward
 
 
 def kernel_shape(net: nn.Module) -> ConvNetShape | None:
-    """Return the shape that the kernels compute ``net`` by from its flat parameters; None where
-    they cannot.
+    """Return the shape by which the kernels compute ``net``; None if they cannot.
 
-    They can where ``net`` is a ConvNet with the layers and parameters that its constructor makes:
-    no subclass (it may have another ``forward``), no exchanged, pruned, parametrized or watched
-    layer, no parameter added, missing or shared. This check alone decides between the fused and the
-    autograd engine.
+    The kernels compute a ConvNet with the layers and parameters that its constructor makes. They do
+    not compute a subclass, which may have another ``forward``, a ConvNet with an exchanged, pruned,
+    parametrized or hooked layer, or one with a parameter added, missing or shared. This check alone
+    decides between the fused and the autograd engine.
     """
     if type(net) is not ConvNet or kernels.is_patched(net) or kernels.is_watched(net):
         return None

@@ -1,9 +1,9 @@
 """ConvNet's forward pass and its gradient on the compiled kernel, under ordinary autograd.
 
-The kernel runs on plain values for plain gradients. Anything else runs the network's own layers:
-transforms, forward mode, compilation, tracing, autocast, dispatch modes, hooks, exchanged layers.
-The gradient of a gradient does too: the kernel has given the logits by then, and the layers compute
-them once more.
+The kernel computes plain values and plain gradients. The network's own layers run in every other
+case: transforms, forward mode, compilation, tracing, autocast, dispatch modes, hooks, exchanged
+layers. A gradient of a gradient uses the layers too. It recomputes the logits with them, because
+the kernel has no graph.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _PLAIN: ContextVar[bool] = ContextVar("plain_torch", default=False)
 def plain_torch() -> Iterator[None]:
     """Run ConvNet's layers in plain torch inside the block.
 
-    It serves as an oracle, and where the gradient is differentiated again and again by hand
-    (``create_graph=True``); :func:`pdd_fast.unroll` is the faster way to do that.
+    Use it as a reference, or to differentiate a gradient again by hand (``create_graph=True``).
+    :func:`pdd_fast.unroll` is faster for the latter.
     """
     token = _PLAIN.set(True)
     try:
@@ -46,8 +46,10 @@ def plain_torch() -> Iterator[None]:
 
 
 def logits(net: ConvNet, images: Tensor) -> Tensor | None:
-    """Return logits [B, classes] of ``images`` [B, C, H, W], differentiable; None where the kernel
-    does not fit.
+    """Return differentiable logits [B, classes] of ``images`` [B, C, H, W].
+
+    Returns:
+        The logits; None if the kernel does not apply.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _PLAIN.get():  # type: ignore[attr-defined]
         return None
@@ -61,17 +63,17 @@ def logits(net: ConvNet, images: Tensor) -> Tensor | None:
 
 
 def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
-    """Return the shape that the kernels are to compute, and the parameters in their order.
+    """Return the shape that the kernels compute, and the parameters in their order.
 
-    Both are read off the layers, not off the attributes that the constructor set: layers may have
-        been exchanged since.
+    Both are read from the layers, not from the attributes that the constructor set, because layers
+    may have been exchanged since.
 
     Args:
         net: a ConvNet whose ``forward`` is the class's own.
 
     Returns:
-        None and no parameters where a layer is not as ConvNet makes it, or somebody wants to be
-        told when it is called.
+        The shape and the parameters; None and no parameters if a layer differs from ConvNet's own
+        or has a hook.
     """
     blocks: list[Any] = list(net.blocks)
     last = net.classifier
@@ -114,9 +116,7 @@ def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
 
 
 def _is_block(block: Any) -> bool:
-    """Whether ``block`` computes what ConvNet's blocks do: the same layers with the same constants,
-    none watched.
-    """
+    """Return whether ``block`` has ConvNet's layers and constants and no hooks."""
     if not _is_unwatched(block, nn.Sequential) or len(block) != 4:
         return False
     conv, norm, relu, pool = block
@@ -137,8 +137,7 @@ def _is_block(block: Any) -> bool:
 
 
 def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is of exactly this class, is called as the class says, and has no
-    hooks."""
+    """Return whether ``module`` is of exactly this class, unpatched and without hooks."""
     return type(module) is kind and not is_patched(module) and not is_watched(module)
 
 
@@ -146,13 +145,13 @@ _CALLED = ("forward", "_conv_forward", "_call_impl")
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether this one module was given a method of its own in the place of its class's."""
+    """Return whether this module instance has a method of its own instead of its class's."""
     own = vars(module)
     return any(name in own for name in _CALLED)
 
 
 def _methods() -> tuple[Any, ...]:
-    """Return what the layers call, as it is now."""
+    """Return the methods and functions that the layers call at present."""
     kinds = (nn.Sequential, nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.Linear)
     functions = (F.conv2d, F.group_norm, F.relu, F.avg_pool2d, F.linear)
     return *(kind.forward for kind in kinds), nn.Conv2d._conv_forward, *functions
@@ -162,14 +161,12 @@ _OWN_METHODS = _methods()
 
 
 def torch_is_patched() -> bool:
-    """Whether a class of layers, or a function that they call, was replaced since this module was
-    imported.
-    """
+    """Return whether a layer class, or a function it calls, was replaced since import."""
     return any(now is not then for now, then in zip(_methods(), _OWN_METHODS, strict=True))
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks that see, or change, what goes in and comes out."""
+    """Return whether ``module`` has hooks, which may see or change its inputs and outputs."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -179,7 +176,7 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def all_watched() -> bool:
-    """Whether hooks are registered for all modules of the process."""
+    """Return whether hooks are registered for all modules of the process."""
     everywhere = nn.modules.module
     return bool(
         everywhere._global_forward_hooks
@@ -215,23 +212,25 @@ def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool
         and operators.available()
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack()
-        is None  # a transform, perhaps of something else
+        # A transform is active, perhaps of another function.
+        and torch._C._functorch.peek_interpreter_stack() is None
         and not _is_observed()
         and not all_watched()
     )
 
 
 def _is_observed() -> bool:
-    """Whether a mode is on that sees torch's operators (counters, fake tensors, loggers) and no
-    kernel of ours.
+    """Return whether a mode is active that sees torch's operators but not our kernels.
+
+    Counters, fake tensors and loggers are such modes.
     """
     return torch._C._len_torch_dispatch_stack() > 0 or is_overridden()
 
 
 def is_overridden() -> bool:
-    """Whether a mode is on that may give torch's functions another meaning; a default device is
-    none.
+    """Return whether a mode is active that may change the meaning of torch's functions.
+
+    A default device does not count.
     """
     return torch._C._len_torch_function_stack() > 0 and not all(
         type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
@@ -239,8 +238,9 @@ def is_overridden() -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a tensor in the CPU's memory and nothing else; tracers and subclasses
-    are more.
+    """Return whether ``tensor`` is an ordinary tensor in CPU memory.
+
+    Tracers and subclasses are not.
     """
     return (
         type(tensor) in (Tensor, nn.Parameter)
@@ -248,9 +248,8 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and torch._C._has_storage(tensor)
-        and (
-            tensor.data_ptr() != 0 or tensor.numel() == 0
-        )  # zeros that take no memory; memory that was freed
+        # Address 0: zeros that take no memory, or memory that was freed.
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
     )
 
 
@@ -267,7 +266,7 @@ class _Logits(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         images, *parameters = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:]
-        # create_graph=True, many gradients at once, or a gradient that is more than values
+        # create_graph=True, a batch of gradients, or a gradient that is not a plain tensor
         if torch.is_grad_enabled() or not _is_plain(grad) or _is_observed():
             return None, *_by_layers(ctx.shape, images, parameters, grad, wanted)
         passes = ConvNetPasses(ctx.shape)
@@ -287,15 +286,16 @@ def _by_layers(
     grad: Tensor,
     wanted: tuple[bool, ...],
 ) -> list[Tensor | None]:
-    """Return the gradients by torch's own layers, with a graph of their own where gradients are
-    being recorded.
+    """Return the gradients from torch's own layers.
+
+    They carry a graph if gradients are being recorded.
     """
     again = torch.is_grad_enabled()
-    # The forward pass was computed without autocast, whatever surrounds the backward pass.
+    # The kernel's forward pass ran without autocast, so the layers must too.
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        # Each input gets an alias of its own. A parameter that was computed from the images, or
-        # that serves two layers, would otherwise be reached twice, and its part be counted in the
-        # images' or in the other layer's gradient too.
+        # Each input gets an alias of its own. A parameter that is computed from the images, or that
+        # serves two layers, would otherwise be reached twice, and its part be counted in the other
+        # gradient too.
         inputs = [tensor.view_as(tensor) for tensor in (images, *parameters)]
         result = plain_logits(shape, inputs[0], inputs[1:])
         chosen = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
@@ -306,9 +306,7 @@ def _by_layers(
 
 
 def plain_logits(shape: ConvNetShape, images: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """Return logits [B, classes] by torch's operators, in the order in which ConvNet's layers call
-    them.
-    """
+    """Return logits [B, classes] by torch's operators, in the order of ConvNet's layers."""
     *blocks, weight, bias = parameters
     for i in range(0, len(blocks), 4):
         conv, conv_bias, norm, norm_bias = blocks[i : i + 4]

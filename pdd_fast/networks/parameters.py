@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 
 def flatten_parameters(net: nn.Module) -> Tensor:
-    """The parameters of ``net`` as one new vector [P], detached, in the order of
-    ``net.parameters()``.
+    """Return the parameters of ``net`` as one new, detached vector [P].
+
+    The order is that of ``net.parameters()``.
 
     Raises:
         ValueError: ``net`` has no parameters.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> pdd_fast.flatten_parameters(torch.nn.Linear(3, 2)).shape
+        torch.Size([8])
     """
     parameters = [p.detach().reshape(-1) for p in net.parameters()]
     if not parameters:
@@ -23,10 +30,18 @@ def flatten_parameters(net: nn.Module) -> Tensor:
 
 
 def load_parameters(net: nn.Module, theta: Tensor) -> None:
-    """Copies ``theta`` [P] into the parameters of ``net``.
+    """Copy ``theta`` [P] into the parameters of ``net``.
 
     Raises:
-        ValueError: ``theta`` is not a vector of as many numbers as ``net`` has parameters.
+        ValueError: ``theta`` is not a vector with as many elements as ``net`` has parameters.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> net = torch.nn.Linear(2, 1)
+        >>> pdd_fast.load_parameters(net, torch.tensor([1.0, 2.0, 3.0]))
+        >>> net(torch.tensor([10.0, 1.0])).item()
+        15.0
     """
     check_parameters("load_parameters", net, theta)
     with torch.no_grad():
@@ -35,10 +50,15 @@ def load_parameters(net: nn.Module, theta: Tensor) -> None:
 
 
 def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
-    """Slices of ``theta`` [P] with the shapes of ``like``, P numbers in all, sharing memory.
+    """Return slices of ``theta`` [P] with the shapes of ``like``, sharing its memory.
 
-    Of one split, whose backward pass is one concatenation. A slice's own fills a vector of P
-    numbers: of ResNet-18's 62 parameters, a step took four times as long as plain autograd.
+    One split makes them all, so that the backward pass is one concatenation. The backward pass of a
+    separate slice fills a vector of P elements; with the 62 parameters of ResNet-18, a step took
+    four times as long as plain autograd.
+
+    Args:
+        theta: [P].
+        like: tensors with P elements together.
     """
     shapes = [tensor.shape for tensor in like]
     parts = theta.split([shape.numel() for shape in shapes])
@@ -46,29 +66,27 @@ def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
 
 
 def parameter_count(net: nn.Module) -> int:
-    """P, the numbers in all parameters of ``net``."""
+    """Return P, the number of elements in all parameters of ``net``."""
     return sum(parameter.numel() for parameter in net.parameters())
 
 
 def check_parameters(operator: str, net: nn.Module, theta: Tensor) -> None:
-    """Raises ValueError unless ``theta`` is a vector with one number per parameter of ``net``."""
+    """Raise ValueError unless ``theta`` is a vector with one element per parameter of ``net``."""
     count = parameter_count(net)
     if theta.dim() != 1 or theta.numel() != count:
         raise ValueError(f"{operator}: theta must have shape ({count},), got {tuple(theta.shape)}")
 
 
 def initial_parameters(net: nn.Module, seed: int) -> Tensor:
-    """Freshly drawn parameters [P] for a module like ``net``, from ``seed`` alone: the same on
-    every device.
+    """Return initial parameters [P] for a module like ``net``, drawn from ``seed`` alone.
 
-    Every submodule of a copy is asked to ``reset_parameters()``, as its constructor did. ``net``,
-    its buffers included, and the global random states are left alone.
+    They are the same on every device. ``reset_parameters()`` of every submodule draws them, as in
+    its constructor, on a copy. ``net``, its buffers and the global random states stay unchanged.
     """
     fresh = copy.deepcopy(net).cpu()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would change the GPUs' states too
+        # torch.manual_seed would change the random states of the GPUs too.
+        torch.default_generator.manual_seed(seed)
         for module in fresh.modules():
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):

@@ -1,7 +1,7 @@
-"""Networks that a distilled set is judged by beside the one it was made for.
+"""Networks for evaluating a distilled set beside the one it was made for.
 
-torchvision's where it has them, brought to the sizes of small images; as in the literature's
-comparisons, normalized by instance unless the name says otherwise.
+They are torchvision's if it has them, adapted to small images. They use instance norm unless the
+name says otherwise, as in the literature's comparisons.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pdd_fast.runtime.errors import UsageError, nearest
 from pdd_fast.runtime.torchvision_import import load
 
 _MLP_WIDTH = 128
-# Of the last normalized plane, which has to have more than one pixel: an instance norm makes zeros
-# of one.
+# Minimum side that leaves more than one pixel in the last normalized plane: an instance norm turns
+# a single pixel into 0.
 _LEAST_SIDE = {"resnet18": 16, "resnet18-batchnorm": 8, "vgg11": 32, "alexnet": 8}
 
 
@@ -30,22 +30,25 @@ def build(
     width: int = 128,
     depth: int = 3,
 ) -> nn.Module:
-    """A network by name, freshly drawn from torch's global random state.
+    """Return a network by name, initialized from torch's global random state.
 
     Args:
         name: one of :data:`TITLES`.
+        in_channels: channels of an image.
+        num_classes: number of logits.
         image_size: height and width, pixels.
-        width, depth: of "convnet"; the others are as published.
+        width: width of "convnet"; the other networks are as published.
+        depth: depth of "convnet".
 
     Raises:
-        UsageError: an unknown name, images that are too small, or torchvision is needed and does
+        UsageError: the name is unknown, the images are too small, or torchvision is needed and does
             not import.
     """
     check_names([name])
     least = _LEAST_SIDE.get(name, 1)
     if min(image_size) < least:
         raise UsageError(
-            f"network {name!r} must be given images of at least {least} pixels a side, got "
+            f"image_size must be at least {least} pixels per side for network {name!r}, got "
             f"{image_size}"
         )
     if name == "convnet":
@@ -54,13 +57,11 @@ def build(
 
 
 def check_names(names: list[str]) -> None:
-    """Raises UsageError where one of ``names`` is no network's, or where there is none, or one
-    twice.
-    """
+    """Raise UsageError unless ``names`` are one or more networks, each named once."""
     for name in names:
         if name not in TITLES:
             raise UsageError(
-                f"networks must be of {', '.join(TITLES)}, got {name!r}{nearest(name, TITLES)}"
+                f"networks must be from {', '.join(TITLES)}, got {name!r}{nearest(name, TITLES)}"
             )
     if not names or len(set(names)) < len(names):
         raise UsageError(
@@ -88,9 +89,7 @@ def _resnet18(
     _: tuple[int, int],
     norm: Callable[[int], nn.Module] = _instance_norm,
 ) -> nn.Module:
-    """torchvision's, with a first convolution of 3×3 pixels at full resolution and no pooling after
-    it.
-    """
+    """Return torchvision's network with a 3×3 first convolution at full resolution, unpooled."""
     net = load("models", "network 'resnet18'").resnet18(num_classes=num_classes, norm_layer=norm)
     net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -98,7 +97,7 @@ def _resnet18(
 
 
 def _vgg11(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """The convolutions of torchvision's, each normalized, and one linear layer."""
+    """Return the convolutions of torchvision's network, each normalized, and one linear layer."""
     features = load("models", "network 'vgg11'").vgg11_bn(num_classes=num_classes).features
     for i, layer in enumerate(features):
         if isinstance(layer, nn.BatchNorm2d):
@@ -109,7 +108,7 @@ def _vgg11(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> n
 
 
 def _alexnet(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
-    """Five convolutions at CIFAR's size, as the literature has them (Zhao et al., ICLR 2021)."""
+    """Return five convolutions at CIFAR's size (Zhao et al., ICLR 2021)."""
 
     def conv(before: int, after: int, side: int) -> list[nn.Module]:
         return [nn.Conv2d(before, after, side, padding=side // 2), nn.ReLU()]
@@ -154,8 +153,13 @@ _MAKERS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
 
 
 def accuracy(net: nn.Module, images: Tensor, labels: Tensor, batch: int = 1000) -> float:
-    """Percent of ``images`` [n, C, H, W] that ``net``, as it is when it is used and not trained,
-    puts in the class of ``labels`` [n].
+    """Return the top-1 accuracy (%) of ``net`` in evaluation mode.
+
+    Args:
+        net: the network; its mode is restored.
+        images: [n, C, H, W].
+        labels: class indices [n].
+        batch: images per forward pass.
     """
     was_training = net.training
     net.eval()

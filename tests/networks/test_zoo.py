@@ -96,7 +96,7 @@ def test_a_network_is_drawn_from_the_global_random_state() -> None:
 )
 def test_too_small_images_are_refused(name: str, least: int) -> None:
     with pytest.raises(
-        UsageError, match=rf"'{name}' must be given images of at least {least} pixels a side, got"
+        UsageError, match=rf"must be at least {least} pixels per side for network '{name}', got"
     ):
         build(name, 3, 10, (least - 1, 64))
     require(name)
@@ -108,7 +108,7 @@ def test_too_small_images_are_refused(name: str, least: int) -> None:
     [
         (
             ["resnet"],
-            r"networks must be of convnet, .*, mlp, got 'resnet'; did you mean 'resnet18'\?",
+            r"networks must be from convnet, .*, mlp, got 'resnet'; did you mean 'resnet18'\?",
         ),
         ([], "networks must be one or more, each named once, got none"),
         (["mlp", "mlp"], "networks must be one or more, each named once, got mlp, mlp"),
