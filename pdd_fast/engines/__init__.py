@@ -1,5 +1,7 @@
-"""Ways to compute a network's gradient and its derivative along a direction; ``choose`` picks
-one."""
+"""Engines: ways to compute a network's gradient and its derivative along a direction.
+
+:func:`choose` selects one.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +29,23 @@ NAMES = ("auto", "fused", "autograd")
 def choose(
     net: nn.Module, name: str = "auto", precision: str = "float32", convolution: str = "auto"
 ) -> Engine:
-    """The engine called ``name`` for ``net``; "auto" is "fused" for a ConvNet as it was made, and
-    "autograd" for other modules and for a ConvNet that was changed
-    (:func:`pdd_fast.networks.convnet.kernel_shape`).
+    """Return the engine called ``name`` for ``net``.
+
+    "auto" is "fused" for an unchanged ConvNet, and "autograd" for other modules and for a ConvNet
+    that was changed (:func:`pdd_fast.networks.convnet.kernel_shape`).
 
     Args:
+        net: the network.
+        name: "fused", "autograd" or "auto".
         precision: of convolutions, one of pdd_fast.runtime.precision.NAMES (docs/precision.md).
-        convolution: how the fused engine convolves on the CPU, one of CONVOLUTIONS: "direct",
-            "winograd" (F(4×4, 3×3), fewer multiplications, rounding errors about four times as
-            large), or "auto", whichever is faster layer by layer. Without effect on a GPU and on
-            the autograd engine, whose libraries choose by themselves.
+        convolution: algorithm of the fused engine on the CPU, one of CONVOLUTIONS: "direct",
+            "winograd" (F(4×4, 3×3), fewer multiplications, about four times the rounding error), or
+            "auto", which chooses the faster one per layer. It has no effect on a GPU or on the
+            autograd engine, whose libraries choose themselves.
 
     Raises:
-        ValueError: an unknown name, precision or convolution, or "fused" for a module that the
-            kernels cannot compute.
+        ValueError: a name, precision or convolution is unknown, or "fused" is given a module that
+            the kernels cannot compute.
     """
     if name not in NAMES:
         raise ValueError(f"engine must be one of {', '.join(NAMES)}, got {name!r}")

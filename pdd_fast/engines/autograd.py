@@ -1,5 +1,4 @@
-"""The exact derivatives of any module by torch's own double backward, one step's graph at a
-time."""
+"""Engine for any module: exact derivatives by torch's double backward, one step at a time."""
 
 from __future__ import annotations
 
@@ -24,30 +23,28 @@ from pdd_fast.runtime.errors import require
 
 
 class _RandomState(NamedTuple):
-    """Random state before a step that drew numbers (dropout), so that it can be taken again with
-    the same draws.
-    """
+    """Random state before a step that used random values (dropout), for an identical rerun."""
 
     cpu: Tensor
     cuda: Tensor | None
 
 
 class _Graph(NamedTuple):
-    """A step's gradient with its graph."""
+    """Gradient of a step with its graph."""
 
     gradient: Tensor
     theta: Tensor
     images: Tensor
     labels: Tensor
-    before: _RandomState | None = None  # where the step drew numbers and is kept
+    before: _RandomState | None = None  # set if the step used random values and is saved
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each image [B].
 
     Raises:
-        ValueError: ``logits`` are not [B, classes], or labels do not fit them. Class indices are
-            looked at on the CPU only, since it would take a wait for the device.
+        ValueError: ``logits`` are not [B, classes], or ``labels`` do not fit them. Class indices
+            are checked on the CPU only, since a GPU would have to be waited for.
     """
     count, shape = len(labels), tuple(logits.shape)
     require(
@@ -79,11 +76,10 @@ _CALLS_LOCK = threading.Lock()
 
 
 def _only_caller_of(net: nn.Module) -> threading.RLock:
-    """Return a lock for the time in which torch puts other tensors in the place of the parameters
-    of ``net``.
+    """Return a lock for the time in which torch replaces the parameters of ``net``.
 
     Two threads that call one module in this way would see each other's parameters. Only the forward
-    pass takes turns.
+    passes exclude each other.
     """
     with _CALLS_LOCK:
         return _CALLS.setdefault(net, threading.RLock())
@@ -108,11 +104,18 @@ def _random_state_of(state: _RandomState | None, device: torch.device) -> Iterat
 
 
 class AutogradEngine:
-    """Engine for any module that maps images to logits. Buffers (running statistics) are read once,
-    when the engine is made, and never changed.
+    """Engine for any module that maps images to logits.
 
-    Precision "bfloat16" is torch's autocast: it decides operation by operation, and rounds the
-    operands of linear layers too, which the fused engine keeps in float32.
+    Buffers (running statistics) are read once, when the engine is made, and never changed.
+
+    Precision "bfloat16" is torch's autocast. It decides per operation, and also rounds the operands
+    of linear layers, which the fused engine computes in float32.
+
+    Args:
+        net: the network.
+        precision: of convolutions.
+        shape: result of :func:`pdd_fast.networks.convnet.kernel_shape` for ``net`` if the caller
+            has it.
     """
 
     def __init__(
@@ -121,8 +124,7 @@ class AutogradEngine:
         self.net, self.shape = net, shape or kernel_shape(net)
         self.precision = precisions.check(precision)
         self._parameters = dict(net.named_parameters())
-        # A step may be computed again long after it was first: from the same buffers, and in the
-        # same mode.
+        # A step may be recomputed much later; it then needs the same buffers and the same mode.
         self._buffers = {name: buffer.detach().clone() for name, buffer in net.named_buffers()}
         self._modes = [module.training for module in net.modules()]
 
@@ -138,8 +140,8 @@ class AutogradEngine:
         if self._modes != [module.training for module in self.net.modules()]:
             raise RuntimeError(
                 "engine: net must stay in training or in evaluation mode until its steps are "
-                "differentiated, got a "
-                "change between them; call train() or eval() before, or after the backward pass"
+                "differentiated, got a change between them; call train() or eval() before the "
+                "steps, or after the backward pass"
             )
         buffers = {
             name: buffer.to(theta.dtype if buffer.is_floating_point() else buffer.dtype, copy=True)
@@ -151,7 +153,7 @@ class AutogradEngine:
     def _graph(
         self, theta: Tensor, images: Tensor, labels: Tensor, second: bool
     ) -> tuple[Tensor, _Graph]:
-        """Losses and the gradient; with ``second`` the gradient carries its own graph."""
+        """Return the losses and the gradient, which carries its own graph if ``second``."""
         theta = theta.detach().requires_grad_()
         images = images.detach().requires_grad_(second)
         labels = labels.detach()
@@ -165,10 +167,11 @@ class AutogradEngine:
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Graph | _RandomState | None]:
+        """Return losses, gradient and saved state; see :meth:`Engine.gradient`."""
         with precisions.computing_in(self.precision, theta.device):
             before = _random_state(theta.device)
-            # A copy: the caller may go on writing to the memory that theta is a view of, and a kept
-            # graph lives on.
+            # Copied, because the caller may write to the memory that theta is a view of, while a
+            # saved graph lives on.
             losses, graph = self._graph(
                 theta.clone() if keep else theta, images, labels, second=keep
             )
@@ -180,11 +183,14 @@ class AutogradEngine:
         return losses, graph.gradient.detach(), graph._replace(before=drawn) if keep else drawn
 
     def without_activations(self, saved: _Graph | _RandomState | None) -> _RandomState | None:
+        """Return the random state alone; see :meth:`Engine.without_activations`."""
         return saved.before if isinstance(saved, _Graph) else saved
 
     def kept_bytes(self, shape: PassShape) -> int:
-        """Of a module that is not a ConvNet, what a step on zeros keeps: it is made, with nothing
-        else changed.
+        """Return the bytes that a step saves; see :meth:`Engine.kept_bytes`.
+
+        For a module that is not a ConvNet, a step on zeros is run and measured. It changes no
+        state.
         """
         if self.shape is not None:
             return estimates.kept_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape)
@@ -211,6 +217,7 @@ class AutogradEngine:
     def working_bytes(
         self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
     ) -> int:
+        """Return the estimate for a ConvNet, and 0 for other modules."""
         if self.shape is None:
             return 0
         return estimates.working_bytes(
@@ -218,6 +225,7 @@ class AutogradEngine:
         )
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients, computed one network at a time."""
         check_side_by_side(theta, images, labels)
         with precisions.computing_in(self.precision, theta.device):
             found = [
@@ -237,6 +245,7 @@ class AutogradEngine:
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> DualResult:
+        """Return the derivatives along ``direction``; see :meth:`Engine.dual`."""
         with precisions.computing_in(self.precision, theta.device):
             return self._dual(theta, images, labels, direction, saved, want_theta, rows)
 
@@ -280,9 +289,11 @@ class AutogradEngine:
         )
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits [B, classes]."""
         with torch.no_grad(), precisions.computing_in(self.precision, theta.device):
             return self._logits(theta, images)
 
     def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits [K, B, classes], computed one network at a time."""
         check_side_by_side(theta)
         return torch.stack([self.logits(one, images) for one in theta])

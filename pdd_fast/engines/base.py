@@ -1,4 +1,4 @@
-"""What an engine does: the two computations that everything else is made of."""
+"""Interface of an engine: the two computations that every method is built from."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from pdd_fast.ops.convnet import ConvNetShape
 
 
 class DualResult(NamedTuple):
-    """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction (docs/mathematics.md, sections 1
-    and 2).
+    """Derivatives of s = g·v, with g = ∇_θ ℓ and v the direction.
+
+    docs/mathematics.md, sections 1 and 2, has the formulas.
     """
 
     slope: Tensor  # [] s itself
-    theta: Tensor | None  # [P] ∂s/∂θ, the Hessian-vector product; None where not wanted
-    images: Tensor | None  # [rows, C, H, W] ∂s/∂x for the wanted rows; None where none are wanted
-    labels: Tensor | None  # [B, classes] ∂s/∂y for soft labels; None for hard ones
+    theta: Tensor | None  # [P] ∂s/∂θ, the Hessian-vector product; None if not wanted
+    images: Tensor | None  # [rows, C, H, W] ∂s/∂x for the wanted rows; None for none
+    labels: Tensor | None  # [B, classes] ∂s/∂y for soft labels; None for hard labels
 
 
 class PassShape(NamedTuple):
-    """A batch that a pass is made on, in shapes alone."""
+    """Shape of the batch that a pass runs on."""
 
     batch: int  # B
     image: tuple[int, int, int]  # C, H, W
@@ -31,42 +32,43 @@ class PassShape(NamedTuple):
 
     @classmethod
     def of(cls, images: Tensor, batch: int) -> PassShape:
-        """That of ``batch`` images like ``images`` [n, C, H, W]."""
+        """Return the shape of ``batch`` images like ``images`` [n, C, H, W]."""
         C, H, W = images.shape[1:]
         return cls(batch, (C, H, W), images.dtype, images.device)
 
 
 class Engine(Protocol):
-    """ℓ is the mean cross-entropy of ``net`` at ``theta`` on ``images`` and ``labels``. No call
-    records a graph.
+    """Gradient and dual pass of the mean cross-entropy ℓ of ``net`` at ``theta``.
 
-    Tensors are float32 or float64, all of one type, whatever ``precision`` convolutions are
-    computed in.
+    No call records a graph. All tensors of a call have one type, float32 or float64, whatever
+    ``precision`` the convolutions are computed in.
     """
 
     @property
-    def net(self) -> nn.Module: ...
+    def net(self) -> nn.Module:
+        """Network that the engine computes."""
+        ...
 
     @property
     def shape(self) -> ConvNetShape | None:
-        """Of ``net``, where its layers are a ConvNet's; None for other modules."""
+        """Shape of ``net`` if its layers are a ConvNet's, else None."""
         ...
 
     @property
     def precision(self) -> str:
-        """One of pdd_fast.runtime.precision.NAMES."""
+        """Precision of convolutions, one of pdd_fast.runtime.precision.NAMES."""
         ...
 
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, Any]:
-        """Losses [B], ∇_θ ℓ [P], and what :meth:`dual` needs to take this step up again.
+        """Return losses [B], ∇_θ ℓ [P], and the state from which :meth:`dual` continues this step.
 
         Args:
             theta: [P].
             images: [B, C, H, W].
             labels: int64 [B] or weights [B, classes].
-            keep: keep the step's activations so that :meth:`dual` does not make them again.
+            keep: save the step's activations, so that :meth:`dual` does not recompute them.
         """
         ...
 
@@ -80,51 +82,52 @@ class Engine(Protocol):
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> DualResult:
-        """The derivatives of ∇_θ ℓ · ``direction`` at the point of :meth:`gradient`.
+        """Return the derivatives of ∇_θ ℓ · ``direction`` at the point of :meth:`gradient`.
 
         Args:
+            theta: [P].
+            images: [B, C, H, W].
+            labels: int64 [B] or weights [B, classes].
             direction: [P].
-            saved: what :meth:`gradient` or :meth:`without_activations` gave for this step. Which of
-                them decides only how results are rounded. Activations may serve once.
+            saved: state that :meth:`gradient` or :meth:`without_activations` returned for this
+                step. The choice affects rounding only. Saved activations may be used once.
             want_theta: whether the Hessian-vector product is needed.
-            rows: int64 indices of the images whose gradient is wanted; None: all; empty: none.
+            rows: int64 indices of the images whose gradient is wanted. None: all; empty: none.
         """
         ...
 
     def without_activations(self, saved: Any) -> Any:
-        """What remains of ``saved`` where activations have to go: enough for :meth:`dual` to make
-        the step again.
-        """
+        """Return ``saved`` without activations, enough for :meth:`dual` to recompute the step."""
         ...
 
     def kept_bytes(self, shape: PassShape) -> int:
-        """What :meth:`gradient` with ``keep=True`` leaves behind of one step on ``shape``."""
+        """Return the bytes that :meth:`gradient` with ``keep=True`` saves for one step."""
         ...
 
     def working_bytes(
         self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
     ) -> int:
-        """Most that is alive during a pass on ``shape``, beside what it was given, parameter
-        vectors and what is kept.
+        """Return the peak number of bytes in use during a pass.
 
-        0 where only running it would tell.
+        Arguments, parameter vectors and saved activations are not counted. The result is 0 if only
+        running the pass would tell.
 
         Args:
+            shape: shape of the batch.
             dual: :meth:`dual`; otherwise :meth:`gradients`.
-            kept: the dual pass of a step whose activations were kept.
+            kept: whether the dual pass finds its step's activations saved.
             networks: K of :meth:`gradients`.
         """
         ...
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Logits [B, classes] of images [B, C, H, W]."""
+        """Return logits [B, classes] of images [B, C, H, W]."""
         ...
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`gradient` of K networks, each on images of its own: losses [K, B] and gradients
-        [K, P].
+        """Return losses [K, B] and gradients [K, P] of K networks, each on images of its own.
 
-        Equal to one network at a time but for rounding; the same bits for K = 1. Nothing in it
+        The result equals that of :meth:`gradient` up to rounding, and bit by bit for K = 1. No call
         waits for the device.
 
         Args:
@@ -133,12 +136,16 @@ class Engine(Protocol):
             labels: int64 [K, B] or weights [K, B, classes].
 
         Raises:
-            ValueError: the shapes do not fit one another.
+            ValueError: the shapes do not fit each other.
         """
         ...
 
     def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Logits [K, B, classes] of K networks at ``theta`` [K, P] on the same images [B, C, H, W].
+        """Return logits [K, B, classes] of K networks on the same images.
+
+        Args:
+            theta: [K, P].
+            images: [B, C, H, W].
 
         Raises:
             ValueError: ``theta`` has another shape.
@@ -149,8 +156,12 @@ class Engine(Protocol):
 def check_side_by_side(
     theta: Tensor, images: Tensor | None = None, labels: Tensor | None = None
 ) -> None:
-    """Raises ValueError unless the arguments of :meth:`Engine.gradients` or
-    :meth:`Engine.logits_of` fit together.
+    """Raise ValueError unless the arguments of K networks fit each other.
+
+    Args:
+        theta: as for :meth:`Engine.gradients` and :meth:`Engine.logits_of`.
+        images: as for :meth:`Engine.gradients`; None for :meth:`Engine.logits_of`.
+        labels: as for :meth:`Engine.gradients`; None for :meth:`Engine.logits_of`.
     """
     if theta.dim() != 2 or len(theta) == 0:
         raise ValueError(f"engine: theta must have shape [K, P], got {tuple(theta.shape)}")

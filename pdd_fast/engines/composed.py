@@ -1,20 +1,20 @@
-"""The ConvNet's gradient and its dual pass (docs/mathematics.md, section 2) composed of the
-compiled operators and torch's convolutions: what the fused engine runs on a GPU, in 16 bits, and
-where nothing was compiled.
+"""Gradient and dual pass of the ConvNet, composed of compiled operators and torch's convolutions.
 
-No graph is recorded. Where values have to be made again, value and tangent are stacked along the
-batch, so that every layer needs one convolution of 2B images by w and one of B images by the
-direction's weights. Stacks of the forward pass hold the values first; those of the backward pass
-the tangents first, so that the weight gradient wgrad(dz_tangent, x) + wgrad(dz, x_tangent) is one
-call over 2B images.
+The fused engine runs these passes on a GPU, in 16 bits, and if nothing was compiled.
+docs/mathematics.md, section 2, has the formulas. No graph is recorded.
 
-Left out because the result is known: the weight gradients of the value pass, the input gradient of
-the images that are frozen, and all that concerns a convolution's bias, which the instance norm
-removes: its gradient is exactly zero.
+If values are recomputed, value and tangent are stacked along the batch. Every layer then needs one
+convolution of 2B images by w and one of B images by the direction's weights. Stacks of the forward
+pass hold the values first. Stacks of the backward pass hold the tangents first, so that the weight
+gradient wgrad(dz_tangent, x) + wgrad(dz, x_tangent) is one call over 2B images.
+
+Three results are known and not computed: the weight gradients of the value pass, the input gradient
+of frozen images, and the gradient of a convolution's bias, which is exactly zero because the
+instance norm removes the bias.
 
 With precision "bfloat16", images and activations, their tangents and their gradients are stored in
-16 bits, and convolutions take their weights rounded to 16; parameters, statistics, the linear
-layer, the loss and all results stay float32.
+16 bits, and convolutions take weights rounded to 16 bits. Parameters, statistics, the linear layer,
+the loss and all results stay in float32.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pdd_fast.runtime import precision as precisions
 
 
 class _Block(NamedTuple):
-    """One block's parameters (or their gradients, or a direction), views of a flat vector."""
+    """Parameters of one block, or their gradients or a direction, as views of a flat vector."""
 
     conv: Tensor  # [C, C_in, 3, 3]
     conv_bias: Tensor  # [C]
@@ -52,7 +52,7 @@ class _Block(NamedTuple):
 
     @property
     def affine(self) -> Tensor:
-        """[2, C], weight and bias, which are neighbors in the flat vector."""
+        """Weight and bias [2, C], which are neighbors in the flat vector."""
         return self.weight.as_strided((2, len(self.weight)), (len(self.weight), 1))
 
 
@@ -64,7 +64,7 @@ class _Parameters(NamedTuple):
 
 @dataclass
 class _Activations:
-    """What one block saw and gave, values only."""
+    """Inputs and outputs of one block, values only."""
 
     x: Tensor  # [B, C_in, H, W]
     z: Tensor  # [B, C, H, W]
@@ -76,7 +76,7 @@ class _Activations:
 
 @dataclass
 class _Step:
-    """One step's values, kept for the dual pass (memory="cache")."""
+    """Activations of one step, saved for the dual pass (memory="cache")."""
 
     blocks: list[_Activations] = field(default_factory=list)
     features: Tensor = field(init=False)  # [B, features]
@@ -84,8 +84,9 @@ class _Step:
 
 
 class _Pair(NamedTuple):
-    """A value and its tangent; ``stack`` is the [2B, ...] tensor that holds both, where there is
-    one.
+    """Value and tangent.
+
+    ``stack`` is the [2B, ...] tensor that holds both, if there is one.
     """
 
     value: Tensor
@@ -110,7 +111,7 @@ _Result = TypeVar("_Result")
 def _pass(
     method: Callable[Concatenate[ComposedPasses, Tensor, _Arguments], _Result],
 ) -> Callable[Concatenate[ComposedPasses, Tensor, _Arguments], _Result]:
-    """A method that records no graph and computes in the passes' precision."""
+    """Return ``method`` recording no graph and computing in the passes' precision."""
 
     @wraps(method)
     def run(
@@ -123,7 +124,13 @@ def _pass(
 
 
 class ComposedPasses:
-    """The passes of :class:`pdd_fast.engines.base.Engine` for a ConvNet."""
+    """Passes of :class:`pdd_fast.engines.base.Engine` for a ConvNet.
+
+    Args:
+        net: the network, for the shapes of its parameters.
+        shape: its shape.
+        precision: of convolutions.
+    """
 
     def __init__(self, net: nn.Module, shape: ConvNetShape, precision: str) -> None:
         self.precision = precision
@@ -138,7 +145,7 @@ class ComposedPasses:
         return precisions.storage(self.precision, theta.dtype)
 
     def _operands(self, theta: Tensor) -> _Parameters:
-        """The parameters as a pass computes with them."""
+        """Return the parameters as a pass computes with them."""
         p, dtype = self._split(theta), self._storage(theta)
         return p._replace(
             blocks=[block._replace(conv=operand(block.conv, dtype)) for block in p.blocks]
@@ -161,21 +168,25 @@ class ComposedPasses:
         return logits
 
     def kept_bytes(self, shape: PassShape) -> int:
+        """Return the bytes that a step saves."""
         return estimates.kept_bytes(estimates.COMPOSED, self._shape, self.precision, shape)
 
     def working_bytes(self, shape: PassShape, dual: bool, kept: bool, networks: int) -> int:
+        """Return the peak number of bytes in use during a pass."""
         return networks * estimates.working_bytes(
             estimates.COMPOSED, self._shape, self.precision, shape, dual, kept
         )
 
     @_pass
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits [B, classes]."""
         return self._forward(self._operands(theta), self._stored(theta, images), None)
 
     @_pass
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Step | None]:
+        """Return losses, gradient and saved activations; see :meth:`Engine.gradient`."""
         p, step, result = self._operands(theta), _Step(), torch.zeros_like(theta)
         grads = self._split(result)
         losses, grad_logits = cross_entropy(
@@ -188,9 +199,8 @@ class ComposedPasses:
         grad_out = torch.mm(grad_logits, p.weight).view(shape).to(last.dtype)
         for i in reversed(range(len(p.blocks))):
             block, grad = p.blocks[i], grads.blocks[i]
-            seen = (
-                step.blocks[i] if keep else step.blocks.pop()
-            )  # popped: freed as the pass goes down
+            # Popped, so that activations are freed during the backward pass.
+            seen = step.blocks[i] if keep else step.blocks.pop()
             grad_z, parts = norm_relu_pool_backward(
                 grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias
             )
@@ -204,10 +214,12 @@ class ComposedPasses:
 
     @_pass
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients of K networks; see :meth:`Engine.gradients`."""
         return side_by_side.gradients(self._shapes, theta, images, labels, self._storage(theta))
 
     @_pass
     def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits of K networks; see :meth:`Engine.logits_of`."""
         return side_by_side.logits_of(self._shapes, theta, self._stored(theta, images))
 
     @_pass
@@ -221,12 +233,12 @@ class ComposedPasses:
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> DualResult:
+        """Return the derivatives along ``direction``; see :meth:`Engine.dual`."""
         p, v = self._operands(theta), self._operands(direction)
         result = torch.zeros_like(theta) if want_theta else None
         grads = self._split(result) if result is not None else None
 
-        # Forward: x, z and their tangents, block by block. The images have none: they are not
-        # moved.
+        # Forward: x, z and their tangents, block by block. The images have no tangent.
         x: _Pair | Tensor = self._stored(theta, images)
         seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
         for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):
@@ -246,7 +258,7 @@ class ComposedPasses:
             seen.append((x, z, statistics))
             x = _Pair(out, out) if kept else _values_first(out)
 
-        # The linear layer and the loss.
+        # Linear layer and loss.
         assert isinstance(x, _Pair)  # depth is at least 1
         features_tangent = x.tangent.flatten(1).to(theta.dtype)
         features = saved.features if saved else x.value.flatten(1).to(theta.dtype)
@@ -265,7 +277,7 @@ class ComposedPasses:
             p, v, grad_logits, grad_logits_tangent, seen[-1][1].value, saved
         )
 
-        # Backward: gradients of z and x and their tangents, from the last block to the first.
+        # Backward: gradients of z and x with their tangents, from the last block to the first.
         want_images = rows is None or rows.numel() > 0
         images_tangent = None
         for i in reversed(range(len(p.blocks))):
@@ -311,12 +323,12 @@ class ComposedPasses:
     def _convolve(
         x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None
     ) -> _Pair:
-        """z = w*x and its tangent w_tangent*x + w*x_tangent."""
+        """Return z = w*x and its tangent w_tangent*x + w*x_tangent."""
         if isinstance(x, Tensor):
             return _Pair(kept.z if kept else conv(x, w), conv(x, w_tangent))
         tangent = conv(x.value, w_tangent)
         if x.stack is None:
-            assert kept is not None  # values that were made again come stacked
+            assert kept is not None  # recomputed values come stacked
             return _Pair(kept.z, tangent.add_(conv(x.tangent, w)))
         z = _values_first(conv(x.stack, w))
         z.tangent.add_(tangent)
@@ -331,7 +343,7 @@ class ComposedPasses:
         z: Tensor,
         saved: _Step | None,
     ) -> _Pair:
-        """Gradient of what the last block gave, and its tangent."""
+        """Return the gradient of the last block's output, with its tangent."""
         shape = (-1, z.shape[1], z.shape[2] // 2, z.shape[3] // 2)
         tangent = torch.mm(grad_logits_tangent, p.weight).addmm_(grad_logits, v.weight).view(shape)
         value = saved.blocks[-1].grad_out if saved else torch.mm(grad_logits, p.weight).view(shape)
@@ -339,8 +351,9 @@ class ComposedPasses:
 
     @staticmethod
     def _weight_tangent(grad_z: _Pair, x: _Pair | Tensor, w: Tensor, out: Tensor) -> None:
-        """Writes wgrad(dz_tangent, x) + wgrad(dz, x_tangent) into ``out``, where the sum is not
-        rounded to 16 bits.
+        """Write wgrad(dz_tangent, x) + wgrad(dz, x_tangent) into ``out``.
+
+        The sum in ``out`` is not rounded to 16 bits.
         """
         if isinstance(x, Tensor):
             out.copy_(conv_weight_grad(grad_z.tangent, x, w))
@@ -354,11 +367,11 @@ class ComposedPasses:
     def _input_backward(
         grad_z: _Pair, w: Tensor, w_tangent: Tensor, x: _Pair, kept_grad: Tensor | None
     ) -> _Pair:
-        """dx = wᵀ*dz and its tangent wᵀ*dz_tangent + w_tangentᵀ*dz."""
+        """Return dx = wᵀ*dz and its tangent wᵀ*dz_tangent + w_tangentᵀ*dz."""
         crossed = conv_input_grad(grad_z.value, w_tangent, x.value)
         if kept_grad is not None:
             return _Pair(kept_grad, conv_input_grad(grad_z.tangent, w, x.value).add_(crossed))
-        assert grad_z.stack is not None  # what was not kept comes stacked
+        assert grad_z.stack is not None  # recomputed gradients come stacked
         assert x.stack is not None
         grad = _tangents_first(conv_input_grad(grad_z.stack, w, x.stack))
         grad.tangent.add_(crossed)
@@ -373,7 +386,7 @@ class ComposedPasses:
         rows: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """Tangent of the gradient with respect to the images of ``rows``, in ``dtype``."""
+        """Return the tangent of the gradient with respect to the images of ``rows``."""
         value, tangent = grad_z.value, grad_z.tangent
         if rows is not None:
             value, tangent, x = (t.index_select(0, rows) for t in (value, tangent, x))

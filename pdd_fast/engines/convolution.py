@@ -1,5 +1,6 @@
-"""The ConvNet's 3×3 convolution and its two adjoints, for one network or for several side by side
-(``groups``).
+"""The ConvNet's 3×3 convolution and its two adjoints.
+
+``groups`` networks are computed side by side.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from pdd_fast.ops._registry import HALF, computed_in_32_bits
 
 
 def operand(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight [C_out, C_in, 3, 3] as the convolutions of a pass take it, ``dtype`` being what
-    images are stored in.
+    """Return a weight [C_out, C_in, 3, 3] as the convolutions of a pass take it.
 
-    With channels-last images cuDNN wants its weights channels-last too; torch would convert them at
-    every call, of which a dual pass makes five for one layer. oneDNN brings its own order.
+    For channels-last images, cuDNN needs channels-last weights. torch would convert them at every
+    call, and a dual pass makes five calls per layer. oneDNN uses an order of its own.
+
+    Args:
+        w: the weight.
+        dtype: type that images are stored in.
     """
     if w.device.type == "cuda":
         return w.to(dtype, memory_format=torch.channels_last)
@@ -26,9 +30,9 @@ def operand(w: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _run(function: Callable[..., Tensor], images: Tensor, *others: Tensor, groups: int) -> Tensor:
-    # What cuDNN does: products of 16-bit operands summed in float32, one rounding at the end.
-    # oneDNN's own bfloat16 convolutions took ten to thirty times as long where the processor has no
-    # instructions for them.
+    # The same arithmetic as cuDNN's: products of 16-bit operands are summed in float32 and rounded
+    # once at the end. oneDNN's own bfloat16 convolutions took 10 to 30 times as long on a processor
+    # without bfloat16 instructions.
     if images.dtype in HALF and images.device.type == "cpu":
         return computed_in_32_bits(function, images, *others, groups)
     return function(images, *others, groups)
@@ -54,17 +58,35 @@ def _weight_grad(grad: Tensor, x: Tensor, w: Tensor, groups: int) -> Tensor:
 
 
 def conv(x: Tensor, w: Tensor, groups: int = 1) -> Tensor:
-    """[B, groups·C_in, H, W] by w [groups·C_out, C_in, 3, 3]: [B, groups·C_out, H, W]."""
+    """Return the convolution [B, groups·C_out, H, W] of x by w.
+
+    Args:
+        x: [B, groups·C_in, H, W].
+        w: [groups·C_out, C_in, 3, 3].
+        groups: number of networks.
+    """
     return _run(_forward, x, w, groups=groups)
 
 
 def conv_input_grad(grad: Tensor, w: Tensor, like: Tensor, groups: int = 1) -> Tensor:
-    """Adjoint of :func:`conv` in its input; ``like`` [B, groups·C_in, H, W] gives the result's
-    shape and layout.
+    """Return the adjoint of :func:`conv` in its input.
+
+    Args:
+        grad: [B, groups·C_out, H, W].
+        w: [groups·C_out, C_in, 3, 3].
+        like: [B, groups·C_in, H, W], gives the result's shape and layout.
+        groups: number of networks.
     """
     return _run(_input_grad, grad, like, w, groups=groups)
 
 
 def conv_weight_grad(grad: Tensor, x: Tensor, w: Tensor, groups: int = 1) -> Tensor:
-    """Adjoint of :func:`conv` in its weight; ``w`` gives the result's shape."""
+    """Return the adjoint of :func:`conv` in its weight.
+
+    Args:
+        grad: [B, groups·C_out, H, W].
+        x: [B, groups·C_in, H, W].
+        w: gives the result's shape.
+        groups: number of networks.
+    """
     return _run(_weight_grad, grad, x, w, groups=groups)

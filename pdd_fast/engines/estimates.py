@@ -1,10 +1,12 @@
-"""What passes over a ConvNet take that torch's allocator gives piece by piece, from shapes alone.
+"""Memory that passes over a ConvNet take from torch's allocator, estimated from shapes.
 
-Counted in activations: b images behind the first convolution are a = b · width · H · W numbers, and
-every block after it has a quarter of those before. x = b · channels · H · W is the images
-themselves. tests/training/test_memory.py holds the estimates to what a process takes, within a
-quarter. Images of one channel take up to 2a more: torch has the first convolution answer in planar
-memory then, and it is converted. What cuDNN works in is in no estimate.
+The unit is a = b · width · H · W elements, the activations of b images behind the first
+convolution. Every later block has a quarter of the block before. x = b · channels · H · W elements
+are the images themselves.
+
+tests/training/test_memory.py holds the estimates to the use of a process within a quarter. Images
+of one channel take up to 2a more, because torch's first convolution then returns planar memory,
+which has to be converted. cuDNN's workspace is in no estimate.
 """
 
 from __future__ import annotations
@@ -18,28 +20,30 @@ from pdd_fast.runtime import precision as precisions
 
 
 class Multiples(NamedTuple):
-    """How many times a is alive at once where the first block's gradients are made; and what a step
-    keeps, in units of what the dual pass reads: every block's input and its own output, and the
-    gradients of both.
+    """Memory of the passes, in multiples of a unit.
+
+    ``dual``, ``dual_of_kept`` and ``gradient`` count multiples of a that are alive at once at the
+    peak, in the first block's backward pass. ``kept`` counts the data that a step saves in units of
+    what the dual pass reads: the input and output of every block, and the gradients of both.
     """
 
     dual: float
-    dual_of_kept: float  # beside what was kept
+    dual_of_kept: float  # beside the saved activations
     gradient: float
     kept: float
 
 
-# The composed dual pass has z and its gradient with their tangents (4), the pooled gradient with
-# its own (0.5), what the block above leaves (0.5), and what the convolution library works in (0.5;
-# measured). Its plain gradient has z and its gradient (2), the pooled one (0.25), and what the
-# block above leaves (0.25).
+# The peak of the composed dual pass: z and its gradient with their tangents (4), the pooled
+# gradient with its tangent (0.5), the gradient from the block above (0.5), and the workspace of the
+# convolution library (0.5; measured). The peak of its plain gradient: z and its gradient (2), the
+# pooled gradient (0.25), and the gradient from the block above (0.25).
 COMPOSED = Multiples(dual=5.5, dual_of_kept=2.75, gradient=2.5, kept=1)
 # All measured: the double backward of the norm is elementwise.
 AUTOGRAD = Multiples(dual=9, dual_of_kept=4, gradient=4, kept=1.75)
 
 
 def _blocks(net: ConvNetShape, shape: PassShape) -> list[int]:
-    """a of every block."""
+    """Return a of every block."""
     _, H, W = shape.image
     return [shape.batch * net.channels * (H >> i) * (W >> i) for i in range(net.depth)]
 
@@ -49,7 +53,7 @@ def _images(shape: PassShape) -> int:
 
 
 def kept_bytes(multiples: Multiples, net: ConvNetShape, precision: str, shape: PassShape) -> int:
-    """As :meth:`pdd_fast.engines.base.Engine.kept_bytes`."""
+    """Return the estimate of :meth:`pdd_fast.engines.base.Engine.kept_bytes`."""
     blocks = _blocks(net, shape)
     inputs = _images(shape) + sum(blocks[1:])
     numbers = multiples.kept * (inputs + 2.25 * sum(blocks))
@@ -64,8 +68,9 @@ def working_bytes(
     dual: bool,
     kept: bool,
 ) -> int:
-    """As :meth:`pdd_fast.engines.base.Engine.working_bytes`, of one network: its activations and
-    2x, the images as they are stored and their gradient.
+    """Return the estimate of :meth:`pdd_fast.engines.base.Engine.working_bytes` for one network.
+
+    It counts the network's activations and 2x: the images as stored, and their gradient.
     """
     times = (multiples.dual_of_kept if kept else multiples.dual) if dual else multiples.gradient
     numbers = times * _blocks(net, shape)[0] + 2 * _images(shape)

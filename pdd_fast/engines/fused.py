@@ -1,4 +1,4 @@
-"""The engine of the ConvNet: on the CPU one kernel a pass, elsewhere the composed passes."""
+"""Engine for the ConvNet: one kernel per pass on the CPU, the composed passes elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ class FusedEngine:
     """Engine for the networks that the kernels compute.
 
     Args:
-        shape: what :func:`pdd_fast.networks.convnet.kernel_shape` says of ``net``, where the caller
-            has asked it.
+        net: the network.
+        precision: of convolutions.
+        convolution: algorithm on the CPU, see :func:`pdd_fast.engines.choose`.
+        shape: result of :func:`pdd_fast.networks.convnet.kernel_shape` for ``net`` if the caller
+            has it.
 
     Raises:
-        ValueError: ``net`` is not one of them.
+        ValueError: the kernels cannot compute ``net``.
     """
 
     def __init__(
@@ -38,11 +41,10 @@ class FusedEngine:
         if shape is None:
             kind = type(net).__name__
             raise ValueError(
-                "engine 'fused' must be given a pdd_fast.ConvNet with the layers and parameters "
-                "that its constructor "
-                f"made and no hooks, got {'one that was changed' if kind == 'ConvNet' else kind}; "
-                f"use "
-                "engine='autograd', exact for any module"
+                "net must be a pdd_fast.ConvNet with the layers and parameters of its constructor "
+                "and no hooks for engine 'fused', got "
+                f"{'one that was changed' if kind == 'ConvNet' else kind}; "
+                "use engine='autograd', which is exact for any module"
             )
         self.net, self.shape = net, shape
         self.precision = precisions.check(precision)
@@ -54,9 +56,10 @@ class FusedEngine:
         return given.device.type == "cpu" and self.precision != "bfloat16" and convnet.available()
 
     def without_activations(self, saved: Any) -> None:
-        return None
+        """Return None, because the step is recomputed from its arguments alone."""
 
     def kept_bytes(self, shape: PassShape) -> int:
+        """Return the bytes that a step saves."""
         if self._in_one_kernel(shape):
             return self._whole.sizes(shape.batch).kept * shape.dtype.itemsize
         return self._composed.kept_bytes(shape)
@@ -64,15 +67,17 @@ class FusedEngine:
     def working_bytes(
         self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
     ) -> int:
+        """Return the peak number of bytes in use; see :meth:`Engine.working_bytes`."""
         if not self._in_one_kernel(shape):
             return self._composed.working_bytes(shape, dual, kept, networks)
-        # One workspace, whose networks take turns; a dual pass gives the images' gradient beside.
+        # The networks use one workspace in turn. A dual pass also returns the images' gradient.
         images = shape.batch * math.prod(shape.image) if dual else 0
         return (
             self._whole.sizes(shape.batch, dual, kept).workspace + images
         ) * shape.dtype.itemsize
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits [B, classes]."""
         if self._in_one_kernel(theta):
             return self._whole.logits(theta, images)
         return self._composed.logits(theta, images)
@@ -80,11 +85,13 @@ class FusedEngine:
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, Any]:
+        """Return losses, gradient and saved activations; see :meth:`Engine.gradient`."""
         if self._in_one_kernel(theta):
             return self._whole.gradient(theta, images, labels, keep)
         return self._composed.gradient(theta, images, labels, keep)
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and gradients of K networks; see :meth:`Engine.gradients`."""
         check_side_by_side(theta, images, labels)
         if len(theta) == 1:
             losses, gradient, _ = self.gradient(theta[0], images[0], labels[0])
@@ -96,6 +103,7 @@ class FusedEngine:
         return torch.stack(losses), torch.stack(gradients)
 
     def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
+        """Return logits of K networks; see :meth:`Engine.logits_of`."""
         check_side_by_side(theta)
         if len(theta) == 1:
             return self.logits(theta[0], images)[None]
@@ -113,6 +121,7 @@ class FusedEngine:
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> DualResult:
+        """Return the derivatives along ``direction``; see :meth:`Engine.dual`."""
         if not self._in_one_kernel(theta):
             return self._composed.dual(theta, images, labels, direction, saved, want_theta, rows)
         slopes, *others = self._whole.dual(

@@ -1,9 +1,10 @@
-"""Several ConvNets in one set of launches: the gradient and the logits of K networks of one shape.
+"""Several ConvNets in one set of launches: gradients and logits of K networks of one shape.
 
-The networks lie side by side along the channels: images are [B, K·C, H, W] in channels-last memory,
-convolutions have K groups, and an instance norm does not care whose channel it has. A training step
-of one network of width 128 on 256 images leaves most of a large GPU idle and the host busy with
-launches; K networks take as many launches as one.
+The networks lie side by side along the channels. Images are [B, K·C, H, W] in channels-last memory,
+convolutions have K groups, and an instance norm treats every channel alike.
+
+One network of width 128 on 256 images leaves most of a large GPU idle and the host busy with
+launches. K networks take as many launches as one.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ class _Block(NamedTuple):
 
     @property
     def affine(self) -> Tensor:
-        """[2, K, C], weights and biases, which are neighbors in every network's vector."""
+        """Weights and biases [2, K, C], which are neighbors in every network's vector."""
         networks, channels = self.weight.shape
         return self.weight.as_strided((2, networks, channels), (channels, self.weight.stride(0), 1))
 
 
 class _Seen(NamedTuple):
-    """What a block saw and gave."""
+    """Inputs and outputs of a block."""
 
     x: Tensor  # [B, K·C_in, H, W]
     z: Tensor  # [B, K·C, H, W]
@@ -44,8 +45,10 @@ class _Seen(NamedTuple):
 
 
 class _Networks:
-    """Views of the parameters theta [K, P] (or of their gradients): blocks, and the linear layer's
-    ``weight`` [K, classes, F] and ``bias`` [K, classes].
+    """Views of the parameters theta [K, P], or of their gradients.
+
+    They are the blocks, and ``weight`` [K, classes, F] and ``bias`` [K, classes] of the linear
+    layer.
     """
 
     def __init__(self, shapes: Sequence[Tensor], theta: Tensor) -> None:
@@ -57,26 +60,27 @@ class _Networks:
         self.weight, self.bias = parts[-2:]
 
     def operands(self, dtype: torch.dtype) -> list[_Block]:
-        """The blocks as a pass computes with them: networks joined to [K·C, ...]."""
+        """Return the blocks as a pass computes with them: networks joined to [K·C, ...]."""
         joined = [_Block(*(tensor.flatten(0, 1) for tensor in block)) for block in self.blocks]
         return [block._replace(conv=operand(block.conv, dtype)) for block in joined]
 
 
 def _beside(images: Tensor) -> Tensor:
-    """[K, B, C, H, W] as [B, K·C, H, W] in channels-last memory."""
+    """Return images [K, B, C, H, W] as [B, K·C, H, W] in channels-last memory."""
     return images.permute(1, 3, 4, 0, 2).flatten(3).permute(0, 3, 1, 2)
 
 
 def _apart(images: Tensor, networks: int) -> Tensor:
-    """[B, K·C, H, W] as features [K, B, C·H·W]."""
+    """Return images [B, K·C, H, W] as features [K, B, C·H·W]."""
     return images.unflatten(1, (networks, -1)).transpose(0, 1).flatten(2)
 
 
 def _forward(
     nets: _Networks, blocks: list[_Block], x: Tensor, seen: list[_Seen] | None
 ) -> tuple[Tensor, Tensor]:
-    """Features [K, B, F] and logits [K, B, classes]. ``x``: [B, K·C, H, W], or [B, C, H, W] which
-    all networks see.
+    """Return features [K, B, F] and logits [K, B, classes].
+
+    ``x`` is [B, K·C, H, W], or [B, C, H, W] for images that all networks share.
     """
     networks = len(nets.bias)
     for i, block in enumerate(blocks):
@@ -92,26 +96,28 @@ def _forward(
 
 
 def logits_of(shapes: Sequence[Tensor], theta: Tensor, images: Tensor) -> Tensor:
-    """Logits [K, B, classes] of ``images`` [B, C, H, W], which are stored as activations are to
-    be."""
+    """Return logits [K, B, classes] of ``images`` [B, C, H, W].
+
+    The activations are stored in the type and layout of ``images``.
+    """
     nets = _Networks(shapes, theta)
     return _forward(nets, nets.operands(images.dtype), images, None)[1]
 
 
 def gradients(
-    shapes: Sequence[Tensor],  # the parameters of one network
+    shapes: Sequence[Tensor],  # parameters of one network
     theta: Tensor,  # [K, P]
     images: Tensor,  # [K, B, C, H, W]
     labels: Tensor,  # [K, B] or [K, B, classes]
     dtype: torch.dtype,  # of images and activations
 ) -> tuple[Tensor, Tensor]:
-    """Losses [K, B] and every network's gradient of its own mean loss [K, P]."""
+    """Return losses [K, B] and the gradient of every network's own mean loss [K, P]."""
     networks, batch = images.shape[:2]
     nets, result, seen = _Networks(shapes, theta), torch.zeros_like(theta), list[_Seen]()
     grads, blocks = _Networks(shapes, result), nets.operands(dtype)
     features, logits = _forward(nets, blocks, _beside(images.to(dtype)), seen)
     losses, grad_logits = cross_entropy(logits.flatten(0, 1), labels.flatten(0, 1))
-    # The mean that cross_entropy takes is over all networks.
+    # cross_entropy averages over all networks; undo that.
     grad_logits = grad_logits.mul_(networks).unflatten(0, (networks, batch))
     grads.weight.copy_(grad_logits.mT @ features)
     grads.bias.copy_(grad_logits.sum(1))

@@ -67,7 +67,7 @@ def test_auto_is_fused_for_the_convnet_alone() -> None:
     assert isinstance(engines.choose(Other(1, 2, 4, 3, 1)), AutogradEngine)
     assert isinstance(engines.choose(nn.Linear(2, 2)), AutogradEngine)
     with pytest.raises(
-        ValueError, match=r"engine 'fused' must be given a pdd_fast\.ConvNet .*, got Linear"
+        ValueError, match=r"net must be a pdd_fast\.ConvNet .* for engine 'fused', got Linear"
     ):
         engines.choose(nn.Linear(2, 2), "fused")
     with pytest.raises(ValueError, match="engine must be one of auto, fused, autograd, got 'slow'"):
@@ -614,7 +614,7 @@ def test_a_changed_network_is_computed_as_it_is(change: Callable[[pdd_fast.ConvN
         ),
     ):
         with pytest.raises(
-            ValueError, match=r"engine 'fused' must be .*, got one that was changed; use"
+            ValueError, match=r"net must be .* for engine 'fused', got one that was changed; use"
         ):
             call()
     matched = [
