@@ -93,7 +93,7 @@ def test_batch_norm_without_gradients_stays(engine: str) -> None:
     net[1].requires_grad_(False)
     theta, images = pdd_fast.flatten_parameters(net), torch.randn(6, 3, 8, 8, dtype=torch.float64)
     if engine == "fused":
-        with pytest.raises(ValueError, match="net must be .* for engine 'fused', got"):
+        with pytest.raises(ValueError, match=r"net must be .* for engine 'fused', got"):
             pdd_fast.unroll(net, theta, images, torch.arange(6) % 4, 0.1, [range(6)], engine=engine)
         return
     end = pdd_fast.unroll(
