@@ -42,7 +42,11 @@ def command(resume: bool, **options: Any) -> None:
         files = [run.distilled_file, run.evaluation_file, *draw_plots(run)]
     if options["as_json"]:
         output.print_json(
-            {"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation}
+            {
+                "run": str(run.path),
+                "files": list(map(str, files)),
+                "evaluation": evaluation.model_dump(),
+            }
         )
         return
     output.print_evaluation(evaluation)

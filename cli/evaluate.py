@@ -59,7 +59,7 @@ def command(
     evaluation = evaluate_run(run, output.reporter(), repeats, against, names, subsets)
     files = [run.evaluation_file, *draw_plots(run)]
     if as_json:
-        output.print_json(evaluation)
+        output.print_json(evaluation.model_dump())
         return
     output.print_evaluation(evaluation)
     output.print_files(files)

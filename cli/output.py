@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -27,6 +27,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pdd_fast.runtime.progress import Reporter, Task
+
+if TYPE_CHECKING:
+    from pdd_fast.storage.evaluation import Evaluation, Result
 
 _PLAIN_WIDTH = (
     100  # columns of a table that does not go to a terminal, unless COLUMNS says otherwise
@@ -310,45 +313,37 @@ def _print_table(columns: list[str], rows: list[list[str]], left: int) -> None:
                 _print_line(f"{name.ljust(names)}  {value}", "  ")
 
 
-def print_evaluation(evaluation: dict[str, Any]) -> None:
-    """The tables of an evaluation, one for each kind of network and of labels: a row per stage, a
-    column per result.
-    """
-    from pdd_fast.evaluation.evaluate import tables
-
-    for words, results in tables(evaluation):
-        _print_results(evaluation, results, f" ({words})" if words else "")
-        # Evaluations of before have none.
-        shown = [(result["network"], result["name"]) for result in results]
-        for pair in (
-            pair for pair in evaluation.get("paired", ()) if (pair["network"], pair["to"]) in shown
-        ):
-            if pair["ci95"] is not None:
-                difference = f"{pair['difference']:+.1f} ± {pair['ci95']:.1f} (95 %)"
-                _print_line(f"{pair['of']} − {pair['to']} in the end: {difference}")
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print a table for each kind of network and labels: a row per stage, a column per result."""
+    for title, results in evaluation.comparable():
+        _print_results(evaluation, results, f" ({title})" if title else "")
+        shown = [(result.network, result.name) for result in results]
+        for pair in evaluation.paired:
+            if (pair.network, pair.to) in shown and pair.ci95 is not None:
+                difference = f"{pair.difference:+.1f} ± {pair.ci95:.1f} (95 %)"
+                _print_line(f"{pair.of} − {pair.to} in the end: {difference}")
 
 
-def _print_results(evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str) -> None:
-    from pdd_fast.evaluation.evaluate import ALONE
+def _print_results(evaluation: Evaluation, results: list[Result], kind: str) -> None:
+    from pdd_fast.evaluation.comparisons import ALONE
 
-    protocol = evaluation["protocol"]
-    repeats = len(results[0]["seeds"])
+    protocol = evaluation.protocol
+    repeats = len(results[0].seeds)
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
-    _print_line(f"Test accuracy on {protocol['data']}, percent, mean ± std over {networks}{kind}")
-    # Stages run downwards: there may be any number of them, and the table has to fit into 80
-    # columns.
+    _print_line(f"Test accuracy on {protocol.data}, percent, mean ± std over {networks}{kind}")
+    # Stages run downwards: there may be any number of them, and the table must fit 80 columns.
     table = []
-    rows = zip(protocol["images_per_class"], evaluation["steps"], strict=True)
+    rows = zip(protocol.images_per_class, evaluation.steps, strict=True)
     for stage, (images, steps) in enumerate(rows):
-        last = stage + 1 == len(evaluation["steps"])
+        last = stage + 1 == len(evaluation.steps)
         cells = [
-            f"{result['mean'][stage]:.1f} ± {result['std'][stage]:.1f}"
-            if last or result["name"] not in ALONE
+            f"{result.mean[stage]:.1f} ± {result.std[stage]:.1f}"
+            if last or result.name not in ALONE
             else ""
             for result in results
         ]
         table.append([str(stage + 1), str(images), str(steps), *cells])
-    _print_table(["stage", "ipc", "steps", *(result["name"] for result in results)], table, left=3)
+    _print_table(["stage", "ipc", "steps", *(result.name for result in results)], table, left=3)
 
 
 def print_ablation(content: dict[str, Any]) -> None:

@@ -31,7 +31,11 @@ def command(run_dir: Path, as_json: bool) -> None:
     evaluation = run.read_evaluation() if run.evaluation_file.exists() else None
     if as_json:
         output.print_json(
-            {"run": str(run.path), "files": list(map(str, files)), "evaluation": evaluation}
+            {
+                "run": str(run.path),
+                "files": list(map(str, files)),
+                "evaluation": None if evaluation is None else evaluation.model_dump(),
+            }
         )
     else:
         if evaluation is not None:

@@ -107,7 +107,7 @@ class AugmentParameters:
             batch_size: number of images.
             image_size: H = W, or (H, W), pixels.
             cutout_size: height and width of the blanked rectangle. None: half of each side.
-            **draws: parameters by name, each [batch_size], all on one device. The others are neutral.
+            **draws: parameters by name, each [batch_size], all on one device. Others are neutral.
 
         Raises:
             ValueError, TypeError: an operation or a parameter is unknown, or a parameter has

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pdd_fast.data import load
-from pdd_fast.evaluation.evaluate import evaluate_run, half_width
+from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.evaluation.figures import attempt, default_style, new_figure, save_figure
+from pdd_fast.evaluation.summary import half_width
 from pdd_fast.methods import METHODS
 from pdd_fast.progressive.stages import distill
 from pdd_fast.runtime.errors import UsageError
@@ -119,11 +120,12 @@ def ablate(
                 if run.evaluation_file.exists()
                 else evaluate_run(run, reporter)
             )
-            final = {result["name"]: result["mean"][-1] for result in evaluation["results"]}
-            found[variant.name].append(final["pdd"])
+            found[variant.name].append(evaluation.final("pdd"))
             if first is None:
-                first, steps = path, sum(evaluation["steps"])
-                random.append(final["random" if config.labels == "hard" else "random-soft"])
+                first, steps = path, sum(evaluation.steps)
+                random.append(
+                    evaluation.final("random" if config.labels == "hard" else "random-soft")
+                )
     results = [
         {"name": name, "accuracy": rows, "mean": statistics.fmean(rows), "ci95": half_width(rows)}
         for name, rows in [*found.items(), ("random", random)]

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pdd_fast.evaluation.evaluate import ALONE, tables
+from pdd_fast.evaluation.comparisons import ALONE
 from pdd_fast.evaluation.figures import default_style, new_figure, save_figure
 from pdd_fast.runtime.paths import readable
 from pdd_fast.storage.distilled import DistilledSet
+from pdd_fast.storage.evaluation import Evaluation, Result
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
 MOST_COLUMNS = 50  # of a stage
@@ -92,45 +93,44 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
 
 
 @default_style()
-def accuracy_plot(evaluation: dict[str, Any], path: Path) -> None:
-    """Writes a PNG with a panel per kind of network and of labels and a curve per result: test
-    accuracy over images per class, bars of one standard deviation.
+def accuracy_plot(evaluation: Evaluation, path: Path) -> None:
+    """Draw test accuracy over images per class into a PNG.
+
+    Each kind of network and of labels has a panel, and each result a curve with bars of one
+    standard deviation.
     """
-    groups = tables(evaluation)
+    groups = evaluation.comparable()
     figure = new_figure(figsize=(6.4 * len(groups), 4.2), dpi=150)
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
-    for panel, (words, results) in zip(panels, groups, strict=True):
-        _curves(panel, evaluation, results, f"{words}, " if words else "")
+    for panel, (title, results) in zip(panels, groups, strict=True):
+        _curves(panel, evaluation, results, f"{title}, " if title else "")
     save_figure(figure, path, bbox_inches="tight")
 
 
-def _curves(
-    axes: Any, evaluation: dict[str, Any], results: list[dict[str, Any]], kind: str
-) -> None:
-    protocol = evaluation["protocol"]
-    images = protocol["images_per_class"]
+def _curves(axes: Any, evaluation: Evaluation, results: list[Result], kind: str) -> None:
+    protocol = evaluation.protocol
+    images = protocol.images_per_class
     for result in results:
-        name, mean, std = result["name"], result["mean"], result["std"]
-        alone = name in ALONE
-        x, y, e = (images[-1:], mean[-1:], std[-1:]) if alone else (images, mean, std)
+        alone = result.name in ALONE
+        first = -1 if alone else 0
         axes.errorbar(
-            x,
-            y,
-            yerr=e,
+            images[first:],
+            result.mean[first:],
+            yerr=result.std[first:],
             marker="D" if alone else "o",
             linestyle="none" if alone else "-",
             markersize=5,
             capsize=3,
-            color=_COLORS.get(name),
-            label=_LABELS.get(name, name),
+            color=_COLORS.get(result.name),
+            label=_LABELS.get(result.name, result.name),
         )
-    repeats, data = len(results[0]["seeds"]), readable(protocol["data"])
+    repeats, data = len(results[0].seeds), readable(protocol.data)
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
-    # Labels of 20 stages would run into each other; of the stages that have one the last is one.
+    # The labels of 20 stages would overlap; the last stage always has one.
     axes.set_xticks(images[::-1][:: -(-len(images) // MOST_TICKS)])
     axes.set_title(
-        f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation['steps'])} SGD steps "
+        f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation.steps)} SGD steps "
         f"for all",
         fontsize=10,
         parse_math=False,

@@ -21,6 +21,7 @@ from pdd_fast.runtime.files import read_json, read_tensors, save_tensors, write_
 from pdd_fast.runtime.locks import locked
 from pdd_fast.runtime.paths import expanded, short_dataset
 from pdd_fast.settings import Config
+from pdd_fast.storage.evaluation import Evaluation
 
 
 def default_run_dir(config: Config) -> Path:
@@ -220,18 +221,10 @@ class Run:
         if self.metrics_file.exists():
             write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
 
-    def write_evaluation(self, evaluation: dict[str, Any]) -> None:
-        write_json(self.evaluation_file, evaluation)
+    def read_evaluation(self) -> Evaluation:
+        """Read evaluation.json.
 
-    def read_evaluation(self) -> dict[str, Any]:
-        """Raises UsageError where the run was not evaluated, or the file is not an evaluation."""
-        evaluation = read_json(self.evaluation_file)
-        missing = {"protocol", "stages", "steps", "results"} - set(
-            evaluation if isinstance(evaluation, dict) else ()
-        )
-        if missing:
-            raise UsageError(
-                f"{self.evaluation_file} is not an evaluation: it lacks "
-                f"{', '.join(sorted(missing))}"
-            )
-        return evaluation
+        Raises:
+            UsageError: The run was not evaluated, or the file is not an evaluation.
+        """
+        return Evaluation.read(self.evaluation_file)

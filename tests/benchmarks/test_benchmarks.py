@@ -345,7 +345,7 @@ def test_a_plain_evaluation_takes_the_courses_and_steps_of_the_packages(tmp_path
     run, ctx = evaluation.begin(case, job, tmp_path)
     union = evaluation.real_union(ctx, 2)
     union.distilled(ctx).save(run.distilled_file)
-    ours = evaluate_run(run)
+    ours = evaluate_run(run).model_dump()
     schedules = evaluation.schedules(ctx, union)
     assert [[phase[3] for phase in schedule] for schedule in schedules] == [
         ours["steps"],

@@ -941,7 +941,7 @@ def test_ctrl_c_while_evaluating_says_no_more_than_that(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(run)
-    interrupt_after(monkeypatch, "pdd_fast.evaluation.evaluate.accuracies", 2, signal.SIGINT)
+    interrupt_after(monkeypatch, "pdd_fast.evaluation.schedule.accuracies", 2, signal.SIGINT)
     outcome = call("evaluate", run)
     assert (outcome.status, outcome.out) == (130, "")
     assert outcome.err.splitlines()[-1] == "pdd-fast: interrupted"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from evaluations import complete
 from rich.console import Console
 
 from pdd_fast.cli import output
@@ -338,7 +339,7 @@ def test_a_notebook_gets_one_line_a_task(
 def test_a_table_in_a_notebook_is_text_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = ColabStream()
     monkeypatch.setattr("sys.stdout", stream)
-    output.print_evaluation(evaluation())
+    output.print_evaluation(complete(evaluation()))
     assert "│     2 │   2 │   200 │ 60.0 ± 1.5 │ 61.0 ± 1.5 │ 62.0 ± 1.5 │" in stream.shown()
     assert "\x1b" not in stream.text
 
@@ -353,7 +354,7 @@ def cells(line: str) -> list[str]:
 def test_the_table_has_a_row_a_stage_and_a_column_a_result(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output.print_evaluation(evaluation())
+    output.print_evaluation(complete(evaluation()))
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
@@ -367,7 +368,7 @@ def test_the_table_has_a_row_a_stage_and_a_column_a_result(
 
 
 def test_one_network_is_not_called_networks(capsys: pytest.CaptureFixture[str]) -> None:
-    output.print_evaluation(evaluation(repeats=1))
+    output.print_evaluation(complete(evaluation(repeats=1)))
     assert capsys.readouterr().out.splitlines()[0].endswith(" over 1 fresh network")
 
 
@@ -381,7 +382,7 @@ def test_every_kind_of_network_has_a_table_and_differences_follow_it(
         {"network": "ConvNet", "of": "pdd", "to": "random", "difference": -1.26, "ci95": 0.5},
         {"network": "MLP", "of": "pdd", "to": "random", "difference": 2.0, "ci95": None},
     ]
-    output.print_evaluation(content)
+    output.print_evaluation(complete(content))
     lines = capsys.readouterr().out.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("Test accuracy")]
     assert [lines[i].rpartition("networks")[2] for i in heads] == [" (ConvNet)", " (MLP)"]
@@ -400,7 +401,7 @@ def test_soft_and_hard_labels_have_tables_of_their_own(capsys: pytest.CaptureFix
     content["paired"] = [
         {"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}
     ]
-    output.print_evaluation(content)
+    output.print_evaluation(complete(content))
     lines = capsys.readouterr().out.splitlines()
     heads = [i for i, line in enumerate(lines) if line.startswith("Test accuracy")]
     assert [lines[i].rpartition("networks")[2] for i in heads] == [
@@ -431,7 +432,7 @@ def test_any_number_of_stages_fits_into_80_columns(
         for name in ("pdd", "random", "last-union", "one-stage")
     ]
     content["steps"] = [100_000] * 100
-    output.print_evaluation(content)
+    output.print_evaluation(complete(content))
     lines = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) == 1 + 4 + 100
@@ -450,7 +451,7 @@ def test_a_table_becomes_rows_in_fewer_than_60_columns(
     content["paired"] = [
         {"network": "ConvNet", "of": "pdd", "to": "last-union", "difference": 1.0, "ci95": 0.5}
     ]
-    output.print_evaluation(content)
+    output.print_evaluation(complete(content))
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     assert " ".join(" ".join(lines[:-1]).split()).startswith(
@@ -477,7 +478,7 @@ def test_a_table_that_fits_stays_a_table(width: int, monkeypatch: pytest.MonkeyP
     stream = Terminal()
     monkeypatch.setattr("sys.stdout", stream)
     monkeypatch.setenv("COLUMNS", str(width))
-    output.print_evaluation(evaluation())
+    output.print_evaluation(complete(evaluation()))
     assert any(
         cells(line)[-1] == "62.0 ± 1.5"
         for line in re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluations import evaluated
 import tiny
 import torch
 from hypothesis import given
@@ -25,7 +26,6 @@ from pdd_fast.data.normalization import Normalization
 from pdd_fast.data.splits import Pixels, prepare
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.runtime.files import read_tensors, save_tensors
 from pdd_fast.storage.mtt_images import read_mtt, write_mtt
@@ -262,7 +262,7 @@ def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> Non
     torch.testing.assert_close(found.transform(pixels["test"]), ctx.data.test.images, rtol=0, atol=1e-5)
     expected = published(pixels["full_train"], pixels["test"]).float()
     torch.testing.assert_close(found.transform(pixels["test"]), expected, rtol=0, atol=1e-5)
-    protocol = evaluate_run(white)["protocol"]
+    protocol = evaluated(white)["protocol"]
     assert (protocol["whitening"], protocol["whitening_epsilon"]) == ("zca", 0.1)
     assert protocol["normalization"] == {"kind": "channel", "mean": [0.0], "std": [1.0]}
 
@@ -295,19 +295,19 @@ def test_sets_are_compared_where_they_are_whitened_alike(white: Run, tmp_path: P
     with pytest.raises(
         UsageError, match=f"^--against must name a run with {whitened}, got .*plain with {constants} and without"
     ):
-        evaluate_run(white, against=plain.path)
+        evaluated(white, against=plain.path)
     with pytest.raises(UsageError, match=f"run with {constants} and without whitening, got .*white with {whitened}$"):
-        evaluate_run(plain, against=white.path)
+        evaluated(plain, against=white.path)
     with pytest.raises(UsageError, match=r"epsilon 0\.1, got .*half with .* with epsilon 0\.5$"):
-        evaluate_run(white, against=half.path)
-    names = [result["name"] for result in evaluate_run(white, against=white.path, repeats=1)["results"]]
+        evaluated(white, against=half.path)
+    names = [result["name"] for result in evaluated(white, against=white.path, repeats=1)["results"]]
     assert "against" in names
     # Of other images, under the same name.
     found = pdd_fast.load_distilled(white.path)
     assert found.whitening is not None
     replace(found, whitening=replace(found.whitening, mean=found.whitening.mean + 0.1)).save(tmp_path / "other")
     with pytest.raises(UsageError, match=r"with epsilon 0\.1, but fitted to other images$"):
-        evaluate_run(white, against=tmp_path / "other")
+        evaluated(white, against=tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(old: Run) -> None:
     for name, expected in old_images().items():
         torch.testing.assert_close(getattr(ctx.data, name).images, expected, rtol=0, atol=1e-5)
     assert ctx.data.normalization == data.load("digits").normalization
-    before = evaluate_run(old)["results"]
+    before = evaluated(old)["results"]
     last = pdd_fast.load_distilled(old.path)
     # The last stage is made again, of the experts and trajectories that are there.
     old.stage_file(3).unlink()
@@ -375,7 +375,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_began(old: Run) -> None:
     again = pdd_fast.load_distilled(old.path)
     assert torch.equal(again.images, last.images)
     assert again.normalization == last.normalization == ctx.data.normalization
-    assert evaluate_run(old)["results"] == before
+    assert evaluated(old)["results"] == before
 
 
 def test_a_set_of_an_earlier_version_keeps_its_transformation(old: Run) -> None:
@@ -389,9 +389,9 @@ def test_a_set_of_an_earlier_version_keeps_its_transformation(old: Run) -> None:
 
 def test_a_run_of_an_earlier_version_serves_none_of_this_one(old: Run, white: Run, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--against must name a run with normalization none .*, got .*old with .* by"):
-        evaluate_run(white, against=old.path)
+        evaluated(white, against=old.path)
     with pytest.raises(UsageError, match=r"--against must name a run with normalization by .*white with .* none"):
-        evaluate_run(old, against=white.path)
+        evaluated(old, against=white.path)
     settings = tiny.SETTINGS | {"whitening": "zca", "experts_from": str(old.path)}
     with pytest.raises(
         UsageError,
@@ -403,10 +403,10 @@ def test_a_run_of_an_earlier_version_serves_none_of_this_one(old: Run, white: Ru
 @pytest.mark.parametrize("form", ["old", "white"])
 def test_a_run_that_lost_its_whitening_takes_it_from_its_sets(form: str, request: pytest.FixtureRequest) -> None:
     run: Run = request.getfixturevalue(form)
-    before, file = evaluate_run(run)["results"], run.path / "whitening.safetensors"
+    before, file = evaluated(run)["results"], run.path / "whitening.safetensors"
     content = file.read_bytes()
     file.unlink()
-    assert evaluate_run(run)["results"] == before
+    assert evaluated(run)["results"] == before
     last = pdd_fast.load_distilled(run.path)
     run.stage_file(3).unlink()
     run.distilled_file.unlink()
@@ -428,16 +428,16 @@ def test_a_set_that_was_made_of_pixels_in_another_way_than_the_runs_data_is_refu
     data.load("digits", whitening="zca", keep_whitening=old.path / "whitening.safetensors")
     message = r"must hold images with normalization none .*, got normalization by .* bring back the run's whitening"
     with pytest.raises(UsageError, match=message):
-        evaluate_run(old)
+        evaluated(old)
 
 
 def test_an_earlier_run_without_whitening_goes_on_and_serves_others(tmp_path: Path) -> None:
     run = finished(tmp_path / "plain", whitening="none")
-    before = evaluate_run(run)["results"]
+    before = evaluated(run)["results"]
     in_old_form(run)
     old = Run.open(run.path)
     distill(old)
-    assert evaluate_run(old)["results"] == before
+    assert evaluated(old)["results"] == before
     settings = tiny.SETTINGS | {"experts_from": str(old.path)}
     make_experts(Run.create(tmp_path / "fitted", resolve(**settings)))
 

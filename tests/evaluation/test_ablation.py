@@ -79,7 +79,7 @@ def test_every_variant_has_a_row_and_every_seed_a_number(content: dict[str, Any]
 def test_all_variants_take_as_many_steps_and_match_the_same_experts(folder: Path) -> None:
     for seed in (0, 1):
         runs = {variant: Run.open(folder / f"seed-{seed}" / variant.folder) for variant in CHOSEN}
-        steps = [sum(run.read_evaluation()["steps"]) for run in runs.values()]
+        steps = [sum(run.read_evaluation().steps) for run in runs.values()]
         assert max(steps) - min(steps) <= 0.1 * max(steps)
         first = runs[CHOSEN[0]]
         assert len(list_trajectories(first.experts_dir)) == 2
@@ -206,7 +206,7 @@ def test_soft_labels_are_compared_with_random_images_that_have_them_too(tmp_path
         tmp_path / "out",
     )
     assert content["labels"] == "soft"
-    results = Run.open(tmp_path / "out/seed-0/2-stages").read_evaluation()["results"]
+    results = Run.open(tmp_path / "out/seed-0/2-stages").read_evaluation().model_dump()["results"]
     expected = {result["name"]: result["mean"][-1] for result in results}
     assert content["results"][-1]["accuracy"] == [expected["random-soft"]]
 

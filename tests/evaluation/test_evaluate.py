@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from evaluations import evaluated
 from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.engines import AutogradEngine
-from pdd_fast.evaluation import evaluate
-from pdd_fast.evaluation.evaluate import evaluate_run
+from pdd_fast.evaluation import comparisons, schedule
 from pdd_fast.networks.parameters import initial_parameters
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
@@ -31,6 +31,7 @@ from pdd_fast.progressive.stages import distill
 from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import resolve
+from pdd_fast.storage.evaluation import Evaluation
 from pdd_fast.storage.run import Run
 from pdd_fast.training.sgd import Sgd, TrainState
 
@@ -48,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def evaluation(run: Run) -> dict[str, Any]:
-    return evaluate_run(run)
+    return evaluated(run)
 
 
 def of(evaluation: dict[str, Any], name: str) -> dict[str, Any]:
@@ -131,10 +132,10 @@ def test_intervals_are_students(evaluation: dict[str, Any]) -> None:
 
 
 def test_one_repeat_has_no_interval(run: Run, evaluation: dict[str, Any]) -> None:
-    found = evaluate_run(run, repeats=1)
+    found = evaluated(run, repeats=1)
     assert all(result["ci95"] == [None] * 3 for result in found["results"])
     assert all(pair["ci95"] is None for pair in found["paired"])
-    evaluate_run(run)
+    evaluated(run)
 
 
 def test_other_networks_are_trained_as_a_loop_of_torchs_would(
@@ -143,7 +144,7 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(
     """ConvNet by the path of any module gives ConvNet's own numbers, up to rounding."""
     ctx = RunContext.prepare(run.config)
     union = UnionSet.load(run.distilled_file, ctx)
-    schedule = evaluate._in_order(union, evaluation["steps"])
+    (phases,) = comparisons.InOrder(union, "hard", evaluation["steps"]).schedules(range(2))
     net = ctx.engine.net
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patch:
@@ -154,8 +155,8 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(
             )
             return net
 
-        patch.setattr(evaluate, "_module", same)
-        found = evaluate._follow_modules("convnet", ctx, schedule, range(2))
+        patch.setattr(schedule, "fresh_module", same)
+        found = schedule.follow("plain ConvNet", ctx, phases, range(2))
     for row, expected in zip(found, of(evaluation, "pdd")["accuracy"], strict=True):
         assert row == pytest.approx(expected, abs=0.6)
 
@@ -184,10 +185,9 @@ def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(
         generator=lambda *_: torch.Generator().manual_seed(3),
         data=SimpleNamespace(image_size=(8, 8), test=SimpleNamespace(images=images, labels=labels)),
     )
-    monkeypatch.setattr(evaluate, "_module", lambda *_: net)
-    scores = evaluate._follow_module(
-        "any", ctx, [evaluate.Phase(images, labels, 0.05, 8, [8])], 0, 0
-    )
+    monkeypatch.setattr(schedule, "fresh_module", lambda *_: net)
+    phase = schedule.Phase(images, labels, 0.05, 8, [8])
+    (scores,) = schedule.follow("any", ctx, [phase], range(1))
     assert len(scores) == 1
     assert torch.allclose(
         pdd_fast.flatten_parameters(net), train_state.theta[0], rtol=1e-9, atol=1e-12
@@ -199,7 +199,7 @@ def test_a_module_with_batch_norm_is_trained_as_on_the_flat_vector(
 
 
 def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any]) -> None:
-    found = evaluate_run(run, networks=("mlp", "convnet"), subsets=True)
+    found = evaluated(run, networks=("mlp", "convnet"), subsets=True)
     assert [(r["network"], r["name"]) for r in found["results"]] == [
         (network, name)
         for network in ("MLP", "ConvNet")
@@ -211,7 +211,7 @@ def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any
     assert all(len(row) == 3 for r in mlp for row in r["accuracy"])
     assert mlp[0]["mean"][-1] > 30  # of ten classes
     assert len({tuple(row) for row in mlp[0]["accuracy"]}) == 2
-    assert evaluate_run(run, networks=("mlp",), subsets=True)["results"] == mlp
+    assert evaluated(run, networks=("mlp",), subsets=True)["results"] == mlp
     # A stage's images alone, for as many steps as the union had until then: of the first they are
     # the union.
     subsets = own[3]["accuracy"]
@@ -219,16 +219,16 @@ def test_results_are_there_for_every_network(run: Run, evaluation: dict[str, Any
     assert [row[2] for row in subsets] != [
         row[2] for row in of(evaluation, "last-union")["accuracy"]
     ]
-    evaluate_run(run)
+    evaluated(run)
 
 
 def test_networks_are_checked_before_any_work(run: Run) -> None:
     for networks, message in (
         (("mlp", "nope"), "got 'nope'"),
-        (("mlp", "vgg11"), "at least 32 pixels a side"),
+        (("mlp", "vgg11"), "at least 32 pixels per side"),
     ):
         with pytest.raises(UsageError, match=message):
-            evaluate_run(run, networks=networks)
+            evaluated(run, networks=networks)
 
 
 def test_last_union_is_trained_from_the_start_for_as_many_steps(
@@ -240,15 +240,15 @@ def test_last_union_is_trained_from_the_start_for_as_many_steps(
 
 
 def test_same_numbers_again(run: Run, evaluation: dict[str, Any]) -> None:
-    assert evaluate_run(run) == evaluation
+    assert evaluated(run) == evaluation
 
 
 def test_more_repeats_begin_with_the_same_ones(run: Run, evaluation: dict[str, Any]) -> None:
-    more = evaluate_run(run, repeats=3)
+    more = evaluated(run, repeats=3)
     for result in more["results"]:
         assert result["accuracy"][:2] == of(evaluation, result["name"])["accuracy"]
         assert len(result["accuracy"]) == 3
-    evaluate_run(run)  # the file is the other tests' too
+    evaluated(run)  # the file is the other tests' too
 
 
 def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, Any]) -> None:
@@ -256,22 +256,20 @@ def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, An
     may move an image of the 359 across a boundary.
     """
     together = Run(run.path, replace(run.config, side_by_side=2, repeats=3))
-    found, alone = (
-        evaluate_run(together),
-        evaluate_run(Run(run.path, replace(run.config, repeats=3))),
-    )
+    found, alone = (evaluated(together), evaluated(Run(run.path, replace(run.config, repeats=3))))
     for result in found["results"]:
         assert result["seeds"] == of(alone, result["name"])["seeds"]
         for row, expected in zip(
             result["accuracy"], of(alone, result["name"])["accuracy"], strict=True
         ):
             assert row == pytest.approx(expected, abs=0.6)
-    evaluate_run(run)
+    evaluated(run)
 
 
 def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
     ctx = RunContext.prepare(run.config)
-    phases = evaluate._random(ctx, ctx.train.labels, 3, [7, 8, 9], range(1, 3))
+    random = comparisons.RandomReal("random", "hard", ctx, ctx.train.labels, [7, 8, 9])
+    (phases,) = random.schedules(range(1, 3))
     assert [(phase.lr, phase.steps, phase.stops) for phase in phases] == [
         (0.05, 7, [7]),
         (0.05, 8, [8]),
@@ -286,24 +284,24 @@ def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
 
 
 def test_one_repeat_has_no_deviation(run: Run) -> None:
-    assert of(evaluate_run(run, repeats=1), "pdd")["std"] == [0.0, 0.0, 0.0]
-    evaluate_run(run)
+    assert of(evaluated(run, repeats=1), "pdd")["std"] == [0.0, 0.0, 0.0]
+    evaluated(run)
 
 
 def test_against_a_set_of_one_stage(run: Run, evaluation: dict[str, Any], tmp_path: Path) -> None:
     other = finished(tmp_path / "one", stages=1)
-    found = evaluate_run(run, against=other.path)
+    found = evaluated(run, against=other.path)
     assert [r["name"] for r in found["results"]] == ["pdd", "random", "last-union", "one-stage"]
     assert of(found, "pdd") == of(evaluation, "pdd")
     assert found["protocol"]["against"] == str(other.path)
-    as_file = evaluate_run(run, against=other.distilled_file)
+    as_file = evaluated(run, against=other.distilled_file)
     assert of(as_file, "one-stage") == of(found, "one-stage")
-    evaluate_run(run)
+    evaluated(run)
 
 
 def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path) -> None:
     soft = finished(tmp_path / "soft", labels="learned", union_epochs=30, inner_lr=0.05)
-    found = evaluate_run(soft, against=run.path, subsets=True)
+    found = evaluated(soft, against=run.path, subsets=True)
     kinds = {result["name"]: result["labels"] for result in found["results"]}
     assert kinds == {
         "pdd": "learned",
@@ -314,24 +312,25 @@ def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path)
         "subsets": "learned",
     }
     assert [pair["to"] for pair in found["paired"]] == ["random-soft", "last-union", "subsets"]
-    assert [(words, [r["name"] for r in group]) for words, group in evaluate.tables(found)] == [
+    groups = Evaluation.model_validate(found).comparable()
+    assert [(title, [result.name for result in group]) for title, group in groups] == [
         ("soft labels", ["pdd", "random-soft", "last-union", "subsets"]),
         ("hard labels", ["random", "against"]),
     ]
-    assert of(found, "random") == of(evaluate_run(run), "random")
+    assert of(found, "random") == of(evaluated(run), "random")
     assert of(found, "random-soft")["accuracy"] != of(found, "random")["accuracy"]
-    assert of(evaluate_run(run, against=soft.path), "against")["labels"] == "learned"
+    assert of(evaluated(run, against=soft.path), "against")["labels"] == "learned"
     shutil.rmtree(soft.experts_dir)  # a run may be given away without them
-    without = evaluate_run(soft)
+    without = evaluated(soft)
     assert [result["name"] for result in without["results"]] == ["pdd", "random", "last-union"]
     assert of(without, "pdd") == of(found, "pdd")
-    evaluate_run(run)
+    evaluated(run)
 
 
 def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) -> None:
     soft = finished(tmp_path / "soft", labels="soft", iterations=0)
     ctx, experts = RunContext.prepare(soft.config), stored_experts(soft)
-    labels = evaluate._soft(ctx, experts)
+    labels = comparisons._soft(ctx, experts)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for repeat in range(2):
         for rows in ctx.random_real_rows((1, 1, 1), "random images", repeat):
@@ -346,15 +345,15 @@ def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) ->
 def test_what_cannot_be_evaluated_is_refused(run: Run, tmp_path: Path) -> None:
     unfinished = Run.create(tmp_path / "unfinished", run.config)
     with pytest.raises(UsageError, match="holds no finished distilled set; continue it"):
-        evaluate_run(unfinished)
+        evaluated(unfinished)
     with pytest.raises(UsageError, match="repeats must be at least 1, got 0"):
-        evaluate_run(run, repeats=0)
+        evaluated(run, repeats=0)
     with pytest.raises(UsageError, match="does not exist"):
-        evaluate_run(run, against=tmp_path / "nowhere")
+        evaluated(run, against=tmp_path / "nowhere")
     foreign = pdd_fast.load_distilled(run.path)
     foreign.metadata["data"] = "mnist"
     foreign.save(tmp_path / "foreign.safetensors")
     with pytest.raises(
         UsageError, match=r"--against must name a run on digits .*, got .* on mnist"
     ):
-        evaluate_run(run, against=tmp_path / "foreign.safetensors")
+        evaluated(run, against=tmp_path / "foreign.safetensors")

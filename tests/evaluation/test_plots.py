@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluations import complete
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -229,7 +229,7 @@ def evaluation(**results: list[float]) -> dict[str, Any]:
 
 
 def plot(content: dict[str, Any], folder: Path) -> NDArray[np.int16]:
-    accuracy_plot(content, folder / "accuracy.png")
+    accuracy_plot(complete(content), folder / "accuracy.png")
     return read(folder / "accuracy.png")
 
 
@@ -328,13 +328,14 @@ def test_the_numbers_of_twenty_stages_do_not_run_into_each_other(
         content = evaluation(pdd=[1.0] * stages)
         content["protocol"]["images_per_class"] = [10 * s for s in range(1, stages + 1)]
         content["results"][0]["std"] = [0.0] * stages
-        accuracy_plot(content, Path())
+        accuracy_plot(complete(content), Path())
         assert sorted(figures[-1].axes[0].get_xticks().tolist()) == expected
 
 
 def test_equal_evaluations_give_equal_plots(tmp_path: Path) -> None:
+    content = evaluation(pdd=[1.0, 2.0, 3.0], unheard_of=[2.0, 2.0, 2.0])
     for name in ("1.png", "2.png"):
-        accuracy_plot(evaluation(pdd=[1.0, 2.0, 3.0], unheard_of=[2.0, 2.0, 2.0]), tmp_path / name)
+        accuracy_plot(complete(content), tmp_path / name)
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
 
 
@@ -363,7 +364,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from pdd_fast.evaluation.plots import accuracy_plot
-accuracy_plot(json.loads(sys.argv[1]), Path(sys.argv[2]))
+from pdd_fast.storage.evaluation import Evaluation
+accuracy_plot(Evaluation.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
@@ -386,11 +388,17 @@ def test_a_picture_is_the_same_whatever_the_environment_says(
         {"MPLBACKEND": backend} if backend else {}
     )
     subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(evaluated()), str(tmp_path / "a.png")],
+        [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            complete(evaluated()).model_dump_json(),
+            str(tmp_path / "a.png"),
+        ],
         env=environment,
         check=True,
     )
-    accuracy_plot(evaluated(), tmp_path / "b.png")
+    accuracy_plot(complete(evaluated()), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -399,7 +407,7 @@ def test_the_callers_settings_are_as_before(tmp_path: Path) -> None:
 
     with matplotlib.rc_context({"font.size": 31.0}):
         before = dict(matplotlib.rcParams)
-        accuracy_plot(evaluated(), tmp_path / "a.png")
+        accuracy_plot(complete(evaluated()), tmp_path / "a.png")
         assert dict(matplotlib.rcParams) == before
 
 
@@ -434,7 +442,7 @@ def test_a_picture_that_fails_is_a_warning(
         PddFastWarning,
         match=r"accuracy\.png could not be drawn: (.*No space left on device|broken font)$",
     ):
-        assert attempt(path, partial(accuracy_plot, evaluated())) == []
+        assert attempt(path, partial(accuracy_plot, complete(evaluated()))) == []
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    assert attempt(path, partial(accuracy_plot, evaluated())) == [path]
+    assert attempt(path, partial(accuracy_plot, complete(evaluated()))) == [path]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from evaluations import evaluated
 from stopping import Stopped, Stopper, bytes_of, stopped_and_continued
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 import pdd_fast
 from pdd_fast import settings as configuration
 from pdd_fast.augmentation.multi_formation import combine, decode
-from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.methods import METHODS, BaseMethod, StageProblem, register
 from pdd_fast.methods.class_matching import ClassMatching
 from pdd_fast.progressive.context import RunContext
@@ -113,7 +113,7 @@ def test_a_method_of_ones_own_runs_through_stages_resume_and_evaluation(tmp_path
     assert not whole.experts_dir.exists()
     stopped = stopped_and_continued(tmp_path / "stopped", config, counter.count // 2)
     assert bytes_of(stopped) == bytes_of(whole)
-    names = [result["name"] for result in evaluate_run(whole)["results"]]
+    names = [result["name"] for result in evaluated(whole)["results"]]
     assert names == ["pdd", "random", "last-union"]
 
 
@@ -135,7 +135,7 @@ def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -
     known = METHODS.pop("shrinking")
     try:
         again = Run.open(run.path)
-        assert evaluate_run(again)["stages"] == 1
+        assert evaluated(again)["stages"] == 1
         with pytest.raises(
             UsageError, match="method must be mtt or idc or dm, got 'shrinking'; register it first"
         ):
@@ -194,7 +194,7 @@ def test_a_run_needs_no_experts_and_what_it_makes_is_decoded(tmp_path: Path, bas
     assert union.images.shape == (80, 1, 8, 8)
     assert torch.equal(union.images, decode(loaded.union(1, raw=True).images, 2))
     assert union.labels.tolist() == loaded.union(1, raw=True).labels.tolist() * 4
-    evaluation = evaluate_run(run)
+    evaluation = evaluated(run)
     assert evaluation["protocol"]["images_per_class"] == [2, 3]
     assert evaluation["steps"] == [4 * 5, 4 * 8]  # 80 and 120 images that networks see, 16 a step
     rows = run.metrics.read()

@@ -15,11 +15,11 @@ import pytest
 import tiny
 import torch
 from cases import OPERATORS
+from evaluations import evaluated
 from safetensors.torch import load_file
 from torch import Tensor
 
 import pdd_fast
-from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.progressive.stages import distill
 from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
@@ -29,7 +29,7 @@ def everything(folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Any]:
     """A whole run with its evaluation: the distilled set's tensors, and the accuracies."""
     run = Run.create(folder, resolve(**(tiny.SETTINGS | changes)))
     distill(run)
-    results = evaluate_run(run)["results"]
+    results = evaluated(run)["results"]
     return load_file(run.distilled_file, device="cpu"), [result["accuracy"] for result in results]
 
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from evaluations import complete
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -296,9 +297,23 @@ def test_a_damaged_checkpoint_is_named(run: Run) -> None:
 def test_an_evaluation_comes_back_and_a_missing_one_is_named(run: Run) -> None:
     with pytest.raises(UsageError, match=r"/run/evaluation\.json does not exist"):
         run.read_evaluation()
-    evaluation = {"protocol": {}, "stages": 2, "steps": [3, 4], "results": [{"mean": [1.5, 2.5]}]}
-    run.write_evaluation(evaluation)
+    result = {"name": "pdd", "seeds": [7], "mean": [1.5, 2.5], "std": [0.0, 0.0]}
+    evaluation = complete({"protocol": {}, "stages": 2, "steps": [3, 4], "results": [result]})
+    evaluation.write(run.evaluation_file)
     assert run.read_evaluation() == evaluation
+
+
+def test_an_evaluation_of_before_is_read_by_its_old_names(run: Run) -> None:
+    result = {"name": "pdd", "seeds": [7], "mean": [1.5], "std": [0.0]}
+    content = complete(
+        {"protocol": {}, "stages": 1, "steps": [3], "results": [result]}
+    ).model_dump()
+    protocol = content["protocol"]
+    protocol["selected_on"], protocol["normalisation"] = "test", protocol.pop("normalization")
+    del protocol["selection_split"], content["paired"]
+    run.evaluation_file.write_text(json.dumps(content))
+    found = run.read_evaluation()
+    assert (found.protocol.selection_split, found.paired) == ("test", [])
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"stages": 2, "steps": [], "protocol": {}}'])

@@ -1,0 +1,184 @@
+"""What a distilled set is compared with; every comparison takes the same number of SGD steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pdd_fast.evaluation.schedule import Phase
+from pdd_fast.progressive.context import RunContext
+from pdd_fast.progressive.experts import stored_experts
+from pdd_fast.progressive.soft_labels import soft_labels
+from pdd_fast.progressive.union import UnionSet, misfit
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.progress import Reporter
+from pdd_fast.storage.distilled import load_distilled, preprocessing
+from pdd_fast.storage.run import Run
+from pdd_fast.storage.trajectories import Trajectory
+
+# Results of networks that train on one set from the first step. They are comparable with the others
+# at the end only, after as many steps and as many images.
+ALONE = ("last-union", "one-stage", "against")
+
+
+class Comparison(Protocol):
+    """One result of an evaluation: the image sets that its networks are trained on."""
+
+    @property
+    def name(self) -> str:
+        """The result's name in evaluation.json."""
+
+    @property
+    def labels(self) -> str:
+        """The kind of labels: hard, soft or learned."""
+
+    def schedules(self, group: range) -> list[list[Phase]]:
+        """Return the schedules of the repeats in ``group``; each starts with fresh networks."""
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """U_1, then U_2, ..., each at its stage's learning rate; the momentum is carried over."""
+
+    union: UnionSet
+    labels: str
+    steps: list[int]
+    name: str = "pdd"
+
+    def schedules(self, group: range) -> list[list[Phase]]:
+        """Return one schedule for all repeats."""
+        return [
+            [
+                Phase(*self.union.up_to(stage), self.union.lrs[stage - 1], count, [count])
+                for stage, count in enumerate(self.steps, start=1)
+            ]
+        ]
+
+
+@dataclass(frozen=True)
+class RandomReal:
+    """As many random real images, other ones in every repeat, in as many stages."""
+
+    name: str
+    labels: str
+    ctx: RunContext
+    real_labels: Tensor  # [n] or [n, classes], of ctx.train
+    steps: list[int]
+
+    def schedules(self, group: range) -> list[list[Phase]]:
+        """Return one schedule whose rows differ between networks."""
+        chosen = [random_rows(self.ctx, repeat) for repeat in group]
+        images, lr = self.ctx.train.images, self.ctx.config.inner_lr
+        schedule = []
+        for stage, count in enumerate(self.steps, start=1):
+            rows = torch.stack([torch.cat(parts[:stage]) for parts in chosen]).cpu()
+            schedule.append(Phase(images, self.real_labels, lr, count, [count], rows))
+        return [schedule]
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The last union of a set from the first step on, at its last learning rate."""
+
+    name: str
+    labels: str
+    union: UnionSet
+    steps: list[int]
+
+    def schedules(self, group: range) -> list[list[Phase]]:
+        """Return one schedule of one phase, tested after as many steps as the others."""
+        stops = list(accumulate(self.steps))
+        return [[Phase(*self.union.up_to(), self.union.lrs[-1], stops[-1], stops)]]
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """At every stage another fresh network, trained on that stage's images alone."""
+
+    union: UnionSet
+    labels: str
+    steps: list[int]
+    name: str = "subsets"
+
+    def schedules(self, group: range) -> list[list[Phase]]:
+        """Return a schedule for each stage."""
+        return [
+            [Phase(*self.union.only(stage), self.union.lrs[stage - 1], count, [count])]
+            for stage, count in enumerate(accumulate(self.steps), start=1)
+        ]
+
+
+def comparisons(
+    run: Run, ctx: RunContext, against: Path | None, subsets: bool, reporter: Reporter
+) -> list[Comparison]:
+    """Return what to measure for a finished run, "pdd" first.
+
+    Args:
+        against: Another run directory or distilled set on the same data.
+        subsets: Add :class:`Subsets`.
+
+    Raises:
+        UsageError: The run's files do not fit its data, or ``against`` does not.
+    """
+    union, config = UnionSet.load(run.distilled_file, ctx), ctx.config
+    other = _other(against, ctx) if against is not None else None
+    sgd, labels = ctx.synthetic_sgd, config.labels
+    steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in union.sizes]
+    found: list[Comparison] = [
+        InOrder(union, labels, steps),
+        RandomReal("random", "hard", ctx, ctx.train.labels, steps),
+    ]
+    experts = _experts(run, reporter) if labels != "hard" else []
+    if experts:
+        found.append(RandomReal("random-soft", "soft", ctx, _soft(ctx, experts), steps))
+    found.append(Alone("last-union", labels, union, steps))
+    if other is not None:
+        name = "one-stage" if other[0].stages == 1 else "against"
+        found.append(Alone(name, other[1], other[0], steps))
+    if subsets:
+        found.append(Subsets(union, labels, steps))
+    return found
+
+
+def random_rows(ctx: RunContext, repeat: int) -> list[Tensor]:
+    """Return the random real images of a repeat: for each stage its rows of ``ctx.train``."""
+    return ctx.random_real_rows(ctx.config.ipc_by_stage, "random images", repeat)
+
+
+def _other(path: Path, ctx: RunContext) -> tuple[UnionSet, str]:
+    """Return the union in ``path`` and its kind of labels."""
+    other = load_distilled(path)
+    if reason := misfit(other, ctx):
+        expected = tuple(ctx.data.test.images.shape[1:])
+        raise UsageError(
+            f"--against must name a run on {ctx.data.name} {expected}, got {path} on {reason}"
+        )
+    if not other.is_seen_as(ctx.data):
+        wanted, found = preprocessing(ctx.data), preprocessing(other)
+        found = found if found != wanted else f"{found}, but fitted to other images"
+        raise UsageError(f"--against must name a run with {wanted}, got {path} with {found}")
+    # Sets written before 0.1 do not name the kind of their labels.
+    kind = other.metadata.get("labels", "hard" if other.labels.dim() == 1 else "soft")
+    return UnionSet.of(other, ctx), kind
+
+
+def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
+    try:
+        return stored_experts(run)
+    except UsageError as error:  # a run may be shared without them
+        reporter.message(f"random-soft is left out, because it needs the experts: {error}")
+        return []
+
+
+def _soft(ctx: RunContext, experts: list[Trajectory]) -> Tensor:
+    """Return soft labels [n, classes] of ``ctx.train``; zero for images that no repeat draws."""
+    repeats = range(ctx.config.repeats)
+    rows = torch.cat([row for repeat in repeats for row in random_rows(ctx, repeat)]).unique()
+    labels = ctx.train.images.new_zeros(len(ctx.train), ctx.data.num_classes)
+    labels[rows] = soft_labels(ctx.engine, experts, ctx.train.images[rows])
+    return labels
