@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdd_fast.augmentation.dsa import DSA, AugmentParameters
+from pdd_fast.augmentation.dsa import DSA
+from pdd_fast.augmentation.parameters import AugmentParameters
 
 
 class PlainAugment:

@@ -11,7 +11,7 @@ import torch
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import PackedAugmentParameters
+from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.benchmarks import baselines, measure
 from pdd_fast.benchmarks.baselines import Gradients, Iteration, Problem
 from pdd_fast.benchmarks.cases import Case

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pdd_fast.cli import output
+from pdd_fast.cli import output, progress
 from pdd_fast.cli.options import PATH, ablation_options, given_settings
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import CHOICES, listed, resolve
@@ -49,7 +49,7 @@ def command(
     from pdd_fast.storage.run import default_name
 
     folder = folder or Path("ablation") / default_name(config, stages=False)
-    content = ablate(config, variants(*combined), range(seeds), folder, output.reporter())
+    content = ablate(config, variants(*combined), range(seeds), folder, progress.reporter())
     if as_json:
         output.print_json(content)
         return

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pdd_fast.benchmarks.cases import SUITES, select
-from pdd_fast.cli import output
+from pdd_fast.cli import output, progress
 from pdd_fast.cli.options import PathOption
 from pdd_fast.runtime.errors import RunError
 
@@ -108,7 +108,7 @@ def command(
         suite=suite, rounds=rounds or 0, threads=threads or 0, limit=limit or 0.0, **chosen
     )
     place = folder or Path("bench") / time.strftime("%Y-%m-%d-%H%M%S")
-    bench = Bench(cases, settings, place, output.reporter(), told)
+    bench = Bench(cases, settings, place, progress.reporter(), told)
     try:
         bench.run()
     finally:

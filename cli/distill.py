@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from pdd_fast.cli import output
+from pdd_fast.cli import output, progress
 from pdd_fast.cli.options import configuration, continued, given_settings, is_free, run_options
 from pdd_fast.runtime.errors import UsageError
 
@@ -34,7 +34,7 @@ def command(resume: bool, **options: Any) -> None:
         from pdd_fast.evaluation.evaluate import evaluate_run
         from pdd_fast.progressive.stages import distill
 
-        reporter = output.reporter()
+        reporter = progress.reporter()
         distill(run, reporter)
         evaluation = (
             run.read_evaluation() if run.evaluation_file.exists() else evaluate_run(run, reporter)

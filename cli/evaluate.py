@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pdd_fast.cli import output
+from pdd_fast.cli import output, progress
 from pdd_fast.cli.options import PATH, continued
 
 
@@ -56,7 +56,7 @@ def command(
     run = Run.open(run_dir)
     run = Run(run.path, continued(run.config, where))
     names = [name.strip() for name in networks.split(",")]
-    evaluation = evaluate_run(run, output.reporter(), repeats, against, names, subsets)
+    evaluation = evaluate_run(run, progress.reporter(), repeats, against, names, subsets)
     files = [run.evaluation_file, *draw_plots(run)]
     if as_json:
         output.print_json(evaluation.model_dump())

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pdd_fast.cli import output
+from pdd_fast.cli import output, progress
 from pdd_fast.cli.distill import begun
 from pdd_fast.cli.options import run_options
 
@@ -22,7 +22,7 @@ def command(resume: bool, **options: Any) -> None:
     with begun("experts", resume, **options) as run:
         from pdd_fast.progressive.experts import make_experts, stored_experts
 
-        make_experts(run, output.reporter())
+        make_experts(run, progress.reporter())
         found = stored_experts(run)
     # MTT's files do not say.
     reached = [

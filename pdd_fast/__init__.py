@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pdd_fast._version import __version__
 
 if TYPE_CHECKING:
-    from pdd_fast.augmentation.dsa import DSA, AugmentParameters, augment
+    from pdd_fast.augmentation.dsa import DSA, augment
+    from pdd_fast.augmentation.parameters import AugmentParameters
     from pdd_fast.functional.gradient_matching import gradient_matching
     from pdd_fast.functional.trajectory_loss import trajectory_matching_loss
     from pdd_fast.functional.unroll import unroll
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "DSA": "augmentation.dsa",
-    "AugmentParameters": "augmentation.dsa",
+    "AugmentParameters": "augmentation.parameters",
     "augment": "augmentation.dsa",
     "DistilledSet": "storage.distilled",
     "load_distilled": "storage.distilled",

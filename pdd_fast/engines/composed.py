@@ -33,12 +33,8 @@ from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad
 from pdd_fast.networks.parameters import views
 from pdd_fast.ops.convnet import ConvNetShape
 from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
-from pdd_fast.ops.norm_relu_pool import (
-    norm_relu_pool,
-    norm_relu_pool_backward,
-    norm_relu_pool_dual,
-    norm_relu_pool_dual_backward,
-)
+from pdd_fast.ops.norm_relu_pool import norm_relu_pool, norm_relu_pool_backward
+from pdd_fast.ops.norm_relu_pool_dual import norm_relu_pool_dual, norm_relu_pool_dual_backward
 from pdd_fast.runtime import precision as precisions
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdd_fast.functional.gradient_matching import (
+from pdd_fast.functional.gradient_distance import (
     GradientDistance,
     class_gradients,
     matched_gradients,

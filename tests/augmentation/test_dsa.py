@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from pdd_fast.augmentation.dsa import DSA, AugmentParameters, augment, augment_adjoint
+from pdd_fast.augmentation.dsa import DSA, augment, augment_adjoint
+from pdd_fast.augmentation.parameters import AugmentParameters
 from pdd_fast.ops import dsa as dsa_ops
 
 SHAPES = [

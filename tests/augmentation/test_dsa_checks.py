@@ -12,7 +12,8 @@ import torch
 from augmentation_support import EVERYTHING
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdd_fast.augmentation.dsa import DSA, AugmentParameters, augment, augment_adjoint
+from pdd_fast.augmentation.dsa import DSA, augment, augment_adjoint
+from pdd_fast.augmentation.parameters import AugmentParameters
 from pdd_fast.ops import _native
 from pdd_fast.ops import dsa as dsa_ops
 

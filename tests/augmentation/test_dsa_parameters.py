@@ -9,13 +9,8 @@ import torch
 from augmentation_support import DRAWN, EVERYTHING, OPERATIONS, RANGES, generator
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import (
-    DSA,
-    AugmentParameters,
-    PackedAugmentParameters,
-    augment,
-    augment_adjoint,
-)
+from pdd_fast.augmentation.dsa import DSA, augment, augment_adjoint
+from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 
 # ---- what is drawn ----
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import AugmentParameters, PackedAugmentParameters, augment_adjoint
+from pdd_fast.augmentation.dsa import augment_adjoint
+from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 from pdd_fast.benchmarks import (
     baselines,
     evaluation,

@@ -12,7 +12,7 @@ from cli_support import Finished
 from command import call
 from output_support import Clock
 
-from pdd_fast.cli import output
+from pdd_fast.cli import progress
 
 
 @pytest.fixture(scope="module")
@@ -48,5 +48,5 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(output, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=clock))
     return clock

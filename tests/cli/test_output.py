@@ -11,14 +11,14 @@ import pytest
 from output_support import Clock, Terminal
 from rich.console import Console
 
-from pdd_fast.cli import output
+from pdd_fast.cli import progress
 
 
 def test_bars_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", Terminal())
-    assert isinstance(output.reporter(), output.BarReporter)
+    assert isinstance(progress.reporter(), progress.BarReporter)
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    assert isinstance(output.reporter(), output.LineReporter)
+    assert isinstance(progress.reporter(), progress.LineReporter)
 
 
 # ---- lines ----
@@ -27,7 +27,7 @@ def test_bars_on_a_terminal_and_lines_elsewhere(monkeypatch: pytest.MonkeyPatch)
 def test_lines_come_now_and_then_and_at_the_end(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with output.LineReporter().task("stage 1/2", total=20, unit="iteration") as task:
+    with progress.LineReporter().task("stage 1/2", total=20, unit="iteration") as task:
         for i in range(20):
             clock.now += 2.0
             task.advance(1, loss=0.5 - i / 100, inner_lr=0.01)
@@ -45,7 +45,7 @@ def test_lines_come_now_and_then_and_at_the_end(
 def test_a_slow_unit_gets_a_line_each_and_long_times_are_in_hours(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with output.LineReporter().task("experts", total=100, unit="epoch") as task:
+    with progress.LineReporter().task("experts", total=100, unit="epoch") as task:
         for _ in range(2):
             clock.now += 90.0
             task.advance(1, network=1)
@@ -59,7 +59,7 @@ def test_a_slow_unit_gets_a_line_each_and_long_times_are_in_hours(
 def test_a_continued_task_counts_its_own_time(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with output.LineReporter().task("stage 2/2", total=1000, unit="iteration", done=900) as task:
+    with progress.LineReporter().task("stage 2/2", total=1000, unit="iteration", done=900) as task:
         clock.now += 20.0
         task.advance(10, loss=0.5)
         lines = capsys.readouterr().err.splitlines()
@@ -71,7 +71,7 @@ def test_a_continued_task_counts_its_own_time(
 def test_nothing_is_said_of_the_speed_of_what_has_not_begun(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with output.LineReporter().task("stage 1/2", total=5, unit="iteration", done=5) as task:
+    with progress.LineReporter().task("stage 1/2", total=5, unit="iteration", done=5) as task:
         clock.now += 20.0
         task.advance(0, accuracy=12.345)
     assert capsys.readouterr().err.splitlines() == ["stage 1/2: 5/5 iterations  accuracy 12.35"] * 2
@@ -81,7 +81,7 @@ def test_a_task_that_fails_ends_without_a_last_line(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
-        with output.LineReporter().task("stage 1/2", total=5, unit="iteration") as task:
+        with progress.LineReporter().task("stage 1/2", total=5, unit="iteration") as task:
             task.advance(1)
             raise RuntimeError("broken")
 
@@ -103,13 +103,13 @@ def test_a_task_that_fails_ends_without_a_last_line(
     ],
 )
 def test_durations_are_rounded_to_what_matters(seconds: float, text: str) -> None:
-    assert output._duration(seconds) == text
+    assert progress._duration(seconds) == text
 
 
 @pytest.fixture
-def bars(clock: Clock) -> tuple[output.BarReporter, Callable[[], str]]:
+def bars(clock: Clock) -> tuple[progress.BarReporter, Callable[[], str]]:
     """A reporter with bars, and what its terminal shows."""
-    reporter = output.BarReporter()
+    reporter = progress.BarReporter()
     console = Console(
         file=io.StringIO(), record=True, width=200, force_terminal=True, get_time=clock
     )
@@ -125,7 +125,7 @@ def bars(clock: Clock) -> tuple[output.BarReporter, Callable[[], str]]:
 
 
 def test_a_bar_shows_stage_iteration_speed_time_left_and_values(
-    bars: tuple[output.BarReporter, Callable[[], str]], clock: Clock
+    bars: tuple[progress.BarReporter, Callable[[], str]], clock: Clock
 ) -> None:
     reporter, shown = bars
     with reporter.task("stage 2/5", total=1000, unit="iteration", done=100) as task:
@@ -149,7 +149,7 @@ def test_a_bar_shows_stage_iteration_speed_time_left_and_values(
 
 
 def test_a_bar_knows_the_speed_of_iterations_that_take_minutes(
-    bars: tuple[output.BarReporter, Callable[[], str]], clock: Clock
+    bars: tuple[progress.BarReporter, Callable[[], str]], clock: Clock
 ) -> None:
     reporter, shown = bars
     with reporter.task("stage 1/5", total=40, unit="iteration") as task:
@@ -161,7 +161,7 @@ def test_a_bar_knows_the_speed_of_iterations_that_take_minutes(
 
 @pytest.mark.parametrize("width", [20, 40, 59, 60, 80, 200])
 def test_a_bar_is_one_line_that_fits_and_keeps_the_count(width: int, clock: Clock) -> None:
-    reporter = output.BarReporter()
+    reporter = progress.BarReporter()
     stream = io.StringIO()
     reporter._console = Console(
         file=stream, width=width, force_terminal=True, get_time=clock, color_system=None
@@ -182,7 +182,7 @@ def test_a_bar_is_one_line_that_fits_and_keeps_the_count(width: int, clock: Cloc
 
 
 def test_messages_are_printed_as_they_are(
-    bars: tuple[output.BarReporter, Callable[[], str]],
+    bars: tuple[progress.BarReporter, Callable[[], str]],
 ) -> None:
     reporter, shown = bars
     reporter.message("runs/[red]digits[/red] holds 5 experts")
@@ -190,7 +190,7 @@ def test_messages_are_printed_as_they_are(
 
 
 def test_a_line_message_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    output.LineReporter().message("runs/[red]digits[/red]")
+    progress.LineReporter().message("runs/[red]digits[/red]")
     assert capsys.readouterr() == ("", "runs/[red]digits[/red]\n")
 
 
@@ -207,7 +207,9 @@ class Gone(io.StringIO):
         raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("kind", [output.BarReporter, output.LineReporter, output.NotebookReporter])
+@pytest.mark.parametrize(
+    "kind", [progress.BarReporter, progress.LineReporter, progress.NotebookReporter]
+)
 def test_progress_that_cannot_be_shown_is_no_error(
     kind: type[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

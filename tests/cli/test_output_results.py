@@ -10,7 +10,7 @@ import pytest
 from evaluations import complete
 from output_support import Clock, Terminal
 
-from pdd_fast.cli import output
+from pdd_fast.cli import output, progress
 
 
 def evaluation(stages: int = 2, repeats: int = 2) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def test_a_notebook_gets_one_line_a_task(
 ) -> None:
     stream = kind()
     monkeypatch.setattr("sys.stderr", stream)
-    reporter = output.reporter()
-    assert isinstance(reporter, output.NotebookReporter)
+    reporter = progress.reporter()
+    assert isinstance(reporter, progress.NotebookReporter)
     with reporter.task("stage 1/2", total=3000, unit="iteration") as task:
         for i in range(3000):
             clock.now += 2.0

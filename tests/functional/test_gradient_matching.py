@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import pdd_fast
-from pdd_fast.functional.gradient_matching import GradientDistance
+from pdd_fast.functional.gradient_distance import GradientDistance
 
 DISTANCES = pytest.mark.parametrize(
     ("distance", "parameters"),

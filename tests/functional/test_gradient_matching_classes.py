@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.functional.gradient_matching import (
+from pdd_fast.functional.gradient_distance import (
     GradientDistance,
     class_gradients,
     matched_gradients,

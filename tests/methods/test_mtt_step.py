@@ -26,7 +26,7 @@ from mtt_support import (
 from recorder import Recorder
 
 import pdd_fast
-from pdd_fast.augmentation.dsa import PackedAugmentParameters
+from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
 from pdd_fast.training.cuda_graphs import CaptureWarning
 

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import DSA, PackedAugmentParameters
+from pdd_fast.augmentation.dsa import DSA
+from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.ops import add_rows as rows_ops
 from pdd_fast.ops import cross_entropy as ce
 from pdd_fast.ops import dsa as dsa_ops
 from pdd_fast.ops import norm_relu_pool as nrp
+from pdd_fast.ops import norm_relu_pool_dual as nrp_dual
 
 # Rounding of float32 in sums over at most 65 x 33 pixels and over the batch; float64 differs by the
 # order of additions.
@@ -110,7 +112,7 @@ def _norm_relu_pool_dual(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 def _norm_relu_pool_dual_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for arguments in _norm_relu_pool_dual(dtype):
         z, z_tangent, weight, weight_tangent, bias = arguments[:5]
-        out, statistics = nrp.norm_relu_pool_dual_reference(*arguments[:-1], True)
+        out, statistics = nrp_dual.norm_relu_pool_dual_reference(*arguments[:-1], True)
         grad, grad_tangent = torch.randn_like(out), torch.randn_like(out)
         yield (
             grad,
@@ -205,14 +207,14 @@ OPERATORS = [
     Operator(
         "norm_relu_pool_dual",
         _op("norm_relu_pool_dual"),
-        nrp.norm_relu_pool_dual_reference,
+        nrp_dual.norm_relu_pool_dual_reference,
         _norm_relu_pool_dual,
         True,
     ),
     Operator(
         "norm_relu_pool_dual_backward",
         _op("norm_relu_pool_dual_backward"),
-        nrp.norm_relu_pool_dual_backward_reference,
+        nrp_dual.norm_relu_pool_dual_backward_reference,
         _norm_relu_pool_dual_backward,
         True,
     ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pdd_fast
-from pdd_fast.functional.gradient_matching import COSINE_EPS
+from pdd_fast.functional.gradient_distance import COSINE_EPS
 
 # "composed": the fused engine with the passes of a GPU, which are not one kernel.
 ENGINES = pytest.mark.parametrize("engine", ["fused", "composed", "autograd"], indirect=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import pdd_fast
 from pdd_fast import engines
-from pdd_fast.augmentation.dsa import AugmentParameters, PackedAugmentParameters
+from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.methods import TrajectoryMatching
 from pdd_fast.methods.mtt.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep

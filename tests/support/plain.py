@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pdd_fast.augmentation.dsa import AugmentParameters
+from pdd_fast.augmentation.parameters import AugmentParameters
 from pdd_fast.ops.dsa import dsa_reference
 
 

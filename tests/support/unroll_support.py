@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import pdd_fast
-from pdd_fast.augmentation.dsa import AugmentParameters
+from pdd_fast.augmentation.parameters import AugmentParameters
 
 # "composed": the fused engine with the passes of a GPU, which are not one kernel.
 ENGINES = pytest.mark.parametrize("engine", ["fused", "composed", "autograd"], indirect=True)

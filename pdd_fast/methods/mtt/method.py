@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import PackedAugmentParameters
+from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.engines import PassShape
 from pdd_fast.functional.unroll import kept_steps
 from pdd_fast.methods.base import BaseMethod, StageProblem

@@ -16,16 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import PackedAugmentParameters
+from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.engines import Engine, FusedEngine, PassShape
-from pdd_fast.functional.unroll import (
-    UnrollSpec,
-    Wanted,
-    adjoint,
-    forward_path,
-    kept_steps,
-    learned_rows,
-)
+from pdd_fast.functional.adjoint import UnrollSpec, Wanted, adjoint, forward_path, learned_rows
+from pdd_fast.functional.unroll import kept_steps
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.ops import _native
 from pdd_fast.ops.dsa import DRAWS, NOTHING
