@@ -1,3 +1,4 @@
-"""Operators: one file each, with schema, checks, plain-torch reference and back ends. Nothing else
-takes an address.
+"""Operators: one file each, with schema, checks, plain-torch reference and back ends.
+
+No other package takes a tensor's address.
 """

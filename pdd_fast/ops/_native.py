@@ -1,5 +1,6 @@
-"""Finds the compiled kernels and calls them: the one place that reads streams, threads and return
-codes.
+"""Load the compiled kernels and call them.
+
+No other module handles their streams, thread counts and return codes.
 """
 
 from __future__ import annotations
@@ -14,31 +15,33 @@ import torch
 
 from pdd_fast.ops._threads import threads
 
-# csrc/bind/module.cpp numbers them alike. The last two are stored in 16 bits and computed with in
-# 32.
+# The same order as in csrc/bind/module.cpp. The last two types are stored in 16 bits and computed
+# in 32.
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class MissingKernelsWarning(UserWarning):
-    """The plain-torch reference runs in place of a compiled kernel."""
+    """Warning that the plain-torch reference runs instead of a compiled kernel."""
 
 
 def load(device_type: str) -> ModuleType | None:
-    """The library with the kernels for ``"cpu"`` or ``"cuda"``; None where it was not built or does
-    not load.
+    """Return the library of kernels for ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        The library; None if it was not built or does not load.
     """
     return _load(device_type)[0]
 
 
 def loaded(device_type: str) -> ModuleType:
-    """:func:`load` where it is known to give a library."""
+    """Return the library of :func:`load`, which the caller knows to exist."""
     library = load(device_type)
     assert library is not None
     return library
 
 
 def load_error(device_type: str) -> str | None:
-    """Why :func:`load` gives None, in words; None where it does not."""
+    """Return the reason why :func:`load` returns None, or None if it does not."""
     return _load(device_type)[1]
 
 
@@ -56,11 +59,10 @@ def _load(device_type: str) -> tuple[ModuleType | None, str | None]:
 
 @cache
 def explain_missing(device_type: str) -> None:
-    """Warns, once per device type, that the reference is used and how to get the kernels."""
+    """Warn, once per device type, that the reference runs, and how to get the kernels."""
     warnings.warn(
         f"pdd_fast runs its plain-torch reference on {device_type!r}: {load_error(device_type)}. "
-        f"Results are the same, "
-        "slower. `pdd-fast env` says what to do.",
+        "Results are the same, but slower. `pdd-fast env` shows how to get the kernels.",
         MissingKernelsWarning,
         stacklevel=4,
     )
@@ -70,9 +72,8 @@ def address(tensor: torch.Tensor | None, device: torch.device) -> int:
     """Return the address of the first element of ``tensor``, 0 for None.
 
     Raises:
-        TypeError: ``tensor`` does not lie in the memory of ``device``, or has no memory of its own
-            (wrappers of torch's transforms, fake tensors), or its memory holds the negative of its
-            values.
+        TypeError: ``tensor`` is not in the memory of ``device``, has no memory of its own (wrappers
+            of torch's transforms, fake tensors), or stores the negative of its values.
     """
     if tensor is None:
         return 0
@@ -82,9 +83,8 @@ def address(tensor: torch.Tensor | None, device: torch.device) -> int:
         if elsewhere or tensor.is_neg() or not torch._C._has_storage(tensor)
         else tensor.data_ptr()
     )
-    if found == 0 and (
-        elsewhere or tensor.numel() > 0
-    ):  # memory that was freed, or zeros that take none
+    # Address 0: memory that was freed, or zeros that take none.
+    if found == 0 and (elsewhere or tensor.numel() > 0):
         kind = (
             f"one on {tensor.device}"
             if elsewhere
@@ -95,16 +95,17 @@ def address(tensor: torch.Tensor | None, device: torch.device) -> int:
 
 
 def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
-    """Runs kernel ``name`` on the device of ``like``, on its current stream, in the precision of
-    ``like``.
+    """Run kernel ``name`` on the device of ``like``, on its current stream and in its precision.
 
     Args:
-        arguments: numbers, and tensors on that device, of which the kernel gets the addresses;
-            None: absent.
+        name: of the kernel in the library.
+        like: tensor that gives device and precision.
+        *arguments: scalars, and tensors on that device, which are passed by address. None means
+            absent.
 
     Raises:
-        TypeError: a tensor lies elsewhere.
-        RuntimeError: the kernel could not be launched; the message names the operator and the CUDA
+        TypeError: a tensor is on another device.
+        RuntimeError: the kernel could not be launched. The message names the operator and the CUDA
             error.
         ValueError: a value that only the kernel sees is out of range.
     """
@@ -127,8 +128,11 @@ def call(name: str, like: torch.Tensor, *arguments: Any) -> None:
 
 
 def scratch_images(images: torch.Tensor, number_bytes: int) -> int:
-    """How many images' scratch the dsa kernel of the device of ``images`` [B, C, H, W] wants to be
-    given.
+    """Return for how many images the dsa kernel needs scratch memory.
+
+    Args:
+        images: [B, C, H, W]; their device selects the kernel.
+        number_bytes: bytes per element in which the kernel computes.
     """
     library = loaded(images.device.type)
     if images.device.type == "cpu":

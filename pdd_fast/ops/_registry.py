@@ -1,6 +1,4 @@
-"""Registers an operator with torch's dispatcher from its four parts, and the checks that all
-operators share.
-"""
+"""Registration of operators with torch's dispatcher, and the checks that all operators share."""
 
 from __future__ import annotations
 
@@ -22,17 +20,16 @@ def operator(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """Defines ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and returns the function that
-    calls it.
+    """Define ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and return its function.
 
     Args:
         schema: name, arguments and results, in torch's schema language.
-        check: takes the arguments, raises ValueError or TypeError; runs before anything takes an
-            address.
-        allocate: takes the arguments, gives the uninitialized results; also the fake kernel.
-        kernel: takes the arguments, gives the results of the compiled kernel.
-        reference: the same in plain torch: the oracle of the tests and the fallback where nothing
-            was compiled.
+        check: takes the arguments and raises ValueError or TypeError. It runs before any address is
+            taken.
+        allocate: takes the arguments and returns uninitialized results; also the fake kernel.
+        kernel: takes the arguments and returns the results of the compiled kernel.
+        reference: the same in plain torch. Tests compare with it, and it runs if nothing was
+            compiled.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -57,13 +54,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums, statistics and per-channel vectors are held in, for images stored as ``dtype``."""
+    """Return the type of sums, statistics and per-channel vectors for images of type ``dtype``."""
     return torch.float32 if dtype in HALF else dtype
 
 
 def require_floating(
     operator: str, argument: str, tensor: torch.Tensor, half: bool = False
 ) -> None:
+    """Raise TypeError unless ``tensor`` is float32 or float64, or 16-bit if ``half``."""
     allowed = (torch.float32, torch.float64, *(HALF if half else ()))
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed[:-1])
@@ -79,7 +77,16 @@ def require_like(
     shape: tuple[int, ...],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """``tensor`` has the given shape, the device of ``like`` and its type, or ``dtype``."""
+    """Raise TypeError or ValueError unless ``tensor`` has the shape, device and type asked for.
+
+    Args:
+        operator: name of the operator, for the message.
+        argument: name of ``tensor``, for the message.
+        tensor: the argument.
+        like: tensor that gives the device, and the type if ``dtype`` is None.
+        shape: required shape.
+        dtype: required type.
+    """
     wanted = like.dtype if dtype is None else dtype
     if tensor.dtype != wanted:
         raise TypeError(f"{operator}: {argument} must be {wanted}, got {tensor.dtype}")
@@ -92,11 +99,10 @@ def require_like(
 
 
 def computed_in_32_bits(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function`` on 16-bit tensors converted to float32; those of its results that are images
-    rounded back.
+    """Return ``function`` of the arguments, with 16-bit tensors computed in float32.
 
-    What the CUDA kernels do in registers, for where there is no kernel: the CPU, and the
-    references. Where images have 16 bits, the first argument has.
+    Results that are images are rounded back to 16 bits. The CUDA kernels do the same in registers;
+    this serves the CPU and the references. If images have 16 bits, so has the first argument.
     """
     half = arguments[0].dtype
     if half not in HALF:

@@ -1,8 +1,8 @@
-"""How many threads the kernels on the CPU may use: torch's number, and no more than the container's
-quota allows.
+"""Number of threads that the CPU kernels may use.
 
-The processors that a thread may run on (its affinity) can change at any time: csrc/core/threads.cpp
-asks for them when it is about to use more than one.
+It is torch's number, limited by the container's quota. The processors that a thread may run on (its
+affinity) can change at any time, so csrc/core/threads.cpp reads them whenever it uses more than one
+thread.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ _ROOT, _GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def threads() -> int:
-    """The most threads of a kernel: ``torch.get_num_threads()``, or the quota, rounded up, where
-    that is less.
+    """Return the maximum number of threads of a kernel.
+
+    It is ``torch.get_num_threads()``, or the quota rounded up if that is less.
     """
     limit = _limit()
     return torch.get_num_threads() if limit is None else min(torch.get_num_threads(), limit)
@@ -33,14 +34,13 @@ def _limit() -> int | None:
 
 
 def cgroup_quota(groups: Path = _GROUPS, root: Path = _ROOT) -> float | None:
-    """Processors whose time this process may use, by its control groups; None where there is no
-    quota.
+    """Return the processor quota of this process's control groups; None if there is none.
 
     Args:
-        groups: lines "id:controllers:path", without controllers in version 2.
-        root: where version 2, or a folder for each controller of version 1, is mounted. Within a
-            container ``path`` may be the host's name for what is the root there, so the root counts
-            too, and every group above.
+        groups: file with lines "id:controllers:path"; version 2 has no controllers.
+        root: folder where version 2, or a folder per controller of version 1, is mounted. In a
+            container, ``path`` may be the host's name for the root, so the root and every group
+            above count too.
     """
     found: list[float] = []
     for line in _read(groups).splitlines():
@@ -65,12 +65,12 @@ def cgroup_quota(groups: Path = _GROUPS, root: Path = _ROOT) -> float | None:
 
 
 def _quota_2(folder: Path) -> float | None:
-    """cpu.max: "max 100000" or "150000 100000", microseconds of each period."""
+    """Read cpu.max: "max 100000" or "150000 100000", microseconds of each period."""
     return _ratio(_read(folder / "cpu.max").split())
 
 
 def _quota_1(folder: Path) -> float | None:
-    """cpu.cfs_quota_us, -1 for none, and cpu.cfs_period_us."""
+    """Read cpu.cfs_quota_us (-1 for none) and cpu.cfs_period_us."""
     return _ratio([_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")])
 
 
@@ -80,17 +80,18 @@ def _ratio(words: list[str]) -> float | None:
     return int(words[0]) / int(words[1])
 
 
-# torch shares an operation on more numbers than this among OpenMP's threads. Those then spin for 5
-# ms, waiting for the next one, on the cores that the kernels' own threads want meanwhile: a step of
-# width 128 took 1.1 times as long.
+# torch splits an operation on more elements than this among OpenMP's threads. Those then spin for 5
+# ms, waiting for the next operation, on cores that the kernels' own threads need. A step of width
+# 128 took 1.1 times as long.
 _SHARED_BY_TORCH = 32768
-_PIECE = 32000  # whole vectors, so that the bits are those of one thread
+_PIECE = 32000  # a multiple of the vector size, so that the bits are those of one thread
 
 
 def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same parts of contiguous tensors of one size, too small for torch to share among threads;
-    on a GPU, or where one is not contiguous, the tensors themselves. For operations element by
-    element that write to one of them.
+    """Yield matching parts of contiguous tensors of one size for elementwise writes.
+
+    The parts are too small for torch to split among threads. On a GPU, or if a tensor is not
+    contiguous, the tensors themselves are the only part.
     """
     whole = tensors[0].numel() <= _SHARED_BY_TORCH or tensors[0].device.type != "cpu"
     if whole or not all(tensor.is_contiguous() for tensor in tensors):
@@ -100,7 +101,7 @@ def in_pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """``tensor.index_select(0, index)``, without OpenMP's threads on a CPU."""
+    """Return ``tensor.index_select(0, index)``, without OpenMP's threads on a CPU."""
     each = tensor.numel() // max(tensor.shape[0], 1)
     if (
         tensor.device.type != "cpu"
@@ -118,5 +119,5 @@ def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):  # not Linux, not mounted, or not for this process to read
+    except (OSError, ValueError):  # not Linux, not mounted, or not readable by this process
         return ""

@@ -1,5 +1,6 @@
-"""Rows added where an index says, the same bits every time: the transpose of gathering a batch from
-a set of images.
+"""Add rows at indices, with the same bits every time.
+
+The operator is the transpose of gathering a batch from a set of images.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def _kernel(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 def add_rows_reference(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Plain-torch :func:`add_rows`; on CUDA its order of additions, and so its last bits, are
-    any."""
+    """Return :func:`add_rows` in plain torch; on CUDA, the order of additions is undefined."""
     return target.index_add(0, index, rows).contiguous()
 
 
@@ -56,16 +56,15 @@ _add_rows = operator(
 
 
 def add_rows(target: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """A new tensor with ``target[j]`` + the sum of ``rows[r]`` over all r with ``index[r] == j``,
-    in the order of r.
+    """Return a new tensor: ``target`` with ``rows[r]`` added at ``index[r]``, in the order of r.
 
     Args:
         target: [n, ...], float32 or float64.
-        index: int64 [b] in [0, n), any of them more than once.
-        rows: [b, ...], of the type of ``target``.
+        index: int64 [b] in [0, n); an index may occur more than once.
+        rows: [b, ...], with the type of ``target``.
 
     Raises:
-        ValueError, TypeError: a shape, type or device does not fit; an index is out of range (CPU;
-            on CUDA such a row is left out).
+        ValueError, TypeError: a shape, type or device does not fit, or an index is out of range. On
+            CUDA, a row with such an index is ignored instead.
     """
     return _add_rows(target, index, rows)

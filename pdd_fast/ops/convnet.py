@@ -1,11 +1,9 @@
-"""The ConvNet's passes as one call each, on the CPU: forward, backward, gradient, dual
-(csrc/ops/convnet/params.h).
+"""The ConvNet's passes on the CPU as one call each: forward, backward, gradient, dual.
 
-What :mod:`pdd_fast.engines.composed` puts together from operators and torch's convolutions, in one
-kernel that keeps a plane's way through convolution, norm, ReLU and pooling in the cache, works in
-one buffer from step to step, and shares the transforms of Winograd's convolutions between a value
-and its tangent. There is no CUDA kernel: a GPU has no use for it, and there the composed passes run
-as one graph.
+One kernel (csrc/ops/convnet/params.h) does what :mod:`pdd_fast.engines.composed` composes from
+operators and torch's convolutions. It keeps a plane in the cache through convolution, norm, ReLU
+and pooling, reuses one buffer from step to step, and shares Winograd's transforms between a value
+and its tangent. There is no CUDA kernel, because on a GPU the composed passes run as one graph.
 """
 
 from __future__ import annotations
@@ -24,28 +22,29 @@ from pdd_fast.ops._threads import threads
 from pdd_fast.ops.norm_relu_pool import EPS
 from pdd_fast.runtime.errors import require
 
-CONVOLUTIONS = ("auto", "direct", "winograd")  # csrc/ops/convnet/params.h numbers them alike
+CONVOLUTIONS = ("auto", "direct", "winograd")  # the same order as in csrc/ops/convnet/params.h
 
-# Images whose logits are computed at once: a few chunks of every layer for two threads, and a
-# workspace that does not grow with a test set.
+# Number of images whose logits are computed at once: a few chunks of every layer for two threads,
+# and a workspace that does not grow with a test set.
 _LOGITS_AT_ONCE = 128
 
 
 def available() -> bool:
-    """Whether the passes were compiled."""
+    """Return whether the passes were compiled."""
     return _native.load("cpu") is not None
 
 
 class _Sizes(NamedTuple):
-    """Numbers in the buffers of a pass."""
+    """Elements in the buffers of a pass."""
 
     workspace: int
     kept: int
 
 
 class ConvNetShape(NamedTuple):
-    """The network that the passes compute, in numbers, as csrc/ops/convnet/params.h has them after
-    the batch.
+    """Shape of the network that the passes compute.
+
+    The order is that of csrc/ops/convnet/params.h after the batch.
     """
 
     in_channels: int
@@ -57,27 +56,27 @@ class ConvNetShape(NamedTuple):
 
     @property
     def image(self) -> tuple[int, int, int]:
-        """[C, H, W] of an image."""
+        """Shape [C, H, W] of an image."""
         return self.in_channels, self.height, self.width
 
     @property
     def features(self) -> int:
-        """Inputs of the linear layer."""
+        """Number of inputs of the linear layer."""
         return self.channels * (self.height >> self.depth) * (self.width >> self.depth)
 
     @property
     def parameters(self) -> int:
-        """P, the elements of all parameters."""
+        """P, the number of elements in all parameters."""
         blocks = sum(9 * inputs * self.channels + 3 * self.channels for inputs in self.block_inputs)
         return blocks + (self.features + 1) * self.num_classes
 
     @property
     def block_inputs(self) -> list[int]:
-        """Channels that each block's convolution takes."""
+        """Input channels of the convolution of each block."""
         return [self.in_channels, *[self.channels] * (self.depth - 1)]
 
 
-# One pool for what every pass works in and one for what passes save, whatever the network's shape.
+# One pool for workspaces and one for saved activations, shared by networks of all shapes.
 _WORKSPACES, _KEPT = BufferPool(), BufferPool()
 if hasattr(os, "register_at_fork"):
     for _pool in (_WORKSPACES, _KEPT):
@@ -85,17 +84,21 @@ if hasattr(os, "register_at_fork"):
 
 
 def free_buffers() -> None:
-    """Give back the memory that passes on the CPU hold between calls: workspaces, and as much as
-    was saved at once.
+    """Free the memory that passes on the CPU hold between calls.
 
-    Most is held with ``memory="cache"`` of :func:`pdd_fast.unroll`. Later calls allocate anew.
+    It consists of workspaces and of as many saved activations as were in use at once.
+    ``memory="cache"`` of :func:`pdd_fast.unroll` holds the most. Later calls allocate again.
+
+    Example:
+        >>> import pdd_fast
+        >>> pdd_fast.free_buffers()
     """
     _WORKSPACES.free()
     _KEPT.free()
 
 
 def idle_bytes() -> int:
-    """Return the bytes of saved activations that nobody holds any more and the next pass takes."""
+    """Return the bytes of released saved activations, which the next pass reuses."""
     return _KEPT.idle_bytes()
 
 
@@ -109,33 +112,34 @@ def _sizes(
 
 
 class ConvNetPasses:
-    """The passes of networks of one shape. Everything is float32 or float64, all of one type, on
-    the CPU.
+    """Passes of networks of one shape, on the CPU, with tensors all float32 or all float64.
 
     Args:
-        shape: of the network.
-        convolution: of the blocks after the first: "direct", "winograd" (F(4×4, 3×3); rounding
-            errors four times as large), or "auto", whichever is faster for a block's shape.
+        shape: shape of the network.
+        convolution: algorithm of all blocks after the first: "direct", "winograd" (F(4×4, 3×3);
+            four times the rounding error), or "auto", which chooses the faster one for a block's
+            shape.
     """
 
     def __init__(self, shape: ConvNetShape, convolution: str = "auto") -> None:
         self.shape = shape
-        self._parameters = shape.parameters  # Every pass checks them; to count them takes 2 µs.
+        # Counted once: every pass checks it, and counting takes 2 µs.
+        self._parameters = shape.parameters
         self._convolution = CONVOLUTIONS.index(convolution)
 
     def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
-        """What a pass on ``batch`` images works in and keeps, in numbers of its type."""
+        """Return the elements that a pass on ``batch`` images needs as workspace and saves."""
         return _sizes(self.shape, self._convolution, batch, dual, kept, threads())
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""
+        """Return logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""
         parts = [self.forward(theta, part)[0] for part in images.split(_LOGITS_AT_ONCE)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def forward(
         self, theta: Tensor, images: Tensor, keep: bool = False
     ) -> tuple[Tensor, Buffer | None]:
-        """Logits [B, classes], and what :meth:`backward` goes on from if ``keep``."""
+        """Return logits [B, classes], and the activations for :meth:`backward` if ``keep``."""
         logits = theta.new_empty(len(images), self.shape.num_classes)
         kept = self._new_kept(theta, len(images)) if keep else None
         self._run("forward", theta, images, kept, logits)
@@ -144,11 +148,14 @@ class ConvNetPasses:
     def backward(
         self, theta: Tensor, images: Tensor, kept: Buffer, grad_logits: Tensor, want_images: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients with respect to theta [P] and, if wanted, the images [B, C, H, W].
+        """Return gradients with respect to theta [P] and, if wanted, the images [B, C, H, W].
 
         Args:
-            kept: from :meth:`forward`; of any number of calls, one at a time.
+            theta: [P].
+            images: [B, C, H, W].
+            kept: from :meth:`forward`. It serves any number of calls, one at a time.
             grad_logits: [B, classes].
+            want_images: whether the images' gradient is wanted.
         """
         require_like(
             "convnet", "grad_logits", grad_logits, theta, (len(images), self.shape.num_classes)
@@ -158,15 +165,16 @@ class ConvNetPasses:
             theta.new_empty(theta.shape),
             theta.new_empty(images.shape) if want_images else None,
         )
-        with kept.lock:  # The gradients of activations are written beside them.
+        with kept.lock:  # The pass writes the gradients of activations beside them.
             self._run("backward", theta, images, kept, _plain(grad_logits), grad_theta, grad_images)
         return grad_theta, grad_images
 
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, Buffer | None]:
-        """Losses [B], the gradient of their mean [P], and what :meth:`dual` goes on from if
-        ``keep``.
+        """Return losses [B], the gradient of their mean [P], and the activations if ``keep``.
+
+        :meth:`dual` takes the activations.
         """
         losses, grad_theta = theta.new_empty(len(images)), theta.new_empty(theta.shape)
         kept = self._new_kept(theta, len(images)) if keep else None
@@ -184,12 +192,21 @@ class ConvNetPasses:
         want_theta: bool,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Tangents along ``direction`` [P] of the losses [B], of the gradient [P], of the gradient
-        with respect to the images of ``rows`` (None: all) and of that with respect to soft labels
-        [B, classes]; None where not wanted.
+        """Return the tangents of the losses and gradients along ``direction``.
 
         Args:
-            kept: from :meth:`gradient` at the same point; None: its values are made again.
+            theta: [P].
+            images: [B, C, H, W].
+            labels: int64 [B] or weights [B, classes].
+            direction: [P].
+            kept: from :meth:`gradient` at the same point. None: its values are recomputed.
+            want_theta: whether the tangent of the gradient is wanted.
+            rows: int64 indices of the images whose gradient's tangent is wanted; None: all.
+
+        Returns:
+            Tangents of the losses [B], of the gradient [P], of the gradient with respect to the
+            images of ``rows``, and of the gradient with respect to soft labels [B, classes].
+            Tangents that are not wanted are None.
         """
         require_like("convnet", "direction", direction, theta, (self._parameters,))
         batch = len(images)
@@ -228,12 +245,12 @@ class ConvNetPasses:
         return _KEPT.buffer(self.sizes(batch).kept, theta.dtype)
 
     def _check_kept(self, theta: Tensor, batch: int, kept: Buffer) -> None:
-        require_like("convnet", "kept", kept.numbers, theta, (self.sizes(batch).kept,))
+        require_like("convnet", "kept", kept.tensor, theta, (self.sizes(batch).kept,))
 
     def _labels(
         self, theta: Tensor, batch: int, labels: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Class indices or weights, whichever they are."""
+        """Return (class indices, None) or (None, weights)."""
         hard = labels.dtype == torch.int64
         shape = (batch,) if hard else (batch, self.shape.num_classes)
         require_like("convnet", "labels", labels, theta, shape, labels.dtype if hard else None)
@@ -248,11 +265,14 @@ class ConvNetPasses:
         kept: Buffer | None,
         *arguments: Tensor | None,
     ) -> None:
-        """Run pass ``name`` on what every pass takes, and on ``arguments``.
+        """Run pass ``name`` on the common arguments and on ``arguments``.
 
         Args:
             name: "forward", "backward", "gradient" or "dual".
-            kept: memory that the pass writes to, or goes on from.
+            theta: [P].
+            images: [B, C, H, W].
+            kept: memory that the pass writes to or continues from.
+            arguments: further arguments of the pass.
         """
         batch = len(images)
         require_floating("convnet", "theta", theta)
@@ -285,13 +305,10 @@ class ConvNetPasses:
 
 
 def _piece(buffer: Buffer | None) -> tuple[int, int]:
-    """Return a buffer's address and elements, which the binding holds against what the pass
-    needs."""
+    """Return a buffer's address and size, which the binding compares with the pass's needs."""
     return (0, 0) if buffer is None else (buffer.address, buffer.elements)
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` as a kernel reads it: dense, and not marked as the negative of what its
-    memory holds.
-    """
+    """Return ``tensor`` as a kernel reads it: contiguous, without torch's negative bit."""
     return tensor.contiguous().resolve_neg()

@@ -1,5 +1,4 @@
-"""Softmax cross-entropy with hard or soft labels: losses and gradient in one call, and both on dual
-numbers.
+"""Softmax cross-entropy with hard or soft labels: losses and gradient, also on dual numbers.
 
 For one sample with logits l, label weights y and p = softmax(l): loss = -Σ_k y_k log p_k. Gradients
 are those of the mean over the batch, as in ``torch.nn.functional.cross_entropy``. On dual numbers,
@@ -42,13 +41,13 @@ def _check_labels(name: str, logits: Tensor, labels: Tensor) -> None:
 
 
 def _split_labels(labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(hard, soft), one of them None, contiguous."""
+    """Return (hard, soft), one of them None, contiguous."""
     labels = labels.contiguous()
     return (labels, None) if labels.dtype == torch.int64 else (None, labels)
 
 
 def _weights(logits: Tensor, labels: Tensor) -> Tensor:
-    """Label weights [B, K], one-hot for hard labels."""
+    """Return label weights [B, K], one-hot for hard labels."""
     if labels.dtype != torch.int64:
         return labels
     return torch.nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)
@@ -70,7 +69,7 @@ def _kernel(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Plain-torch :func:`cross_entropy`."""
+    """Return :func:`cross_entropy` in plain torch."""
     y = _weights(logits, labels)
     log_p = logits.log_softmax(1)
     losses = -(y * log_p).sum(1)
@@ -87,19 +86,19 @@ _cross_entropy = operator(
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of a batch and the gradient of their mean.
+    """Return the losses of a batch and the gradient of their mean.
 
     Args:
         logits: [B, K], float32 or float64.
-        labels: int64 [B] class indices in [0, K), or [B, K] weights of the type of ``logits`` (any
-            real numbers).
+        labels: int64 [B] class indices in [0, K), or weights [B, K] with the type of ``logits``
+            (any real numbers).
 
     Returns:
-        losses [B] and the gradient of ``losses.mean()`` with respect to the logits [B, K].
+        losses [B], and the gradient of ``losses.mean()`` with respect to the logits [B, K].
 
     Raises:
-        ValueError, TypeError: a shape, type or device does not fit; a class index is out of range
-            (CPU; on CUDA the loss of that sample is NaN).
+        ValueError, TypeError: a shape, type or device does not fit, or a class index is out of
+            range. On CUDA, the loss of a sample with such an index is NaN instead.
     """
     return _cross_entropy(logits, labels)
 
@@ -153,7 +152,7 @@ def _kernel_dual(
 def cross_entropy_dual_reference(
     logits: Tensor, logits_tangent: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Plain-torch :func:`cross_entropy_dual`."""
+    """Return :func:`cross_entropy_dual` in plain torch."""
     y = _weights(logits, labels)
     total = y.sum(1, keepdim=True)
     p = logits.softmax(1)
@@ -180,14 +179,15 @@ _cross_entropy_dual = operator(
 def cross_entropy_dual(
     logits: Tensor, logits_tangent: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`cross_entropy` on dual numbers (labels carry no tangent).
+    """Return :func:`cross_entropy` on dual numbers (labels carry no tangent).
 
     Args:
-        logits, logits_tangent: [B, K].
+        logits: [B, K].
+        logits_tangent: [B, K].
         labels: as for :func:`cross_entropy`.
 
     Returns:
-        tangents of the losses [B]; gradient of the mean loss with respect to the logits [B, K]; its
+        Tangents of the losses [B]; gradient of the mean loss with respect to the logits [B, K]; its
         tangent [B, K]; tangent of the gradient with respect to soft labels [B, K] ([0, K] for hard
         labels).
     """

@@ -1,8 +1,7 @@
-"""Differentiable Siamese augmentation as two operators: an image's affine map (or its linear part),
-and its transpose.
+"""Differentiable Siamese augmentation as two operators: an affine map and its transpose.
 
-Operations and draws travel as numbers; :mod:`pdd_fast.augmentation.dsa` gives them names. Formulas:
-``csrc/ops/dsa/math.h``.
+The map of an image, or its linear part, depends on operations and parameters given as arrays.
+:mod:`pdd_fast.augmentation.dsa` gives them names, ``csrc/ops/dsa/math.h`` has the formulas.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pdd_fast.ops._registry import HALF, compute_dtype, operator, require_floati
 from pdd_fast.ops._threads import threads
 from pdd_fast.runtime.errors import require
 
-# csrc/ops/dsa/params.h holds the same two lists.
+# The same order as in csrc/ops/dsa/params.h.
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 DRAWS = (
     "brightness",
@@ -34,11 +33,11 @@ DRAWS = (
     "scale_w",
     "angle",
 )
-NOTHING = -1  # an operation that leaves its image alone
+NOTHING = -1  # code of an operation that leaves its image unchanged
 
 
 class Draws(NamedTuple):
-    """The rows of a packed [11, B] tensor, made to broadcast over [B, C, H, W]."""
+    """Rows of a packed [11, B] tensor, shaped to broadcast over [B, C, H, W]."""
 
     brightness: Tensor
     saturation: Tensor
@@ -57,15 +56,14 @@ _TYPES = (torch.float32, torch.float64, *HALF)
 
 
 def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]) -> None:
-    # Conditions first, and what a message is made of only where one fails: 2 microseconds a call
-    # instead of 10.
+    # Conditions come first, and messages are built only if one fails: 2 µs per call instead of 10.
     shape, device = images.shape, images.device
     if images.dtype not in _TYPES:
         require_floating(name, "images", images, half=True)
     if len(shape) != 4 or images.numel() == 0:
         require(name, False, "images", "have shape [B, C, H, W] and not be empty", tuple(shape))
     if shape[1] * shape[2] * shape[3] >= 2**31:
-        require(name, False, "images", "have fewer than 2**31 numbers each", tuple(shape))
+        require(name, False, "images", "have fewer than 2**31 elements each", tuple(shape))
     if draws.dtype != torch.float64:
         raise TypeError(f"{name}: draws must be torch.float64, got {draws.dtype}")
     if draws.device != device:
@@ -83,7 +81,7 @@ def _check(name: str, images: Tensor, draws: Tensor, operations: Tensor, cutout:
 
 
 def _empty(images: Tensor) -> Tensor:
-    """Uninitialized, dense, in channels-last memory where ``images`` is and planar otherwise."""
+    """Return uninitialized memory in the format of ``images``, channels-last or planar."""
     if images.is_contiguous():
         return torch.empty_like(images, memory_format=torch.contiguous_format)
     last = images.is_contiguous(memory_format=torch.channels_last)
@@ -122,7 +120,7 @@ def _launch(
 
 
 def _shift(images: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """out[b, :, i, j] = images[b, :, i + u_b, j + v_b], zero outside."""
+    """Return out[b, :, i, j] = images[b, :, i + u_b, j + v_b], zero outside."""
     B, _, H, W = images.shape
     rows = torch.arange(H, device=images.device) + u.view(B, 1).long()
     columns = torch.arange(W, device=images.device) + v.view(B, 1).long()
@@ -155,7 +153,7 @@ def _sample(images: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> T
 
 
 def _apply(number: int, images: Tensor, d: Draws, cutout: list[int], linear: bool) -> Tensor:
-    """One operation on every image."""
+    """Return ``images`` after one operation."""
     if number == NOTHING:
         return images
     if not 0 <= number < len(OPERATIONS):
@@ -186,11 +184,10 @@ def _apply(number: int, images: Tensor, d: Draws, cutout: list[int], linear: boo
 def dsa_reference(
     images: Tensor, draws: Tensor, operations: Tensor, cutout: list[int], linear: bool
 ) -> Tensor:
-    """Plain-torch :func:`dsa`; differentiable in ``images``."""
+    """Return :func:`dsa` in plain torch, differentiable in ``images``."""
     like, parts = images, []
-    for numbers in (
-        operations.unique(dim=1).t().tolist()
-    ):  # images that go through the same operations go together
+    # Images with the same operations are processed together.
+    for numbers in operations.unique(dim=1).t().tolist():
         rows = (operations == operations.new_tensor(numbers)[:, None]).all(0).nonzero().flatten()
         part = images.index_select(0, rows)
         d = Draws(*(row.view(-1, 1, 1, 1) for row in draws.index_select(1, rows)))
@@ -205,7 +202,7 @@ def dsa_reference(
 def dsa_adjoint_reference(
     grad: Tensor, draws: Tensor, operations: Tensor, cutout: list[int]
 ) -> Tensor:
-    """Plain-torch :func:`dsa_adjoint`, by autograd through :func:`dsa_reference`."""
+    """Return :func:`dsa_adjoint` in plain torch, by autograd through :func:`dsa_reference`."""
     with torch.enable_grad():
         images = torch.zeros_like(grad, requires_grad=True)
         out = dsa_reference(images, draws, operations, cutout, True)
@@ -247,9 +244,8 @@ def _keys(*names: str) -> int:
     return keys.raw_repr()
 
 
-_PLAIN = _keys(
-    "CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU"
-)  # a tensor on the CPU and nothing else besides
+# Dispatch keys of a plain CPU tensor.
+_PLAIN = _keys("CPU", "ADInplaceOrView", "AutogradCPU", "AutocastCPU")
 _NUMBERS = {dtype: _native.TYPES.index(dtype) for dtype in (torch.float32, torch.float64)}
 
 
@@ -261,15 +257,14 @@ def _straight(
     cutout: Sequence[int],
     linear: bool,
 ) -> Tensor | None:
-    """The operator where all is as in a training step on the CPU: its kernel, without the way
-    through the dispatcher.
+    """Return the kernel's result without the dispatcher, for a plain training step on the CPU.
 
-    8 microseconds a call instead of 20, and each twice to three times that where other code runs
-    between calls; the kernel takes 5 for 20 flipped images of 3x32x32.
+    A call takes 8 µs instead of 20, and both two to three times as long if other code runs between
+    calls. The kernel takes 5 µs for 20 flipped images of 3×32×32.
 
     Returns:
-        None where anything is unusual (a mode, a transform, a trace, a gradient, a mistake): call
-        the operator.
+        The result; None in every unusual case (a mode, a transform, a trace, a gradient, a wrong
+        argument), which the dispatched operator handles.
     """
     if torch.compiler.is_compiling():
         return None
@@ -319,15 +314,14 @@ def _straight(
 def dsa(
     images: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int], linear: bool = False
 ) -> Tensor:
-    """Applies ``operations`` in order to every image, each with its own draws.
+    """Return ``images`` after ``operations``, each image with its own parameters.
 
     Args:
         images: [B, C, H, W], float32, float64, bfloat16 or float16, any strides.
         draws: float64 [11, B], rows as in :data:`DRAWS`.
-        operations: int32 [k, B], for every image the indices into :data:`OPERATIONS` of what it
-            goes through, or :data:`NOTHING`. On CUDA they are read by the kernel alone: an image
-            with another number becomes NaN.
-        cutout: height and width of what cutout blanks, pixels.
+        operations: int32 [k, B], indices into :data:`OPERATIONS` in order, or :data:`NOTHING`. On
+            CUDA only the kernel reads them: an image with another value becomes NaN.
+        cutout: height and width of the rectangle that cutout blanks, pixels.
         linear: leave out the constant that brightness adds.
 
     Returns:
@@ -338,8 +332,16 @@ def dsa(
 
 
 def dsa_adjoint(grad: Tensor, draws: Tensor, operations: Tensor, cutout: Sequence[int]) -> Tensor:
-    """Aᵀ ``grad``, with A the linear part of :func:`dsa` for the same draws; arguments and result
-    as there.
+    """Return Aᵀ ``grad``, with A the linear part of :func:`dsa`.
+
+    Args:
+        grad: [B, C, H, W], as ``images`` of :func:`dsa`.
+        draws: as for :func:`dsa`.
+        operations: as for :func:`dsa`.
+        cutout: as for :func:`dsa`.
+
+    Returns:
+        [B, C, H, W] in the memory format of ``grad``.
     """
     output = _straight("dsa_adjoint", grad, draws, operations, cutout, True)
     return _dsa_adjoint(grad, draws, operations, list(cutout)) if output is None else output

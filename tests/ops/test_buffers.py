@@ -65,16 +65,14 @@ def test_a_piece_has_one_owner_and_is_large_enough_for_many_threads_and_sizes() 
         for _ in range(300):
             size = order.choice((1, 7, 64, 1000, 4096))
             buffer = pool.buffer(size, torch.float32)
-            assert buffer.numbers.numel() == size
+            assert buffer.tensor.numel() == size
             assert buffer._memory.numel() >= 4 * size
             mark = order.randrange(1 << 20)
-            buffer.numbers.fill_(mark)
+            buffer.tensor.fill_(mark)
             held.append((buffer, mark))
             if len(held) > 4:
                 kept, expected = held.pop(order.randrange(len(held)))
-                assert bool((kept.numbers == expected).all()), (
-                    "another thread wrote into this piece"
-                )
+                assert bool((kept.tensor == expected).all()), "another thread wrote into this piece"
 
     in_threads(8, work)
     gc.collect()
@@ -152,10 +150,10 @@ def test_a_buffer_that_a_collection_frees_inside_the_lock_comes_back() -> None:
 def test_the_smallest_piece_that_fits_is_taken_and_a_smaller_one_makes_room_for_a_larger() -> None:
     pool = BufferPool()
     held = [pool.buffer(size, torch.float32) for size in (10, 1000, 100)]
-    places = {buffer.numbers.numel(): buffer.numbers.data_ptr() for buffer in held}
+    places = {buffer.tensor.numel(): buffer.tensor.data_ptr() for buffer in held}
     held.clear()
-    assert pool.buffer(50, torch.float32).numbers.data_ptr() == places[100]
-    assert pool.buffer(100, torch.float64).numbers.data_ptr() == places[1000]
+    assert pool.buffer(50, torch.float32).tensor.data_ptr() == places[100]
+    assert pool.buffer(100, torch.float64).tensor.data_ptr() == places[1000]
     assert pool.idle_bytes() == 4 * 1110
     larger = pool.buffer(5000, torch.float32)
     assert pool.idle_bytes() == 4 * 1100  # the piece of 10 is gone
