@@ -1,4 +1,4 @@
-"""Distilled sets: the synthetic images with everything that someone else needs to train on them."""
+"""Distilled sets: synthetic images with everything that training on them needs."""
 
 from __future__ import annotations
 
@@ -22,38 +22,61 @@ from pdd_fast.runtime.paths import expanded
 
 
 class DistilledUnion(TensorDataset):
-    """The images and labels of the first stages, as a dataset of (image, label) pairs."""
+    """Images and labels of the first stages, as a dataset of (image, label) pairs.
+
+    Args:
+        images: [n, C, H, W].
+        labels: int64 [n] or float [n, classes].
+        learning_rate: learning rate to train with.
+    """
 
     def __init__(self, images: Tensor, labels: Tensor, learning_rate: float) -> None:
         super().__init__(images, labels)
         self.images, self.labels, self.learning_rate = images, labels, learning_rate
 
 
-# The brightest that normalized pixels come to is about 3, and whitened ones about 20.
+# Normalized pixels reach about 3, and whitened ones about 20.
 _LARGEST = 32.0
 _SLACK = 1e-3  # by which rounding may take probabilities out of [0, 1]
 
 
-@dataclass(frozen=True, eq=False)  # field by field, == would ask for the truth of a tensor
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class DistilledSet:
-    """All stages of a distilled set. Labels of other types that mean class indices are converted to
-    int64 [n].
+    """All stages of a distilled set.
+
+    Labels of other types that mean class indices are converted to int64 [n].
 
     Raises:
-        ValueError: shapes do not fit each other, stages have gaps, numbers are not finite or rates
-            not positive.
+        ValueError: shapes do not fit each other, stages have gaps, values are not finite, or a
+            learning rate is not positive.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> from pdd_fast.data import Normalization
+        >>> distilled = pdd_fast.DistilledSet(
+        ...     images=torch.randn(4, 1, 8, 8),
+        ...     labels=torch.tensor([0, 1, 0, 1]),
+        ...     stage=torch.tensor([1, 1, 2, 2]),
+        ...     learning_rates=torch.tensor([0.01, 0.02]),
+        ...     normalization=Normalization.identity(1),
+        ... )
+        >>> distilled
+        DistilledSet(unknown data: 4 images of 1×8×8 in 2 stages)
+        >>> len(distilled.union(1)), len(distilled.union())
+        (2, 4)
     """
 
-    # [n, C, H, W] float32, normalized (and whitened) as training data are, as they are stored
+    # [n, C, H, W] float32, as stored: normalized (and whitened) like the training data
     images: Tensor
     labels: Tensor  # int64 [n], or float [n, classes]
     stage: Tensor  # int64 [n], 1-based
-    learning_rates: Tensor  # [S] float32, the rate to train with on each stage's union
+    learning_rates: Tensor  # [S] float32, learning rate to train with on each stage's union
     normalization: Normalization
     # data, fingerprint, classes, augmentation, network, labels, base, seed
     metadata: dict[str, Any] = field(default_factory=dict)
-    whitening: Whitening | None = None  # None: images are not whitened
-    # every stored image holds factor² smaller ones, which networks are trained on once enlarged
+    whitening: Whitening | None = None  # None: the images are not whitened
+    # Every stored image holds factor² smaller ones, which networks are trained on once enlarged.
     factor: int = 1
 
     def __post_init__(self) -> None:
@@ -71,7 +94,7 @@ class DistilledSet:
                 f"DistilledSet: labels must be int64 [n] or floating-point [n, classes], got "
                 f"{found}"
             )
-        # one-hot rows of integers say no more than the class, and are reported among hard labels
+        # One-hot rows of integers say no more than the class, so they become class indices.
         if not hard:
             labels = labels.float() if self.labels.is_floating_point() else labels.argmax(1)
         object.__setattr__(self, "images", self.images.float())
@@ -126,21 +149,29 @@ class DistilledSet:
 
     @property
     def stages(self) -> int:
+        """Number of stages."""
         return len(self.learning_rates)
 
     def union(self, stage: int | None = None, raw: bool = False) -> DistilledUnion:
-        """What stages 1..``stage`` made (default: all), as a ``torch.utils.data.Dataset`` with
-        ``learning_rate``.
+        """Return the images of stages 1..``stage`` as a ``torch.utils.data.Dataset``.
+
+        It has a ``learning_rate`` to train with.
 
         Args:
-            raw: the images as they are stored. Otherwise, where ``factor`` is not 1, the factor²
-                enlarged ones that each of them holds, which are what to train on.
+            stage: last stage; None: all stages.
+            raw: return the images as stored. Otherwise, if ``factor`` is not 1, return the factor²
+                enlarged images that each of them holds, which are the ones to train on.
         """
         last = self._check_stage(self.stages if stage is None else stage)
         return self._part(self.stage <= last, last, raw)
 
     def subset(self, stage: int, raw: bool = False) -> DistilledUnion:
-        """What stage ``stage`` alone made; ``raw`` as for :meth:`union`."""
+        """Return the images of stage ``stage`` alone.
+
+        Args:
+            stage: number of the stage, from 1.
+            raw: as for :meth:`union`.
+        """
         return self._part(self.stage == self._check_stage(stage), stage, raw)
 
     def _part(self, rows: Tensor, last: int, raw: bool) -> DistilledUnion:
@@ -154,22 +185,29 @@ class DistilledSet:
         return stage
 
     def pixels(self) -> Tensor:
-        """Images [n, C, H, W] as they are stored, with whitening and normalization undone, clipped
-        to [0, 1].
+        """Return the stored images [n, C, H, W] as pixels, clipped to [0, 1].
+
+        Whitening and normalization are undone.
         """
         images = self.images if self.whitening is None else self.whitening.invert(self.images)
         return self.normalization.invert(images).clamp(0, 1)
 
     def transform(self, pixels: Tensor) -> Tensor:
-        """Pixels [n, C, H, W] in [0, 1], of the test set say, as a network sees them that is
-        trained on the images: normalized and, where the images are, whitened.
+        """Return pixels as a network trained on these images expects them.
+
+        Args:
+            pixels: [n, C, H, W] in [0, 1], for example of the test set.
+
+        Returns:
+            [n, C, H, W], normalized and, if the set's images are, whitened.
         """
         images = self.normalization.apply(pixels)
         return images if self.whitening is None else self.whitening.apply(images)
 
     def is_seen_as(self, data: ImageData) -> bool:
-        """Return whether :meth:`transform` makes of pixels what ``data`` holds of them, but for
-        rounding.
+        """Return whether :meth:`transform` and ``data`` make the same images of pixels.
+
+        Rounding does not count.
         """
         if not self.normalization.is_close(data.normalization):
             return False
@@ -178,7 +216,7 @@ class DistilledSet:
         return self.whitening.is_close(data.whitening)
 
     def save(self, path: str | Path) -> None:
-        """Writes a safetensors file; equal sets give equal bytes."""
+        """Write a safetensors file; equal sets give equal bytes."""
         tensors = {
             "images": self.images,
             "labels": self.labels,
@@ -191,9 +229,7 @@ class DistilledSet:
 
 
 def _check_normalized(images: Tensor) -> None:
-    """Raises ValueError where ``images`` are pixels from 0 to 255, as integers or as whole
-    floating-point numbers.
-    """
+    """Raise ValueError if ``images`` are pixels from 0 to 255, as integers or whole floats."""
     kind = "" if images.is_floating_point() else str(images.dtype)
     if (
         not kind
@@ -204,19 +240,20 @@ def _check_normalized(images: Tensor) -> None:
         kind = "whole numbers from 0 on" if bool((images == images.round()).all()) else ""
     if kind:
         raise ValueError(
-            f"DistilledSet: images must be floating-point and normalized as training data are, "
-            f"got {kind}; divide "
-            "pixels by 255, then apply the normalization (Normalization.apply) and, where there "
-            "is one, the whitening"
+            f"DistilledSet: images must be floating-point and normalized like the training data, "
+            f"got {kind}; divide pixels by 255, then apply the normalization "
+            "(Normalization.apply) and the whitening, if there is one"
         )
 
 
 def labels_outside(labels: Tensor, classes: int | None) -> str:
-    """Say what is wrong with labels as :func:`~pdd_fast.networks.arguments.as_labels` gives them;
-    "" where nothing is.
+    """Return what is wrong with labels, or "" if nothing is.
 
-    Class indices must be in range, probabilities in [0, 1] and as many as there are ``classes``
-    (None: unknown).
+    Class indices must be in range. Probabilities must lie in [0, 1] and have one column per class.
+
+    Args:
+        labels: as :func:`~pdd_fast.networks.arguments.as_labels` returns them.
+        classes: number of classes; None: unknown.
     """
     if len(labels) == 0:
         return ""
@@ -240,7 +277,7 @@ def labels_outside(labels: Tensor, classes: int | None) -> str:
 
 
 def preprocessing(images: DistilledSet | ImageData) -> str:
-    """Return in words how ``images`` are made of pixels."""
+    """Return a description of how ``images`` are made from pixels."""
     if images.whitening is None:
         return f"normalization {images.normalization} and without whitening"
     epsilon = f"{images.whitening.epsilon:g}"
@@ -248,11 +285,28 @@ def preprocessing(images: DistilledSet | ImageData) -> str:
 
 
 def load_distilled(path: str | Path) -> DistilledSet:
-    """Reads a distilled set from its file, or from a run directory that holds
-    ``distilled.safetensors``.
+    """Return the distilled set in a file, or in the run directory that holds one.
+
+    Args:
+        path: a safetensors file, or a directory with ``distilled.safetensors``.
 
     Raises:
-        UsageError: there is none, or the file is damaged.
+        UsageError: there is no such file, or it is damaged.
+
+    Example:
+        >>> import torch
+        >>> import pdd_fast
+        >>> from pdd_fast.data import Normalization
+        >>> distilled = pdd_fast.DistilledSet(
+        ...     images=torch.randn(2, 1, 8, 8),
+        ...     labels=torch.tensor([0, 1]),
+        ...     stage=torch.tensor([1, 1]),
+        ...     learning_rates=torch.tensor([0.01]),
+        ...     normalization=Normalization.identity(1),
+        ... )
+        >>> distilled.save("set.safetensors")
+        >>> len(pdd_fast.load_distilled("set.safetensors").union())
+        2
     """
     file = expanded(path)
     if file.is_dir():
@@ -265,7 +319,7 @@ def load_distilled(path: str | Path) -> DistilledSet:
         raise UsageError(f"{file} is not a distilled set: it lacks {', '.join(missing)}")
     try:
         normalization = Normalization.from_dict(metadata.pop("normalization"))
-        factor = int(metadata.pop("factor", 1))  # sets of before have none
+        factor = int(metadata.pop("factor", 1))  # older sets have none
         images, labels, stage, lrs = (tensors[name] for name in names)
         whitening = Whitening.of_tensors(tensors)
         return DistilledSet(images, labels, stage, lrs, normalization, metadata, whitening, factor)
