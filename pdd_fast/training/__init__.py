@@ -1,0 +1,1 @@
+"""Plain training: SGD, its queue of precomputed steps, CUDA graphs, memory estimates."""

@@ -1,9 +1,8 @@
-"""CUDA graphs: a function is captured once and replayed with one launch, and its inputs are
-uploaded without a wait.
+"""CUDA graphs: capture a function once, replay it with one launch, upload inputs without a wait.
 
-An iteration on a GPU is thousands of kernels of a few microseconds each; launching them one by one
-takes longer than running them. A graph launches them all at once, at the price that every address
-and every shape stays what it was.
+An iteration on a GPU is thousands of kernels of a few microseconds each, and launching them one by
+one takes longer than running them. A graph launches them all at once. In return, every address and
+every shape must stay the same.
 """
 
 from __future__ import annotations
@@ -20,48 +19,48 @@ from pdd_fast.runtime.errors import first_line
 
 
 class CaptureWarning(UserWarning):
-    """A function could not be captured and runs kernel by kernel instead: the same results,
-    slower."""
+    """Warning that a function runs kernel by kernel because it could not be captured."""
 
 
 class Graph(Protocol):
-    """What a capture gives."""
+    """Result of a capture."""
 
     def replay(self) -> None:
-        """Does on the current stream what was captured."""
+        """Run the captured work on the current stream."""
         ...
 
 
 class Backend(Protocol):
-    """How a function is warmed up and captured; :class:`CudaBackend`, or a stand-in where there is
-    no GPU.
-    """
+    """Way to warm up and capture a function: :class:`CudaBackend`, or a stand-in without a GPU."""
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        """Runs ``function`` where it will be captured, between what was and what will be on the
-        current stream.
-        """
+        """Run ``function`` where it will be captured, in the order of the current stream."""
         ...
 
     def capture(self, function: Callable[[], None]) -> Graph:
-        """The graph of ``function``, which is recorded and not run.
+        """Return the graph of ``function``, which is recorded and not run.
 
         Raises:
-            Exception: it could not be recorded. Stream and device are again what they were.
+            Exception: recording failed. The current stream and device are restored.
         """
         ...
 
 
 class CudaBackend:
-    """Captures on a stream of its own: the default stream cannot be captured."""
+    """Backend that captures on its own stream, because the default stream cannot be captured.
+
+    Args:
+        device: GPU to capture on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Callable[[], None]) -> None:
-        # On the stream of the capture, because cuBLAS keeps one workspace a stream and the
-        # allocator its blocks.
+        """Run ``function`` on the stream of the capture; see :meth:`Backend.warm_up`."""
+        # On the stream of the capture, because cuBLAS keeps a workspace, and the allocator its
+        # blocks, per stream.
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -72,11 +71,12 @@ class CudaBackend:
                 current.wait_stream(self._stream)
 
     def capture(self, function: Callable[[], None]) -> Graph:
+        """Return the graph of ``function``; see :meth:`Backend.capture`."""
         reason = ""
         try:
-            # torch.cuda.graph leaves its stream current where ending the capture fails, hence the
-            # stream context around it. thread_local: what another thread does meanwhile, such as
-            # allocating pinned memory, disturbs nothing.
+            # torch.cuda.graph leaves its stream current if ending the capture fails, hence the
+            # stream context around it. With thread_local, work of other threads, such as allocating
+            # pinned memory, does not disturb the capture.
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(
@@ -88,28 +88,29 @@ class CudaBackend:
                         reason = first_line(error)
                         raise
         except Exception as error:
-            # Ending a capture that went wrong raises an error of its own, which no longer says what
-            # went wrong.
+            # Ending a failed capture raises an error of its own, which no longer names the cause.
             raise RuntimeError(reason or first_line(error)) from None
         return graph
 
 
 class Replay:
-    """``function()``, which reads and writes fixed tensors only and never waits for the device.
+    """Call ``function()``, captured as a CUDA graph where possible.
 
-    On CUDA it runs kernel by kernel at the first call (a real step, and the warm-up at once:
-    libraries choose kernels and allocate), is captured at the second and replayed from then on.
-    Elsewhere, or with ``enabled=False``, it is simply called. Where it cannot be captured, a
-    :class:`CaptureWarning` says why, once, and it goes on being called: a capture records and runs
-    nothing, so nothing is lost and nothing happens twice.
+    ``function`` reads and writes fixed tensors only and never waits for the device. On CUDA, the
+    first call runs it kernel by kernel: a real step that also serves as warm-up, in which libraries
+    choose kernels and allocate. The second call captures it, and that call and all later ones
+    replay it. On other devices, or with ``enabled=False``, it is simply called.
+
+    If the capture fails, a :class:`CaptureWarning` gives the reason once and later calls run kernel
+    by kernel. A capture records and runs nothing, so no step is lost or repeated.
 
     Args:
-        function: whatever it reads that changes between calls lies in tensors that stay where they
-            are. It must not hold the object that holds this one: the memory of a graph would wait
+        function: its inputs that change between calls must be in tensors that stay in place. It
+            must not reference the object that holds this one, or the memory of the graph would wait
             for the garbage collector.
-        device: of these tensors.
+        device: device of these tensors.
         enabled: whether to capture at all.
-        backend: how; None: :class:`CudaBackend` on CUDA, none elsewhere.
+        backend: None: :class:`CudaBackend` on CUDA, none elsewhere.
     """
 
     def __init__(
@@ -129,27 +130,27 @@ class Replay:
 
     @property
     def captures(self) -> bool:
-        """Whether calls are, or are going to be, replays."""
+        """Whether calls are, or will be, replays."""
         return self._backend is not None
 
     def __call__(self) -> None:
+        """Run, capture or replay the function."""
         if self._backend is None:
             self._function()
             return
         if not self._warm:
             self._backend.warm_up(self._function)
-            self._warm = (
-                True  # only now: where the call was interrupted, the next is a first one again
-            )
+            # Set after the call, so that the next call is the first one again if this one is
+            # interrupted.
+            self._warm = True
             return
         if self._graph is None:
             reason = self._capture(self._backend)
             if self._graph is None:
                 self._backend = None
                 warnings.warn(
-                    f"the computation could not be captured as a CUDA graph ({reason}); it goes "
-                    f"on kernel by kernel, "
-                    "with the same results but slower",
+                    f"the computation could not be captured as a CUDA graph ({reason}); it "
+                    "continues kernel by kernel, with the same results but slower",
                     CaptureWarning,
                     stacklevel=2,
                 )
@@ -158,9 +159,10 @@ class Replay:
         self._graph.replay()
 
     def _capture(self, backend: Backend) -> str:
-        """Sets the graph, or says why there is none. A function of its own: an error that is being
-        handled keeps alive what the capture had allocated, and the call that follows needs that
-        memory.
+        """Set the graph, or return the reason why there is none.
+
+        This is a function of its own because an error that is being handled keeps the memory of the
+        capture alive, and the call that follows needs that memory.
         """
         try:
             self._graph = backend.capture(self._function)
@@ -170,21 +172,20 @@ class Replay:
 
 
 class Upload:
-    """Fixed tensors on a device, filled from the host with one copy that the host does not wait
-    for.
+    """Fixed tensors on a device, filled from the host with one copy without waiting for it.
 
-    The tensors are parts of one buffer. On CUDA it is filled through pinned buffers of the same
-    layout, ``DEPTH`` of them in turn, so that the host writes the next inputs while the last copy
-    is still under way; it waits only where it would overwrite what is still being copied. On the
-    CPU the tensors are written directly.
+    The tensors are parts of one buffer. On CUDA, ``DEPTH`` pinned buffers of the same layout fill
+    it in turn, so that the host writes the next inputs during the last copy. The host waits only
+    before it would overwrite data that is still being copied. On the CPU, the tensors are written
+    directly.
 
     Args:
-        shapes: for every name, shape and type of a tensor.
-        device: where the tensors lie.
+        shapes: shape and type of every tensor, by name.
+        device: device of the tensors.
     """
 
     DEPTH = 2
-    # bytes, as CUDA's own allocations have: kernels load 16 at once where an address allows it
+    # Bytes, as in CUDA's own allocations: kernels load 16 bytes at once from aligned addresses.
     ALIGNMENT = 256
 
     def __init__(
@@ -214,11 +215,13 @@ class Upload:
         }
 
     def write(self, **sources: Tensor) -> None:
-        """Fills the tensors with ``sources``, one for each, of the same shapes; in the order of the
-        current stream.
+        """Fill the tensors with ``sources``, in the order of the current stream.
+
+        Args:
+            **sources: one tensor for each name, of the same shape.
 
         Raises:
-            ValueError: a tensor is missing, is one too many, or has another shape.
+            ValueError: a tensor is missing, unknown, or has another shape.
         """
         if sources.keys() != self.tensors.keys():
             raise ValueError(
@@ -245,8 +248,8 @@ class Upload:
 
 
 class _Stage(NamedTuple):
-    """Where the host writes what is uploaded next."""
+    """Host memory of the next upload."""
 
     pinned: Tensor  # [bytes]
     tensors: dict[str, Tensor]  # its parts
-    copied: torch.cuda.Event  # after its last copy; there is nothing to wait for before the first
+    copied: torch.cuda.Event  # recorded after its last copy

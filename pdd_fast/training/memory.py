@@ -1,8 +1,8 @@
-"""Estimate the memory of a training step from shapes alone.
+"""Memory estimate of a training step, from shapes alone.
 
-:meth:`pdd_fast.engines.Engine.working_bytes` knows what a pass takes; this module adds the tensors
-around it. P is the number of parameters. tests/training/test_memory.py holds the sums to what a
-process takes, within a quarter.
+:meth:`pdd_fast.engines.Engine.working_bytes` estimates a pass. This module adds the tensors around
+it. P is the number of elements of the parameters. tests/training/test_memory.py holds the sums to
+the use of a process within a quarter.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from pdd_fast.networks.parameters import parameter_count
 
 
 def training_bytes(engine: Engine, shape: PassShape, networks: int = 1) -> int:
-    """Peak of one training step of ``networks`` networks, each on a batch of its own.
+    """Return the peak number of bytes in one training step of ``networks`` networks.
 
-    The gradient's pass, and for each network its batch and 5P: parameters, momentum, gradient and
-    two beside them. The dataset is not counted.
+    It counts the gradient's pass and, for each network, its batch and 5P elements: parameters,
+    momentum buffer, gradient and two temporaries. It does not count the dataset.
+
+    Args:
+        engine: engine of the networks.
+        shape: shape of the batch of each network.
+        networks: number of networks.
     """
     each = shape.batch * math.prod(shape.image) + 5 * parameter_count(engine.net)
     return engine.working_bytes(shape, networks=networks) + networks * shape.dtype.itemsize * each

@@ -1,8 +1,7 @@
-"""Plain training: the SGD that experts, transitions, selection and evaluation share, on flat
-parameter vectors.
+"""Plain training: the SGD of experts, transitions, selection and evaluation.
 
-Networks are trained side by side, K at a time, each on batches and draws of its own, those that it
-would have had alone.
+It works on flat parameter vectors and trains K networks side by side. Each network sees the batches
+and augmentation parameters that it would see alone.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ from pdd_fast.training.step_queue import Drawn, StepQueue, steps_per_queue
 
 @dataclass
 class TrainState:
-    """K networks in training: their parameters and their momentum, changed in place."""
+    """Parameters and momentum buffers of K networks in training, changed in place."""
 
     theta: Tensor  # [K, P]
     momentum_buffer: Tensor  # [K, P]
 
     @classmethod
     def start(cls, theta: Tensor) -> TrainState:
-        """Students at ``theta`` [K, P], at rest."""
+        """Return the state at ``theta`` [K, P], with momentum buffers of zeros."""
         return cls(theta.clone(), torch.zeros_like(theta))
 
     def copy(self) -> TrainState:
+        """Return a copy with tensors of its own."""
         return TrainState(self.theta.clone(), self.momentum_buffer.clone())
 
     def __len__(self) -> int:
@@ -42,16 +42,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Sgd:
-    """SGD as ``torch.optim.SGD`` defines it, with DSA on every batch and, on request, the rate cut
-    at half time.
-    """
+    """SGD as defined by ``torch.optim.SGD``, with DSA on every batch."""
 
     engine: Engine
     dsa: DSA
-    batch: int  # images of a step, at most
+    batch: int  # maximum number of images of a step
     momentum: float = 0.0
     weight_decay: float = 0.0
-    graph: bool = True  # whether steps may be captured as CUDA graphs; the bits are the same
+    graph: bool = True  # whether steps may be captured as CUDA graphs; same bits
 
     def run(
         self,
@@ -64,17 +62,21 @@ class Sgd:
         stops: Sequence[int] = (),
         rows: Tensor | None = None,
     ) -> list[Tensor]:
-        """``steps`` steps, epoch after epoch, at ``lr`` and from half time on at a tenth of it.
+        """Run ``steps`` steps, epoch after epoch, at ``lr`` and at a tenth of it from half time on.
 
         Args:
-            images, labels: [n, C, H, W], and [n] or [n, classes].
-            generators: one for each student.
-            rows: int64 [K, m] on the CPU, the images that each student is trained on; None: all,
-                for every student.
+            train_state: K networks, changed in place.
+            images: [n, C, H, W].
+            labels: [n] or [n, classes].
+            lr: initial learning rate.
+            steps: number of steps.
+            generators: one for each network.
+            stops: increasing step counts in [0, ``steps``] after which parameters are returned.
+            rows: int64 [K, m] on the CPU, the images that each network trains on. None: all images
+                for every network.
 
         Returns:
-            the parameters [K, P] after each number of steps in ``stops`` (increasing, in [0,
-            ``steps``]).
+            The parameters [K, P] after each number of steps in ``stops``.
         """
         seen = [train_state.theta.clone()] if 0 in stops else []
         loop = Loop(self, train_state, images, labels, steps, rows)
@@ -85,24 +87,29 @@ class Sgd:
 
     @staticmethod
     def lrs(lr: float, steps: int) -> list[float]:
-        """``lr``, and from half of the ``steps`` on a tenth of it."""
+        """Return the learning rate of every step: ``lr``, and a tenth of it from half time on."""
         return [lr if step < (steps + 1) // 2 else lr / 10 for step in range(steps)]
 
     def steps_per_epoch(self, images: int) -> int:
+        """Return the number of steps in an epoch of ``images`` images."""
         return -(-images // self.batch)
 
 
 class Loop:
-    """K students on one set of images, step after step.
+    """Training loop of K networks on one set of images.
 
-    Everything random in a number of steps is drawn before the first of them, and what a step reads
-    lies in memory that stays in place. So on CUDA a step is one launch of a graph (two graphs where
-    the last batch of an epoch is smaller), and the host, which waits for none of them, draws the
-    next steps meanwhile.
+    All random values of a group of steps are drawn before its first step, and the inputs of a step
+    are in memory that stays in place. On CUDA, a step is therefore one launch of a graph (two
+    graphs if the last batch of an epoch is smaller). The host waits for no step and draws the next
+    ones meanwhile.
 
     Args:
-        images, labels, rows: as for :meth:`Sgd.run`.
-        steps: how many are going to be taken at a time, an epoch where 0.
+        sgd: settings of the steps.
+        train_state: K networks, changed in place.
+        images: as for :meth:`Sgd.run`.
+        labels: as for :meth:`Sgd.run`.
+        steps: number of steps per call of :meth:`advance`; 0: an epoch.
+        rows: as for :meth:`Sgd.run`.
     """
 
     def __init__(
@@ -130,13 +137,14 @@ class Loop:
         self._lanes: dict[int, tuple[StepQueue, Replay]] = {}  # by the number of images of a step
 
     def epoch(self, lr: float, generators: Sequence[torch.Generator]) -> None:
-        """Every image once, in an order of its own for every student."""
+        """Train on every image once, in an order of its own for every network."""
         for _ in self.advance([lr] * self._steps_per_epoch, generators):
             pass
 
     def advance(self, lrs: Sequence[float], generators: Sequence[torch.Generator]) -> Iterator[int]:
-        """A step at each of ``lrs``, every network from a new epoch on; the number of steps done,
-        after each.
+        """Take a step at each of ``lrs`` and yield the number of steps done after each.
+
+        Every network starts a new epoch.
         """
         source, done = self._draw(generators), 0
         while done < len(lrs):
@@ -152,8 +160,10 @@ class Loop:
                 yield done
 
     def _draw(self, generators: Sequence[torch.Generator]) -> Iterator[Drawn]:
-        """What every network draws, in the order in which it would alone: an epoch's order, then
-        batch by batch.
+        """Yield the random values of every step, as each network would draw them alone.
+
+        Every generator draws the order of an epoch and then its augmentation parameters batch by
+        batch.
         """
         size = (self._images.shape[2], self._images.shape[3])
         while True:
@@ -175,10 +185,10 @@ class Loop:
                 yield Drawn(torch.stack(batches), augmentations)
 
     def _lane(self, size: int) -> tuple[StepQueue, Replay]:
-        """The tape of steps on ``size`` images a network, and such a step."""
+        """Return the queue of steps on ``size`` images per network, and the step function."""
         if size not in self._lanes:
             sgd, theta = self._sgd, self._students.theta
-            # An epoch has one smaller batch at most.
+            # An epoch has at most one smaller batch.
             capacity = (
                 self._capacity
                 if size == self._full
@@ -188,8 +198,8 @@ class Loop:
             queue = StepQueue(
                 capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted
             )
-            # Not a method of this object, which holds the Replay: the memory of a graph is to go
-            # when its loop does.
+            # Not a method of this object, which holds the Replay: the memory of a graph must be
+            # freed with its loop.
             step = partial(
                 _step, sgd, theta, self._students.momentum_buffer, self._images, self._labels, queue
             )
@@ -200,8 +210,9 @@ class Loop:
 def sgd_update(
     theta: Tensor, momentum_buffer: Tensor, gradient: Tensor, momentum: float, weight_decay: float
 ) -> Tensor:
-    """What a step of ``torch.optim.SGD`` subtracts, times the rate. Changes ``momentum_buffer`` and
-    ``gradient`` in place.
+    """Return the update of ``torch.optim.SGD`` before it is scaled by the learning rate.
+
+    ``momentum_buffer`` and ``gradient`` are changed in place.
     """
     if weight_decay:
         gradient.add_(theta, alpha=weight_decay)
@@ -229,14 +240,20 @@ def _step(
     queue.advance()
 
 
-_BATCH = 1000  # images whose logits are made at once
+_BATCH = 1000  # images whose logits are computed at once
 
 
 def accuracies(
     engine: Engine, theta: Tensor, images: Tensor, labels: Tensor, batch: int = _BATCH
 ) -> list[float]:
-    """For each of the networks at ``theta`` [K, P] the percent of ``images`` [n, C, H, W] that it
-    puts in the class of ``labels`` [n]; ``batch`` images at a time, of all networks together.
+    """Return the top-1 accuracy (%) of each network.
+
+    Args:
+        engine: engine of the networks.
+        theta: [K, P].
+        images: [n, C, H, W].
+        labels: class indices [n].
+        batch: images per pass, summed over the networks.
     """
     right = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
     each = max(1, batch // len(theta))
@@ -246,6 +263,11 @@ def accuracies(
 
 
 def logits_in_parts(engine: Engine, theta: Tensor, images: Tensor) -> Tensor:
-    """Logits [n, classes] of the network at ``theta`` [P] on any number of ``images`` [n, C, H,
-    W]."""
+    """Return logits [n, classes] on any number of images.
+
+    Args:
+        engine: engine of the network.
+        theta: [P].
+        images: [n, C, H, W].
+    """
     return torch.cat([engine.logits(theta, part) for part in images.split(_BATCH)])

@@ -97,9 +97,8 @@ def test_a_capture_that_fails_warns_once_and_every_call_still_is_one_run() -> No
             assert counter.calls == calls
     assert [w.category for w in seen] == [CaptureWarning]
     assert [str(w.message) for w in seen] == [
-        "the computation could not be captured as a CUDA graph (operation not permitted); it goes "
-        "on kernel by kernel, "
-        "with the same results but slower"
+        "the computation could not be captured as a CUDA graph (operation not permitted); it "
+        "continues kernel by kernel, with the same results but slower"
     ]
     assert fake.log == ["warm up", "capture"]
     assert not replay.captures
