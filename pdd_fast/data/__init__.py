@@ -48,26 +48,26 @@ def load(
     normalization: str = "fitted",
     whitening_epsilon: float = EPSILON,
 ) -> ImageData:
-    """A dataset by name.
+    """Return a dataset by name.
 
     Args:
         name: one of :data:`NAMES`, or ``imagefolder:DIR`` with DIR/train/<class>/ and
             DIR/test/<class>/ (or val/, valid/, validation/).
-        data_dir: where torchvision's files lie.
-        validation_fraction: share of every class's training images that is held out, in (0, 1).
-        whitening: "none", or "zca": of pixels in [0, 1], which are not normalized before.
-        keep_whitening: a file that the whitening is read from where it is there, and written to
-            where it is not:
-            fitting takes 14 seconds for 50,000 images of 3×32×32 on two cores, and many minutes for
-            3×64×64. A file of an earlier version is for normalized images, which it is then applied
-            to.
-        normalization: of images that are not whitened: by constants "fitted" to all training
-            images, or "published" ones (CIFAR-10, CIFAR-100, and ImageNet's for folders of its
-            classes, such as Tiny ImageNet).
-        whitening_epsilon: is added to every eigenvalue of the covariance, above 0.
+        data_dir: directory of torchvision's files.
+        validation_fraction: share of every class's training images in the validation split, in (0,
+            1).
+        whitening: "none", or "zca" for ZCA whitening of pixels in [0, 1], which are then not
+            normalized.
+        keep_whitening: file that the whitening is read from if it exists, and written to if not.
+            Fitting takes 14 s for 50,000 images of 3×32×32 on two cores, and many minutes for
+            3×64×64. A file of an earlier version is for normalized images and is applied to those.
+        normalization: constants for images that are not whitened: "fitted" to all training images,
+            or "published" (CIFAR-10, CIFAR-100, and ImageNet's for folders of its classes, such as
+            Tiny ImageNet).
+        whitening_epsilon: value added to every eigenvalue of the covariance, above 0.
 
     Raises:
-        UsageError: an unknown name; files that are missing, unreadable or do not fit together; no
+        UsageError: the name is unknown, files are missing, unreadable or inconsistent, or no
             constants were published for the dataset.
     """
     if name == "digits":
@@ -82,7 +82,7 @@ def load(
         from pdd_fast.data.imagefolder import read as read_folder
 
         pixels = read_folder(name.removeprefix(FOLDER))
-        # The name goes into distilled sets that are given away: the folder's own, not where it lies
+        # Distilled sets that are shared hold the name, so it is the folder's own, without its place
         # on this disk.
         name = short_dataset(name)
     else:
@@ -109,7 +109,7 @@ def _constants(name: str, pixels: Pixels) -> Normalization:
     found = Normalization.published(name, pixels.classes, pixels.train.shape[1])
     if found is None:
         raise UsageError(
-            f"normalization must be fitted for {name}, for which no constants were published, got "
+            f"normalization must be fitted for {name}, which has no published constants, got "
             f"published"
         )
     return found
@@ -122,8 +122,13 @@ def _published(constants: Normalization, pixels: Tensor) -> tuple[Normalization,
 def _whitened(
     whose: dict[str, Any], file: Path | None, epsilon: float, pixels: Tensor
 ) -> tuple[Normalization, Whitening]:
-    """Fit a whitening to ``pixels`` in [0, 1], or take the one that was kept in ``file`` for the
-    data ``whose`` (:func:`pdd_fast.data.fingerprint.identity`).
+    """Return the whitening of ``pixels`` in [0, 1], read from ``file`` or fitted.
+
+    Args:
+        whose: identity of the data (:func:`pdd_fast.data.fingerprint.identity`).
+        file: file to read from, or to write to if it does not exist; None: neither.
+        epsilon: value added to every eigenvalue.
+        pixels: [n, C, H, W].
     """
     shape = tuple(pixels.shape[1:])
     if file is None or not file.exists():
@@ -145,7 +150,8 @@ def _whitened(
             f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose "
             f"another --run-dir"
         )
-    if "normalization" not in metadata:  # of an earlier version, whose runs go on as they began
+    # An earlier version wrote the file, and its runs continue as they began.
+    if "normalization" not in metadata:
         return Normalization.fit(pixels), kept
     try:
         return Normalization.from_dict(metadata["normalization"]), kept

@@ -1,5 +1,6 @@
-"""scikit-learn's 8×8 handwritten digits (UCI Optical Recognition of Handwritten Digits), embedded
-in that package.
+"""scikit-learn's 8×8 handwritten digits, embedded in that package.
+
+Source: UCI Optical Recognition of Handwritten Digits.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ TEST_SHARE = 0.2
 
 
 def read() -> Pixels:
-    """1797 gray images. The set comes without a split: a fifth of every class is the test set,
-    drawn once for good.
+    """Return 1797 gray images.
+
+    The set comes without a split. A fifth of every class, chosen once and fixed, is the test set.
     """
     from sklearn.datasets import load_digits
 

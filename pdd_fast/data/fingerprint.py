@@ -1,6 +1,4 @@
-"""Fingerprints: what tells whether two things were made of the same data, wherever these lie and
-whatever they are called.
-"""
+"""Fingerprints of data, which identify them independently of place and name."""
 
 from __future__ import annotations
 
@@ -20,16 +18,14 @@ if TYPE_CHECKING:
 
 
 def fingerprint(pixels: Pixels) -> str:
-    """Return a digest of decoded pixels, labels and class names, of both splits, as
-    ``CONTENT-ORDER``.
+    """Return a digest of decoded pixels, labels and class names as ``CONTENT-ORDER``.
 
-    CONTENT does not depend on the order of images, ORDER does on that of the training images: the
-    same files under other names differ in ORDER alone. 50,000 + 10,000 images of 3×32×32 take 0.3 s
-    on one core.
+    It covers both splits. CONTENT does not depend on the order of images, and ORDER is that of the
+    training images: the same files under other names differ in ORDER alone. 50,000 + 10,000 images
+    of 3×32×32 take 0.3 s on one core.
     """
-    classes = [
-        unicodedata.normalize("NFC", name) for name in pixels.classes
-    ]  # macOS decomposes names of files
+    # macOS decomposes the characters of file names.
+    classes = [unicodedata.normalize("NFC", name) for name in pixels.classes]
     content, order = hashlib.sha256(json.dumps(classes).encode()), hashlib.sha256()
     train, test = (
         _digests(pixels.train, pixels.train_labels),
@@ -43,7 +39,7 @@ def fingerprint(pixels: Pixels) -> str:
 
 
 def _digests(images: Tensor, labels: Tensor) -> list[bytes]:
-    """A digest for each image with its label."""
+    """Return a digest of each image with its label."""
     found = []
     for image, label in zip(images.numpy(), labels.tolist(), strict=True):
         digest = hashlib.sha256(np.ascontiguousarray(image).data)
@@ -53,21 +49,21 @@ def _digests(images: Tensor, labels: Tensor) -> list[bytes]:
 
 
 def identity(data: ImageData) -> dict[str, Any]:
-    """Return the facts about the data that files made of them hold."""
+    """Return the facts about the data that files derived from them store."""
     return {"data": data.name, "fingerprint": data.fingerprint, "classes": list(data.classes)}
 
 
 def difference(stored: Mapping[str, Any], wanted: Mapping[str, Any], in_order: bool = False) -> str:
-    """Say how the data that a file was made of differ from those that are wanted, as "<found>, not
-    <wanted>"; "" where nothing shows that they do.
+    """Return how stored data differ from the wanted data, as "<found>, not <wanted>".
 
-    Folders are known by their fingerprint, whatever they are called; sets with a name of their own,
-    such as cifar10, by both. Files that were written before there were fingerprints are known by
-    name and classes.
+    The result is "" if no difference is known. Folders are compared by fingerprint only. Sets with
+    a name of their own, such as cifar10, are compared by name and fingerprint. Files that predate
+    fingerprints are compared by name and classes.
 
     Args:
-        stored, wanted: what :func:`identity` gave, or a part of it.
-        in_order: the images must lie in the same order too, because they are known by their places.
+        stored: result of :func:`identity`, or a part of it.
+        wanted: result of :func:`identity`, or a part of it.
+        in_order: the order of the images must agree too, because files refer to images by position.
     """
     found, name = stored.get("data"), wanted.get("data")
     marks = [str(each.get("fingerprint") or "") for each in (stored, wanted)]

@@ -1,5 +1,6 @@
-"""Images in folders, one per class: DIR/train/<class>/* and DIR/test/<class>/* (or val/, valid/,
-validation/).
+"""Images in folders, one per class: DIR/train/<class>/* and DIR/test/<class>/*.
+
+DIR/val/, DIR/valid/ and DIR/validation/ may replace DIR/test/.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from pdd_fast.runtime.paths import expanded, readable
 
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 _ANNOTATIONS = "val_annotations.txt"
-# Folders and files that systems and archives leave behind; hidden ones (.DS_Store, ._0.png,
-# .ipynb_checkpoints) too.
+# Folders and files that systems and archives leave behind. Hidden ones (.DS_Store, ._0.png,
+# .ipynb_checkpoints) are ignored too.
 _LITTER = {
     "__macosx",
     "@eadir",
@@ -43,7 +44,7 @@ _LITTER = {
     "desktop.ini",
     "icon\r",
 }
-# Files that describe images. Everything else in a class's folder is read as an image or refused.
+# Files that describe images. Every other file in a class's folder is read as an image or refused.
 _TEXTS = {
     ".txt",
     ".csv",
@@ -59,17 +60,18 @@ _TEXTS = {
     ".log",
     ".pbtxt",
 }
-# These readers start other programs (Ghostscript), hand over to libraries that are not there, or
-# are no still images.
+# These readers start other programs (Ghostscript), need libraries that are missing, or do not read
+# still images.
 _EXCLUDED_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
-# The colors that transparent images may be composed on, the preferred one first.
+# Colors that transparent images may be composed on, in order of preference.
 _BACKGROUNDS = {"white": 255, "black": 0, "gray": 128}
-# An image whose levels all lie within this range (of 0..255) shows nothing: a white icon's edge on
-# white paper does.
+# An image whose levels all lie within this range (of 0..255) shows nothing, like the edge of a
+# white icon on white.
 _FLAT = 8
-# 12-bit images in 16-bit files stay below this: 8 bits of 16 would leave them at most 16 levels.
+# 12-bit images in 16-bit files stay below this. The upper 8 of their 16 bits have at most 16
+# levels.
 _FULL_RANGE = 4096
-# EXIF's orientations 2 to 8, and how Pillow turns such an image upright.
+# EXIF's orientations 2 to 8, and Pillow's operation that turns such an image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,26 +81,25 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Files of a task: what a pool of threads keeps of one, 1.6 KB, is half of the bytes of an image of
-# 3×32×32.
+# Files per task: a thread pool needs 1.6 KB per task, half of the bytes of an image of 3×32×32.
 _AT_ONCE = 64
 
 Levels = NDArray[np.uint8]
 
 
 def read(folder: str) -> Pixels:
-    """Read both splits into one uint8 tensor each: gray where every image of both is gray, else
-    RGB.
+    r"""Return both splits as one uint8 tensor each.
 
-    Images are turned upright (EXIF), the first frame of several is taken, 16-bit levels are reduced
-    to 8 bits, and transparent images are composed on white, or on the first of black and gray on
-    which none of them vanishes; a :class:`~pdd_fast.runtime.errors.PddFastWarning` says each of the
-    last four. Class names that are not UTF-8 have their odd bytes written as \\xNN.
+    Images are gray if every image of both splits is gray, else RGB. They are turned upright (EXIF).
+    Four cases give a :class:`~pdd_fast.runtime.errors.PddFastWarning`: of several frames the first
+    is taken; 16-bit levels are reduced to 8 bits; transparent images that vanish on white are
+    composed on black or else on gray; files that are not images are ignored. Bytes of class names
+    that are not UTF-8 are written as \xNN.
 
     Raises:
-        UsageError: a folder is missing or empty, there is one class only, classes differ between
-            the splits, a file is no image that can be decoded, has floating-point or 32-bit levels,
-            or images are not of one size; the message names the first offender.
+        UsageError: a folder is missing or empty, there is only one class, classes differ between
+            the splits, a file cannot be decoded as an image or has floating-point or 32-bit levels,
+            or sizes differ. The message names the first such file or folder.
     """
     root = expanded(folder)
     if not (root / "train").is_dir():
@@ -121,7 +122,7 @@ def read(folder: str) -> Pixels:
         counts = Counter(path.suffix.lower() for path in texts)
         found = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
         _warn(
-            f"imagefolder:{folder}: files that are no images are left out: {found}, e.g. {texts[0]}"
+            f"imagefolder:{folder}: files that are not images are ignored: {found}, e.g. {texts[0]}"
         )
     files = train.files + test.files
     pixels = _Decoder(f"imagefolder:{folder}", files).run()
@@ -140,14 +141,14 @@ def _warn(sentence: str) -> None:
     warnings.warn(sentence, PddFastWarning, stacklevel=4)
 
 
-# ---- which files ----
+# ---- files ----
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The images of a split and their labels, which number ``classes``."""
+    """Images of a split with their labels, which index ``classes``."""
 
-    classes: tuple[str, ...]  # as the folders are called, in alphabetical order
+    classes: tuple[str, ...]  # names of the folders, in alphabetical order
     files: list[Path]
     labels: list[int]
 
@@ -169,7 +170,7 @@ def _found(folder: Path) -> str:
 
 
 def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """All files below a folder, links followed; a link to a folder above it is not."""
+    """Yield all files below a folder, following links except to a folder above."""
     place = os.path.realpath(folder)
     if place in above:
         return
@@ -182,16 +183,14 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Return the suffixes that Pillow reads here: its own and those of imported plug-ins, such as
-    pillow_heif.
-    """
+    """Return the formats that Pillow reads here, also by plug-ins such as pillow_heif."""
     Image.init()
     return tuple(name for name in Image.ID if name not in _EXCLUDED_FORMATS)
 
 
 @cache
 def _suffixes() -> frozenset[str]:
-    """Those of the images that Pillow reads."""
+    """Return the suffixes of the images that Pillow reads."""
     formats = set(_formats())
     return frozenset(
         suffix for suffix, name in Image.registered_extensions().items() if name in formats
@@ -199,7 +198,7 @@ def _suffixes() -> frozenset[str]:
 
 
 def _is_image(path: Path) -> bool:
-    """By its suffix, or, where that says nothing, by its content."""
+    """Return whether the suffix or, if it is unknown, the content is that of an image."""
     if path.suffix.lower() in _suffixes():
         return True
     try:
@@ -210,7 +209,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _images(folder: Path, files: Iterator[Path], texts: list[Path]) -> list[Path]:
-    """The images of a class among ``files``; files that describe them are added to ``texts``.
+    """Return the images of a class among ``files``, and add files that describe them to ``texts``.
 
     Raises:
         UsageError: a file is neither.
@@ -219,7 +218,7 @@ def _images(folder: Path, files: Iterator[Path], texts: list[Path]) -> list[Path
     odd: list[Path] = []
     for path in files:
         if path.suffix.lower() in _TEXTS:
-            # Tiny ImageNet's own: where in an image its object is.
+            # Tiny ImageNet's bounding boxes are expected and not reported.
             texts += [] if path.name.endswith("_boxes.txt") else [path]
         else:
             (images if _is_image(path) else odd).append(path)
@@ -228,8 +227,7 @@ def _images(folder: Path, files: Iterator[Path], texts: list[Path]) -> list[Path
         found = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(counts.items()))
         raise UsageError(
             f"{folder} must hold images that Pillow can read, got {found}, e.g. {odd[0].name}; "
-            f"convert these files, to "
-            "PNG for instance, or move them away"
+            f"convert these files, for example to PNG, or move them away"
         )
     return images
 
@@ -241,12 +239,13 @@ def _class_folders(folder: Path) -> list[str]:
 def _sorted_into_classes(
     folder: Path, texts: list[Path], wanted: tuple[str, ...] | None = None
 ) -> _Part:
-    """A folder that holds one per class, with its images at any depth below it.
+    """Return the images of a folder that holds one folder per class, with images at any depth.
 
     Args:
-        texts: gets the files that describe images.
-        wanted: the classes of train/; an empty folder that is none of them is what a script left
-            behind that sorted images into the others.
+        folder: the folder.
+        texts: list that receives the files that describe images.
+        wanted: classes of train/. An empty folder with another name is ignored: scripts that sort
+            images into classes leave such folders behind.
     """
     classes = tuple(
         name
@@ -259,8 +258,7 @@ def _sorted_into_classes(
     if loose:
         raise UsageError(
             f"{folder} must hold all images in the folders of their classes, got {len(loose)} "
-            f"beside them, e.g. "
-            f"{loose[0].name}; sort them in or move them away"
+            f"beside them, e.g. {loose[0].name}; sort them in or move them away"
         )
     part = _Part(classes, [], [])
     for label, name in enumerate(classes):
@@ -276,15 +274,15 @@ def _sorted_into_classes(
 def _test_part(
     folder: str, present: list[Path], classes: tuple[str, ...], texts: list[Path]
 ) -> _Part:
-    """The first of the folders ``present`` that is labeled, by an annotation file or by its own
-    folders.
+    """Return the first of the folders ``present`` that has labels.
 
-    Tiny ImageNet's test/ is not: it holds no folder with the name of a class.
+    Labels come from an annotation file or from class folders. Tiny ImageNet's test/ has neither.
     """
     root = present[0].parent
     validation = [path for path in present if path.name != "test"]
     for annotated in validation:
-        # As it is shipped, or moved up, out of the way of a reader that sorts by folders.
+        # At its place in the archive, or moved up, out of the way of readers that expect folders
+        # only.
         for file in (
             annotated / _ANNOTATIONS,
             annotated / "images" / _ANNOTATIONS,
@@ -308,9 +306,11 @@ def _test_part(
 
 
 def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -> _Part:
-    """Tiny ImageNet's val/: all images in one folder and their classes in a tab-separated file, as
-    it is shipped; or sorted into folders by a script that left the file behind. Where every class
-    has images in a folder, folders decide.
+    """Return Tiny ImageNet's val/, by its annotation file or by class folders.
+
+    As shipped, all images are in one folder and a tab-separated file names their classes. A script
+    may have sorted them into folders and left the file behind. Folders decide if every class has
+    images in one.
     """
     labels = {name: label for label, name in enumerate(classes)}
     sorted_in: dict[tuple[int, str], Path] = {}
@@ -324,14 +324,12 @@ def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -
             sorted_in[label, path.name] = path
     if {label for label, _ in sorted_in} == set(labels.values()):
         names = {name for _, name in sorted_in}
-        left = [
-            path for name, path in loose.items() if name not in names
-        ]  # others were copied, not moved
+        # The others were copied, not moved.
+        left = [path for name, path in loose.items() if name not in names]
         if left:
             raise UsageError(
                 f"{folder} must hold all images in the folders of their classes or none, got "
-                f"{len(left)} beside them, "
-                f"e.g. {left[0]}; sort them in or move them away"
+                f"{len(left)} beside them, e.g. {left[0]}; sort them in or move them away"
             )
         files = sorted((label, path) for (label, _), path in sorted_in.items())
         return _Part(classes, [path for _, path in files], [label for label, _ in files])
@@ -350,7 +348,7 @@ def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -
 
 
 def _annotation_lines(file: Path, labels: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Names of images and their labels."""
+    """Yield file names of images with their labels."""
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -365,32 +363,32 @@ def _annotation_lines(file: Path, labels: dict[str, int]) -> Iterator[tuple[str,
         yield name, labels[title]
 
 
-# ---- their pixels ----
+# ---- pixels ----
 
 
 @dataclass(frozen=True)
 class _Decoded:
-    """An image turned upright, of 8 bits a channel, and what is worth a word about its file."""
+    """Upright image with 8 bits per channel, and facts about its file worth a warning."""
 
     image: Image.Image
     several: bool  # frames or pages
-    highest: (
-        int | None
-    )  # level of an image of 16 bits a channel; of one in color, which Pillow reduces, 65535
+    # Highest level if the file has 16 bits per channel. Pillow reduces such color images, so theirs
+    # is 65535.
+    highest: int | None
 
 
 def _open(path: Path) -> _Decoded:
     try:
-        # Not by its path: Pillow maps a TIFF of eight bits without regard to its orientation, which
-        # garbles it.
+        # Opened here, because Pillow maps an 8-bit TIFF given by path and ignores its orientation,
+        # which garbles it.
         with path.open("rb") as file, Image.open(file, formats=_formats()) as image:
-            # Of a JPEG with several pictures (MPO: a preview, the other eye's) the first is the
-            # photograph.
+            # A JPEG with several pictures (MPO: a preview, the other eye's) has the photograph
+            # first.
             several = image.format != "MPO" and getattr(image, "is_animated", False)
             highest = 65535 if any(map(_has_16_bits, getattr(image, "tile", ()))) else None
             image.load()
             upright = _upright(image)
-            # Pillow has 16-bit gray of PNG and PGM as I;16 or, in some releases, as I; an I of TIFF
+            # Pillow has 16-bit gray of PNG and PGM as I;16 or, in some releases, as I. An I of TIFF
             # has 32 bits.
             if upright.mode.startswith("I;16") or (
                 upright.mode == "I" and image.format in ("PNG", "PPM")
@@ -402,45 +400,42 @@ def _open(path: Path) -> _Decoded:
         raise UsageError(
             f"{path} cannot be decoded as an image: Pillow does not know its format"
         ) from error
-    except (
-        Exception
-    ) as error:  # damaged files make Pillow's readers raise whatever they stumble over
+    # Pillow's readers raise any kind of error on damaged files.
+    except Exception as error:
         raise UsageError(f"{path} cannot be decoded as an image: {first_line(error)}") from error
-    if (
-        upright.mode[0] in "IF"
-    ):  # Pillow's conversion would clip all but the lowest 8 bits without a word
+    # Pillow's conversion would silently clip all but the lowest 8 bits.
+    if upright.mode[0] in "IF":
         raise UsageError(
-            f"{path} must have 8 or 16 bits a channel, got Pillow's mode {upright.mode!r}; "
+            f"{path} must have 8 or 16 bits per channel, got Pillow's mode {upright.mode!r}; "
             f"convert the images first"
         )
     return _Decoded(upright, several, highest)
 
 
 def _has_16_bits(tile: tuple[Any, ...]) -> bool:
-    """Whether a decoder reads 16 bits a channel, of which Pillow keeps the high byte where there
-    are colors.
+    """Return whether a decoder reads 16 bits per channel.
+
+    Pillow keeps their high bytes in color images.
     """
     decoder, arguments = tile[0], tile[3]
     if decoder.startswith("ppm"):  # layout and highest level
         return int(arguments[1]) > 255
-    return ";16" in str(arguments) and "BGR;16" not in str(
-        arguments
-    )  # the latter are 16 bits for all three channels
+    # BGR;16 has 16 bits for all three channels together.
+    return ";16" in str(arguments) and "BGR;16" not in str(arguments)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A loaded image as viewers show it."""
+    """Return a loaded image as viewers show it."""
     try:
         orientation = image.getexif().get(0x0112)
-    except Exception:  # damaged metadata of an image that is none the worse
+    except Exception:  # damaged metadata of an intact image
         orientation = None
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image.copy() if turn is None else image.transpose(turn)
 
 
 def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
-    """Whether all images are gray (read off their headers), and the (width, height) of the
-    first."""
+    """Return whether all images are gray, by their headers, and (width, height) of the first."""
     size = _open(files[0]).image.size
 
     def is_gray(path: Path) -> bool:
@@ -448,7 +443,7 @@ def _look(files: list[Path]) -> tuple[bool, tuple[int, int]]:
             with Image.open(path, formats=_formats()) as image:
                 return image.mode in ("1", "L", "LA", "I") or image.mode.startswith("I;16")
         except Exception:
-            return True  # _decode names it
+            return True  # _decode reports it
 
     return all(map(is_gray, files)), size
 
@@ -463,20 +458,18 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def _composed(rgba: Levels, background: int) -> Levels:
-    """[H, W, 4] on a gray of level ``background``: [H, W, 3]."""
+    """Return [H, W, 4] composed on a gray of level ``background``: [H, W, 3]."""
     alpha = rgba[..., 3:].astype(np.uint32)
     return ((rgba[..., :3] * alpha + background * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _contrast(levels: Levels) -> int:
-    """[H, W, C]: the range of the channel that has the largest."""
+    """Return the largest range of a channel of [H, W, C]."""
     return int((levels.max((0, 1)) - levels.min((0, 1))).max())
 
 
 class _Decoder:
-    """Decodes the files of both splits, which share what images are composed on and whether they
-    are gray.
-    """
+    """Decoder of the files of both splits, which share background and number of channels."""
 
     def __init__(self, name: str, files: list[Path]) -> None:
         self.name, self.files = name, files
@@ -526,15 +519,15 @@ class _Decoder:
                 array = array[..., 0] if self.gray else array
             else:
                 array = np.asarray(found.image.convert("L" if self.gray else "RGB"))
-        except (
-            ValueError
-        ) as error:  # a color space that Pillow reads and cannot convert, LAB for instance
+        # Pillow cannot convert every color space that it reads, for example LAB.
+        except ValueError as error:
             raise UsageError(f"{path} cannot be converted to RGB: {first_line(error)}") from error
         self.pixels[i] = array[None] if self.gray else array.transpose(2, 0, 1)
 
     def _choose_background(self) -> None:
-        """Composes transparent images anew where some of them vanish on the first background, white
-        icons on white.
+        """Compose transparent images again if some vanish on the first background.
+
+        White icons on white are the usual case.
         """
         if not self.contrasts:
             return
@@ -554,9 +547,8 @@ class _Decoder:
         if chosen is None:
             raise UsageError(
                 f"{self.name}: transparent images must show something on {', '.join(titles[:-1])} "
-                f"or {titles[-1]}, but "
-                f"on each of them some vanish, on {titles[0]} e.g. {first}; compose the images "
-                f"first"
+                f"or {titles[-1]}, got some that vanish on each of them, on {titles[0]} e.g. "
+                f"{first}; compose the images first"
             )
         if chosen > 0:
             _warn(
@@ -571,18 +563,17 @@ class _Decoder:
         if self.several:
             first = self.files[min(self.several)]
             _warn(
-                f"{self.name}: of images with several frames ({len(self.several)}) the first is "
-                f"taken, e.g. {first}"
+                f"{self.name}: the first frame is used of images with several frames "
+                f"({len(self.several)}), e.g. {first}"
             )
         if self.highest:
             first, level = self.files[min(self.highest)], max(self.highest.values())
             if level < _FULL_RANGE:
                 raise UsageError(
-                    f"{self.name}: images of 16 bits a channel must use their range 0..65535, got "
-                    f"none above {level}, "
-                    f"e.g. {first}; scale the images to 8 bits first"
+                    f"{self.name}: images of 16 bits per channel must use their range 0..65535, "
+                    f"got none above {level}, e.g. {first}; scale the images to 8 bits first"
                 )
             _warn(
-                f"{self.name}: images of 16 bits a channel ({len(self.highest)}) are reduced to "
+                f"{self.name}: images of 16 bits per channel ({len(self.highest)}) are reduced to "
                 f"8, e.g. {first}"
             )

@@ -1,4 +1,4 @@
-"""Labeled images in memory, and how training data are split."""
+"""Labeled images in memory, and the splits of the training data."""
 
 from __future__ import annotations
 
@@ -19,74 +19,75 @@ from pdd_fast.runtime.errors import UsageError
 class Split:
     """Images and labels, each one tensor on one device."""
 
-    images: Tensor  # [n, C, H, W] float32, normalized and, on request, whitened
+    images: Tensor  # [n, C, H, W] float32, normalized or whitened
     labels: Tensor  # [n] int64
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def rows_of(self, label: int) -> Tensor:
-        """Rows of the images of a class."""
+        """Return the rows of the images of a class."""
         return (self.labels == label).nonzero().flatten()
 
     def to(self, device: torch.device) -> Split:
+        """Return the split on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def part(self, begin: int, end: int) -> Split:
-        """Images ``begin`` to ``end`` - 1, as a view."""
+        """Return images ``begin`` to ``end`` - 1 as a view."""
         return Split(self.images[begin:end], self.labels[begin:end])
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A dataset with its training images split in two, which lie one after the other in one
-    tensor.
-    """
+    """Dataset whose training images are split in two, one after the other in one tensor."""
 
     name: str
     classes: tuple[str, ...]
     full_train: Split  # all training images: those of ``train``, then those of ``validation``
     validation_images: int  # images of ``validation``
     test: Split
-    normalization: (
-        Normalization  # the identity where images are whitened, but by runs of earlier versions
-    )
-    whitening: Whitening | None = (
-        None  # fitted on all normalized training images, which it then was applied to
-    )
+    # The identity if images are whitened, except in runs of earlier versions.
+    normalization: Normalization
+    # Fitted to all normalized training images and then applied to them.
+    whitening: Whitening | None = None
     fingerprint: str = ""  # of the raw pixels, labels and classes (pdd_fast.data.fingerprint)
 
     @property
     def image_size(self) -> tuple[int, int]:
+        """Height and width of an image, pixels."""
         return self.test.images.shape[2], self.test.images.shape[3]
 
     @property
     def in_channels(self) -> int:
+        """Channels of an image."""
         return self.test.images.shape[1]
 
     @property
     def num_classes(self) -> int:
+        """Number of classes."""
         return len(self.classes)
 
     @cached_property
     def train(self) -> Split:
-        """What is learned from; a view."""
+        """Training images without the validation split; a view."""
         return self.full_train.part(0, len(self.full_train) - self.validation_images)
 
     @cached_property
     def validation(self) -> Split:
-        """Held out of the training images, for selection; a view."""
+        """Validation split of the training images, for selection; a view."""
         return self.full_train.part(
             len(self.full_train) - self.validation_images, len(self.full_train)
         )
 
     def to(self, device: torch.device) -> ImageData:
+        """Return the data on ``device``."""
         return replace(self, full_train=self.full_train.to(device), test=self.test.to(device))
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a reader gives: whole sets of pixels and labels, nothing normalized yet."""
+    """Output of a reader: all pixels and labels, not normalized."""
 
     classes: tuple[str, ...]
     train: Tensor  # [n, C, H, W] uint8, or float32 in [0, 1]
@@ -95,35 +96,39 @@ class Pixels:
     test_labels: Tensor
 
 
-# Finds from the pixels of all training images how images are made of pixels: normalized and then,
-# or not, whitened.
+# Function that determines, from the pixels of all training images, how images are normalized and
+# whether they are whitened.
 Fit = Callable[[Tensor], tuple[Normalization, Whitening | None]]
 
 
 def normalized(pixels: Tensor) -> tuple[Normalization, None]:
-    """The :data:`Fit` of images that are normalized by constants of their own and not whitened."""
+    """Return constants fitted to ``pixels``, and no whitening; a :data:`Fit`."""
     return Normalization.fit(pixels), None
 
 
 def prepare(
     name: str, pixels: Pixels, validation_fraction: float, fit: Fit = normalized
 ) -> ImageData:
-    """Checks, normalizes, whitens and splits what a reader gave.
+    """Return the output of a reader checked, normalized, whitened and split.
 
-    Beside the pixels and what is made of them it takes the memory of 1024 images, and of the
-    whitening's matrices.
+    Beside pixels and images, this takes the memory of 1024 images and of the whitening's matrices.
+
+    Args:
+        name: name of the dataset.
+        pixels: output of a reader.
+        validation_fraction: share of every class in the validation split, in (0, 1).
+        fit: determines normalization and whitening.
 
     Raises:
-        UsageError: labels or shapes do not fit, a class has too few images to hold one out, or
-            ``validation_fraction`` is not in (0, 1).
+        UsageError: labels or shapes do not fit, a class has too few images for a validation split,
+            or ``validation_fraction`` is not in (0, 1).
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
     if pixels.train.shape[1:] != pixels.test.shape[1:]:
         raise UsageError(
             f"{name}: test images must have the shape of training images "
-            f"{tuple(pixels.train.shape[1:])}, got "
-            f"{tuple(pixels.test.shape[1:])}"
+            f"{tuple(pixels.train.shape[1:])}, got {tuple(pixels.test.shape[1:])}"
         )
     for part, images, labels in (
         ("training", pixels.train, pixels.train_labels),
@@ -142,7 +147,7 @@ def prepare(
             )
     validation = _validation_mask(name, pixels.train_labels, pixels.classes, validation_fraction)
     normalization, whitening = fit(pixels.train)
-    # Stable: within either part images stay in the reader's order.
+    # Stable, so that images of both parts stay in the reader's order.
     order = validation.long().argsort(stable=True)
     return ImageData(
         name,
@@ -161,12 +166,17 @@ def _images(
     whitening: Whitening | None,
     order: Tensor | None = None,
 ) -> Tensor:
-    """The images [n, C, H, W] of ``pixels``, of row ``order[i]`` in place i; as they come where
-    that is None.
+    """Return the images [n, C, H, W] of ``pixels``, with row ``order[i]`` at place i.
 
-    Some rows at a time, each written where it belongs: a set is never there twice in floating
-    point. Rows are taken in the reader's order, in which products round them alike whatever is held
-    out.
+    Rows are converted in groups and written to their places, so that no second floating-point copy
+    of the set exists. Groups follow the reader's order, so that rounding does not depend on the
+    split.
+
+    Args:
+        pixels: [n, C, H, W].
+        normalization: applied first.
+        whitening: applied second, if given.
+        order: int64 [n]; None: the reader's order.
     """
     place = torch.arange(len(pixels), device="cpu") if order is None else order.argsort()
     images = torch.empty(pixels.shape, dtype=torch.float32, device="cpu")
@@ -177,8 +187,15 @@ def _images(
 
 
 def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor:
-    """Bool [n]: ``fraction`` of every class, at least one image and never all of them. The choice
-    is fixed for given labels, so that runs with different seeds are judged by the same images.
+    """Return a bool mask [n] of ``fraction`` of every class.
+
+    It has at least one image of every class and never all. It depends on the labels only, so that
+    runs with different seeds are evaluated on the same images.
+
+    Args:
+        labels: int64 [n].
+        num_classes: number of classes.
+        fraction: share of every class.
     """
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
@@ -192,7 +209,7 @@ def stratified_mask(labels: Tensor, num_classes: int, fraction: float) -> Tensor
 def _validation_mask(
     name: str, labels: Tensor, classes: tuple[str, ...], fraction: float
 ) -> Tensor:
-    """Mask of the validation images."""
+    """Return the mask of the validation images."""
     for title, count in zip(
         classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True
     ):
@@ -206,8 +223,13 @@ def _validation_mask(
 def require_images_per_class(
     split: Split, ipc: int, classes: tuple[str, ...], each: int = 1
 ) -> None:
-    """Raises UsageError where a class has fewer images to start from than ``ipc`` stored ones need,
-    ``each`` (factor²) apiece.
+    """Raise UsageError unless every class has enough images to start from.
+
+    Args:
+        split: the real images.
+        ipc: stored images per class.
+        classes: names of the classes.
+        each: real images per stored image (factor²).
     """
     counts = torch.bincount(split.labels.cpu(), minlength=len(classes))
     fewest = int(counts.argmin())
@@ -218,9 +240,8 @@ def require_images_per_class(
             f"{int(counts[fewest])} training images, and a stored image needs {each}"
         )
     if counts[fewest] < ipc * each:
-        need = "" if each == 1 else f", of which every stored image needs {each}"
+        need = "" if each == 1 else f", and every stored image needs {each}"
         raise UsageError(
             f"ipc must be at most {int(counts[fewest]) // each}, got {ipc}: class "
-            f"{classes[fewest]!r} has "
-            f"{int(counts[fewest])} training images{need}"
+            f"{classes[fewest]!r} has {int(counts[fewest])} training images{need}"
         )

@@ -1,4 +1,4 @@
-"""The datasets that torchvision reads."""
+"""Datasets that torchvision reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _CLASSES = {
 
 
 def read(name: str, data_dir: str) -> Pixels:
-    """Both splits of a torchvision dataset, whole.
+    """Return both splits of a torchvision dataset.
+
+    Args:
+        name: one of pdd_fast.data.NAMES except "digits".
+        data_dir: directory of the files.
 
     Raises:
         UsageError: torchvision does not import, or the files are not in ``data_dir``.
@@ -38,20 +42,18 @@ def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
     split = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
     try:
         return kind(data_dir, download=False, **split)
-    except (
-        Exception
-    ) as error:  # MNIST's files are not checksummed: a damaged one raises whatever the reader meets
+    # MNIST's files have no checksums: the reader raises any kind of error on damaged ones.
+    except Exception as error:
         argument = f"split={split['split']!r}" if name == "svhn" else f"train={train}"
         raise UsageError(
             f"dataset {name!r} was not found whole in {data_dir!r} ({first_line(error)}); choose "
-            f"another --data-dir, "
-            f"or fetch it once with torchvision.datasets.{kind.__name__}({data_dir!r}, "
-            f"{argument}, download=True)"
+            f"another --data-dir, or fetch it once with "
+            f"torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
         ) from error
 
 
 def _images(dataset: Any) -> Tensor:
-    """[n, C, H, W] uint8 from [n, H, W], [n, H, W, C] or [n, C, H, W]."""
+    """Return uint8 [n, C, H, W] from [n, H, W], [n, H, W, C] or [n, C, H, W]."""
     images = torch.as_tensor(np.asarray(dataset.data), device="cpu")
     if images.dim() == 3:
         return images.unsqueeze(1)

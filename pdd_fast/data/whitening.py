@@ -1,10 +1,12 @@
-"""ZCA whitening of whole images, and its inverse for pictures.
+"""ZCA whitening of whole images and its inverse.
 
-x ↦ U (Λ + ε)^−1/2 Uᵀ (x − m), with m the mean and U Λ Uᵀ the covariance (n − 1) of the training
-images, flattened: pixels become nearly uncorrelated while images stay as close to themselves as
-that allows (Bell and Sejnowski, 1997). The published sets of trajectory matching for CIFAR were
-made with it, at ε = 0.1 on pixels in [0, 1]. ε is in the units of the covariance: of images divided
-by their standard deviation, 0.25, eigenvalues are 16 times as large.
+x ↦ U (Λ + ε)^−1/2 Uᵀ (x − m), with m the mean and U Λ Uᵀ the covariance (n − 1) of the flattened
+training images. It makes pixels nearly uncorrelated and changes images as little as that allows
+(Bell and Sejnowski, 1997).
+
+The published sets of trajectory matching for CIFAR used it with ε = 0.1 on pixels in [0, 1]. ε has
+the units of the covariance: eigenvalues are 16 times as large for images divided by their standard
+deviation of 0.25.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ from pdd_fast.runtime.files import read_tensors, save_tensors
 
 EPSILON = 0.1
 _NAMES = ("mean", "basis", "scale")
-# Images that are converted or multiplied at once: 25 MB in float64 where they are 3×32×32.
+# Images that are converted or multiplied at once: 25 MB in float64 for 3×32×32.
 AT_ONCE = 1024
-# Rows of the covariance that one product makes: those to the left of the block are never computed.
+# Rows of the covariance per product. Columns to the left of the block are never computed.
 _BLOCK = 512
 
 
-@dataclass(frozen=True, eq=False)  # an == of tensors has no truth value
+@dataclass(frozen=True, eq=False)  # comparing tensors gives no single truth value
 class Whitening:
-    """A fitted transformation of images [n, C, H, W], with D = C·H·W. All float32, on the CPU.
+    """Fitted transformation of images [n, C, H, W], with D = C·H·W.
+
+    All tensors are float32 on the CPU.
 
     Raises:
-        ValueError: shapes do not fit each other, numbers are not finite, or a scale or ε is not
+        ValueError: shapes do not fit each other, values are not finite, or a scale or ε is not
             positive.
     """
 
@@ -68,14 +72,15 @@ class Whitening:
         epsilon: float = EPSILON,
         convert: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
     ) -> Whitening:
-        """Of ``images`` [n, C, H, W], n at least 2, in float64 and 40·D² bytes beside them, however
-        many they are.
+        """Return the whitening of ``images``.
+
+        The computation is in float64 and takes 40·D² bytes, however many images there are.
 
         Args:
-            epsilon: is added to every eigenvalue: directions in which images hardly differ are not
-                blown up.
-            convert: what makes images of some of ``images``, 1024 at a time, where these are pixels
-                still.
+            images: [n, C, H, W], n at least 2.
+            epsilon: added to every eigenvalue, so that directions of small variance are not
+                amplified.
+            convert: makes images of pixels, 1024 at a time, if ``images`` are pixels.
         """
         count, size = len(images), images[0].numel()
         if count < 2:
@@ -91,37 +96,37 @@ class Whitening:
                 rows = centered[:, first : first + _BLOCK]
                 covariance[first : first + _BLOCK, first:].addmm_(rows.t(), centered[:, first:])
         eigenvalues, basis = torch.linalg.eigh(covariance.div_(count - 1), UPLO="U")
-        # Rounding makes an eigenvalue of 0 a little negative.
+        # Rounding can make an eigenvalue of 0 slightly negative.
         scale = (eigenvalues.clamp_min(0) + epsilon).sqrt()
         return cls(mean.float().view(images.shape[1:]), basis.float(), scale.float(), epsilon)
 
     @property
     def image_shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) of an image."""
         return tuple(self.mean.shape)
 
     def is_close(self, other: Whitening) -> bool:
-        """Return whether both have the same ε and were fitted to the same images, but for
-        rounding."""
+        """Return whether both have the same ε and fit the same images, up to rounding."""
         if self.image_shape != other.image_shape or self.epsilon != other.epsilon:
             return False
         pairs = ((self.mean, other.mean), (self.scale, other.scale))
-        # Eigenvectors are left out: only their span is the same where eigenvalues are close to each
+        # Eigenvectors are not compared: only the span is defined for eigenvalues close to each
         # other.
         return all(torch.allclose(one, another, rtol=1e-3, atol=1e-3) for one, another in pairs)
 
     def apply(self, images: Tensor) -> Tensor:
-        """Whitened images [n, C, H, W], of the type and on the device of ``images``."""
+        """Return whitened images [n, C, H, W], with the type and device of ``images``."""
         return self.apply_(images.clone(memory_format=torch.contiguous_format))
 
     def apply_(self, images: Tensor) -> Tensor:
-        """:meth:`apply` in place, of images that lie in planar memory (NCHW)."""
+        """Whiten images in planar memory (NCHW) in place, and return them."""
         flat, (matrix, mean) = self._flat(images), self._on(images, self._forward)
         for part in flat.split(AT_ONCE):
             part.copy_((part - mean) @ matrix)
         return images
 
     def invert(self, images: Tensor) -> Tensor:
-        """What :meth:`apply` made ``images`` [n, C, H, W] of."""
+        """Return the images [n, C, H, W] that :meth:`apply` whitened."""
         result = images.clone(memory_format=torch.contiguous_format)
         flat, (matrix, mean) = self._flat(result), self._on(images, self._backward)
         for part in flat.split(AT_ONCE):
@@ -148,14 +153,14 @@ class Whitening:
         return self._product(self.scale)
 
     def _product(self, factors: Tensor) -> Tensor:
-        """U diag(factors) Uᵀ [D, D] in float64; symmetric but for rounding."""
+        """Return U diag(factors) Uᵀ [D, D] in float64, symmetric up to rounding."""
         basis = self.basis.double()
         return (basis * factors.double()) @ basis.t()
 
-    # ---- in files ----
+    # ---- files ----
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names under which a file of a distilled set has them too."""
+        """Return the tensors by the names that files of distilled sets use."""
         found = {f"whitening_{name}": getattr(self, name) for name in _NAMES}
         return found | {
             "whitening_epsilon": torch.tensor(self.epsilon, dtype=torch.float64, device="cpu")
@@ -163,15 +168,15 @@ class Whitening:
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> Whitening | None:
-        """What :meth:`tensors` gave, of a file's tensors; None where they hold no whitening.
+        """Return the whitening stored by :meth:`tensors`; None if there is none.
 
         Raises:
-            KeyError, ValueError: they hold a part of one, or one that cannot be.
+            KeyError, ValueError: ``tensors`` hold a part of a whitening, or an invalid one.
         """
         names = [f"whitening_{name}" for name in _NAMES]
         if not any(name in tensors for name in names):
             return None
-        # Older files do not hold it: every run took 0.1.
+        # Older files lack it, because every run used 0.1.
         epsilon = tensors.get(
             "whitening_epsilon", torch.tensor(EPSILON, dtype=torch.float64, device="cpu")
         )
@@ -183,11 +188,16 @@ class Whitening:
         return cls(mean, basis, scale, float(epsilon))
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write the whitening and ``metadata`` to a safetensors file."""
         save_tensors(path, self.tensors(), metadata)
 
     @classmethod
     def load(cls, path: Path) -> tuple[Whitening, dict[str, Any]]:
-        """Raises UsageError where the file is missing, damaged, or holds something else."""
+        """Return the whitening and the metadata of a file.
+
+        Raises:
+            UsageError: the file is missing, damaged, or holds something else.
+        """
         tensors, metadata = read_tensors(path)
         try:
             found = cls.of_tensors(tensors)

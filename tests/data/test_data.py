@@ -181,7 +181,7 @@ def test_folders_are_known_by_their_classes(classes: list[str], expected: Normal
     ids=["own", "in part", "nine", "gray"],
 )
 def test_a_dataset_without_published_constants_is_named(classes: list[str], mode: str, tmp_path: Path) -> None:
-    message = "^normalization must be fitted for {}, for which no constants were published, got published$"
+    message = "^normalization must be fitted for {}, which has no published constants, got published$"
     with pytest.raises(UsageError, match=message.format("imagefolder:any")):
         data.load(folders(tmp_path / "any", classes, mode), normalization="published")
     with pytest.raises(UsageError, match=message.format("digits")):
@@ -389,7 +389,7 @@ def test_too_few_images_to_start_from_are_counted_by_class() -> None:
     with pytest.raises(UsageError, match="class 'wasp' has 0"):
         require_images_per_class(split, 1, ("ant", "bee", "wasp"))
     require_images_per_class(split, 1, ("ant", "bee"), each=2)
-    with pytest.raises(UsageError, match=r"at most 1, got 2: class 'ant' has 3 .*, of which every stored .* needs 2"):
+    with pytest.raises(UsageError, match=r"at most 1, got 2: class 'ant' has 3 .*, and every stored .* needs 2"):
         require_images_per_class(Split(torch.zeros(3, 1, 1, 1), torch.zeros(3).long()), 2, ("ant",), each=2)
     with pytest.raises(UsageError, match=r"factor must be at most 1, got 2: class 'bee' has 2 .* image needs 4"):
         require_images_per_class(split, 1, ("ant", "bee"), each=4)

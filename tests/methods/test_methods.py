@@ -223,7 +223,7 @@ def test_images_start_from_as_many_real_ones_as_they_hold(tmp_path: Path, base: 
     few = settings(base, ipc=200, stages=1)
     with pytest.raises(
         UsageError,
-        match="ipc must be at most 31, got 200: class '8' has 125 training images, of which",
+        match="ipc must be at most 31, got 200: class '8' has 125 training images, and every",
     ):
         distill(Run.create(tmp_path / "few", few))
 
