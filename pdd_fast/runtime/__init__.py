@@ -1,0 +1,1 @@
+"""Runtime: errors, files, devices, precision, seeds, progress and memory; no mathematics."""

@@ -1,4 +1,4 @@
-"""Read how much memory a device has, and turn an out-of-memory error into a sentence."""
+"""Memory of a device, and out-of-memory errors as one sentence."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from pdd_fast.runtime.errors import RunError, UsageError
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a GPU; None on the CPU, where the system decides."""
+    """Return the bytes that can still be allocated on a GPU; None on the CPU.
+
+    On the CPU, the system decides.
+    """
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    # What torch has taken from the driver and not given out is ours too.
+    # Memory that torch has reserved from the driver and not given out is available too.
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def free(device: torch.device, reclaimable: int = 0) -> int:
-    """Return the bytes that nobody uses at the moment, on the CPU too; 0 where the system does not
-    say.
+    """Return the bytes that are not in use at the moment; 0 if the system does not say.
 
     Args:
-        reclaimable: bytes of host memory that this process holds and can use again.
+        device: the device, a CPU too.
+        reclaimable: bytes of host memory that this process holds and can reuse.
     """
     there = available(device)
     return host_memory.free() + reclaimable if there is None else there
 
 
 def total(device: torch.device) -> int:
-    """Bytes that ``device`` has in all, used or not: the same at every call; 0 where the system
-    does not say.
+    """Return all bytes of ``device``, used or not; 0 if the system does not say.
+
+    The result is the same at every call.
     """
     return (
         torch.cuda.get_device_properties(device).total_memory
@@ -44,14 +48,16 @@ def total(device: torch.device) -> int:
 
 
 def require(device: torch.device, size: int, what: str, lower: str) -> None:
-    """Makes sure that ``device`` has ``size`` bytes left; without effect on the CPU.
+    """Raise UsageError unless ``device`` has ``size`` bytes left; the CPU always passes.
 
     Args:
-        what: what takes them: "stage 3: an iteration".
-        lower: what to change: "inner_batch (now 512) or width (now 128)".
+        device: the device.
+        size: bytes needed.
+        what: task that needs them, such as "stage 3: an iteration".
+        lower: settings to lower, such as "inner_batch (now 512) or width (now 128)".
 
     Raises:
-        UsageError: it has not.
+        UsageError: the device has fewer bytes left.
     """
     there = available(device)
     if there is not None and size > there:
@@ -62,10 +68,15 @@ def require(device: torch.device, size: int, what: str, lower: str) -> None:
 
 
 def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
-    """How many networks of ``bytes_each`` fit side by side, in [1, ``most``]; 1 on the CPU.
+    """Return how many networks of ``bytes_each`` fit side by side; 1 on the CPU.
 
-    They get half of the device's whole memory, not of what is free at the moment: the same machine
-    gives the same number, and so the same bits, whatever else runs on it.
+    They get half of the device's total memory, not of its free memory. The same machine therefore
+    gives the same number, and the same bits, whatever else runs on it.
+
+    Args:
+        bytes_each: bytes that one network needs.
+        device: the device.
+        most: upper bound of the result.
     """
     if device.type != "cuda":
         return 1
@@ -74,14 +85,15 @@ def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
 
 @contextmanager
 def explained(device: torch.device, what: str, lower: str) -> Iterator[None]:
-    """Around work that may run out of memory.
+    """Turn an out-of-memory error inside the block into one sentence.
 
     Args:
-        what: what is being done: "stage 3, iteration 12".
+        device: the device that may run out of memory.
+        what: task at hand, such as "stage 3, iteration 12".
         lower: as for :func:`require`.
 
     Raises:
-        RunError: it did, in one sentence.
+        RunError: the device ran out of memory.
     """
     try:
         yield
@@ -89,9 +101,8 @@ def explained(device: torch.device, what: str, lower: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise RunError(
-            f"{what}: {device} is out of memory, at {format_bytes(peak_memory(device))} taken at "
-            f"the most"
-            f"{_whole(device)}; lower {lower}"
+            f"{what}: {device} is out of memory, with a peak of "
+            f"{format_bytes(peak_memory(device))}{_whole(device)}; lower {lower}"
         ) from error
 
 
@@ -102,9 +113,8 @@ def _whole(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory could not be had, on whatever device."""
-    # Of torch's allocators only that of a GPU has a class for it, and CUDA's libraries have texts
-    # of their own.
+    """Return whether ``error`` reports that memory was not available, on any device."""
+    # Only torch's GPU allocator has a class for it, and CUDA's libraries have texts of their own.
     texts = "out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         text in str(error) for text in texts
@@ -112,7 +122,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def format_bytes(size: int) -> str:
-    """Bytes as "91 GB", "3.2 GB" or "150 MB", in powers of 1000."""
+    """Return a size as "91 GB", "3.2 GB" or "150 MB", in powers of 1000."""
     if size >= 1e9:
         return f"{size / 1e9:.0f} GB" if size >= 1e10 else f"{size / 1e9:.1f} GB"
     return f"{max(1, round(size / 1e6))} MB"

@@ -1,4 +1,4 @@
-"""From a device's name to a device that can be used, and the memory taken there."""
+"""Choice of a device by name, and peak memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ except ImportError:  # not a POSIX system
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called ``name``: "auto" (a GPU where torch finds one), "cpu", "cuda" or "cuda:N".
+    """Return the device called ``name``.
+
+    Args:
+        name: "auto" (a GPU if torch finds one), "cpu", "cuda" or "cuda:N".
 
     Raises:
         UsageError: the name is not a device, or torch cannot use it here.
@@ -32,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")  # without the index of "cpu:0", as tensors report it
     if not torch.cuda.is_available():
         raise UsageError(
-            f"device {name!r} cannot be used: torch finds no GPU; `pdd-fast env` says more"
+            f"device {name!r} cannot be used: torch finds no GPU; `pdd-fast env` shows details"
         )
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
@@ -41,8 +44,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes so far: allocated on the device for CUDA, resident in this process otherwise (0
-    where unknown).
+    """Return the peak number of bytes so far; 0 if unknown.
+
+    It counts allocations on the device for CUDA, and resident memory of this process otherwise.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,6 +1,4 @@
-"""The errors that a person is meant to read: one sentence saying what is wrong with which value and
-what to do.
-"""
+"""Errors for people: one sentence that says what is wrong with which value and what to do."""
 
 from __future__ import annotations
 
@@ -9,48 +7,50 @@ from collections.abc import Iterable
 
 
 class PddFastError(Exception):
-    """Base of the errors raised on purpose; the command line prints the message and no
-    traceback."""
+    """Base of intentional errors; the command line prints the message without a traceback."""
 
     exit_status = 1
 
 
 class UsageError(PddFastError, ValueError):
-    """The call was wrong: a flag, a configuration value, a missing or unusable file (exit status
-    2).
-    """
+    """Error for a wrong flag or setting, or an unusable file (exit status 2)."""
 
     exit_status = 2
 
 
 class RunError(PddFastError, RuntimeError):
-    """The work failed after it had begun; what was computed is kept (exit status 1)."""
+    """Error for work that failed after it began; results so far are saved (exit status 1)."""
 
 
 class PddFastWarning(UserWarning):
-    """Something worth a sentence that does not stop the work; the command line prints the message
-    alone.
-    """
+    """Warning that does not stop the work; the command line prints the message alone."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first, without the full stop that would end our sentence.
-    CUDA's errors are a dozen lines of advice after the one that says what happened.
+    """Return the first line of a library's error, without its full stop.
+
+    CUDA adds a dozen lines of advice after the line that says what happened.
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """What to add to a message about a name that is not one of ``names``: the likely one, or
-    nothing.
-    """
+    """Return "; did you mean ...?" for the name closest to ``name``, or "" if none is close."""
     close = difflib.get_close_matches(name.lower(), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def require(operator: str, condition: bool, argument: str, requirement: str, value: object) -> None:
-    """Raises ``ValueError("<operator>: <argument> must <requirement>, got <value>")`` unless
-    ``condition``.
+    """Raise ValueError unless ``condition`` holds.
+
+    The message is "<operator>: <argument> must <requirement>, got <value>".
+
+    Args:
+        operator: function that the argument belongs to.
+        condition: whether the argument is valid.
+        argument: name of the argument.
+        requirement: completes "must ...".
+        value: the value that was given.
     """
     if not condition:
         raise ValueError(f"{operator}: {argument} must {requirement}, got {value}")

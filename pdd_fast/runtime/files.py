@@ -21,7 +21,7 @@ from torch import Tensor
 from pdd_fast.runtime.errors import UsageError, first_line
 
 _METADATA = "pdd_fast"
-# Metadata keys of files written before 0.1, and what they are called now.
+# Metadata keys of files written before 0.1, with their present names.
 _RENAMED = {
     "normalisation": "normalization",
     "base": "method",
@@ -29,25 +29,25 @@ _RENAMED = {
 }
 
 
-_ZIP = b"PK\x03\x04"  # how torch's files begin since version 1.6
+_ZIP = b"PK\x03\x04"  # first bytes of torch's files since version 1.6
 _UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and vanishes
-    when it does not.
+    """Yield a temporary path that replaces ``path`` if the block succeeds.
+
+    If it fails, the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    handle = os.open(
-        temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666
-    )  # the system applies the umask
+    # The system applies the umask.
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
     try:
         yield temporary
-        with temporary.open("r+b") as file:  # Windows flushes only what may be written
+        with temporary.open("r+b") as file:  # Windows flushes only files open for writing
             _flush(file.fileno())
         if stat.S_IMODE(temporary.stat().st_mode) != mode:  # safetensors makes its files private
             with suppress(OSError):  # some file systems have no modes to change
@@ -58,7 +58,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def _flush(handle: int) -> None:
-    """Write a file through to the disk, where its file system can."""
+    """Write a file through to the disk if its file system can."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -67,16 +67,22 @@ def _flush(handle: int) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` to ``path`` as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Raises UsageError where the file is missing or is not JSON."""
+    """Return the content of a JSON file.
+
+    Raises:
+        UsageError: the file is missing or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -86,13 +92,18 @@ def read_json(path: Path) -> Any:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes a safetensors file whose bytes depend on its content alone.
+    """Write a safetensors file whose bytes depend only on its content.
 
-    All metadata go into one entry, as JSON: safetensors keeps entries in a hash map whose order
+    All metadata are one JSON entry, because safetensors stores entries in a hash map whose order
     changes from process to process.
+
+    Args:
+        path: file to write.
+        tensors: tensors by name.
+        metadata: anything that JSON can store.
     """
     text = json.dumps(metadata, sort_keys=True)
-    # Copies, because safetensors refuses tensors that share memory.
+    # Copied, because safetensors refuses tensors that share memory.
     copies = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
@@ -100,15 +111,14 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     with atomic_path(path) as temporary:
         try:
             save_file(copies, temporary, metadata={_METADATA: text})
-        except (
-            SafetensorError
-        ) as error:  # the system's refusal, e.g. of a full disk, in words alone
+        # A refusal of the system, for example by a full disk, arrives as a text only.
+        except SafetensorError as error:
             raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """A safetensors file of ours, memory-mapped: its handle and its metadata.
+    """Yield the handle and the metadata of a safetensors file of ours, memory-mapped.
 
     Raises:
         UsageError: the file is missing, damaged, or not one of ours.
@@ -116,7 +126,7 @@ def open_tensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     if not path.is_file():
         raise UsageError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
-        # safetensors makes tensors on torch's default device, whatever it is told.
+        # safetensors otherwise makes tensors on torch's default device, whatever it is told.
         with torch.device("cpu"), safe_open(path, framework="pt") as file:
             yield file, _metadata_of(path, file)
     except (SafetensorError, OSError) as error:
@@ -139,8 +149,9 @@ def _metadata_of(path: Path, file: Any) -> dict[str, Any]:
 
 
 def stand_in(path: Path) -> str:
-    """Say what lies in the place of a file that was never copied or downloaded whole, and what to
-    do; "" where the file is none of these: an empty file, a pointer of Git LFS, a web page.
+    """Return what is in place of a file that was not copied or downloaded whole, and what to do.
+
+    The cases are an empty file, a Git LFS pointer and a web page. The result is "" for other files.
     """
     try:
         with path.open("rb") as file:
@@ -150,22 +161,21 @@ def stand_in(path: Path) -> str:
     if not head:
         return "it is empty; copy or download it again"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return (
-            "it is a pointer of Git LFS, not the file that it stands for; fetch that with "
-            "`git lfs pull`"
-        )
+        return "it is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`"
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
-        return "it is a web page, not the file that was asked for; download it again"
+        return "it is a web page, not the file; download it again"
     return ""
 
 
 def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
-    """What ``torch.save`` wrote, of tensors, lists and dictionaries alone: no code in a file is
-    run.
+    """Return the content of a file written by ``torch.save``, running no code in it.
+
+    Only tensors, lists and dictionaries are accepted.
 
     Args:
-        mapped: leave the numbers in the file until they are used. Files of the format before torch
-            1.6, which cannot be mapped, are read whole.
+        path: the file.
+        mapped: leave the elements in the file until they are used. Files in the format before torch
+            1.6 cannot be mapped and are read whole.
 
     Raises:
         UsageError: the file is missing or damaged, or holds something else.
@@ -184,11 +194,15 @@ def read_pickled_tensors(path: Path, mapped: bool = False) -> Any:
             else "is refused: it holds more than tensors, which could be code"
         )
         raise UsageError(f"{path} {said}") from error
-    except Exception as error:  # damaged files make the reader raise whatever it stumbles over
+    except Exception as error:  # the reader raises any kind of error on damaged files
         raise UsageError(f"{path} cannot be read: {stand_in(path) or first_line(error)}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors and the metadata of a file; errors as :func:`open_tensors`."""
+    """Return all tensors and the metadata of a file.
+
+    Raises:
+        UsageError: as for :func:`open_tensors`.
+    """
     with open_tensors(path) as (file, metadata):
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118

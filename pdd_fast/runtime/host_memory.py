@@ -1,6 +1,4 @@
-"""The memory of the machine, or of the control group (container, job) that this process may not
-leave.
-"""
+"""Memory of the machine, or of the control group (container, job) of this process."""
 
 from __future__ import annotations
 
@@ -8,10 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Where Linux tells; tests have it elsewhere.
+# Root of the files in which Linux reports memory; tests replace it.
 ROOT = Path("/")
-# Of a control group, by version: where groups lie, the limit's file, the usage's, and in
-# memory.stat what the usage counts and the system takes back before it refuses anything.
+# Per version of control groups: their folder, the files of limit and use, and the key in
+# memory.stat of the memory that the use counts but the system reclaims before it refuses an
+# allocation.
 _VERSIONS = {
     2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     1: (
@@ -24,7 +23,7 @@ _VERSIONS = {
 
 
 def total() -> int:
-    """Bytes that processes can have, used or not; 0 where the system does not say."""
+    """Return the bytes available to processes in all; 0 if the system does not say."""
     machine = _meminfo("MemTotal")
     if machine is None:
         machine = _pages()
@@ -32,8 +31,7 @@ def total() -> int:
 
 
 def free() -> int:
-    """Bytes that can be had now without taking them from others; 0 where the system does not
-    say."""
+    """Return the bytes available now; 0 if the system does not say."""
     machine = _meminfo("MemAvailable")
     if machine is None:
         machine = _pages()
@@ -41,7 +39,7 @@ def free() -> int:
 
 
 def _pages() -> int:
-    """All of the machine's memory, on systems without /proc."""
+    """Return the machine's memory on systems without /proc."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -54,7 +52,7 @@ def _meminfo(key: str) -> int | None:
 
 
 def _limits() -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of the groups that this process is in and that have a limit."""
+    """Yield limit and use, in bytes, of the limited control groups of this process."""
     for line in _text(ROOT / "proc/self/cgroup").splitlines():
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -63,8 +61,8 @@ def _limits() -> Iterator[tuple[int, int]]:
             continue
         base, limit_name, used_name, cache = _VERSIONS[version]
         group = Path(path.lstrip("/"))
-        # A limit holds for all groups below. Inside of a container the path may be one that only
-        # the host knows; the top is then the container's own.
+        # A limit holds for all groups below it. In a container, the path may be one that only the
+        # host knows; the top is then the container's own group.
         for part in dict.fromkeys([group, *group.parents, Path()]):
             folder = ROOT / base / part
             limit, used = _number(folder / limit_name), _number(folder / used_name)
@@ -80,12 +78,12 @@ def _text(path: Path) -> str:
 
 
 def _number(path: Path) -> int | None:
-    """None where there is no such file, or "max" in it."""
+    """Return the number in a file; None if there is no such file or it holds "max"."""
     text = _text(path).strip()
     return int(text) if text.isdecimal() else None
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Lines of a name and a number."""
+    """Return lines of a name and a number as a dictionary."""
     rows = (line.split() for line in _text(path).splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdecimal()}

@@ -1,4 +1,4 @@
-"""Keep other processes out of a directory."""
+"""Locks that keep other processes out of a directory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,21 @@ from pdd_fast.runtime.errors import PddFastWarning, UsageError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: directories are not locked there
+except ImportError:  # not a POSIX system; directories are not locked there
     fcntl = None  # type: ignore[assignment]
 
-LOCK, OWNER = ".lock", ".lock-owner"  # the second where the file system has no locks
+LOCK, OWNER = ".lock", ".lock-owner"  # OWNER is used if the file system has no locks
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-_ATTEMPTS, _PAUSE = (
-    5,
-    0.05,
-)  # of processes that come at the same time, and seconds between them, at most
+# For processes that come at the same time: attempts, and the longest pause in seconds.
+_ATTEMPTS, _PAUSE = (5, 0.05)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of ``folder`` while the block runs; a process that ended, however it
-    ended, keeps nobody out.
+    """Keep other processes out of ``folder`` while the block runs.
 
-    Where the file system has no locks, a file that is made exclusively names the process in their
-    place.
+    A process that ended in any way keeps nobody out. If the file system has no locks, a file that
+    is created exclusively and names the process replaces them.
 
     Raises:
         UsageError: another process works in this directory.
@@ -65,12 +62,11 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _owned(folder: Path) -> Iterator[None]:
-    """:func:`locked` by a file whose name is the process that works there.
+    """Lock ``folder`` by a file whose name identifies the process.
 
-    Each process first makes its own file and then looks for those of others, so of two at least one
-    sees the other and goes back. Nobody removes the file of a process that may be alive, and a name
-    never comes again: there is no moment in which a file that was left over could be mistaken for a
-    new one.
+    Each process first creates its own file and then looks for those of others, so at least one of
+    two sees the other and gives up. No process removes the file of another that may be alive. Names
+    are never reused, so a leftover file cannot be mistaken for a new one.
     """
     own = _Owner.this()
     path = folder / own.name
@@ -93,12 +89,12 @@ def _owned(folder: Path) -> Iterator[None]:
 
 
 class _Owner(NamedTuple):
-    """A process, told from a later one of the same number, and its machine."""
+    """Process with its machine, distinct from a later process of the same number."""
 
     host: str
     pid: int
-    started: str  # in ticks since the machine was
-    boot: str  # what tells this run of the machine from others
+    started: str  # in ticks since the machine started
+    boot: str  # identifier of the machine's boot
 
     @classmethod
     def this(cls) -> _Owner:
@@ -106,7 +102,7 @@ class _Owner(NamedTuple):
 
     @classmethod
     def of_name(cls, name: str) -> _Owner | None:
-        """The process that a file's name says; None where it is no such file."""
+        """Return the process that a file's name identifies; None for other files."""
         found = re.fullmatch(rf"{re.escape(OWNER)}-(.*),(\d{{1,9}}),(\d*),(\w*)", name)
         return cls(found[1], int(found[2]), found[3], found[4]) if found else None
 
@@ -116,9 +112,7 @@ class _Owner(NamedTuple):
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process has ended. False where that cannot be known, because it runs on
-        another machine.
-        """
+        """Whether the process has ended; False if it runs on another machine and may be alive."""
         if self.host != _host():
             return False
         if self.boot != _boot():
@@ -127,13 +121,13 @@ class _Owner(NamedTuple):
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:  # it is another user's
+        except OSError:  # another user's process
             pass
         return self.started != _started(self.pid)
 
 
 def _other(folder: Path, own: _Owner) -> tuple[Path, _Owner] | None:
-    """Another process's file in ``folder``; those of processes that are gone are removed."""
+    """Return another process's file in ``folder``, and remove those of ended processes."""
     for path in folder.glob(f"{OWNER}-*"):
         owner = _Owner.of_name(path.name)
         if owner is None or owner == own:
@@ -153,24 +147,25 @@ def _in_use(path: Path, owner: _Owner) -> UsageError:
 
 
 def _host() -> str:
-    """The machine's name, of characters that every file system takes."""
+    """Return the machine's name in characters that every file system accepts."""
     return re.sub(r"[^\w.-]", "_", socket.gethostname(), flags=re.ASCII)
 
 
 def _boot() -> str:
-    """Return an identifier of the machine's current boot; "" where the system does not say."""
+    """Return an identifier of the machine's current boot; "" if the system does not say."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
     return ""
 
 
 def _started(pid: int) -> str:
-    """When a process began, in ticks since the machine did; "" where the system does not say, or
-    the process is a zombie, which has ended but was not waited for.
+    """Return when a process began, in ticks since the machine started.
+
+    The result is "" if the system does not say, or if the process is a zombie.
     """
     with suppress(OSError, IndexError):
-        # The name in parentheses may hold anything; 0 and 19 fields after it come the state and the
-        # start.
+        # The name in parentheses may hold any characters. The state follows it directly, and the
+        # start 19 fields later.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]
     return ""

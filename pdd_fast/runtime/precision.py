@@ -1,7 +1,7 @@
-"""In which precision convolutions are computed, and how cuDNN is told (docs/precision.md).
+"""Precision of convolutions, and the flags that set it in cuDNN (docs/precision.md).
 
-The flags belong to the process. They are set around a pass and put back, so that what a user has
-set for other work stays; CUDA graphs keep what held while they were captured.
+The flags belong to the process. They are set around a pass and restored, so that a user's settings
+for other work stay. CUDA graphs use the flags that were set during their capture.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ NAMES = ("float32", "tf32", "bfloat16")
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """``name`` with "auto" made definite: "tf32" on a GPU, "float32" on the CPU."""
+    """Return ``name``, or for "auto": "tf32" on a GPU, "float32" on the CPU."""
     if name != "auto":
         return name
     return "tf32" if device.type == "cuda" else "float32"
 
 
 def check(name: str) -> str:
-    """``name`` itself.
+    """Return ``name``.
 
     Raises:
-        ValueError: it is none of :data:`NAMES`.
+        ValueError: ``name`` is not in :data:`NAMES`.
     """
     if name not in NAMES:
         raise ValueError(f"precision must be one of {', '.join(NAMES)}, got {name!r}")
@@ -34,15 +34,19 @@ def check(name: str) -> str:
 
 
 def storage(name: str, dtype: torch.dtype) -> torch.dtype:
-    """What images and activations are stored in, for parameters of ``dtype`` (float32 or float64).
+    """Return the type in which images and activations are stored.
+
+    Args:
+        name: precision of convolutions.
+        dtype: type of the parameters, float32 or float64.
 
     Raises:
-        TypeError: bfloat16 is asked for with parameters that are not float32.
+        TypeError: bfloat16 is combined with parameters that are not float32.
     """
     if name != "bfloat16":
         return dtype
     if dtype != torch.float32:
-        raise TypeError(f"precision 'bfloat16' needs parameters of torch.float32, got {dtype}")
+        raise TypeError(f"parameters must be torch.float32 for precision 'bfloat16', got {dtype}")
     return torch.bfloat16
 
 
@@ -50,8 +54,8 @@ def storage(name: str, dtype: torch.dtype) -> torch.dtype:
 def computing_in(name: str, device: torch.device) -> Iterator[None]:
     """Compute in precision ``name`` inside the block, whatever the caller has set.
 
-    cuDNN's convolutions of float32 tensors use TF32 exactly where ``name`` is "tf32", matrix
-    products never do, and both give the same bits every time. The caller's autocast is off.
+    cuDNN's convolutions of float32 tensors use TF32 if and only if ``name`` is "tf32". Matrix
+    products never use it. Both give the same bits every time. The caller's autocast is off.
     """
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False), computing_in(name, device):
@@ -60,14 +64,14 @@ def computing_in(name: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn  # torch's own annotations lack half of it
+    cudnn: Any = torch.backends.cudnn  # torch's annotations lack half of its attributes
     matmul = torch.backends.cuda.matmul
     kept = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    # The older switch, allow_tf32, would change recurrent networks' flag too, and reading it fails
-    # where a user has set the two apart; this one is in every torch from 2.9 on. "none" means ieee
-    # where nothing else was asked for. A flag that says the right thing is left alone, because one
-    # that was never set cannot be put back to that.
+    # The older switch, allow_tf32, would also change the flag of recurrent networks, and reading it
+    # fails if a user has set the two apart. This one exists from torch 2.9 on. "none" means ieee
+    # unless something else was requested. A flag with the right value is left alone, because an
+    # unset flag cannot be restored.
     changed = []
     for flag, allowed in ((cudnn.conv, name == "tf32"), (matmul, False)):
         if (flag.fp32_precision == "tf32") != allowed:

@@ -1,4 +1,4 @@
-"""How long work tells of its progress without knowing who listens."""
+"""Progress reports of long work, independent of who receives them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from typing import Any
 
 
 class Task:
-    """One countable piece of work, e.g. the iterations of a stage."""
+    """Countable piece of work, for example the iterations of a stage."""
 
     def advance(self, count: int = 1, **values: Any) -> None:
-        """``count`` more units are done; ``values`` (loss, accuracy, ...) are worth showing beside
-        the bar.
-        """
+        """Report ``count`` more finished units, with ``values`` (loss, accuracy, ...) to show."""
 
 
 class Reporter:
-    """Receives progress; this one ignores it. The command line's shows bars, tests may record."""
+    """Receiver of progress that ignores it; the command line's subclass shows bars."""
 
     @contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
-        """A task of ``total`` units, ``done`` of which were finished by an earlier process."""
+        """Yield a task of ``total`` units, of which an earlier process finished ``done``."""
         yield Task()
 
     def message(self, text: str) -> None:
-        """A sentence worth reading once."""
+        """Report a sentence worth reading once."""
 
 
 SILENT = Reporter()

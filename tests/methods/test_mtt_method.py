@@ -349,7 +349,7 @@ def test_out_of_memory_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None
     with pytest.raises(RunError) as raised:
         method.step()
     message = str(raised.value)
-    assert message.startswith("stage 2, iteration 2: cpu is out of memory, at ")
+    assert message.startswith("stage 2, iteration 2: cpu is out of memory, with a peak of ")
     assert message.endswith("; lower inner_batch (now 5) or width (now 6), or set memory=recompute")
     assert same_state(method.state(), before)
 

@@ -318,14 +318,10 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
         (b"", "it is empty; copy or download it again"),
         (
             POINTER,
-            "it is a pointer of Git LFS, not the file that it stands for; fetch that with `git "
-            "lfs pull`",
+            "it is a Git LFS pointer, not the file itself; fetch the file with `git lfs pull`",
         ),
-        (
-            b"\n<!DOCTYPE html><html>Quota",
-            "it is a web page, not the file that was asked for; download it again",
-        ),
-        (b"<HTML><head>", "it is a web page, not the file that was asked for; download it again"),
+        (b"\n<!DOCTYPE html><html>Quota", "it is a web page, not the file; download it again"),
+        (b"<HTML><head>", "it is a web page, not the file; download it again"),
     ],
     ids=["empty", "LFS", "page", "old page"],
 )

@@ -71,7 +71,7 @@ def test_only_bfloat16_stores_in_another_type() -> None:
     assert precision.storage("bfloat16", torch.float32) == torch.bfloat16
     with pytest.raises(
         TypeError,
-        match=r"^precision 'bfloat16' needs parameters of torch\.float32, got torch\.float64$",
+        match=r"^parameters must be torch\.float32 for precision 'bfloat16', got torch\.float64$",
     ):
         precision.storage("bfloat16", torch.float64)
 

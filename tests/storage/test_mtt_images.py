@@ -253,7 +253,7 @@ def test_pointers_and_empty_files_are_named(tmp_path: Path) -> None:
     stage = rewritten(tmp_path)
     for content, said in (
         (b"", "it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "it is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
     ):
         (stage / "images_best.pt").write_bytes(content)
         with pytest.raises(UsageError, match=rf"images_best\.pt cannot be read: {said}"):

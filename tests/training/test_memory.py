@@ -433,14 +433,14 @@ def test_out_of_memory_becomes_a_sentence() -> None:
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
         )
     assert str(raised.value) == (
-        "stage 3, iteration 12: cuda:0 is out of memory, at 6.0 GB taken at the most of 80 GB; "
+        "stage 3, iteration 12: cuda:0 is out of memory, with a peak of 6.0 GB of 80 GB; "
         "lower inner_batch (now 512) or width (now 128)"
     )
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
 
 
 def test_so_does_that_of_the_host() -> None:
-    sentence = r"work: cpu is out of memory, at .* taken at the most; lower x$"
+    sentence = r"work: cpu is out of memory, with a peak of [\d.]+ .B; lower x$"
     with pytest.raises(RunError, match=sentence), device_memory.explained(CPU, "work", "x"):
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(RunError, match=sentence), device_memory.explained(CPU, "work", "x"):
@@ -458,7 +458,7 @@ def test_other_errors_pass_as_they_are(error: BaseException) -> None:
 
 @needs_cuda
 def test_a_gpu_that_runs_out_says_so_and_can_be_used_again() -> None:
-    sentence = r"work: cuda:0 is out of memory, at .* taken at the most of .* GB; lower x$"
+    sentence = r"work: cuda:0 is out of memory, with a peak of [\d.]+ .B of [\d.]+ GB; lower x$"
     with pytest.raises(RunError, match=sentence), device_memory.explained(GPU, "work", "x"):
         torch.empty(2**50, dtype=torch.uint8, device=GPU)
     assert torch.ones(3, device=GPU).sum().item() == 3
