@@ -1,5 +1,5 @@
-// The operators as the binding calls them, whichever back end is behind: bind/cpu.cpp picks the
-// instruction set once, bind/cuda.cpp forwards to the CUDA launchers.
+// Operators as the binding calls them, with either back end: bind/cpu.cpp selects the instruction
+// set once, bind/cuda.cpp forwards to the CUDA launchers.
 #pragma once
 
 #include <map>
@@ -19,10 +19,10 @@ ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool 
 
 int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
 
-// Why a call failed, for a status other than kSuccess.
+// Returns why a call failed, for a status other than kSuccess.
 std::string status_string(Status status);
 
-// What this library can run on here, for `pdd-fast env`.
+// Returns what this library can run on here, for `pdd-fast env`.
 std::map<std::string, std::string> capabilities();
 
 }  // namespace pdd::bind

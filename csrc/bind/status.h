@@ -1,4 +1,4 @@
-// Texts of the statuses that are ours, shared by both back ends.
+// Texts of our own statuses, shared by both back ends.
 #pragma once
 
 #include <string>

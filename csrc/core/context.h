@@ -1,4 +1,4 @@
-// What every launcher is given besides its parameters, and what it answers.
+// Arguments that every launcher takes besides its parameters, and the status that it returns.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ struct Context {
     int threads;   // CPU: at most this many threads; CUDA: unused
 };
 
-// 0 is success. Positive values are cudaError_t; negative ones are ours.
+// 0 is success. Positive values are cudaError_t, negative ones are our own.
 using Status = int;
 constexpr Status kSuccess = 0;
 constexpr Status kLabelOutOfRange = -1;

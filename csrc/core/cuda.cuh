@@ -1,4 +1,4 @@
-// Launches, packs of numbers that move together, and sums over a block, for the CUDA back end.
+// Launches, packs of elements that move together, and sums over a block, for the CUDA back end.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,16 +26,16 @@ inline cudaStream_t stream_of(Context context) {
     2147483647  // of grid.x, from compute capability 3.0 on; the tests set a small one
 #endif
 
-// Blocks for `count` independent tasks; kernels loop over tasks in steps of gridDim.x, so more than
-// the largest grid is no error.
+// Returns the number of blocks for `count` independent tasks. Kernels loop over tasks in steps of
+// gridDim.x, so more tasks than the largest grid are no error.
 inline unsigned grid_for(int64_t count) {
     constexpr int64_t largest = PDD_LARGEST_GRID;
     return static_cast<unsigned>(count < largest ? count : largest);
 }
 
-// One launch, by the runtime's plain function in place of <<<...>>>, so that any C++ compiler reads
-// these files: the tests run them on the host (tests/native/host/cuda_runtime.h). A failure is
-// reported once and leaves nothing behind for torch to trip over.
+// Launches a kernel by the runtime's plain function instead of <<<...>>>, so that any C++ compiler
+// can compile these files: the tests run them on the host (tests/native/host/cuda_runtime.h). An
+// error is returned and cleared, so that torch does not report it again.
 template <class... Parameters>
 Status launch(void (*kernel)(Parameters...), unsigned grid, dim3 block, size_t shared_bytes,
               Context context, Parameters... parameters) {
@@ -46,8 +46,8 @@ Status launch(void (*kernel)(Parameters...), unsigned grid, dim3 block, size_t s
     return static_cast<Status>(error);
 }
 
-// The block's dynamic shared memory, as many bytes as the launch asked for; its content is
-// undefined at first.
+// Returns the block's dynamic shared memory, with the size that the launch requested. It is
+// uninitialized.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
 #if defined(PDD_CUDA_ON_HOST)
     return pdd_host::dynamic_shared();
@@ -57,7 +57,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 #endif
 }
 
-// ---- numbers in 16 bits ----
+// ---- elements in 16 bits ----
 
 __device__ __forceinline__ float widen(float value) {
     return value;
@@ -110,9 +110,9 @@ constexpr int kPackBytes = 16;  // the widest access of a thread
 template <class T>
 constexpr int kPack = kPackBytes / static_cast<int>(sizeof(T));
 
-// V neighboring numbers, read and written by one instruction; get and set convert from and to what
-// is computed with. Two numbers of 16 bits share a register until they are needed: as V values they
-// took V of them.
+// V neighboring elements, read and written by one instruction; get and set convert from and to the
+// type of the computation. Two 16-bit elements share a register until they are needed, because V
+// separate values take V registers.
 template <class T, int V, bool halves = sizeof(T) == 2 && V % 2 == 0>
 struct alignas(sizeof(T) * V) Pack {
     T of[V];
@@ -128,7 +128,7 @@ struct alignas(sizeof(T) * V) Pack<T, V, true> {
     __device__ __forceinline__ float get(int v) const {
         return widen(T{static_cast<uint16_t>(v % 2 ? pairs[v / 2] >> 16 : pairs[v / 2] & 0xffffu)});
     }
-    // In order of v: the first of a pair clears what the register held.
+    // Must be called in the order of v: the first of a pair clears the register.
     __device__ __forceinline__ void set(int v, float value) {
         const uint32_t bits = narrow<T>(value).bits;
         pairs[v / 2] = v % 2 ? pairs[v / 2] | bits << 16 : bits;
@@ -145,8 +145,8 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
     *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// Makes the compiler take the numbers for new ones: what it has computed from them before (widened,
-// normalized) is computed again and not kept in registers from one pass over them to the next.
+// Makes the compiler treat the elements as new, so that it recomputes values derived from them
+// (widened, normalized) instead of holding those in registers from one pass to the next.
 template <class T, int V>
 __device__ __forceinline__ void renew(Pack<T, V>& pack) {
 #if defined(__CUDA_ARCH__)
@@ -167,7 +167,7 @@ __device__ __forceinline__ void renew(int& number) {
 #endif
 }
 
-// Whether all of the addresses begin a pack; nullptr does.
+// Returns whether all addresses begin a pack; nullptr does.
 template <class... Pointers>
 inline bool aligned(Pointers... pointers) {
     return ((reinterpret_cast<uintptr_t>(pointers) % kPackBytes == 0) && ...);
@@ -175,8 +175,7 @@ inline bool aligned(Pointers... pointers) {
 
 // ---- sums ----
 
-// Sum over a warp's lanes, the same in all of them: a butterfly, so the order of additions is
-// fixed.
+// Returns the sum over a warp's lanes to all of them. The butterfly fixes the order of additions.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
 #pragma unroll
@@ -195,14 +194,14 @@ __device__ __forceinline__ T warp_max(T value) {
     return value;
 }
 
-// Sum over a block of whole warps, at most 1024 threads; every thread gets it. `partial` holds one
-// T per warp.
+// Returns the sum over a block of whole warps, at most 1024 threads, to every thread. `partial`
+// holds one T per warp.
 template <class T>
 __device__ __forceinline__ T block_sum(T value, T* partial) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     const int warps = static_cast<int>(blockDim.x) / 32;
     value = warp_sum(value);
-    __syncthreads();  // the sum before may still be read
+    __syncthreads();  // the previous sum may still be read
     if (lane == 0) partial[warp] = value;
     __syncthreads();
     return warp_sum(lane < warps ? partial[lane] : T(0));

@@ -1,7 +1,7 @@
-// PDD_BACKEND names the namespace of everything that is compiled more than once: the CPU sources
-// are built for several instruction sets and linked into one library. Inline functions outside such
-// a namespace would be merged by the linker, and the surviving copy could hold instructions that
-// the running CPU lacks.
+// PDD_BACKEND names the namespace of all code that is compiled more than once: the CPU sources are
+// built for several instruction sets and linked into one library. The linker would merge inline
+// functions outside such a namespace, and the surviving copy could hold instructions that the
+// running CPU lacks.
 #pragma once
 
 #ifndef PDD_BACKEND
@@ -14,8 +14,8 @@
 #define PDD_HD inline __attribute__((always_inline))
 #endif
 
-// A function that is compiled once, as it stands: neither inlined nor copied for arguments that are
-// known.
+// Marks a function that is compiled once, as it stands: not inlined, and not cloned for known
+// arguments.
 #if defined(__clang__) || defined(__CUDACC__)
 #define PDD_ONE_COPY __attribute__((noinline))
 #else

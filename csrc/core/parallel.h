@@ -1,7 +1,7 @@
-// Parallel loops for the CPU back end. Which thread runs an index never changes what is computed
-// for it, and there is one copy of a body for any number of threads (compiled twice,
-// multiplications and additions may be joined in one copy and not in the other), so results do not
-// depend on the number of threads.
+// Parallel loops of the CPU back end. Results do not depend on the number of threads: the thread
+// that runs an index never affects its result, and one compiled copy of a body serves any number of
+// threads. Two copies could differ, because the compiler may fuse a multiplication and an addition
+// in one of them only.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Nanoseconds, roughly: of n multiply-adds in registers and of n numbers that are read or written
-// with a little arithmetic (measured with AVX2: 44 float multiply-adds a nanosecond in large
-// products, half of that in small ones).
+// Approximate nanoseconds of n multiply-adds in registers, and of n elements read or written with
+// little arithmetic. Measured with AVX2: 44 float multiply-adds per nanosecond in large products,
+// half of that in small ones.
 template <class T>
 constexpr double multiply_time(int64_t n) {
     return static_cast<double>(n) * sizeof(T) / (4 * 30);
@@ -28,7 +28,8 @@ PDD_ONE_COPY void run_indices(const void* body, int64_t first, int64_t last, int
     for (int64_t i = first; i < last; ++i) (*static_cast<const Body*>(body))(i, thread);
 }
 
-// How many of `threads` threads `count` indices are worth that take `each` nanoseconds, roughly.
+// Returns how many of `threads` threads are worthwhile for `count` indices of about `each`
+// nanoseconds.
 inline int threads_worth(int64_t count, int threads, double each) {
     const double work = each * static_cast<double>(count),
                  one = worth_a_thread.load(std::memory_order_relaxed);
@@ -38,9 +39,9 @@ inline int threads_worth(int64_t count, int threads, double each) {
                                                                    : static_cast<double>(most));
 }
 
-// Calls body(i, thread) for i in [0, count), thread in [0, threads), for bodies that work in
-// scratch of their own. `each`: nanoseconds that an index takes, roughly. A region worth one thread
-// touches no other, and costs nothing.
+// Calls body(i, thread) for i in [0, count) and thread in [0, threads), for bodies with scratch
+// memory per thread. `each`: approximate nanoseconds per index. A region that is worth one thread
+// involves no other and has no overhead.
 template <class Body>
 inline void parallel_with_scratch(int64_t count, int threads, double each, const Body& body) {
     const int used = threads_worth(count, threads, each);
@@ -48,7 +49,7 @@ inline void parallel_with_scratch(int64_t count, int threads, double each, const
     run_indices<Body>(&body, 0, count, 0);
 }
 
-// The same with body(i).
+// Calls body(i) for i in [0, count), likewise.
 template <class Body>
 inline void parallel_for(int64_t count, int threads, double each, const Body& body) {
     parallel_with_scratch(count, threads, each, [&body](int64_t i, int) { body(i); });

@@ -1,5 +1,5 @@
-// Numbers that are kept in 16 bits and computed with in 32: what tensors of torch.bfloat16 and
-// torch.float16 hold.
+// Types that are stored in 16 bits and computed in 32: the elements of torch.bfloat16 and
+// torch.float16.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ struct float16 {
     uint16_t bits;
 };
 
-// What sums, statistics and per-channel vectors are held in, for images stored as T.
+// Type of sums, statistics and per-channel vectors for images stored as T.
 template <class T>
 struct ComputeOf {
     using type = T;

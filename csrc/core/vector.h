@@ -1,6 +1,6 @@
-// One register of numbers as a value, by the compiler's vector extension: the formulas in
-// ops/<op>/math.h take it in place of a scalar, so a CPU kernel is vectorized by how it is written
-// and not by what the optimizer can prove.
+// One register of elements as a value, by the compiler's vector extension. The formulas in
+// ops/<op>/math.h take it in place of a scalar, so a CPU kernel is vectorized as written and not
+// only where the optimizer can prove that it may be.
 #pragma once
 
 #include <cmath>
@@ -10,9 +10,9 @@
 
 namespace pdd::PDD_BACKEND {
 
-// The width that the instruction set has: wider vectors are split by the compiler with a detour
-// through memory (3 to 5 times slower, measured with gcc 12 at 64 bytes on AVX2). The tests set 64
-// all the same, to run AVX-512's code where there is none.
+// Width of the instruction set's registers. The compiler splits wider vectors through memory, which
+// is 3 to 5 times slower (measured with gcc 12 at 64 bytes on AVX2). The tests set 64 nevertheless,
+// to run AVX-512's code on machines without it.
 #if defined(PDD_VECTOR_BYTES)
 #elif defined(__AVX512F__)
 #define PDD_VECTOR_BYTES 64
@@ -38,8 +38,8 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// How many numbers a pack holds: a vector's lanes, or 1 for a plain number, with which the same
-// code does the tail.
+// Number of elements in a pack: a vector's lanes, or 1 for a scalar, with which the same code
+// handles the tail.
 template <class T, class Pack>
 constexpr int kLanes = sizeof(Pack) / sizeof(T);
 

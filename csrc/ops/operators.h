@@ -1,7 +1,7 @@
-// The list of operators. Each back end (CPU per instruction set, CUDA) defines every function of it
-// in its own namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu do so in the same order.
-// All take float and double; with PDD_HALF those of PDD_HALF_OPERATORS take bfloat16 and float16
-// too (on the CPU pdd_fast/ops/ converts instead).
+// List of operators. Each back end (CPU per instruction set, CUDA) defines every function in its
+// own namespace PDD_BACKEND; ops/<op>/cpu.cpp and ops/<op>/cuda.cu keep the same order. All
+// operators take float and double. With PDD_HALF, those of PDD_HALF_OPERATORS also take bfloat16
+// and float16 (on the CPU, pdd_fast/ops/ converts instead).
 #pragma once
 
 #include "core/context.h"
@@ -25,8 +25,8 @@
     X(cross_entropy_dual, CrossEntropyDual) \
     X(add_rows, AddRows)
 
-// Passes over the whole network: on a GPU pdd_fast/engines/ composes them of the operators above,
-// and a graph takes the cost out of the launches.
+// Passes over the whole network. On a GPU, pdd_fast/engines/ composes them from the operators
+// above, and a graph removes the launch overhead.
 #define PDD_CPU_OPERATORS(X)             \
     X(convnet_forward, ConvNetForward)   \
     X(convnet_backward, ConvNetBackward) \
@@ -59,11 +59,11 @@ namespace pdd::PDD_BACKEND {
 PDD_OPERATORS(PDD_DECLARE)
 PDD_CPU_OPERATORS(PDD_DECLARE)
 
-// What the passes over the whole network need; `kept`: whether they are given a buffer for what is
-// kept.
+// Returns the buffer sizes of the passes over the whole network. `kept`: whether a pass is given a
+// buffer for saved activations.
 ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads);
 
-// How many images' scratch a call of dsa needs in the device's memory; number_bytes =
+// Returns for how many images a call of dsa needs scratch memory on the device; number_bytes =
 // sizeof(Compute<T>).
 int64_t dsa_scratch_images(DsaShape shape, int number_bytes);
 }  // namespace pdd::PDD_BACKEND

@@ -1,6 +1,6 @@
-// How images lie in memory inside a pass: in blocks of 16 channels, [B, blocks, H, W, 16]. A plane
-// of one block is contiguous, 16 KB for 16x16 floats: it fits the first-level cache, and every
-// cache line of it is used whole. Channels that fill up the last block are zero.
+// Layout of images inside a pass: blocks of 16 channels, [B, blocks, H, W, 16]. A plane of one
+// block is contiguous (16 KB for 16x16 floats): it fits the first-level cache, and all of each
+// cache line is used. Channels that fill up the last block are zero.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ struct BlockedImages {
     T* image(int64_t i) const { return plane(i, 0); }
 };
 
-// Hands out parts of a buffer, each on 64 bytes; without a buffer it only counts.
+// Hands out parts of a buffer, each aligned to 64 bytes; without a buffer it only counts.
 template <class T>
 class Arena {
   public:

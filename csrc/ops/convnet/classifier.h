@@ -1,4 +1,4 @@
-// The linear layer: a few hundred thousand multiplications, next to the convolutions' billions.
+// Linear layer: a few hundred thousand multiplications, compared with billions in the convolutions.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ struct Classifier {
     using M = Memory<V>;
     static constexpr int64_t lanes = kLanes<T, V>;
 
-    // logits [B, K] (+)= x [B, F] by weight [K, F] transposed, + bias [K] where there is one.
+    // logits [B, K] (+)= x [B, F] by weight [K, F] transposed, + bias [K] if given.
     void forward(const T* x, const T* weight, const T* bias, T* logits, bool add) const {
         parallel_for(batch, threads, multiply_time<T>(classes * features), [&](int64_t b) {
             for (int64_t k = 0; k < classes; ++k) {
@@ -51,7 +51,7 @@ struct Classifier {
 
   private:
     T dot(const T* a, const T* b) const {
-        V sums[4] = {};  // so that an addition need not wait for the one before
+        V sums[4] = {};  // four sums, so that an addition need not wait for the one before
         int64_t i = 0;
         for (; i + 4 * lanes <= features; i += 4 * lanes)
             for (int64_t j = 0; j < 4; ++j)

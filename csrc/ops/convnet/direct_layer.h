@@ -1,7 +1,7 @@
-// A convolution between blocks of the network as it is defined, a few images at a time; the same
-// functions as winograd_layer.h. Images and gradients are copied to planes with a border of zeros,
-// so that every pixel's sum has the same form: 3 blocks of rows, each 3 pixels of 16 channels,
-// contiguous.
+// A convolution between blocks of the network by its definition, a few images at a time, with the
+// interface of winograd_layer.h. Images and gradients are copied to planes with a border of zeros,
+// so that every pixel's sum has the same form: per block of channels 3 contiguous rows of 3 pixels
+// of 16 channels.
 #pragma once
 
 #include <algorithm>
@@ -39,8 +39,8 @@ class DirectLayer {
     // ---- weights ----
 
     // Packs w [C, C_in, 3, 3] (k = 0) or its tangent (1) as [out blocks][in blocks][9][16 in][16
-    // out]; `transposed`: with in and out exchanged and the filters turned by half a circle, for
-    // the adjoint in the input.
+    // out]. `transposed`: for the adjoint in the input, with in and out exchanged and the filters
+    // rotated by half a turn.
     void set_weights(int k, const T* w, bool transposed, int threads) const {
         const int64_t to_blocks = transposed ? s_.in_blocks : s_.out_blocks;
         const int64_t from_blocks = transposed ? s_.out_blocks : s_.in_blocks;
@@ -85,7 +85,7 @@ class DirectLayer {
                      });
     }
 
-    // ---- a chunk of images: what goes in ----
+    // ---- a chunk of images: inputs ----
 
     void set_input(int k, int64_t image, int64_t block, const T* plane, T*) const {
         pad(plane, inputs_[k] + (image * s_.in_blocks + block) * padded_);
@@ -123,7 +123,7 @@ class DirectLayer {
         correlate(inputs_[1], grads_[0], task, count);
     }
 
-    // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
+    // Nanoseconds of a task on values, and of the input or output of a plane.
     double forward_time(int64_t) const {
         return multiply_time<T>(9 * s_.pixels() * s_.in_blocks * kBlock * kBlock);
     }
@@ -135,7 +135,7 @@ class DirectLayer {
     }
     double plane_time() const { return move_time<T>(padded_) / 2; }
 
-    // ---- what comes out ----
+    // ---- outputs ----
 
     void get_output(int k, int64_t image, int64_t block, T* plane, T*) const {
         std::copy_n(results_[k].plane(image, block), s_.pixels() * kBlock, plane);
@@ -145,7 +145,7 @@ class DirectLayer {
     }
 
   private:
-    static constexpr int64_t kFilters = 9 * kBlock * kBlock;  // numbers of a pair of blocks
+    static constexpr int64_t kFilters = 9 * kBlock * kBlock;  // elements of a pair of blocks
     static constexpr int64_t kNumbersAtOnce = 1 << 18;        // of a chunk's input: 1 MB
 
     void pad(const T* plane, T* to) const {
@@ -158,9 +158,9 @@ class DirectLayer {
         std::fill_n(to, row_ - kBlock, T(0));
     }
 
-    // A result's plane from all `blocks` of an image, one after the other: a block's plane and
-    // filters, 20 KB and 9 KB for 16x16 floats, then stay in the first-level cache while they are
-    // used, which all of them together would not.
+    // Computes a result's plane from all `blocks` of an image in turn. The plane and the filters of
+    // one block, 20 KB and 9 KB for 16x16 floats, then stay in the first-level cache, which all
+    // blocks together would not.
     void convolve(const T* images, const T* weights, const BlockedImages<T>& to, int64_t blocks,
                   int64_t task, Write how) const {
         const int64_t image = task / to.blocks, block = task % to.blocks;
@@ -187,7 +187,7 @@ class DirectLayer {
     }
 
     LayerShape s_;
-    int64_t row_, padded_, images_ = 1;  // numbers of a padded row and plane; images of a chunk
+    int64_t row_, padded_, images_ = 1;  // elements of a padded row and plane; images of a chunk
     T *inputs_[2] = {}, *grads_[2] = {}, *weights_[2] = {}, *weight_grad_ = nullptr;
     BlockedImages<T> results_[2] = {};  // outputs, or gradients of the inputs
 };

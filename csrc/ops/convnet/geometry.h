@@ -1,4 +1,4 @@
-// Shapes of the layers, and where their parameters lie in the flat vector.
+// Shapes of the layers, and the offsets of their parameters in the flat vector.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace pdd::PDD_BACKEND {
 
-// One convolution: 3x3, padded by one pixel, so that images keep their size.
+// One 3x3 convolution, padded by one pixel so that images keep their size.
 struct LayerShape {
     int64_t batch, in_channels, out_channels, height, width;
     int64_t in_blocks, out_blocks;
@@ -16,7 +16,7 @@ struct LayerShape {
     int64_t pixels() const { return height * width; }
 };
 
-// What a layer is set up for.
+// Passes that a layer is set up for.
 struct Needs {
     bool backward;
     int numbers;  // 1: values; 2: values and tangents
@@ -53,7 +53,7 @@ inline int64_t features_of(const ConvNetShape& s) {
     return s.channels * (s.height >> s.depth) * (s.width >> s.depth);
 }
 
-// The linear layer's weight [K, F]; its bias [K] follows.
+// Offset of the linear layer's weight [K, F]; its bias [K] follows.
 inline int64_t classifier_offset(const ConvNetShape& s) {
     return block_size(s, s.in_channels) + (s.depth - 1) * block_size(s, s.channels);
 }

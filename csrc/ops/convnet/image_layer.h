@@ -1,9 +1,9 @@
-// The first convolution, from the few channels of an image. A plane of its results takes as long to
-// read from memory as to make again from three channels, so none is ever stored: each is made where
-// it is needed, in a thread's own cache.
+// The first convolution, from the few channels of an image. Reading a plane of its results from
+// memory takes as long as recomputing it from three channels, so no plane is stored: each is
+// computed where it is needed, in a thread's own cache.
 //
-// Images lie as [H + 2][W + 2][C_in] with a border of zeros: three runs of 3 * C_in numbers hold
-// all that a pixel's sum needs.
+// Images are [H + 2][W + 2][C_in] with a border of zeros: three runs of 3 * C_in elements hold all
+// terms of a pixel's sum.
 #pragma once
 
 #include <algorithm>
@@ -33,10 +33,10 @@ class ImageLayer {
         if (needs.backward) parts_ = arena.take(s_.batch * s_.out_blocks * taps_ * kBlock);
     }
 
-    // Nanoseconds of a plane: of convolve and of set_weight_grad each, and of add_by_tap.
+    // Nanoseconds of a plane in convolve, in set_weight_grad, and in add_by_tap.
     double plane_time() const { return multiply_time<T>(s_.pixels() * taps_ * kBlock); }
 
-    // Numbers that a thread works in to give an image's gradient.
+    // Elements of a thread's scratch memory for an image's gradient.
     static int64_t scratch(const LayerShape& s) {
         return s.pixels() * blocks_of(9 * s.in_channels) * kBlock +
                (s.height + 2) * (s.width + 2) * s.in_channels;
@@ -57,8 +57,9 @@ class ImageLayer {
         });
     }
 
-    // w [C, C_in, 3, 3] (k = 0) or its tangent (1) as [blocks][taps][16 out], a tap being (row,
-    // column, channel), and for the images' gradient as [blocks][blocks of taps][16 out][16 taps].
+    // Packs w [C, C_in, 3, 3] (k = 0) or its tangent (1) as [blocks][taps][16 out], a tap being
+    // (row, column, channel), and for the images' gradient as [blocks][blocks of taps][16 out][16
+    // taps].
     void set_weights(int k, const T* w) const {
         for (int64_t out = 0; out < s_.out_blocks * kBlock; ++out) {
             const int64_t block = out / kBlock, lane = out % kBlock;
@@ -75,7 +76,7 @@ class ImageLayer {
         }
     }
 
-    // A plane [H, W, 16] of w*x.
+    // Computes a plane [H, W, 16] of w*x.
     void convolve(int k, int64_t image, int64_t block, T* plane) const {
         multiply_all_rows<T>(s_.pixels(),
                              Grid<T>{images_ + image * padded_, s_.width, s_.in_channels, row_},
@@ -83,7 +84,7 @@ class ImageLayer {
                              weights_[k] + block * taps_ * kBlock, plane, kBlock, Write::replace);
     }
 
-    // An image's term of the weights' gradient, from a plane of the results' gradient.
+    // Computes an image's term of the weight gradient from a plane of the results' gradient.
     void set_weight_grad(int64_t image, int64_t block, const T* plane) const {
         T* part = part_of(image, block);
         std::fill_n(part, taps_ * kBlock, T(0));
@@ -114,8 +115,8 @@ class ImageLayer {
             });
     }
 
-    // Adds a plane of the results' gradient, times the weights, to what every tap of every pixel
-    // gets: [H, W, taps].
+    // Adds a plane of the results' gradient, times the weights, to the gradient of every tap of
+    // every pixel: [H, W, taps].
     void add_by_tap(int k, int64_t block, const T* plane, T* by_tap, Write how) const {
         const int64_t stride = tap_blocks_ * kBlock;
         for (int64_t t = 0; t < tap_blocks_; ++t) {
@@ -126,8 +127,8 @@ class ImageLayer {
         }
     }
 
-    // The image's gradient [C_in, H, W] from what its taps got; `scratch` as add_by_tap's result is
-    // followed by.
+    // Computes the image's gradient [C_in, H, W] from that of its taps. `scratch` follows the
+    // result of add_by_tap in memory.
     void image_grad(const T* by_tap, T* scratch, T* grad) const {
         std::fill_n(scratch, padded_, T(0));
         const int64_t run = 3 * s_.in_channels;

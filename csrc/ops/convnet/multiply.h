@@ -1,6 +1,6 @@
-// The two matrix products that all convolutions here are made of. Each keeps a tile of results in
-// registers: kRows x 16 numbers, 12 registers of AVX2's 16 (or of AVX-512's 32), which is what
-// hides the latency of a multiply-add.
+// The two matrix products that all convolutions here consist of. Each holds a tile of results in
+// registers: kRows x 16 elements, 12 of AVX2's 16 registers (or of AVX-512's 32), which hides the
+// latency of a multiply-add.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Rows of a tile: 12 accumulators; with AVX-512 a double fills two registers a row, of which there
-// are 32.
+// Rows of a tile: 12 accumulators. With AVX-512, a double fills two registers per row, of which
+// there are 32.
 template <class T>
 constexpr int kRows = kVectors<T> >= 12 ? 1 : 12 / kVectors<T>;
 
-// Where the terms of a sum lie: `count` runs of `length` numbers each, `stride` apart.
+// Position of the terms of a sum: `count` runs of `length` elements each, `stride` apart.
 struct Runs {
     int64_t count, stride, length;
 };
@@ -69,8 +69,8 @@ inline void multiply_some_rows(int64_t rows, const T* const* a, const Runs& runs
     multiply_rows<T, N>(a, runs, b, c, c_stride, how);
 }
 
-// Where rows start: at `first`, `pixel` apart, and after each `width` of them at a distance of
-// `row` from the last such.
+// Start of rows: the first at `first`, the others `pixel` apart, with a distance of `row` between
+// groups of `width`.
 template <class T>
 struct Grid {
     const T* first;
@@ -99,8 +99,8 @@ template <class T>
 struct Pixels {
     const T *a, *b;  // first pixels
     int64_t rows, length;
-    int64_t a_pixel, a_row;  // distances in a; b's pixels lie 16 apart,
-    int64_t b_row;           // its rows so much
+    int64_t a_pixel, a_row;  // distances in a; pixels of b are 16 apart,
+    int64_t b_row;           // its rows by b_row
 };
 
 // c[i][0..16) += sum over the pixels t of a[t][offset[i]] * b[t][0..16) for N terms.

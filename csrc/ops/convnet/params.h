@@ -1,11 +1,11 @@
-// The whole ConvNet, depth x [3x3 convolution, instance norm with affine, ReLU, 2x2 average pool]
-// and a linear layer: what its passes take and give. Parameters lie in one flat vector in the order
-// of the network's parameters(): per block convolution weight [C, C_in, 3, 3], convolution bias
-// [C], norm weight [C], norm bias [C]; then linear weight [K, F] and bias [K], F = C * (H >> depth)
-// * (W >> depth).
+// Parameters of the passes over the whole ConvNet: depth x [3x3 convolution, instance norm with
+// affine, ReLU, 2x2 average pool] and a linear layer. Network parameters are one flat vector in the
+// order of parameters(): per block convolution weight [C, C_in, 3, 3], convolution bias [C], norm
+// weight [C], norm bias [C]; then linear weight [K, F] and bias [K], F = C * (H >> depth) * (W >>
+// depth).
 //
-// A convolution's bias has no effect, the norm removes it: it is not read, and its gradients are
-// zero.
+// A convolution's bias has no effect, because the norm removes it. It is not read, and its
+// gradients are zero.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,10 @@ struct ConvNetShape {
     int64_t channels, depth, classes;           // C, number of blocks, K
 };
 
-// How blocks after the first convolve.
+// Algorithms of the convolutions after the first block.
 enum Convolution : int { kConvolutionAuto = 0, kConvolutionDirect = 1, kConvolutionWinograd = 2 };
 
-// What every pass takes.
+// Input of every pass.
 template <class T>
 struct ConvNetInput {
     ConvNetShape shape;
@@ -29,23 +29,23 @@ struct ConvNetInput {
     const T* theta;           // [P]
     const T* images;          // [B, C_in, H, W], elements image_stride apart
     int64_t image_stride[4];  // in elements
-    T* workspace;  // as many numbers as convnet_sizes says, on 64 bytes; what it holds does not
-                   // matter
+    T* workspace;             // size from convnet_sizes, aligned to 64 bytes, content ignored
 };
 
 struct ConvNetSizes {
-    int64_t workspace;  // numbers that a pass works in
-    int64_t kept;       // numbers that a forward or gradient pass keeps of one batch
+    int64_t workspace;  // elements of a pass's workspace
+    int64_t kept;       // elements that a forward or gradient pass saves of one batch
 };
 
 template <class T>
 struct ConvNetForward {
     ConvNetInput<T> input;
-    T* kept;  // for a backward pass, as many numbers as convnet_sizes says, on 64 bytes; or nullptr
+    // For a backward pass: size from convnet_sizes, aligned to 64 bytes; or nullptr.
+    T* kept;
     T* logits;  // [B, K]
 };
 
-// From what convnet_forward kept to gradients.
+// Backward pass from what convnet_forward saved.
 template <class T>
 struct ConvNetBackward {
     ConvNetInput<T> input;
@@ -55,7 +55,7 @@ struct ConvNetBackward {
     T* grad_images;        // [B, C_in, H, W] contiguous, or nullptr
 };
 
-// Forward, mean cross-entropy, backward.
+// Forward pass, mean cross-entropy and backward pass.
 template <class T>
 struct ConvNetGradient {
     ConvNetInput<T> input;
@@ -66,20 +66,21 @@ struct ConvNetGradient {
     T* grad_theta;        // [P]
 };
 
-// The gradient pass on dual numbers: parameters move along a direction, images do not.
+// The gradient pass on dual numbers: parameters carry a tangent, images do not.
 template <class T>
 struct ConvNetDual {
     ConvNetInput<T> input;
     const int64_t* hard;  // [B] or nullptr
     const T* soft;        // [B, K] or nullptr
-    T* kept;  // from convnet_gradient at the same point, only read; or nullptr: made again
-    const T* direction;  // [P]
-    const bool* wanted;  // [B]: images whose gradient is; nullptr: all are
-    T* losses_tangent;   // [B] tangents of the losses; their mean is the gradient along the
-                         // direction
-    T* theta_tangent;    // [P] tangent of the gradient, or nullptr
-    T* images_tangent;   // [B, C_in, H, W] contiguous: tangent of the gradient with respect to the
-                        // images; written where wanted; or nullptr
+    T* kept;              // from convnet_gradient at the same point, read only; nullptr: recomputed
+    const T* direction;   // [P]
+    const bool* wanted;   // [B]: whether an image's gradient is wanted; nullptr: all
+    // [B] tangents of the losses; their mean is the derivative along the direction.
+    T* losses_tangent;
+    T* theta_tangent;  // [P] tangent of the gradient, or nullptr
+    // [B, C_in, H, W] contiguous: tangent of the gradient with respect to the images, written for
+    // wanted images only; or nullptr.
+    T* images_tangent;
     T* labels_tangent;  // [B, K] with respect to soft labels, or nullptr
 };
 

@@ -1,16 +1,16 @@
 // Winograd's F(4x4, 3x3) (Lavin and Gray 2016): a tile of 4x4 results from 6x6 inputs takes 36
-// multiplications a pair of channels instead of 144. With x transformed to V = Bt x B, a filter to
-// U = G w Gt and a result's gradient to W = A g At, all of what a convolution and its adjoints
-// compute are products per element of the 6x6:
+// multiplications per pair of channels instead of 144. With x transformed to V = Bt x B, a filter
+// to U = G w Gt and a result's gradient to W = A g At, a convolution and its adjoints are products
+// per element of the 6x6:
 //
 //   z = At (V U) A        dx = B (W Ut) Bt, overlapping tiles added        dw = Gt (Vt W) G
 //
-// so that one transform of x serves w*x, its tangent and the weight gradients, and one of dz both
-// adjoints.
+// One transform of x therefore serves w*x, its tangent and the weight gradients, and one of dz
+// serves both adjoints.
 //
-// Polynomials are evaluated at 0, 5/8, -5/8, 3/2, -3/2 and infinity. With the textbook's 1 and 2 in
-// place of 5/8 and 3/2 the error is twice as large (128 channels, float32: 1.7e-6 against 0.9e-6;
-// direct: 0.2e-6), and all constants are still exact in binary but for those of G.
+// Polynomials are evaluated at 0, 5/8, -5/8, 3/2, -3/2 and infinity. The textbook's 1 and 2 instead
+// of 5/8 and 3/2 double the error (128 channels, float32: 1.7e-6 against 0.9e-6; direct: 0.2e-6).
+// All constants except those of G are exact in binary.
 //
 // Every function is one dimension of a transform, on vectors of channels.
 #pragma once
@@ -22,7 +22,7 @@
 namespace pdd::PDD_BACKEND::winograd {
 
 constexpr int kTile = 4;     // results of a tile, along a side
-constexpr int kSide = 6;     // inputs of a tile
+constexpr int kSide = 6;     // inputs of a tile, along a side
 constexpr int kPoints = 36;  // kSide^2: elements of a transformed tile
 constexpr double kA = 0.625, kB = 1.5;
 constexpr double kAA = kA * kA, kBB = kB * kB, kAABB = kAA * kBB, kSum = kAA + kBB;

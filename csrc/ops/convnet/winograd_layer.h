@@ -1,8 +1,8 @@
 // A convolution between blocks of the network by Winograd's F(4x4, 3x3), a few images at a time.
 //
-// What it works in lies as [36 points][blocks][tiles][16 channels]: one point's tiles are the rows
-// of a matrix product with that point's weights [blocks out][channels in][16], and whole cache
-// lines wherever they are read.
+// Its data are [36 points][blocks][tiles][16 channels]: the tiles of one point are the rows of a
+// matrix product with that point's weights [blocks out][channels in][16], and every access reads
+// whole cache lines.
 #pragma once
 
 #include <algorithm>
@@ -43,14 +43,14 @@ class WinogradLayer {
     }
 
     int64_t images_at_once() const { return images_; }
-    // Numbers that a thread works in.
+    // Elements of a thread's scratch memory.
     static int64_t scratch(const LayerShape& s) {
         return (winograd::kSide * padded(s.width) + 2 * s.width) * kBlock;
     }
 
     // ---- weights ----
 
-    // Transforms weights w [C, C_in, 3, 3] (k = 0) or their tangents (1); `transposed` for the
+    // Transforms weights w [C, C_in, 3, 3] (k = 0) or their tangents (1). `transposed`: for the
     // adjoint in the input.
     void set_weights(int k, const T* w, bool transposed, int threads) const {
         const Points& to = transposed ? transposed_[k] : weights_[k];
@@ -99,7 +99,7 @@ class WinogradLayer {
                      });
     }
 
-    // ---- a chunk of images: what goes in ----
+    // ---- a chunk of images: inputs ----
 
     // `image` counts from the chunk's first. Planes are [H, W, 16].
     void set_input(int k, int64_t image, int64_t block, const T* plane, T* scratch) const {
@@ -138,8 +138,8 @@ class WinogradLayer {
     int64_t input_grad_tasks(int64_t) const { return winograd::kPoints * s_.in_blocks; }
     int64_t weight_grad_tasks(int64_t) const { return winograd::kPoints * s_.out_blocks; }
 
-    // w*x, or with `tangent` w*x_tangent + w_tangent*x, of the chunk's first `count` images; so
-    // also below.
+    // Computes w*x, or with `tangent` w*x_tangent + w_tangent*x, of the chunk's first `count`
+    // images; the following functions likewise.
     void forward(int64_t task, int64_t count, bool tangent) const {
         const int64_t point = task / s_.out_blocks, block = task % s_.out_blocks;
         if (!tangent)
@@ -166,7 +166,7 @@ class WinogradLayer {
         outer_product(inputs_[1], grads_[0], point, block, count);
     }
 
-    // Nanoseconds of a task of values, and of what goes in or comes out with a plane.
+    // Nanoseconds of a task on values, and of the input or output of a plane.
     double forward_time(int64_t count) const {
         return multiply_time<T>(count * each_ * s_.in_blocks * kBlock * kBlock);
     }
@@ -176,7 +176,7 @@ class WinogradLayer {
     double weight_grad_time(int64_t count) const { return forward_time(count); }
     double plane_time() const { return move_time<T>(2 * winograd::kPoints * each_ * kBlock); }
 
-    // ---- what comes out ----
+    // ---- outputs ----
 
     void get_output(int k, int64_t image, int64_t block, T* plane, T* scratch) const {
         const Scratch own(s_, scratch);
@@ -209,9 +209,9 @@ class WinogradLayer {
     }
 
   private:
-    // 36 points of 64 tiles of 128 floats are 1.2 MB; of these a product has 32 KB of inputs and 64
-    // KB of weights before it, which stay in the second-level cache. 16 to 96 are as fast, 192 is a
-    // tenth slower.
+    // 36 points of 64 tiles of 128 floats are 1.2 MB. A product uses 32 KB of inputs and 64 KB of
+    // weights of them at a time, which stay in the second-level cache. 16 to 96 tiles are equally
+    // fast, 192 are a tenth slower.
     static constexpr int64_t kTilesAtOnce = 64;
 
     static int64_t padded(int64_t side) { return winograd::tiles(side) * winograd::kTile + 2; }
@@ -219,14 +219,14 @@ class WinogradLayer {
     struct Points {
         Points() = default;
         Points(Arena<T>& arena, int64_t blocks, int64_t rows)
-            // Lines of different points that are written together must not all lie in one set of a
-            // cache.
+            // Lines of different points that are written together must not all map to one cache
+            // set.
             : blocks(blocks),
               rows(rows),
               point((blocks * rows | 1) * kBlock),
               data(arena.take(winograd::kPoints * point)) {}
 
-        int64_t blocks = 0, rows = 0, point = 0;  // point: numbers from one to the next
+        int64_t blocks = 0, rows = 0, point = 0;  // point: elements from one point to the next
         T* data = nullptr;
 
         T* at(int64_t p, int64_t block, int64_t row) const {
@@ -234,9 +234,9 @@ class WinogradLayer {
         }
     };
 
-    // A row of tiles, transformed along one side: 6 rows of numbers `wide` apart, with a column at
-    // the left and at least one at the right for what lies outside; and two rows that stand for all
-    // rows outside of the plane.
+    // A row of tiles, transformed along one side: 6 rows of elements `wide` apart, with a column at
+    // the left and at least one at the right for the outside, and two rows that stand for all rows
+    // outside of the plane.
     struct Scratch {
         Scratch(const LayerShape& s, T* memory)
             : rows(memory),
@@ -248,7 +248,7 @@ class WinogradLayer {
         void clear_borders() const {
             for (int r = 0; r < winograd::kSide; ++r) {
                 std::fill_n(rows + r * wide, kBlock, T(0));
-                // For gradients, which begin in the first column, the last of the plane is cleared
+                // Gradients begin in the first column. For them, the plane's last column is cleared
                 // here and set again.
                 std::fill_n(rows + r * wide + width, wide - width, T(0));
             }
@@ -265,7 +265,7 @@ class WinogradLayer {
         return h >= 0 && h < s_.height ? plane + h * s_.width * kBlock : outside;
     }
 
-    // Transforms columns of In numbers to columns of Out; adds to the first `added` rows.
+    // Transforms columns of In elements to columns of Out; adds to the first `added` rows.
     template <int In, int Out, class Transform>
     void down(const T* const* in, T* const* out, int added, const Transform& transform) const {
         const int64_t count = s_.width * kBlock;
@@ -278,8 +278,8 @@ class WinogradLayer {
         }
     }
 
-    // Transforms the rows of the tiles in the scratch, each In numbers from its first column on, to
-    // their 36 points.
+    // Transforms the rows of the tiles in the scratch memory, each In elements from its first
+    // column, to their 36 points.
     template <int In, class Transform>
     void spread(const Scratch& own, const Points& points, int64_t block, int64_t image, int64_t ty,
                 const Transform& transform) const {
@@ -293,8 +293,8 @@ class WinogradLayer {
                     for (int c = 0; c < In; ++c)
                         d[c] = M::load(from + r * wide + c * kBlock + j * kLane);
                     transform(d, t);
-                    // 36 lines in as many places: more than the processor foresees, and it waits
-                    // for each in turn.
+                    // 36 lines in as many places are more than the processor's prefetcher follows;
+                    // without this it waits for each in turn.
                     for (int c = 0; c < 6 && j == 0; ++c)
                         __builtin_prefetch(to + (6 * r + c) * point + kBlock, 1);
                     for (int c = 0; c < 6; ++c)
@@ -304,8 +304,8 @@ class WinogradLayer {
         }
     }
 
-    // The other way round: from points to rows of Out numbers a tile in the scratch. Where tiles
-    // are 4 apart and rows are 6 long, they are added up where they overlap.
+    // The inverse direction: from points to rows of Out elements per tile in the scratch memory.
+    // Overlapping tiles, 4 apart with rows of 6, are added up.
     template <int Out, class Transform>
     void collect(const Scratch& own, const Points& points, int64_t block, int64_t image, int64_t ty,
                  const Transform& transform) const {

@@ -1,7 +1,7 @@
-// The formulas of softmax cross-entropy for one sample, value and dual, shared by the CPU and CUDA
-// back ends.
-//   loss = -sum_k y_k log p_k,   p = softmax(l),   gradient of the batch mean: (p_k sum(y) - y_k) /
-//   B
+// Formulas of softmax cross-entropy for one sample, value and dual, shared by the CPU and CUDA back
+// ends.
+//   loss = -sum_k y_k log p_k,   p = softmax(l)
+//   gradient of the batch mean: (p_k sum(y) - y_k) / B
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,9 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Who works on a row of logits: one thread alone here, a warp in cuda.cu. A member takes every
-// step-th class from its first on; sum and max are over the members, the same for all of them.
+// Group that works on a row of logits: a single thread here, a warp in cuda.cu. A member handles
+// every step-th class from its first; sum and max are over the members and the same for all of
+// them.
 struct Alone {
     static constexpr int64_t first = 0, step = 1;
 
@@ -26,7 +27,7 @@ struct Alone {
     }
 };
 
-// log(sum(exp)) of one row of logits; exp never sees a positive argument.
+// log(sum(exp)) of a row of logits. The arguments of exp are never positive.
 template <class Team, class T>
 PDD_HD T log_sum_exp(const Team& team, const T* logits, int64_t classes) {
     T largest = logits[0];
@@ -38,10 +39,10 @@ PDD_HD T log_sum_exp(const Team& team, const T* logits, int64_t classes) {
     return largest + log(team.sum(sum));
 }
 
-// The weight that the label gives to class k.
+// Weight that the label gives to class k.
 template <class T>
 struct Label {
-    int64_t index;  // hard label; unused where soft is given
+    int64_t index;  // hard label; unused if soft is given
     const T* soft;  // [K] or nullptr
 
     PDD_HD T weight(int64_t k) const { return soft ? soft[k] : static_cast<T>(k == index); }
@@ -52,13 +53,13 @@ struct Label {
         for (int64_t k = team.first; k < classes; k += team.step) sum += soft[k];
         return team.sum(sum);
     }
-    // A label outside [0, K) would train on nothing without a word; NaN is seen.
+    // A label outside [0, K) must not be ignored silently: NaN shows it.
     PDD_HD T poison(int64_t classes) const {
         return soft || (index >= 0 && index < classes) ? T(0) : static_cast<T>(NAN);
     }
 };
 
-// The loss, for all members alike.
+// Loss, the same for all members.
 template <class Team, class T>
 PDD_HD T cross_entropy_sample(const Team& team, const T* logits, Label<T> label, int64_t classes,
                               T scale, T* grad) {
@@ -68,14 +69,13 @@ PDD_HD T cross_entropy_sample(const Team& team, const T* logits, Label<T> label,
     for (int64_t k = team.first; k < classes; k += team.step) {
         const T log_p = logits[k] - lse;
         const T y = label.weight(k);
-        if (y != T(0))
-            sum -= y * log_p;  // 0 * log 0 is 0: a class of weight 0 may have a logit of -inf
+        if (y != T(0)) sum -= y * log_p;  // 0 * log 0 is 0: a class of weight 0 may have logit -inf
         grad[k] = (exp(log_p) * total - y) * scale;
     }
     return team.sum(sum) + label.poison(classes);
 }
 
-// The tangent of the loss, for all members alike.
+// Tangent of the loss, the same for all members.
 template <class Team, class T>
 PDD_HD T cross_entropy_dual_sample(const Team& team, const T* logits, const T* tangent,
                                    Label<T> label, int64_t classes, T scale, T* grad,

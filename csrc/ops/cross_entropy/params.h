@@ -1,4 +1,4 @@
-// Softmax cross-entropy: what goes in and out. B = batch, K = classes.
+// Parameters of softmax cross-entropy. B = batch, K = classes.
 #pragma once
 
 #include <cstdint>

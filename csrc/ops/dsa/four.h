@@ -1,4 +1,4 @@
-// Four numbers as a value: the channels of a pixel, or neighbors in memory.
+// Four elements as a value: the channels of a pixel, or neighbors in memory.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ void store_four(T* to, Four<T> four) {
 #define PDD_SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, typename FourOf<T>::indices{__VA_ARGS__})
 #endif
 
-// Eight shuffles; number by number it would take twelve.
+// Takes eight shuffles; element by element it would take twelve.
 template <class T>
 void transpose(Four<T> (&v)[4]) {
     const Four<T> low01 = PDD_SHUFFLE(T, v[0], v[1], 0, 4, 1, 5),

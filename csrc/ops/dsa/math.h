@@ -1,10 +1,10 @@
-// The formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; docs/mathematics.md,
+// Formulas of differentiable Siamese augmentation (Zhao and Bilen 2021; docs/mathematics.md,
 // section 5) at one pixel, shared by the CPU and CUDA back ends. Images are planar here: element
-// (c, i, j) lies at (c*H + i)*W + j.
+// (c, i, j) is at (c*H + i)*W + j.
 //
 // Scaling and rotating sample bilinearly at affine positions. The transpose is computed as a gather
-// too: for an input pixel it visits the few outputs whose taps can reach it, so no thread ever adds
-// to another's result.
+// too: it visits, for an input pixel, the few outputs whose taps can reach it, so no thread adds to
+// another's result.
 #pragma once
 
 #include <cmath>
@@ -22,8 +22,8 @@ struct ImageShape {
     PDD_HD int64_t elements() const { return channels * height * width; }
 };
 
-// value, a double or several, held to [low, high], NaN to low. A draw may be any number; one that
-// does not fit an integer must not be cast.
+// Returns value, a double or several, clamped to [low, high], and low for NaN. A parameter may be
+// any number, and one that does not fit an integer must not be cast.
 template <class Value>
 PDD_HD Value held(Value value, double low, double high) {
     const Value lowest = Value{} + low, highest = Value{} + high;
@@ -31,11 +31,11 @@ PDD_HD Value held(Value value, double low, double high) {
     return raised < highest ? raised : highest;
 }
 
-constexpr double kFar = 1e15;  // beyond any image, and sums of a few such still fit an int64_t
+constexpr double kFar = 1e15;  // beyond any image; sums of a few such values still fit an int64_t
 
-// One image's row of draws.
+// Parameters of one image.
 struct Draws {
-    const double* first;  // draw d of this image lies at first[d * batch]
+    const double* first;  // parameter d of this image is at first[d * batch]
     int64_t batch;
 
     PDD_HD double operator[](int draw) const { return first[draw * batch]; }
@@ -59,14 +59,14 @@ PDD_HD Box cutout_box(Draws draws, int64_t height, int64_t width) {
     return {top, top + height, left, left + width};
 }
 
-// Where an output pixel is sampled: position = center + M (pixel - center), in pixels. Equals
-// affine_grid followed by grid_sample with align_corners=True; double for every type, since the
-// rounding of a position is multiplied by the difference of neighboring pixels.
+// Sampling position of an output pixel: position = center + M (pixel - center), in pixels. It
+// equals affine_grid followed by grid_sample with align_corners=True. Positions are double for
+// every type, because their rounding is multiplied by the difference of neighboring pixels.
 struct Sampling {
     double xx, xy, yx, yy;  // M: x from x, x from y, y from x, y from y
     double cx, cy;
 
-    // The position of a pixel is the column's part of it, and then the row's.
+    // A pixel's position is the part of its column plus the part of its row.
     PDD_HD double column_x(int64_t j) const { return cx + xx * (static_cast<double>(j) - cx); }
     PDD_HD double column_y(int64_t j) const { return cy + yx * (static_cast<double>(j) - cx); }
     PDD_HD double x(int64_t i, int64_t j) const {
@@ -92,8 +92,7 @@ struct Turn {
 
 PDD_HD Turn turn_of(double angle) {
 #if defined(__CUDA_ARCH__)
-    // cos and sin keep an array in local memory for angles beyond 10^5; those of multiples of pi do
-    // not.
+    // cos and sin put an array in local memory for angles beyond 10^5; sincospi does not.
     double sine, cosine;
     sincospi(angle * 0.31830988618379067154, &sine, &cosine);
     return {cosine, sine};
@@ -103,8 +102,8 @@ PDD_HD Turn turn_of(double angle) {
 }
 
 PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
-    // affine_grid's coordinates run from -1 to 1 along both sides, so on an oblong image a rotation
-    // in them carries the ratio of the sides. A side of one pixel has the coordinate 0 alone.
+    // affine_grid's coordinates run from -1 to 1 along both sides, so a rotation in them scales by
+    // the ratio of the sides. A side of one pixel has the single coordinate 0.
     const double across = static_cast<double>(shape.width - 1),
                  down = static_cast<double>(shape.height - 1);
     const Turn turn = turn_of(draws[kAngle]);
@@ -116,14 +115,14 @@ PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
             0.5 * down};
 }
 
-// Weight of a pixel for a sample at this distance along one axis.
+// Weight of a pixel at this distance from a sample, along one axis.
 PDD_HD double tap(double distance) {
     const double weight = 1.0 - fabs(distance);
     return weight > 0 ? weight : 0;
 }
 
-// Along one axis, tap() of the two pixels around a position, or several: `first`, its floor, which
-// may lie outside, and the next.
+// tap() of the two pixels around one or several positions, along one axis: `first`, the position's
+// floor, which may lie outside, and the next.
 template <class Value>
 struct Neighbors {
     Value first, weight, next_weight;
@@ -140,7 +139,7 @@ struct Taps {
     double rows[2], columns[2];
 
     PDD_HD Taps(const Sampling& s, ImageShape shape, int64_t i, int64_t j) {
-        // From one pixel outside on, all four weights are 0 already.
+        // All four weights are 0 from one pixel outside.
         const double y = held(s.y(i, j), -1, static_cast<double>(shape.height));
         const double x = held(s.x(i, j), -1, static_cast<double>(shape.width));
         const Neighbors<double> down(y, floor(y)), across(x, floor(x));
@@ -164,20 +163,20 @@ struct Taps {
     }
 };
 
-// The output pixels whose taps can reach one input pixel: a box around its image under the inverse
-// of M.
+// Output pixels whose taps can reach one input pixel: a box around its image under the inverse of
+// M.
 struct Reach {
     int64_t top, bottom, left, right;  // inclusive
 
     PDD_HD Reach(const Sampling& s, ImageShape shape, int64_t p, int64_t q) {
         constexpr double slack =
-            1e-6;  // for the rounding of the inverse; a pixel too many has weight 0
+            1e-6;  // margin for the inverse's rounding; extra pixels have weight 0
         const double determinant = s.xx * s.yy - s.xy * s.yx;
         top = left = 0;
         bottom = shape.height - 1;
         right = shape.width - 1;
         if (fabs(determinant) < 1e-9)
-            return;  // a plane squeezed to a line: every output is looked at
+            return;  // M maps the plane to a line: every output is visited
         const double dx = static_cast<double>(q) - s.cx, dy = static_cast<double>(p) - s.cy;
         const double j = s.cx + (s.yy * dx - s.xy * dy) / determinant;
         const double i = s.cy + (s.xx * dy - s.yx * dx) / determinant;
@@ -190,7 +189,7 @@ struct Reach {
     }
 };
 
-// What the outputs of one channel give back to input pixel (p, q).
+// Sum of what the outputs of one channel contribute to input pixel (p, q).
 template <class T>
 PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape shape, int64_t p,
                 int64_t q) {
@@ -205,7 +204,7 @@ PDD_HD T gather(const T* grad, const Sampling& s, const Reach& reach, ImageShape
     return sum;
 }
 
-// value moved towards (or away from) a mean: both saturation and contrast, each its own transpose.
+// Moves value towards or away from a mean: saturation and contrast, each its own transpose.
 template <class Value, class Mean, class Factor>
 PDD_HD Value blend(Value value, Mean mean, Factor factor) {
     return (value - mean) * factor + mean;

@@ -1,4 +1,4 @@
-// Differentiable Siamese augmentation: what goes in and out. Arbitrary strides, in elements, so
+// Parameters of differentiable Siamese augmentation. Images have arbitrary strides, in elements, so
 // that both layouts are read and written without a copy.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace pdd {
 
-// The operations' numbers; pdd_fast/ops/dsa.py holds the same list.
+// Codes of the operations, in the order of pdd_fast/ops/dsa.py.
 enum DsaOperation : int {
     kNothing = -1,
     kColor = 0,
@@ -19,7 +19,7 @@ enum DsaOperation : int {
     kRotate = 5
 };
 
-// The rows of Dsa::draws; pdd_fast/ops/dsa.py holds the same list.
+// Rows of Dsa::draws, in the order of pdd_fast/ops/dsa.py.
 enum DsaDraw : int {
     kBrightness,
     kSaturation,
@@ -38,15 +38,15 @@ enum DsaDraw : int {
 template <class T>
 struct Dsa {
     int64_t batch, channels, height, width;
-    int64_t cutout_height, cutout_width;  // size of the square that cutout blanks
+    int64_t cutout_height, cutout_width;  // size of the rectangle that cutout blanks
     int64_t operation_count;
     const int* operations;  // [operation_count, B] DsaOperation, in the order applied
-    bool linear;  // leave out what is constant in the image (brightness); the adjoint ignores it
-    const double* draws;                        // [kDsaDraws, B]
-    const T* input;                             // [B, C, H, W], strides below
-    T* output;                                  // [B, C, H, W], strides below
+    bool linear;            // leave out the constant part (brightness); the adjoint ignores it
+    const double* draws;    // [kDsaDraws, B]
+    const T* input;         // [B, C, H, W], strides below
+    T* output;              // [B, C, H, W], strides below
     int64_t input_stride[4], output_stride[4];  // of B, C, H, W
-    Compute<T>* scratch;  // [dsa_scratch_images, 2, C * H * W]; nullptr where that is 0
+    Compute<T>* scratch;  // [dsa_scratch_images, 2, C * H * W]; nullptr if that is 0
     int64_t scratch_images;
 };
 

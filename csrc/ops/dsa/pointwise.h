@@ -11,9 +11,8 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Adds the sums of kFours * 4 rows, one after another, to total. A row's numbers are added one
-// after another too, each addition waiting for the one before it, so many rows are summed at a
-// time, four in a vector.
+// Adds the sums of kFours * 4 rows to total, one after another. Within a row, each addition waits
+// for the one before it, so many rows are summed at a time, four in a vector.
 template <int kFours, class T>
 void add_row_sums(const T* rows, int64_t width, T& total) {
     Four<T> sums[kFours] = {};
@@ -33,7 +32,7 @@ void add_row_sums(const T* rows, int64_t width, T& total) {
         }
 }
 
-// Row by row, for the rounding error.
+// Sums row by row, for a smaller rounding error.
 template <class T>
 T mean_of(const T* image, ImageShape shape) {
     const int64_t rows = shape.channels * shape.height, width = shape.width;
@@ -49,9 +48,9 @@ T mean_of(const T* image, ImageShape shape) {
     return total / static_cast<T>(shape.elements());
 }
 
-// Of before(number) for every number. The means of a few pixels at a time lie in memory, so that
-// they are rounded: where a compiler keeps them in registers it may fold their product with
-// `inverse` into what they are subtracted from.
+// Applies saturation to before(element). The means of a few pixels at a time are stored in memory,
+// so that they are rounded: a compiler that holds them in registers may fuse their product with
+// `inverse` into the subtraction.
 template <class T, class Before>
 void saturate(const T* image, T* out, ImageShape shape, T factor, Before before) {
     constexpr int64_t kMost = 256;
@@ -104,8 +103,8 @@ void color_adjoint(const T* grad, T* out, ImageShape shape, Draws draws) {
              [=](T value) { return blend(value, mean, factor); });
 }
 
-// out[i, j] = image[i + u, j + v], zero outside. A plane is moved as one run of numbers; what then
-// has come from a neighboring row is blanked.
+// out[i, j] = image[i + u, j + v], zero outside. A plane moves as one run of elements, and the
+// elements that come from a neighboring row are blanked afterwards.
 template <class T>
 void shift(const T* image, T* out, ImageShape shape, int64_t u, int64_t v) {
     const int64_t height = shape.height, width = shape.width, pixels = shape.pixels();
@@ -114,7 +113,7 @@ void shift(const T* image, T* out, ImageShape shape, int64_t u, int64_t v) {
         return;
     }
     const int64_t top = std::max<int64_t>(-u, 0),
-                  bottom = height - std::max<int64_t>(u, 0);  // rows seen: [top, bottom)
+                  bottom = height - std::max<int64_t>(u, 0);  // visible rows: [top, bottom)
     const int64_t left = std::max<int64_t>(-v, 0), right = width - std::max<int64_t>(v, 0);
     const int64_t first = top * width + left, last = (bottom - 1) * width + right;
     for (int64_t c = 0; c < shape.channels; ++c, image += pixels, out += pixels) {

@@ -1,6 +1,6 @@
 // Scale and rotate of one image, and their transposes. Positions and weights are computed once for
-// all channels, a tap is up to four channels of a pixel in one register, and the image lies in a
-// frame of zeros as wide as taps reach, so that none has to be asked whether it is inside.
+// all channels, and a tap is up to four channels of a pixel in one register. The image has a frame
+// of zeros as wide as taps reach, so no tap needs a bounds check.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 
 namespace pdd::PDD_BACKEND {
 
-// Vectors of as many numbers as one of doubles has.
+// Vectors with as many elements as a vector of doubles.
 using Doubles = Vector<double>;
 typedef int64_t Integers __attribute__((vector_size(PDD_VECTOR_BYTES)));
 template <class T>
@@ -35,8 +35,8 @@ inline Doubles floor_of(Doubles v) {
     return v;
 }
 
-// Rounded once where the instruction set can, as compilers do with the formulas in math.h where
-// both factors change.
+// Rounded once if the instruction set can, as compilers do with the formulas in math.h where both
+// factors change.
 inline Doubles multiply_add(double a, double b, Doubles c) {
 #if defined(__FP_FAST_FMA)
     for (int l = 0; l < kLanes<double, Doubles>; ++l) c[l] = std::fma(a, b, c[l]);
@@ -46,14 +46,14 @@ inline Doubles multiply_add(double a, double b, Doubles c) {
 #endif
 }
 
-// The integer in whole + 2^52, a double whose lowest digit is worth one: no instruction before
-// AVX-512 converts.
+// Returns the integer in whole + 2^52, a double whose lowest digit is worth 1, because no
+// instruction before AVX-512 converts.
 constexpr double kOnes = 4503599627370496.0;
 inline Integers integers(Doubles whole_and_ones) {
     return reinterpret_cast<Integers>(whole_and_ones) - int64_t{0x4330000000000000};
 }
 
-// N channels of a pixel: one number, or a vector of which N are used.
+// N channels of a pixel: a scalar, or a vector whose first N lanes are used.
 template <class T, int N>
 struct PixelOf {
     using type = Four<T>;
@@ -67,7 +67,7 @@ struct PixelOf<T, 1> {
     static void set(T& pixel, int, T value) { pixel = value; }
 };
 
-// Taps lie in rows -1 to height + 1, and the columns likewise.
+// Taps lie in rows -1 to height + 1, and likewise in columns.
 struct Frame {
     int64_t height, width;
 
@@ -75,7 +75,7 @@ struct Frame {
     int64_t pixels() const { return height * width; }
 };
 
-// Where the outputs of one row are sampled. Columns are rounded up to whole vectors.
+// Sampling positions of the outputs of one row. Columns are rounded up to whole vectors.
 template <class T>
 class SamplingRow {
   public:
@@ -119,8 +119,7 @@ class SamplingRow {
     }  // of that tap, the one to its right, and those below
 
     void move_to(int64_t i) {
-        const SamplingRow row =
-            *this;  // a copy can't change by what is stored: it stays in registers
+        const SamplingRow row = *this;  // a copy, which no store can change, stays in registers
         const double dy = static_cast<double>(i) - row.sampling_.cy;
         if (!row.turned_) {  // a row has one y, and all rows have the same x
             const double y = held(row.sampling_.y(i, 0), -1, row.height_);
@@ -170,8 +169,8 @@ class SamplingRow {
     int64_t columns_;
     double height_, width_, across_, down_, corner_;
     bool turned_;
-    // Turned: what a column gives to x and to y. Else: its first tap's column, and the weights of
-    // it and the next.
+    // With a rotation: the column's parts of x and y. Otherwise: the column of its first tap, and
+    // the weights of that tap and the next.
     double* of_column_[3];
     int64_t* at_;
     T* weights_[4];
@@ -201,7 +200,7 @@ void load_row(const View<const T>& from, int64_t c, int64_t i, int64_t width, co
     }
 }
 
-// Writes a row of N channels of `to`, of which pixel(j) gives each.
+// Writes a row of N channels of `to` from pixel(j).
 template <class T, int N, class MakePixel>
 void store_row(const View<T>& to, int64_t c, int64_t i, int64_t width, const MakePixel& pixel) {
     T* row = to.at(c, i);
@@ -264,8 +263,8 @@ struct Sampler {
         }
     }
 
-    // Every output adds to the pixels that it was sampled from, row after row: gather()'s sums in
-    // gather()'s order.
+    // Every output adds to its sampled pixels, row after row: the sums of gather() in the order of
+    // gather().
     void sample_adjoint(const View<const T>& grad, const View<T>& out, int64_t c) {
         std::fill_n(framed, frame.pixels(), Pixel{});
         const int64_t* at = row.at();
@@ -296,7 +295,7 @@ int64_t frame_bytes(ImageShape shape) {
     return (Frame(shape).pixels() * static_cast<int64_t>(pixel) + 63) / 64 * 64;
 }
 
-// How much memory resample() works in.
+// Returns the bytes of resample()'s scratch memory.
 template <class T>
 int64_t sampling_bytes(ImageShape shape) {
     return frame_bytes<T>(shape) + SamplingRow<T>::bytes(shape);

@@ -1,8 +1,7 @@
-// Instance norm + affine + ReLU + 2x2 average pool: what goes in and out.
-// All images are channels-last: element (b, c, h, w) lies at ((b*H + h)*W + w)*C + c. An odd last
-// row or column is not pooled but counts in the norm's statistics, as in torch.nn.AvgPool2d(2).
-// Images are stored as T; statistics and vectors over the channels are Compute<T>, at least 32
-// bits.
+// Parameters of instance norm + affine + ReLU + 2x2 average pool.
+// All images are channels-last: element (b, c, h, w) is at ((b*H + h)*W + w)*C + c. An odd last row
+// or column is not pooled but counts in the norm's statistics, as in torch.nn.AvgPool2d(2). Images
+// are stored as T; statistics and vectors over the channels are Compute<T>, at least 32 bits.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +18,7 @@ template <class T>
 struct NormReluPool {
     PlaneShape shape;
     double eps;
-    const T* z;                // [B, C, H, W] what the convolution gave
+    const T* z;                // [B, C, H, W] result of the convolution
     const Compute<T>* weight;  // [C]
     const Compute<T>* bias;    // [C]
     T* out;                    // [B, C, H/2, W/2]
@@ -37,7 +36,7 @@ struct NormReluPoolBackward {
     const Compute<T>* weight;       // [C]
     const Compute<T>* bias;         // [C]
     T* grad_z;                      // [B, C, H, W]
-    Compute<T>* grad_weight_parts;  // [B, C] one term per image; their sum over B is the gradient
+    Compute<T>* grad_weight_parts;  // [B, C] term per image; their sum over B is the gradient
     Compute<T>* grad_bias_parts;    // [B, C]
 };
 

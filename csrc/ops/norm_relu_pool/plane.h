@@ -1,6 +1,6 @@
 // Instance norm + affine + ReLU + 2x2 average pool over one plane of one vector of channels (8
-// floats with AVX2): what is summed over the plane stays in registers, and the plane, at most a
-// cache line a pixel, in the cache between the passes over it.
+// floats with AVX2). Sums over the plane stay in registers. The plane, at most a cache line per
+// pixel, stays in the cache between passes.
 #pragma once
 
 #include "core/vector.h"
@@ -27,7 +27,7 @@ struct Plane {
         return static_cast<T>(1.0 / static_cast<double>(shape.height * shape.width));
     }
 
-    // Of a vector over channels, and of an array [B, C].
+    // Offsets in a vector over channels, and in an array [B, C].
     Pack of_channel(const T* vector) const { return Memory<Pack>::load(vector + channel); }
     Pack of_plane(const T* array) const {
         return Memory<Pack>::load(array + b * shape.channels + channel);
@@ -48,7 +48,7 @@ struct Plane {
     }
 };
 
-// A sum over the plane. Rows are summed apart and then added, which keeps the rounding error near
+// Sum over the plane. Rows are summed separately and then added, so the rounding error grows like
 // sqrt(height) + sqrt(width) units instead of sqrt(height * width).
 template <class Pack>
 struct Sum {
@@ -65,7 +65,8 @@ Channel<Pack> channel_of(const Plane<T, Pack>& plane, const T* mean, const T* rs
             plane.of_channel(bias)};
 }
 
-// Mean and 1/sqrt(variance + eps), two passes: the variance of the differences does not cancel.
+// Mean and 1/sqrt(variance + eps) in two passes, because the variance of differences does not
+// cancel.
 template <class T, class Pack>
 Channel<Pack> measure(const Plane<T, Pack>& plane, const T* z, double eps, const T* weight,
                       const T* bias) {
@@ -196,7 +197,7 @@ void norm_relu_pool_dual_backward_plane(const Plane<T, Pack>& plane,
                                         const NormReluPoolDualBackward<T>& p) {
     using M = Memory<Pack>;
     const Channel<Pack> channel = channel_of(plane, p.mean, p.rstd, p.weight, p.bias);
-    // The tangent of the bias stays 0: nothing here depends on it.
+    // The tangent of the bias stays 0, because nothing here depends on it.
     const ChannelTangent<Pack> tangent{plane.of_plane(p.mean_tangent), plane.of_plane(p.kappa),
                                        plane.of_channel(p.weight_tangent), Pack{}};
     struct Element {

@@ -1,13 +1,14 @@
-// How the CUDA kernels go over planes: who owns which pixels, how they are read, held and summed.
+// Traversal of planes in the CUDA kernels: which thread owns which pixels, and how these are read,
+// held and summed.
 //
 // A block takes one image and a few packs of neighboring channels, whole planes of them. Its
 // threads are `vectors` across the channels, so that a warp's accesses are runs of neighboring
-// packs, times `rows` down the planes. What a thread owns are windows, the 2x2 pixels that are
-// pooled together (cut off at an odd border).
+// packs, times `rows` down the planes. A thread owns windows: the 2x2 pixels that are pooled
+// together, cut off at an odd border.
 //
-// Planes of up to 256 windows (32x32 pixels) stay in registers between the passes over them: every
-// input is read once. Larger ones are read again in the second pass, when the block's tile is still
-// in the second-level cache.
+// Planes of up to 256 windows (32x32 pixels) stay in registers between passes, so every input is
+// read once. Larger planes are read again in the second pass, while the block's tile is still in
+// the second-level cache.
 #pragma once
 
 #include "core/cuda.cuh"
@@ -16,16 +17,16 @@
 
 namespace pdd::PDD_BACKEND {
 
-constexpr int kThreads = 256;  // at most; with it a thread may use 255 registers
+constexpr int kThreads = 256;  // maximum; it allows a thread 255 registers
 constexpr int kWarps = kThreads / 32;
 
-// Windows that a thread keeps at most. Two packs of 16 bits hold as many channels as four of 32,
-// with twice the per-channel numbers beside them: with four windows of eight channels the dual
-// passes would not fit in the registers.
+// Maximum number of windows that a thread holds. Two packs of 16 bits hold as many channels as four
+// of 32, with twice the per-channel values beside them: the dual passes would exceed the registers
+// with four windows of eight channels.
 template <class T>
 constexpr int kMostHeld = sizeof(T) == 2 ? 2 : 4;
 
-// How a block's threads are split; both powers of two.
+// Split of a block's threads; both are powers of two.
 struct Split {
     int vectors, rows;
     bool runs;  // whether vectors over the channels begin at multiples of 16 bytes
@@ -39,7 +40,7 @@ struct Split {
 struct Window {
     int i, j;  // of its upper left pixel
     bool right,
-        bottom;  // whether it has a second column and row; both false where there is no window
+        bottom;  // whether it has a second column and row; both false without a window
     bool valid;
 
     __device__ __forceinline__ bool holds(int k) const {
@@ -48,7 +49,7 @@ struct Window {
     __device__ __forceinline__ bool pooled() const { return right && bottom; }
 };
 
-// Where a thread works. Offsets within an image fit 32 bits (pdd_fast/ops/ sees to it).
+// Position of a thread. Offsets within an image fit 32 bits (pdd_fast/ops/ checks it).
 template <int V>
 struct Place {
     int height, width, columns, windows;
@@ -93,12 +94,12 @@ struct Place {
         return (w.i / 2 * (width / 2) + w.j / 2) * channels + channel;
     }
     __device__ __forceinline__ int64_t statistic() const { return image * channels + channel; }
-    // Whether this thread writes what the block found out about its channels.
+    // Whether this thread writes the block's per-channel results.
     __device__ __forceinline__ bool reports() const { return inside && row == 0; }
     __device__ __forceinline__ void renewed() { renew(row); }
 };
 
-// A window's pixels, zero where it has none.
+// Pixels of a window, zero outside of it.
 template <class T, int V>
 struct Pixels {
     Pack<T, V> of[4];
@@ -127,8 +128,8 @@ struct Pooled {
     Pooled() = default;
 };
 
-// A thread's share of a tensor: E windows of it in registers, or with E = 0 what it takes to read
-// them when they are asked for.
+// A thread's share of a tensor: E windows in registers, or with E = 0 the means to read them on
+// request.
 template <class Part, class T, int V, int E>
 struct Share {
     Part parts[E];
@@ -182,9 +183,9 @@ struct Partial {
     S of[kWarps][Q][V][32];
 };
 
-// Q sums for each of a thread's V channels, over the threads that share the channels; all of them
-// get the same. First over a warp's lanes of equal channels (a butterfly), then over the warps in
-// their order.
+// Q sums for each of a thread's V channels over the threads that share the channels, the same for
+// all of them: first over a warp's lanes of equal channels (a butterfly), then over the warps in
+// order.
 template <class S, int Q, int V>
 __device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split,
                                          Partial<S, Q, V>& partial) {
@@ -197,7 +198,7 @@ __device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split,
             for (int offset = split.vectors; offset < 32; offset *= 2)
                 value[q][v] += __shfl_xor_sync(0xffffffffu, value[q][v], offset);
     if (warps == 1) return;
-    __syncthreads();  // the sums before may still be read
+    __syncthreads();  // the previous sums may still be read
 #pragma unroll
     for (int q = 0; q < Q; ++q)
 #pragma unroll
@@ -213,11 +214,11 @@ __device__ __forceinline__ void sum_rows(S (&value)[Q][V], const Split& split,
         }
 }
 
-// Of a thread's numbers about its channels, how many one instruction moves.
+// Number of a thread's per-channel values that one instruction moves.
 template <class S, int V>
 constexpr int kRun = V < kPack<S> ? V : kPack<S>;
 
-// `runs`: the numbers begin at multiples of 16 bytes. Statistics do; a weight may be a slice of a
+// `runs`: the values begin at multiples of 16 bytes. Statistics do; a weight may be a slice of a
 // flat vector.
 template <class S, int V>
 __device__ __forceinline__ void read(S (&to)[V], const S* from, const Place<V>& place, int64_t at,
@@ -248,8 +249,7 @@ __device__ __forceinline__ void report(S* to, const S (&from)[V], const Place<V>
     }
 }
 
-// What the kernels know of a thread's channels, held as the formulas' structs one channel at a
-// time.
+// Per-channel values of a thread, in the formulas' structs one channel at a time.
 template <class S, int V>
 struct Channels {
     S mean[V], rstd[V], weight[V], bias[V];
