@@ -1,5 +1,5 @@
-// Chooses, once, the widest instruction set that both this build and this CPU have, and forwards
-// every operator to it.
+// Selects once the widest instruction set that this build and this CPU have, and forwards every
+// operator to it.
 #include <cstdlib>
 #include <cstring>
 
@@ -36,7 +36,7 @@ Level detect() {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         level = Level::avx512;
-    // A lower level on request: to compare results between machines, and for the tests.
+    // A lower level can be requested to compare results between machines, and by the tests.
     if (const char* wanted = std::getenv("PDD_FAST_CPU")) {
         if (!std::strcmp(wanted, "baseline")) level = Level::baseline;
         if (!std::strcmp(wanted, "avx2") && level > Level::avx2) level = Level::avx2;
@@ -83,12 +83,12 @@ PDD_OPERATORS(PDD_FORWARD)
 PDD_CPU_OPERATORS(PDD_FORWARD)
 
 ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads) {
-    // Blocks of 16 channels have no more vectors at one level than at another.
+    // The sizes are the same at every level, because blocks of 16 channels are.
     return cpu_baseline::convnet_sizes(shape, convolution, dual, kept, threads);
 }
 
 int64_t dsa_scratch_images(DsaShape, int) {
-    return 0;  // the kernel takes it from the heap
+    return 0;  // the kernel allocates it on the heap
 }
 
 std::string status_string(Status status) {

@@ -1,5 +1,5 @@
-// Forwards every operator to its CUDA launcher. The runtime is linked statically, so this loads on
-// machines without a driver; a launch there returns an error that status_string names.
+// Forwards every operator to its CUDA launcher. The runtime is linked statically, so this library
+// loads on machines without a driver. A launch there returns an error that status_string names.
 #include <cuda_runtime_api.h>
 
 #include "bind/backend.h"

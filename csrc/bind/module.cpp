@@ -1,6 +1,6 @@
-// The Python module: takes numbers and addresses, fills the parameter structs, calls the back end.
-// Compiled twice, as pdd_fast._cpu and (with PDD_WITH_CUDA) as pdd_fast._cuda. All checking of
-// shapes, types and layouts happens in pdd_fast/ops/ before an address gets here.
+// Python module: takes numbers and addresses, fills the parameter structs, calls the back end. It
+// is compiled twice, as pdd_fast._cpu and (with PDD_WITH_CUDA) as pdd_fast._cuda. pdd_fast/ops/
+// checks shapes, types and layouts before it passes an address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,13 +22,13 @@ using namespace pdd;
 
 namespace {
 
-// Addresses travel as integers; 0 is "absent".
+// Addresses are passed as integers; 0 means absent.
 template <class T>
 T* at(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Types as pdd_fast/ops/_native.py numbers them.
+// Types in the order of pdd_fast/ops/_native.py.
 enum Type : int { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 
 // Runs call(T{}) without the interpreter lock.
@@ -60,7 +60,7 @@ ConvNetShape convnet_shape(const std::vector<int64_t>& shape) {
     return {shape[0], shape[1], shape[2], shape[3], shape[4], shape[5], shape[6]};
 }
 
-// Memory of so many elements of the pass's type; address 0: absent.
+// Memory of a number of elements of the pass's type; address 0: absent.
 struct Piece {
     Address address;
     int64_t elements;
@@ -73,7 +73,7 @@ void require_elements(const char* name, int64_t needed, int64_t elements) {
                                     std::to_string(elements));
 }
 
-// What all passes take, in the order of pdd_fast/ops/convnet.py.
+// Arguments of all passes, in the order of pdd_fast/ops/convnet.py.
 struct ConvNetArguments {
     std::vector<int64_t> shape;
     int convolution;
@@ -87,8 +87,8 @@ struct ConvNetArguments {
         return at<T>(kept.address);
     }
 
-    // Both pieces are as large as the pass needs them: they come from a pool that many threads
-    // share.
+    // Checks that both pieces are as large as the pass needs; they come from a pool that many
+    // threads share.
     void check(bool dual, int threads) const {
         const ConvNetSizes sizes = bind::convnet_sizes(convnet_shape(shape), convolution, dual,
                                                        kept.address != 0, threads);
@@ -111,9 +111,9 @@ struct ConvNetArguments {
     }
 };
 
-// Asks for pages of 2 MB where a buffer has room for them: a pass goes over megabytes in 36 places
-// at once, and a fresh buffer is otherwise mapped 4 KB at a time. Only advice: nothing depends on
-// whether it is taken.
+// Requests pages of 2 MB for buffers that have room for them. A pass traverses megabytes in 36
+// places at once, and a new buffer is otherwise mapped 4 KB at a time. This is only advice, and
+// nothing depends on it.
 void advise_large_pages([[maybe_unused]] Address address, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
     constexpr size_t page = 2 << 20;

@@ -1,11 +1,11 @@
-// A pool of threads whose regions end when their work is done, not when every thread has come. With
-// OpenMP's, which all have to meet at the end, two processes on two cores took 4 to 58 times as
-// long as one: each waited, spinning, for threads that the other kept from their core by doing the
-// same.
+// Pool of threads whose regions end when their work is done, not when every thread has arrived.
+// With OpenMP, whose threads all meet at the end, two processes on two cores took 4 to 58 times as
+// long as one: each spun and waited for threads that the other's spinning kept from their cores.
 //
-// A region's indices are split in a contiguous range for each thread, as a static schedule would; a
-// thread takes its range chunk by chunk, and then what is left of the others'. One that has no core
-// leaves its range to them, and one that loses its core holds up the region by one chunk at most.
+// A region's indices are split into one contiguous range per thread, as in a static schedule. A
+// thread takes its range chunk by chunk, and then the rest of the others' ranges. A thread without
+// a core leaves its range to the others, and one that loses its core delays the region by at most
+// one chunk.
 #include "core/threads.h"
 
 #include <algorithm>
@@ -31,11 +31,12 @@ namespace pdd {
 namespace {
 
 // How long an idle thread spins before it sleeps: the regions of a pass are a few microseconds
-// apart, its calls from Python tens. And how long the calling thread spins for the last chunks.
+// apart, its calls from Python tens. kEndSpin: how long the calling thread spins for the last
+// chunks.
 constexpr std::chrono::microseconds kIdleSpin{200}, kEndSpin{50};
-constexpr int kChunks = 16;           // of a thread's range, at most;
-constexpr double kLeastChunk = 5000;  // nanoseconds of a chunk, where a range has as many
-constexpr int kMostThreads = 256;     // of a region
+constexpr int kChunks = 16;           // maximum per thread's range
+constexpr double kLeastChunk = 5000;  // minimum nanoseconds per chunk, if a range has as many
+constexpr int kMostThreads = 256;     // maximum per region
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -45,7 +46,7 @@ void pause() {
 #endif
 }
 
-// Spins until condition(), for `limit` at most.
+// Spins until condition(), at most for `limit`.
 template <class Condition>
 bool spin(std::chrono::microseconds limit, const Condition& condition) {
     const auto end = std::chrono::steady_clock::now() + limit;
@@ -58,7 +59,7 @@ bool spin(std::chrono::microseconds limit, const Condition& condition) {
     return condition();
 }
 
-// ---- the processors that a thread may run on ----
+// ---- processors that a thread may run on ----
 
 #ifdef __linux__
 struct Processors {
@@ -69,8 +70,8 @@ struct Processors {
         return known == other.known && CPU_EQUAL(&set, &other.set);
     }
 
-    // OpenMP's places, where threads are bound to them (OMP_PROC_BIND): the calling thread has one,
-    // the process all. Asked of whichever OpenMP torch has loaded.
+    // OpenMP's places, if threads are bound to them (OMP_PROC_BIND): the calling thread has one
+    // place, the process all of them. The OpenMP library that torch has loaded is asked.
     static Processors of_places() {
         Processors found{};
         const auto places = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_num_places"));
@@ -92,13 +93,14 @@ struct Processors {
     static Processors of_caller() {
         static const Processors bound = of_places();
         if (bound.known) return bound;
-        // Asked every 10 ms, not in every region: in a virtual machine it takes half a microsecond.
+        // Asked every 10 ms and not in every region, because it takes half a microsecond in a
+        // virtual machine.
         static thread_local Processors found{};
         static thread_local std::chrono::steady_clock::time_point until{};
         const auto now = std::chrono::steady_clock::now();
         if (now >= until) {
-            found.known = sched_getaffinity(0, sizeof(found.set), &found.set) ==
-                          0;  // not beyond 1024 processors
+            // Fails beyond 1024 processors.
+            found.known = sched_getaffinity(0, sizeof(found.set), &found.set) == 0;
             until = now + std::chrono::milliseconds(10);
         }
         return found;
@@ -161,9 +163,10 @@ struct Region {
 
 // ---- the pool ----
 
-// A thread, and its mailbox: nullptr, a region it is called to, or, its lowest bit set, the region
-// it is in. Who called it takes the call back at the end, or waits for it to leave. A thread that
-// is called or in a region is not there for other callers.
+// A thread and its mailbox. The mailbox holds nullptr, the region that the thread is called to, or,
+// with the lowest bit set, the region that it works in. The caller takes the call back at the end
+// of the region, or waits until the thread has left it. A thread that is called or at work is not
+// available to other callers.
 class alignas(64) Helper {
   public:
     explicit Helper(int id) : id_(id) {}
@@ -180,7 +183,7 @@ class alignas(64) Helper {
         return true;
     }
 
-    // After this it is not in the region, and will not be.
+    // Afterwards, the thread is not in the region and will not enter it.
     void dismiss(const Region& region) {
         uintptr_t called = address(region);
         if (mail_.compare_exchange_strong(called, 0)) return;
@@ -231,7 +234,7 @@ class alignas(64) Helper {
     const int id_;
     std::atomic<uintptr_t> mail_{0};
     std::atomic<bool> sleeps_{false};
-    std::atomic<int> callers_{0};  // that sleep until it has left their region
+    std::atomic<int> callers_{0};  // callers that sleep until the thread has left their region
     std::mutex mutex_;
     std::condition_variable wake_, left_;
 };
@@ -250,7 +253,7 @@ class Pool {
     }
 
   private:
-    // How many of `wanted` helpers there are; makes those that are missing.
+    // Returns how many of `wanted` helpers exist, after starting the missing ones.
     int have(int wanted) {
         if (started_.load() < wanted) start(wanted);
         return std::min(wanted, started_.load());
@@ -268,7 +271,7 @@ class Pool {
             auto* const helper = new Helper(started_.load());
             try {
                 std::thread([helper] { helper->live(); }).detach();
-            } catch (const std::system_error&) {  // no more threads for this process: the others do
+            } catch (const std::system_error&) {  // the process has no more threads: the others do
                                                   // the work
                 delete helper;
                 break;
@@ -286,8 +289,8 @@ class Pool {
     std::atomic<Helper*> helpers_[kMostThreads] = {};
 };
 
-// Never deleted: its threads run until the process ends. A child process has none of them, and
-// makes a pool anew.
+// Never deleted: its threads run until the process ends. A child process has none of them and makes
+// a new pool.
 std::atomic<Pool*> current_pool{nullptr};
 
 #ifdef PDD_POSIX

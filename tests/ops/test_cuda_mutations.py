@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation(
         "plane sum writes while the one before is read",
         TILE,
-        "    __syncthreads();  // the sums before may still be read\n",
+        "    __syncthreads();  // the previous sums may still be read\n",
         "",
         "norm_relu_pool",
         ORDERS,

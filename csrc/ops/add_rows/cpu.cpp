@@ -1,4 +1,4 @@
-// One task is one row of the result: no two threads ever add to the same number.
+// One task is one row of the result, so no two threads add to the same element.
 #include "core/context.h"
 #include "core/parallel.h"
 #include "ops/operators.h"
@@ -9,8 +9,8 @@ template <class T>
 Status add_rows(const AddRows<T>& p, Context context) {
     for (int64_t r = 0; r < p.added; ++r)
         if (p.index[r] < 0 || p.index[r] >= p.count) return kRowOutOfRange;
-    // A row is copied, looked for among those that are added, and added to as often as it occurs:
-    // once, or less.
+    // A task copies a row of the target, searches the index, and adds the matching rows: one or
+    // none in most cases.
     const double each = move_time<T>(4 * p.length + p.added);
     parallel_for(p.count, context.threads, each, [&](int64_t j) {
         T* out = p.out + j * p.length;

@@ -1,8 +1,8 @@
-// Each thread owns one number of the result (four where rows are a multiple of 16 bytes) and looks
-// through the whole index: a few hundred integers that all threads of a block read together, so the
-// cost is that of the rows. Nothing is added by atomics and the order is that of the index, so the
-// bits are the same every time; sorting the index first, as index_put_ does, takes five launches
-// more.
+// Each thread computes one element of the result (four if rows are a multiple of 16 bytes) and
+// searches the whole index. The index is a few hundred integers that all threads of a block read
+// together, so the cost is that of the rows. Without atomics and in the order of the index, the
+// bits are the same every time. Sorting the index first, as index_put_ does, takes five more
+// launches.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/operators.h"

@@ -1,8 +1,8 @@
-// The passes over the whole network on the CPU. Between a layer's products and the next layer
-// nothing is written to memory that is not needed again: a plane of 16 channels of a convolution's
-// result goes through norm, ReLU and pooling, and its gradient back through them, in the cache of
-// the thread that made it. docs/mathematics.md, section 2, has the dual pass; docs/performance.md
-// what it takes.
+// Passes over the whole network on the CPU. Between a layer's products and the next layer, only
+// data that are needed again are written to memory: a plane of 16 channels of a convolution's
+// result passes through norm, ReLU and pooling, and its gradient back through them, in the cache of
+// the thread that computed it. docs/mathematics.md, section 2, has the dual pass,
+// docs/performance.md its cost.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -19,16 +19,16 @@
 namespace pdd::PDD_BACKEND {
 namespace {
 
-constexpr int64_t kMostBlocks = 32;  // a side of an image is halved by each
+constexpr int64_t kMostBlocks = 32;  // each block halves the sides of an image
 
-// ---- what a pass has in memory ----
+// ---- memory of a pass ----
 
-// A number and, in a dual pass, its tangent.
+// Activations of a block, with their tangents in a dual pass.
 template <class T>
 struct Activations {
-    BlockedImages<T> input[2];     // of the block (the first block's is the image: none)
-    BlockedImages<T> z[2];         // its convolution's result (the first block's is made again)
-    BlockedImages<T> grad_out[2];  // gradient of what the block gives
+    BlockedImages<T> input[2];  // of the block (none for the first block, whose input is the image)
+    BlockedImages<T> z[2];      // result of its convolution (recomputed for the first block)
+    BlockedImages<T> grad_out[2];  // gradient of the block's output
     T* statistics[4];  // [B, C] each: mean, rstd and, in a dual pass, mean_tangent and kappa
     T* affine[4];      // [C] each: weight, bias and their tangents
     T* parts[2];       // [B, C] each: an image's terms of the gradients of weight and bias
@@ -50,8 +50,8 @@ void place_activations(const ConvNetShape& s, int k, Arena<T>& arena, Activation
     }
 }
 
-// Values that a later pass can go on from; what `kept` buffers hold. Gives the place of the
-// features [B, F].
+// Places the values that a later pass can continue from, the content of `kept` buffers. Returns the
+// place of the features [B, F].
 template <class T>
 T* place_values(const ConvNetShape& s, Arena<T>& arena, Activations<T>* all) {
     place_activations(s, 0, arena, all);
@@ -71,25 +71,25 @@ int64_t scratch_of(const ConvNetShape& s, int numbers) {
     return most + kBlock;  // threads write to lines of their own
 }
 
-// Winograd takes 36 products a tile of 4x4 results where the direct convolution takes 9 a result.
-// Measured with 8, 16, 32 and 128 channels (AVX2): faster wherever that is fewer, 1.03 times at 5x5
-// to 2.3 times at 16x16 (gradients of whole networks of two blocks); equal or slower at 2x2, where
-// it is as many.
+// Winograd takes 36 products per tile of 4x4 results, the direct convolution 9 per result. Measured
+// with 8, 16, 32 and 128 channels (AVX2): Winograd is faster wherever it takes fewer products, from
+// 1.03 times at 5x5 to 2.3 times at 16x16 (gradients of whole networks of two blocks). At 2x2,
+// where it takes as many, it is equal or slower.
 inline bool by_winograd(const LayerShape& s, int convolution) {
     if (convolution != kConvolutionAuto) return convolution == kConvolutionWinograd;
     return winograd::kPoints * winograd::tiles(s.height) * winograd::tiles(s.width) <
            9 * s.pixels();
 }
 
-// One pass over a batch: everything that lies in memory while it runs.
+// One pass over a batch, with everything that is in memory while it runs.
 template <class T>
 class Pass {
     using Layer = Activations<T>;
 
   public:
-    // `direction`: nullptr for a pass over values, or what they move along: then all that follows
-    // is on dual numbers. `kept`: where the values lie, or nullptr: in the workspace; a dual pass
-    // finds them there, or has to make them again.
+    // `direction`: tangent of the parameters, which makes the pass compute on dual numbers; nullptr
+    // for a pass on values. `kept`: memory of the values; nullptr: the workspace. A dual pass finds
+    // the values in `kept`, or else recomputes them.
     Pass(const ConvNetInput<T>& input, const T* direction, T* kept, int threads)
         : in_(input),
           s_(input.shape),
@@ -120,7 +120,7 @@ class Pass {
         scratch_ = arena_.take(scratch_each_ * threads);
     }
 
-    // Numbers of the workspace.
+    // Elements of the workspace.
     int64_t size() const {
         int64_t most = 0;
         for (int64_t l = 1; l < s_.depth; ++l) {
@@ -179,12 +179,13 @@ class Pass {
 
     // ---- backward ----
 
-    // From the gradients of the logits to that of theta, and to the images': [B, C_in, H, W]; in a
-    // dual pass to the tangents of both. `grad_logits`: one, or two. In a dual pass `grad_theta`
-    // may be nullptr; `grad_images` may be in any, and `wanted` [B] says whose it is, nullptr: all.
+    // Computes the gradients of theta and of the images [B, C_in, H, W] from those of the logits;
+    // in a dual pass, the tangents of both. `grad_logits`: one, or two in a dual pass, where
+    // `grad_theta` may be nullptr. `grad_images` may be nullptr in any pass. `wanted` [B] says
+    // whose gradient is wanted; nullptr: all.
     void backward(const T* const* grad_logits, T* grad_theta, const bool* wanted,
                   T* grad_images) const {
-        const int asked = numbers_ - 1;  // the number whose gradients are asked for
+        const int asked = numbers_ - 1;  // index of the component whose gradients are wanted
         if (grad_theta) {
             T* grad = grad_theta + classifier_offset(s_);
             classifier_.weight_grad(grad_logits[asked], features_[0], grad, false);
@@ -211,7 +212,7 @@ class Pass {
             T* by_tap = scratch(thread) + numbers_ * first.pixels() * kBlock;
             for (int64_t block = 0; block < first.out_blocks; ++block) {
                 for (int k = 0; k < numbers_; ++k) images_.convolve(k, image, block, z[k]);
-                // In place. The values' gradient is what the images' tangent is made of besides.
+                // In place. The images' tangent needs the values' gradient too.
                 norm_backward(0, image, block, z, dual() && !moves ? Planes{nullptr, z[1]} : z);
                 if (grad_theta) images_.set_weight_grad(image, block, z[asked]);
                 if (!moves) continue;
@@ -234,7 +235,7 @@ class Pass {
 
     T* scratch(int thread) const { return scratch_ + thread * scratch_each_; }
 
-    // Calls use(layer) with block l's convolution, which works in `own`.
+    // Calls use(layer) with block l's convolution, whose memory is in `own`.
     template <class Use>
     void with_layer(int64_t l, bool backward, Arena<T>& own, const Use& use) const {
         const LayerShape shape = layer_shape(s_, l);
@@ -262,7 +263,7 @@ class Pass {
         return (image * blocks_of(s_.channels) + block) * kBlock;
     }
     PlaneShape plane_shape(int64_t l) const { return {1, kBlock, s_.height >> l, s_.width >> l}; }
-    // Where block l's result goes; after the last block, where its gradient will lie.
+    // Place of block l's result; after the last block, the place where its gradient will be.
     T* result(int64_t l, int k, int64_t image, int64_t block) const {
         return (l + 1 < s_.depth ? layers_[l + 1].input[k] : layers_[l].grad_out[k])
             .plane(image, block);
@@ -314,7 +315,7 @@ class Pass {
         });
     }
 
-    // In a dual pass the values' grad_z may be nullptr.
+    // In a dual pass, the values' grad_z may be nullptr.
     void norm_backward(int64_t l, int64_t image, int64_t block, const Planes& z,
                        const Planes& grad_z) const {
         const Layer& a = layers_[l];
@@ -355,8 +356,8 @@ class Pass {
         });
     }
 
-    // Sums of the images' terms, to where norm weight and bias lie; biases of convolutions have no
-    // gradient.
+    // Writes the sums of the images' terms as the gradients of norm weight and bias; biases of
+    // convolutions have no gradient.
     void finish_affine(T* grad) const {
         for (int64_t l = 0; l < s_.depth; ++l) {
             const BlockOffsets at = block_offsets(s_, l);
@@ -384,9 +385,9 @@ class Pass {
         }
     }
 
-    // Calls body(task, whether of tangents) for the numbers that are made. A tangent is two
-    // products and a value one: in turn, so that threads, which get contiguous ranges, get as much
-    // of either.
+    // Calls body(task, whether of tangents) for the components that are computed. A tangent takes
+    // two products and a value one. They alternate, so that threads, which get contiguous ranges,
+    // get equal shares of both.
     template <class Body>
     void each_made(int64_t tasks, double of_values, const Body& body) const {
         const int64_t made = numbers_ - first_;
@@ -496,7 +497,7 @@ class Pass {
     const ConvNetShape& s_;
     const T* parameters_[2];  // theta, and the direction
     int numbers_;             // 1: values; 2: values and tangents
-    int first_;               // of the numbers that are made: 1 where values were kept
+    int first_;               // first component that is computed: 1 if values were saved
     int threads_;
     Arena<T> arena_;
     ImageLayer<T> images_;
@@ -574,7 +575,7 @@ ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool 
     Arena<float> values(nullptr);
     Activations<float> unused[kMostBlocks];
     place_values(shape, values, unused);
-    const float along{};  // where a direction begins makes no difference to the sizes
+    const float along{};  // only its presence matters for the sizes
     const Pass<float> pass(input, dual ? &along : nullptr, nullptr, threads);
     return {pass.size() - (kept ? values.used() : 0), values.used()};
 }

@@ -6,7 +6,7 @@
 namespace pdd::PDD_BACKEND {
 namespace {
 
-// An exponential and a little more of each logit: 5 nanoseconds.
+// Time per logit: an exponential and a few more operations, 5 nanoseconds.
 template <class Params>
 double time_of_sample(const Params& p) {
     return 5.0 * static_cast<double>(p.classes);

@@ -1,6 +1,6 @@
-// One warp a sample, its lanes across the classes: reads and writes are runs of neighboring
-// numbers, and the sums are butterflies. A label out of range gives a loss of NaN; telling the host
-// would cost a synchronization.
+// One warp per sample, with its lanes across the classes: reads and writes are runs of neighboring
+// elements, and the sums are butterflies. A label out of range gives a loss of NaN, because
+// reporting it to the host would cost a synchronization.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/cross_entropy/math.h"
@@ -9,7 +9,7 @@
 namespace pdd::PDD_BACKEND {
 namespace {
 
-constexpr int kSamples = 4;  // of a block
+constexpr int kSamples = 4;  // per block
 constexpr int kThreads = 32 * kSamples;
 
 struct Warp {

@@ -1,6 +1,6 @@
-// One task is one image. It goes through the operations from its input to its output, between two
-// planar buffers where there are several (12 KB each for 3x32x32 floats: first-level cache); a
-// single operation on planar memory reads the input and writes the output.
+// One task is one image. Several operations alternate between two planar buffers (12 KB each for
+// 3x32x32 floats, which fits the first-level cache). A single operation on planar memory reads the
+// input and writes the output directly.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -16,7 +16,7 @@
 namespace pdd::PDD_BACKEND {
 namespace {
 
-// What a thread works in.
+// Scratch memory of a thread.
 template <class T>
 struct Scratch {
     T* buffers[2];
@@ -47,7 +47,7 @@ struct Task {
     }
 };
 
-// An operation other than scale and rotate, on planar images.
+// Applies an operation other than scale and rotate to planar images.
 template <class T>
 void apply(const Task<T>& task, int operation, const T* image, T* out) {
     const ImageShape shape = task.shape;
@@ -73,7 +73,7 @@ void apply(const Task<T>& task, int operation, const T* image, T* out) {
     }
 }
 
-// One image through the operations: operation(k) for k in [0, count), in the order applied.
+// Applies operation(k), k in [0, count), to one image in order.
 template <class T, class Operation>
 void augment(const Task<T>& task, int64_t count, const Operation& operation,
              const View<const T>& input, const View<T>& output, const Scratch<T>& scratch) {
@@ -82,7 +82,7 @@ void augment(const Task<T>& task, int64_t count, const Operation& operation,
     while (last >= 0 && task.does_nothing(operation(last))) --last;
     if (last < 0) return copy(input, output, shape);
     View<const T> from = input;
-    int free = 0;  // the buffer that does not hold the image
+    int free = 0;  // the buffer without the image
     for (int64_t k = 0; k <= last; ++k) {
         const int number = operation(k);
         if (task.does_nothing(number)) continue;
@@ -109,7 +109,7 @@ void augment(const Task<T>& task, int64_t count, const Operation& operation,
     }
 }
 
-// What an operation costs, in times of what moving the image costs.
+// Cost of an operation, in units of moving the image once.
 int64_t cost(int operation) {
     return operation == kColor                           ? 5
            : operation == kScale || operation == kRotate ? 16
@@ -125,7 +125,7 @@ Status each_image(const Dsa<T>& p, bool adjoint, Context context) {
         if (p.operations[k] < kNothing || p.operations[k] > kRotate) return kUnknownOperation;
         moves += cost(p.operations[k]);
     }
-    // 40 moves of 3x32x32 numbers take 10 microseconds.
+    // 40 moves of 3x32x32 elements take 10 microseconds.
     const double each =
         static_cast<double>(moves * shape.elements()) / static_cast<double>(p.batch) / 12;
     const int threads = threads_worth(p.batch, context.threads, each);

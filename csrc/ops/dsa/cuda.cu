@@ -1,7 +1,7 @@
-// One block is one image. It is read into shared memory, goes through the operations between two
-// planar buffers there, and is written back, so device memory is read once and written once
-// whatever the number of operations. Images too large for shared memory do the same in scratch of
-// the device's.
+// One block is one image. The block reads the image into shared memory, applies the operations
+// between two planar buffers there, and writes the result, so device memory is read once and
+// written once for any number of operations. Images that are too large for shared memory use
+// scratch memory on the device.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/dsa/math.h"
@@ -12,12 +12,12 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// How an image lies in memory: one run of numbers, channel by channel or pixel by pixel, or
+// Layout of an image in memory: one run of elements, channel by channel or pixel by pixel, or
 // neither.
 enum class Layout : int { planar, channels_last, strided };
 
-// The image's sizes for arithmetic on indices, which divides a lot: an integer division takes three
-// times as long in 64 bits. pdd_fast/ops/dsa.py refuses images of 2^31 numbers and more.
+// Sizes of the image for index arithmetic with many divisions, which take three times as long in 64
+// bits. pdd_fast/ops/dsa.py refuses images of 2^31 elements and more.
 struct Size {
     int channels, height, width;
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ void for_each(int count, const Body& body) {
     for (int k = static_cast<int>(threadIdx.x); k < count; k += kThreads) body(k);
 }
 
-// Calls body(planar index, offset in memory) for every number of image b that is not moved in
+// Calls body(planar index, offset in memory) for every element of image b that does not move in
 // packs.
 template <class Body>
 __device__ __forceinline__ void each_strided(const int64_t (&stride)[4], const Size& size,
@@ -47,12 +47,12 @@ __device__ __forceinline__ void each_strided(const int64_t (&stride)[4], const S
     });
 }
 
-// The planar index of the k-th number in memory.
+// Returns the planar index of the k-th element in memory.
 __device__ __forceinline__ int planar_index(Layout layout, const Size& size, int k) {
     return layout == Layout::planar ? k : k % size.channels * size.pixels() + k / size.channels;
 }
 
-// `packed`: the images begin at multiples of a pack and hold whole packs.
+// `packed`: images begin at multiples of a pack and consist of whole packs.
 template <class T>
 __device__ void load(const T* image, const int64_t (&stride)[4], Layout layout, bool packed,
                      const Size& size, Compute<T>* planar) {
@@ -162,8 +162,8 @@ __device__ void sample_adjoint(const S* grad, S* out, const ImageShape& shape, c
     });
 }
 
-// Applies one operation, or its transpose, to image; out is the other buffer. Gives the one that
-// holds the result.
+// Applies one operation, or its transpose, to image, with out as the other buffer. Returns the
+// buffer that holds the result.
 template <class T, class S>
 __device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& shape,
                     const Dsa<T>& p, S* image, S* out, S* partial) {
@@ -208,7 +208,7 @@ __device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& 
             }
             break;
         }
-        default:  // the host has not seen the numbers: what cannot be done is seen in the images
+        default:  // the host has not seen the codes: NaN shows an invalid one
             for_each(size.elements(), [&](int k) { image[k] = static_cast<S>(NAN); });
             __syncthreads();
             return image;
@@ -278,7 +278,7 @@ Status run(const Dsa<T>& p, bool adjoint, Context context) {
         return launch(dsa_kernel<T>, grid_for(p.scratch_images), kThreads, 0, context, p, plan);
     const int64_t bytes = shared_bytes(shape, static_cast<int>(sizeof(Compute<T>)));
     constexpr int64_t without_asking =
-        47 * 1024;  // of 48, what the kernel has of its own taken off
+        47 * 1024;  // of 48 KB, without the kernel's static shared memory
     if (bytes > without_asking) {
         const cudaError_t error = cudaFuncSetAttribute(
             dsa_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
@@ -301,7 +301,7 @@ int64_t dsa_scratch_images(DsaShape s, int number_bytes) {
     if (bytes <= most - 1024) return 0;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     const int64_t blocks =
-        8 * static_cast<int64_t>(processors);  // as many as are on the device at a time
+        8 * static_cast<int64_t>(processors);  // as many as run on the device at a time
     return s.batch < blocks ? s.batch : blocks;
 }
 

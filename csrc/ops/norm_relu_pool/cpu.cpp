@@ -1,5 +1,5 @@
-// One task is one image and one vector of channels (plane.h). Channels beyond the last whole vector
-// are done one by one by the same code.
+// One task is one image and one vector of channels (plane.h). The same code handles the channels
+// after the last whole vector one by one.
 #include "core/context.h"
 #include "core/parallel.h"
 #include "ops/norm_relu_pool/plane.h"
@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kPasses = 3;  // over a plane; the backward and dual operators make a few more
 
-// Runs task(Plane<T, Pack>) over all images and channels, Pack a vector or, for the last channels,
-// T itself.
+// Runs task(Plane<T, Pack>) over all images and channels. Pack is a vector, or T for the last
+// channels.
 template <class T, class Task>
 void for_each_plane(const PlaneShape& shape, int threads, const Task& task) {
     constexpr int lanes = kLanes<T, Vector<T>>;

@@ -1,4 +1,4 @@
-// The four kernels; tile.cuh says how they go over planes.
+// The four kernels; tile.cuh has their traversal of planes.
 #include "core/context.h"
 #include "core/cuda.cuh"
 #include "ops/norm_relu_pool/math.h"
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         Channels<S, V> channels;
         S guess[V];
         guess_mean<T, V, E>(guess, z, place, split, inverse, first);
-        S sums[2][V] = {};  // of d and d^2, d = z - guess
+        S sums[2][V] = {};  // of d and d^2, with d = z - guess
         each_window<E>(place, [&](int e, const Window& w) {
             const Pixels<T, V> pixels = z(e, w);
 #pragma unroll
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         read(channels.rstd, p.rstd, place, place.statistic());
         read(channels.weight, p.weight, place, place.channel, split.runs);
         read(channels.bias, p.bias, place, place.channel, split.runs);
-        S sums[2][V] = {};  // of the gradient of what ReLU sees, and of that times x_hat
+        S sums[2][V] = {};  // of the gradient of ReLU's input, and of that times x_hat
         each_window<E>(place, [&](int e, const Window& w) {
             if (!w.pooled()) return;
             const Pixels<T, V> pixels = z(e, w);
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ChannelTangents<S, V> tangents;
         S guess[V];
         guess_mean<T, V, E>(guess, z, place, split, inverse, first);
-        S sums[4][V] = {};  // of d, d^2, z_tangent and d * z_tangent, d = z - guess
+        S sums[4][V] = {};  // of d, d^2, z_tangent and d * z_tangent, with d = z - guess
         each_window<E>(place, [&](int e, const Window& w) {
             const Pixels<T, V> pixels = z(e, w), along = z_tangent(e, w);
 #pragma unroll
@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kThreads, 1)
             channels.mean[v] = moments.mean;
             channels.rstd[v] = reciprocal_root(moments.variance, p.eps);
             tangents.mean[v] = sums[2][v] * inverse;
-            // mean((z - mean) * z_tangent) with z - mean = d - mean_d; the second term is a
-            // rounding's size.
+            // mean((z - mean) * z_tangent) with z - mean = d - mean_d; the second term has the size
+            // of a rounding error.
             tangents.kappa[v] =
                 (sums[3][v] * inverse - mean_d * tangents.mean[v]) * channels.rstd[v];
         }
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         Place<V> place(p.shape, split, task);
         PixelShare<T, V, E> z(place.planes(p.z), place),
             z_tangent(place.planes(p.z_tangent), place);
-        // The pooled tensors are a quarter of the others: where registers are short they are read
-        // again, from the first-level cache.
+        // The pooled tensors are a quarter of the others. If registers are scarce, they are read
+        // again from the first-level cache.
         constexpr int kept = E > 1 ? 0 : E;
         PooledShare<T, V, kept> grad_out(place.pooled_planes(p.grad_out), place);
         PooledShare<T, V, kept> grad_out_tangent(place.pooled_planes(p.grad_out_tangent), place);
@@ -273,8 +273,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         read(channels.bias, p.bias, place, place.channel, split.runs);
         read(tangents.mean, p.mean_tangent, place, place.statistic());
         read(tangents.kappa, p.kappa, place, place.statistic());
-        S sums[4][V] =
-            {};  // of the gradient of what ReLU sees, that times x_hat, and the tangents of both
+        // Sums of the gradient of ReLU's input, of that times x_hat, and of the tangents of both.
+        S sums[4][V] = {};
         each_window<E>(place, [&](int e, const Window& w) {
             if (!w.pooled()) return;
             const Pixels<T, V> pixels = z(e, w), along = z_tangent(e, w);
@@ -346,8 +346,7 @@ int64_t windows_of(const PlaneShape& shape) {
     return ((shape.height + 1) / 2) * ((shape.width + 1) / 2);
 }
 
-// Blocks of at least two warps that read runs of at least 32 bytes, where there are channels
-// enough.
+// Blocks of at least two warps that read runs of at least 32 bytes, if there are enough channels.
 template <class T, int V, int E>
 Split split_of(const PlaneShape& shape, bool runs) {
     constexpr int run = sizeof(T) == 2 && E == kMostHeld<T> ? 2 : 4;  // packs
@@ -356,9 +355,8 @@ Split split_of(const PlaneShape& shape, bool runs) {
     int vectors = V == 1 ? 32 : run;
     if (rows * vectors < 64) vectors = 64 / rows;
     if (vectors > packs) vectors = packs;
-    while (rows * vectors > kThreads)
-        rows /= 2;                          // E == 0 alone: the others' planes are small enough
-    while (rows * vectors < 32) rows *= 2;  // whole warps; the rows too many own no window
+    while (rows * vectors > kThreads) rows /= 2;  // only for E == 0: other planes are small enough
+    while (rows * vectors < 32) rows *= 2;        // whole warps; extra rows own no window
     return {vectors, rows, runs};
 }
 
@@ -369,7 +367,7 @@ Status start(void (*kernel)(Params, Split), const Params& p, bool runs, Context 
                   static_cast<unsigned>(split.threads()), 0, context, p, split);
 }
 
-// Chooses the kernel for the plane's size, the number of channels and the addresses.
+// Selects the kernel by the plane's size, the number of channels and the addresses.
 #define PDD_START(kernel, T, p, context, packed, runs)                            \
     [&]() -> Status {                                                             \
         constexpr int V = kPack<T>, E = kMostHeld<T>;                             \
@@ -384,7 +382,7 @@ Status start(void (*kernel)(Params, Split), const Params& p, bool runs, Context 
         return start<T, 1, 0>(kernel<T, 1, 0>, p, runs, context);                 \
     }()
 
-// Whether images and statistics can be moved in packs.
+// Returns whether images and statistics can be moved in packs.
 template <class T, class... Pointers>
 bool in_packs(const PlaneShape& shape, Pointers... pointers) {
     return shape.channels % kPack<T> == 0 && aligned(pointers...);
