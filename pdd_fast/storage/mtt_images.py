@@ -1,8 +1,8 @@
-"""Distilled images as MTT's scripts store them: images_best.pt [n, C, H, W] and labels_best.pt [n];
-here a folder for each stage.
+"""Distilled images in the format of MTT's scripts, here with a folder per stage.
 
-Those files say nothing of how the images are to be used, so that people got other accuracies out of
-them than were published. What is written here says it beside them, in settings.json.
+The scripts store images_best.pt [n, C, H, W] and labels_best.pt [n]. These files do not say how to
+use the images, and people got accuracies that differ from the published ones. This module adds that
+information in settings.json.
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ IMAGES, LABELS, SETTINGS = "images_best.pt", "labels_best.pt", "settings.json"
 
 
 def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) -> list[Path]:
-    """Writes stage-1/images_best.pt, stage-1/labels_best.pt, ... and settings.json; the files.
+    """Write stage-1/images_best.pt, stage-1/labels_best.pt, ... and settings.json.
 
-    Images are as networks see them (normalized and, where the set is, whitened), which is what the
+    Images are written as networks see them (normalized and, if the set's are, whitened), as the
     scripts expect.
 
     Args:
-        folder: is made where it is missing.
-        raw: images that hold several as they are stored. Otherwise what they hold, enlarged, as the
-            scripts need them.
+        distilled: the set.
+        folder: created if it is missing.
+        raw: write multi-formation images as stored. Otherwise write the enlarged images that they
+            hold, as the scripts need them.
+
+    Returns:
+        The files.
 
     Raises:
-        UsageError: there is something in it already.
+        UsageError: the folder is not empty.
     """
     folder = expanded(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -47,9 +51,8 @@ def write_mtt(distilled: DistilledSet, folder: str | Path, raw: bool = False) ->
         for name, tensor in ((IMAGES, subset.images), (LABELS, subset.labels)):
             path = folder / f"stage-{stage}" / name
             with atomic_path(path) as temporary:
-                torch.save(
-                    tensor.clone(), temporary
-                )  # a part of a larger tensor would be stored with all of it
+                # Cloned, because a view of a larger tensor would be stored with all of it.
+                torch.save(tensor.clone(), temporary)
             written.append(path)
     settings: dict[str, Any] = {
         "learning_rates": distilled.learning_rates.tolist(),
@@ -73,23 +76,23 @@ def read_mtt(
     factor: int = 1,
     labels: str = "auto",
 ) -> DistilledSet:
-    """A distilled set of what MTT's scripts stored, one folder with images_best.pt and
-    labels_best.pt for each stage.
+    """Return a distilled set from the files of MTT's scripts.
 
     Args:
-        learning_rates: that were learned with each stage's images; the scripts print them.
-        normalization, whitening: that the images were learned under: of ``pdd_fast.data.load`` for
-            the same data. Those that the scripts of MTT and PDD made are with ``whitening="zca"``
-            where they used ZCA, else with ``normalization="published"``.
-        metadata: what else is known, as in :class:`DistilledSet`; "data" is what runs are compared
-            by.
-        factor: of settings.json, for images that were written as they are stored.
-        labels: what labels_best.pt holds: "auto" for class indices or probabilities, "logits" for
+        folders: one folder with images_best.pt and labels_best.pt per stage.
+        learning_rates: learned learning rate of each stage; the scripts print them.
+        normalization: normalization under which the images were learned, from
+            ``pdd_fast.data.load`` of the same data. The scripts of MTT and PDD correspond to
+            ``whitening="zca"`` if they used ZCA, and else to ``normalization="published"``.
+        whitening: whitening under which the images were learned, from the same call.
+        metadata: further facts, as in :class:`DistilledSet`; runs are compared by "data".
+        factor: factor in settings.json, for images written as stored.
+        labels: content of labels_best.pt: "auto" for class indices or probabilities, "logits" for
             logits, whose softmax is taken.
 
     Raises:
-        UsageError: a file is missing or damaged, or holds something else (code is never run); or
-            the parts do not fit.
+        UsageError: a file is missing, damaged or holds something else (code is never run), or the
+            parts do not fit each other.
     """
     if labels not in ("auto", "logits"):
         raise UsageError(f"labels must be auto or logits, got {labels!r}")
@@ -111,14 +114,14 @@ def read_mtt(
             whitening,
             factor,
         )
-    except (ValueError, RuntimeError) as error:  # torch.cat: of different shapes, or of nothing
+    except (ValueError, RuntimeError) as error:  # torch.cat: different shapes, or nothing to join
         raise UsageError(
             f"{', '.join(map(str, folders)) or 'no folders'} hold no distilled set: {error}"
         ) from error
 
 
 def _targets(path: Path, kind: str) -> Tensor:
-    """The labels in a file; of logits [n, classes] the softmax."""
+    """Return the labels in a file, and the softmax for logits [n, classes]."""
     found = _tensor(path)
     if kind != "logits":
         return found

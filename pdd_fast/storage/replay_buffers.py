@@ -1,9 +1,8 @@
-"""Expert trajectories as MTT's scripts store them.
+"""Expert trajectories in the format of MTT's scripts.
 
-A file replay_buffer_N.pt is a list of trajectories, each of these a list of checkpoints, each of
-these the list of a network's parameters in the order of ``parameters()``. Checkpoints that are
-state dicts are taken for the lists of their parameters, and a list of state dicts for one
-trajectory.
+A file replay_buffer_N.pt is a list of trajectories. A trajectory is a list of checkpoints, and a
+checkpoint is the list of a network's parameters in the order of ``parameters()``. A state dict is
+accepted as a checkpoint, and a list of state dicts as one trajectory.
 """
 
 from __future__ import annotations
@@ -21,13 +20,17 @@ from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_pickled_tensors
 from pdd_fast.storage.trajectories import Trajectory
 
-# What state dicts hold beside parameters, all of batch norm.
+# Entries of state dicts that are not parameters, all of batch norm.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class BufferTrajectory(Trajectory):
-    """One trajectory of a buffer. Its numbers stay in the file, mapped into memory, until a
-    checkpoint is asked for.
+    """One trajectory of a buffer, mapped into memory; checkpoints are read on request.
+
+    Args:
+        path: file of the buffer.
+        number: position of the trajectory in the file.
+        checkpoints: lists of tensors, or state dicts.
     """
 
     def __init__(self, path: Path, number: int, checkpoints: Sequence[Any]) -> None:
@@ -43,6 +46,7 @@ class BufferTrajectory(Trajectory):
 
     @property
     def title(self) -> str:
+        """File and number of the trajectory, for messages."""
         return f"{self.path}: trajectory {self._number}"
 
     def _read(self, epoch: int) -> Tensor:
@@ -51,19 +55,17 @@ class BufferTrajectory(Trajectory):
         ).float()
 
     def require_fits(self, net: nn.Module) -> None:
-        """Raise UsageError unless the stored tensors are, one by one, of the shapes of the
-        parameters of ``net``.
+        """Raise UsageError unless the stored tensors have the shapes of the parameters of ``net``.
 
-        Networks with as many parameters in another order have another meaning for the same vector.
-        Names are compared too where the buffer has them, because many tensors of a ConvNet are of
-        one shape.
+        Networks with equally many parameters in another order read the same vector differently.
+        Names are compared too if the buffer has them, because many tensors of a ConvNet have the
+        same shape.
         """
         kind = type(net).__name__
         if self.statistics:
             raise UsageError(
                 f"{self.path}: checkpoints must be of the run's {kind}, which has instance norm, "
-                f"got one with batch "
-                f"norm ({self.statistics[0]})"
+                f"got one with batch norm ({self.statistics[0]})"
             )
         wanted = [(name, tuple(parameter.shape)) for name, parameter in net.named_parameters()]
         found = list(zip(self.names or [""] * len(self.shapes), self.shapes, strict=True))
@@ -84,7 +86,7 @@ class BufferTrajectory(Trajectory):
 
 
 def buffer_files(folder: Path) -> list[Path]:
-    """The buffers in ``folder``, by number; none is none."""
+    """Return the buffers in ``folder``, sorted by number; there may be none."""
 
     def number(path: Path) -> tuple[int, str]:
         digits = re.findall(r"\d+", path.stem)
@@ -94,12 +96,13 @@ def buffer_files(folder: Path) -> list[Path]:
 
 
 def read_buffer(path: Path) -> list[BufferTrajectory]:
-    """The trajectories of one file. Only tensors, lists and dictionaries are unpickled, and no
-    numbers are read.
+    """Return the trajectories of one file without reading their elements.
+
+    Only tensors, lists and dictionaries are unpickled.
 
     Raises:
-        UsageError: the file holds other things (code among them) or is damaged; its checkpoints are
-            not of one shape, or are one and the same.
+        UsageError: the file holds other things (code among them) or is damaged, or its checkpoints
+            differ in shape or share their memory.
     """
     content = read_pickled_tensors(path, mapped=True)
     if _is_list(content) and all(isinstance(each, Mapping) for each in content):
@@ -108,8 +111,8 @@ def read_buffer(path: Path) -> list[BufferTrajectory]:
         _is_list(t) and all(map(_is_checkpoint, t)) for t in content
     ):
         raise UsageError(
-            f"{path} is no replay buffer: it must hold a list of trajectories of lists of tensors "
-            f"(or of state dicts)"
+            f"{path} is not a replay buffer: it must hold a list of trajectories of lists of "
+            f"tensors (or of state dicts)"
         )
     found = [
         BufferTrajectory(path, number, trajectory) for number, trajectory in enumerate(content)
@@ -124,13 +127,13 @@ def read_buffer(path: Path) -> list[BufferTrajectory]:
             raise UsageError(
                 f"{path}: all checkpoints must be of one network and all trajectories of one length"
             )
-        # Stored from a network on the CPU without a copy, every checkpoint is the memory of the
-        # last.
+        # A checkpoint that was stored without a copy from a network on the CPU shares its memory
+        # with the others.
         first, last = (_parameters(checkpoints[place])[0] for place in (0, -1))
         if trajectory.epochs > 0 and first.data_ptr() == last.data_ptr():
             raise UsageError(
-                f"{path}: the checkpoints of a trajectory are one and the same: they were stored "
-                f"uncopied"
+                f"{path}: checkpoints of a trajectory must differ, got equal ones that share their "
+                f"memory; store copies"
             )
     return found
 
@@ -154,14 +157,14 @@ def _is_checkpoint(value: Any) -> bool:
 
 
 def _parameters(checkpoint: Any) -> list[Tensor]:
-    """The parameters of a checkpoint, of a state dict without the statistics of batch norm."""
+    """Return the parameters of a checkpoint, without the statistics of batch norm."""
     if isinstance(checkpoint, Mapping):
         return [tensor for name, tensor in checkpoint.items() if not name.endswith(_STATISTICS)]
     return list(checkpoint)
 
 
 def _names(checkpoint: Any) -> tuple[list[str], list[str]]:
-    """The names of a state dict's parameters and of its statistics; none of a list."""
+    """Return the names of a state dict's parameters and statistics; none for a list."""
     if not isinstance(checkpoint, Mapping):
         return [], []
     names, statistics = list[str](), list[str]()

@@ -1,4 +1,4 @@
-"""Training trajectories on disk: one safetensors file per network, read a checkpoint at a time."""
+"""Training trajectories on disk: a safetensors file per network, read by checkpoint."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from pdd_fast.runtime.files import open_tensors, read_tensors, save_tensors
 
 
 def trajectory_path(folder: Path, index: int) -> Path:
+    """Return the file of trajectory ``index``."""
     return folder / f"trajectory-{index:03d}.safetensors"
 
 
 def partial_path(folder: Path, index: int) -> Path:
+    """Return the file of an unfinished trajectory ``index``."""
     return folder / f"trajectory-{index:03d}.partial"
 
 
 def write_trajectory(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
-    """Stores checkpoints ([P] each, epoch 0 first) as "checkpoints" [T+1, P] float32."""
+    """Write checkpoints ([P] each, epoch 0 first) as "checkpoints" [T+1, P] float32."""
     save_tensors(path, {"checkpoints": torch.stack(checkpoints).float()}, metadata)
 
 
 class Trajectory:
-    """One network's stored weights; a checkpoint is read when it is asked for."""
+    """Stored parameters of one network; a checkpoint is read on request."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError where the file is not a trajectory."""
+        """Open a trajectory.
+
+        Raises:
+            UsageError: the file is not a trajectory.
+        """
         self.path = path
         with open_tensors(path) as (file, metadata):
             if "checkpoints" not in file.keys():  # noqa: SIM118
@@ -47,14 +53,14 @@ class Trajectory:
 
     @property
     def title(self) -> str:
-        """The trajectory in words: its file, and its number there where a file holds several."""
+        """File of the trajectory, for messages, and its number if the file holds several."""
         return str(self.path)
 
     def checkpoint(self, epoch: int) -> Tensor:
-        """Weights [P] after ``epoch`` epochs; reads these and no others.
+        """Return the parameters [P] after ``epoch`` epochs, reading no others.
 
         Raises:
-            UsageError: the trajectory is shorter, or these weights are not finite.
+            UsageError: the trajectory is shorter, or these parameters are not finite.
         """
         if not 0 <= epoch <= self.epochs:
             raise UsageError(f"{self.title}: epoch must lie in [0, {self.epochs}], got {epoch}")
@@ -62,8 +68,8 @@ class Trajectory:
         if not is_finite(theta):
             raise UsageError(
                 f"{self.title}: checkpoint {epoch} must be finite, got NaN or infinity: this "
-                f"network diverged in "
-                "training; train it again at a lower learning rate, or take it out"
+                "network diverged in training; train it again at a lower learning rate, or take "
+                "it out"
             )
         return theta
 
@@ -72,24 +78,25 @@ class Trajectory:
             return file.get_slice("checkpoints")[epoch : epoch + 1][0].clone()
 
     def pair(self, epoch: int, ahead: int) -> tuple[Tensor, Tensor]:
-        """Checkpoints ``epoch`` and ``epoch + ahead``."""
+        """Return checkpoints ``epoch`` and ``epoch + ahead``."""
         return self.checkpoint(epoch), self.checkpoint(epoch + ahead)
 
 
 def is_finite(theta: Tensor) -> bool:
-    """Whether all numbers are finite: their sum in float64 is then, and only then. One pass and no
-    mask.
+    """Return whether all elements are finite.
+
+    Their sum in float64 is finite if and only if they are, which takes one pass and no mask.
     """
     return math.isfinite(float(theta.sum(dtype=torch.float64)))
 
 
 def list_trajectories(folder: Path) -> list[Trajectory]:
-    """The trajectories in ``folder``, by number.
+    """Return the trajectories in ``folder``, sorted by number.
 
     Raises:
-        UsageError: there are none, or they are not of one shape.
+        UsageError: there are none, or they differ in shape.
     """
-    # The thousandth name has a digit more, hence length first.
+    # Length first, because the thousandth name has one more digit.
     paths = sorted(
         folder.glob("trajectory-*.safetensors"), key=lambda path: (len(path.name), path.name)
     )
@@ -101,23 +108,20 @@ def list_trajectories(folder: Path) -> list[Trajectory]:
 
 
 def require_alike(found: Sequence[Trajectory]) -> None:
-    """Raises UsageError where trajectories are not of one length and size."""
+    """Raise UsageError unless all trajectories have the same length and size."""
     first = found[0]
     for other in found[1:]:
         if (other.epochs, other.parameters) != (first.epochs, first.parameters):
             raise UsageError(
                 f"{other.path} must have {first.epochs} epochs of {first.parameters} parameters "
-                f"like the first "
-                f"trajectory beside it, got {other.epochs} of {other.parameters}"
+                f"like the first trajectory beside it, got {other.epochs} of {other.parameters}"
             )
 
 
 def write_partial(
     folder: Path, index: int, checkpoints: list[Tensor], state: dict[str, Tensor]
 ) -> None:
-    """Keeps a trajectory that is still being made: its checkpoints and what training needs to go
-    on.
-    """
+    """Write an unfinished trajectory: its checkpoints and the state to resume training."""
     tensors = {
         "checkpoints": torch.stack(checkpoints),
         **{f"state.{name}": t for name, t in state.items()},
@@ -126,8 +130,12 @@ def write_partial(
 
 
 def read_partial_start(folder: Path, index: int, place: int) -> Tensor:
-    """Weights [P] after no epoch of network ``place`` of those in the group's partial file; reads
-    these and no others.
+    """Return the initial parameters [P] of one network of an unfinished group, reading no others.
+
+    Args:
+        folder: folder of the trajectories.
+        index: number of the group's partial file.
+        place: position of the network in the group.
 
     Raises:
         UsageError: the file is missing or damaged.
@@ -137,7 +145,7 @@ def read_partial_start(folder: Path, index: int, place: int) -> Tensor:
 
 
 def read_partial(folder: Path, index: int) -> tuple[list[Tensor], dict[str, Tensor]] | None:
-    """What :func:`write_partial` kept, or None."""
+    """Return the checkpoints and the state that :func:`write_partial` wrote, or None."""
     path = partial_path(folder, index)
     if not path.exists():
         return None

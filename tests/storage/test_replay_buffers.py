@@ -130,7 +130,9 @@ def test_checkpoints_have_to_be_alike(tmp_path: Path) -> None:
 
 def test_checkpoints_that_share_their_memory_are_refused(tmp_path: Path) -> None:
     tensors = checkpoints(1, 0)[0][0]
-    assert "one and the same" in refused(tmp_path / "b.pt", [[tensors, tensors]])
+    assert "got equal ones that share their memory" in refused(
+        tmp_path / "b.pt", [[tensors, tensors]]
+    )
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
