@@ -67,7 +67,7 @@ def test_files_that_are_no_images_and_hidden_files_are_passed_over(tmp_path: Pat
     (tmp_path / "train" / "ant" / "._0.png").write_bytes(b"\0\5\x16\7 what macOS leaves on foreign disks")
     (tmp_path / "train" / ".cache").mkdir()
     put(tmp_path / "train" / "ant", [11], suffix=".PGM")
-    with pytest.warns(PddFastWarning, match=r"files that are no images are left out: 1 \.txt, e\.g\. .*notes\.txt"):
+    with pytest.warns(PddFastWarning, match=r"files that are not images are ignored: 1 \.txt, e\.g\. .*notes\.txt"):
         found = read_folder(str(tmp_path))
     assert found.train[:, 0, 0, 0].tolist() == [11, 10, 10, 10, 200, 200, 200]
 
@@ -192,7 +192,7 @@ def test_images_of_32_bits_are_refused_and_not_clipped(tmp_path: Path, mode: str
     two_classes(tmp_path)
     kind = {"I": np.int32, "F": np.float32}[mode]
     Image.fromarray(np.full((6, 8), 1000, dtype=kind)).save(tmp_path / "train" / "ant" / "deep.tif")
-    with pytest.raises(UsageError, match=f"deep.tif must have 8 or 16 bits a channel, got Pillow's mode '{mode}'"):
+    with pytest.raises(UsageError, match=f"deep.tif must have 8 or 16 bits per channel, got Pillow's mode '{mode}'"):
         read_folder(str(tmp_path))
 
 
@@ -218,7 +218,7 @@ def test_16_bits_a_channel_are_reduced_to_8_with_a_word(tmp_path: Path, suffix: 
         rows[0, :4] = [65535, 0x8000, 0x1234, 0]
         Image.fromarray(rows).save(path)
     with pytest.warns(
-        PddFastWarning, match=rf"images of 16 bits a channel \(1\) are reduced to 8, e\.g\. .*deep\{suffix}"
+        PddFastWarning, match=rf"images of 16 bits per channel \(1\) are reduced to 8, e\.g\. .*deep\{suffix}"
     ):
         found = read_folder(str(tmp_path))
     assert found.train[3, 0, 0, :4].tolist() == [255, 0x80, 0x12, 0]

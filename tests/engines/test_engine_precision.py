@@ -94,7 +94,7 @@ def test_bfloat16_rounds_operands_and_results_and_no_sum() -> None:
 def test_bfloat16_needs_float32_parameters(name: str) -> None:
     point = Point()
     engine = engines.choose(point.net, name, "bfloat16")
-    message = r"^precision 'bfloat16' needs parameters of torch\.float32, got torch\.float64$"
+    message = r"^parameters must be torch\.float32 for precision 'bfloat16', got torch\.float64$"
     many = (point.theta[None], point.images[None], point.labels[None])
     for call in (
         lambda: engine.gradient(point.theta, point.images, point.labels),

@@ -48,7 +48,7 @@ class Watched:
     def _tensor(saved: Any) -> Tensor | None:
         """One of the tensors that a step keeps; None where it keeps no activations."""
         if isinstance(saved, Buffer):  # of the kernel
-            return saved.numbers
+            return saved.tensor
         if hasattr(saved, "blocks"):  # of the composed passes
             return saved.blocks[-1].z
         return getattr(saved, "gradient", None)  # of autograd

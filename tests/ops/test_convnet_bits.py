@@ -156,13 +156,13 @@ def test_what_is_kept_is_not_disturbed_by_other_passes(convolution: str) -> None
     one, other = (Problem.of(REPEATED, True, seed) for seed in (1, 2))
     kept = passes.gradient(*one.arguments, keep=True)[2]
     assert kept is not None
-    expected, before = one.dual(passes, kept), kept.numbers.clone()
+    expected, before = one.dual(passes, kept), kept.tensor.clone()
     later = passes.gradient(*other.arguments, keep=True)[2]
     other.dual(passes, later)
     other.dual(passes)
     Problem.of(replace(REPEATED, batch=20)).by(passes, kept=True)
     assert_same(one.dual(passes, kept), expected)
-    assert torch.equal(kept.numbers, before)  # a dual pass only reads it: two may at once
+    assert torch.equal(kept.tensor, before)  # a dual pass only reads it: two may at once
 
 
 def keep(passes: ConvNetPasses, batch: int, dtype: torch.dtype = torch.float32) -> Buffer:
@@ -173,7 +173,7 @@ def keep(passes: ConvNetPasses, batch: int, dtype: torch.dtype = torch.float32) 
 
 
 def places(*kept: Buffer) -> set[int]:
-    return {each.numbers.data_ptr() for each in kept}
+    return {each.tensor.data_ptr() for each in kept}
 
 
 def test_memory_of_what_was_kept_is_used_again() -> None:
@@ -210,7 +210,7 @@ def test_what_is_kept_outlives_its_passes() -> None:
     assert idle_bytes() == 0
     found = problem.dual(ConvNetPasses(REPEATED.kernel()), kept)
     assert_same(found, {name: expected[name] for name in found})
-    size = kept.numbers.nbytes
+    size = kept.tensor.nbytes
     del kept
     assert idle_bytes() == size
 
