@@ -1,13 +1,12 @@
-"""Instance norm + affine + ReLU + 2×2 average pool as one operator: forward, backward, and both on
-dual numbers.
+"""Instance norm, affine, ReLU and 2×2 average pool as one operator, also on dual numbers.
 
-One block of the ConvNet after its convolution. Formulas stand in
-``csrc/ops/norm_relu_pool/math.h``. Kernels read and write channels-last memory; other layouts are
-converted on the way in. Results are channels-last.
+It is one block of the ConvNet after its convolution, forward and backward.
+``csrc/ops/norm_relu_pool/math.h`` has the formulas. Kernels read and write channels-last memory.
+Other layouts are converted first, and results are channels-last.
 
-Images [B, C, H, W] may be float32, float64, bfloat16 or float16. With the two last, everything that
-is not an image (statistics, per-channel vectors and their gradients) is float32, and so is all
-arithmetic.
+Images [B, C, H, W] may be float32, float64, bfloat16 or float16. For the 16-bit types, all
+arithmetic and everything that is not an image (statistics, per-channel vectors and their gradients)
+is float32.
 """
 
 from __future__ import annotations
@@ -27,18 +26,20 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, batch: int, height: int, width: int) -> Tensor:
-    """Uninitialized [batch, C, height, width] in channels-last memory."""
+    """Return uninitialized [batch, C, height, width] in channels-last memory."""
     return like.new_empty((batch, height, width, like.shape[1])).permute(0, 3, 1, 2)
 
 
 def _check_images(name: str, z: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the images, of the pooled images, and of a vector over channels."""
+    """Return the shapes of the images, the pooled images, and a vector over channels."""
     require_floating(name, "z", z, half=True)
     require(name, z.dim() == 4, "z", "have shape [B, C, H, W]", tuple(z.shape))
     require(name, min(z.shape[2:]) >= 2, "z", "be at least 2 pixels high and wide", tuple(z.shape))
     require(name, z.numel() > 0, "z", "not be empty", tuple(z.shape))
     B, C, H, W = z.shape
-    require(name, C * H * W < 2**31, "z", "have fewer than 2**31 numbers an image", tuple(z.shape))
+    require(
+        name, C * H * W < 2**31, "z", "have fewer than 2**31 elements per image", tuple(z.shape)
+    )
     return (B, C, H, W), (B, C, H // 2, W // 2), (C,)
 
 
@@ -51,7 +52,7 @@ def _check_all(name: str, z: Tensor, shapes: dict[str, tuple[Tensor, tuple[int, 
 
 
 def _new(z: Tensor, *shape: int) -> Tensor:
-    """Uninitialized statistics or vectors for images ``z``."""
+    """Return uninitialized statistics or vectors for images ``z``."""
     return z.new_empty(shape, dtype=compute_dtype(z.dtype))
 
 
@@ -81,14 +82,14 @@ def _statistics(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _images(vector: Tensor) -> Tensor:
-    """[C] or [B, C] made to broadcast over [B, C, H, W]."""
+    """Return [C] or [B, C] shaped to broadcast over [B, C, H, W]."""
     return vector[..., None, None]
 
 
 def norm_relu_pool_reference(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain-torch :func:`norm_relu_pool`."""
+    """Return :func:`norm_relu_pool` in plain torch."""
     mean, rstd = _statistics(z, eps)
     a = (z - _images(mean)) * _images(rstd) * _images(weight) + _images(bias)
     return _dense(torch.nn.functional.avg_pool2d(a.relu(), 2)), mean, rstd
@@ -106,12 +107,13 @@ _norm_relu_pool = operator(
 def norm_relu_pool(
     z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """avg_pool2d(relu(instance_norm(z) * weight + bias), 2).
+    """Return avg_pool2d(relu(instance_norm(z) * weight + bias), 2) and the norm's statistics.
 
     Args:
-        z: [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not
+        z: [B, C, H, W] with H, W >= 2. An odd last row or column counts in the norm but is not
             pooled.
-        weight, bias: [C].
+        weight: [C].
+        bias: [C].
         eps: added to the variance.
 
     Returns:
@@ -167,7 +169,7 @@ def _kernel_backward(
 
 
 def _upsample(pooled: Tensor, like: Tensor) -> Tensor:
-    """Adjoint of the 2×2 average pool: zero in an odd last row or column."""
+    """Return the adjoint of the 2×2 average pool, zero in an odd last row or column."""
     grad = torch.zeros_like(like)
     height, width = pooled.shape[2] * 2, pooled.shape[3] * 2
     grad[:, :, :height, :width] = pooled.repeat_interleave(2, 2).repeat_interleave(2, 3) / 4
@@ -181,7 +183,7 @@ def _plane_mean(images: Tensor) -> Tensor:
 def norm_relu_pool_backward_reference(
     grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Plain-torch :func:`norm_relu_pool_backward`."""
+    """Return :func:`norm_relu_pool_backward` in plain torch."""
     x_hat = (z - _images(mean)) * _images(rstd)
     grad = _upsample(grad_out, z) * (x_hat * _images(weight) + _images(bias) > 0)
     centered = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
@@ -208,13 +210,12 @@ def norm_relu_pool_backward(
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
 ) -> tuple[Tensor, Tensor]:
-    """The backward pass of :func:`norm_relu_pool`.
+    """Return the gradients of :func:`norm_relu_pool`.
 
     Returns:
         grad_z: gradient with respect to z [B, C, H, W].
-        parts: [2, B, C], every image's term of the gradients with respect to weight and bias. The
-            sums over B are the caller's, who knows where they belong: the two are neighbors in a
-            flat vector.
+        parts: [2, B, C], the term of every image in the gradients with respect to weight and bias.
+        The caller sums over B, straight into a flat vector in which the two are neighbors.
     """
     return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
 
@@ -222,4 +223,280 @@ def norm_relu_pool_backward(
 # ---- norm_relu_pool_dual ----
 
 
+def _check_dual(
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> None:
+    name = "norm_relu_pool_dual"
+    images, _, vector = _check_images(name, z)
+    _check_all(
+        name,
+        z,
+        {
+            "z_tangent": (z_tangent, images),
+            "weight": (weight, vector),
+            "weight_tangent": (weight_tangent, vector),
+        }
+        | {"bias": (bias, vector), "bias_tangent": (bias_tangent, vector)},
+    )
+
+
+def _allocate_dual(
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
+    B, C, H, W = z.shape
+    return _empty(z, B if tangent_only else 2 * B, H // 2, W // 2), _new(z, 4, B, C)
+
+
+def _kernel_dual(
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
+    z, z_tangent = _dense(z), _dense(z_tangent)
+    vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias, bias_tangent))
+    out, statistics = _allocate_dual(
+        z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only
+    )
+    _native.call(
+        "norm_relu_pool_dual",
+        z,
+        *z.shape,
+        eps,
+        z,
+        z_tangent,
+        *vectors,
+        None if tangent_only else out,
+        out if tangent_only else out[len(z) :],
+        *statistics,
+    )
+    return out, statistics
+
+
+def norm_relu_pool_dual_reference(
+    z: Tensor,
+    z_tangent: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    bias_tangent: Tensor,
+    eps: float,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`norm_relu_pool_dual` in plain torch."""
+    mean, rstd = _statistics(z, eps)
+    x_hat = (z - _images(mean)) * _images(rstd)
+    mean_tangent, kappa = z_tangent.mean((2, 3)), (x_hat * z_tangent).mean((2, 3))
+    x_hat_tangent = _images(rstd) * (z_tangent - _images(mean_tangent) - x_hat * _images(kappa))
+    a = x_hat * _images(weight) + _images(bias)
+    a_tangent = (
+        x_hat * _images(weight_tangent) + x_hat_tangent * _images(weight) + _images(bias_tangent)
+    )
+    value = torch.nn.functional.avg_pool2d(a.relu(), 2)
+    derivative = torch.nn.functional.avg_pool2d(a_tangent * (a > 0), 2)
+    out = derivative if tangent_only else torch.cat([value, derivative])
+    return _dense(out), torch.stack([mean, rstd, mean_tangent, kappa])
+
+
+_norm_relu_pool_dual = operator(
+    "norm_relu_pool_dual(Tensor z, Tensor z_tangent, Tensor weight, Tensor weight_tangent, Tensor "
+    "bias,"
+    " Tensor bias_tangent, float eps, bool tangent_only) -> (Tensor, Tensor)",
+    check=_check_dual,
+    allocate=_allocate_dual,
+    kernel=_kernel_dual,
+    reference=norm_relu_pool_dual_reference,
+)
+
+
+def norm_relu_pool_dual(
+    z: Tensor,  # [B, C, H, W]
+    z_tangent: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [C]
+    weight_tangent: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    bias_tangent: Tensor,  # [C]
+    eps: float = EPS,
+    tangent_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`norm_relu_pool` on dual numbers (docs/mathematics.md, section 2).
+
+    Returns:
+        out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next
+        convolution is one call. With ``tangent_only``: the tangents alone, [B, C, H//2, W//2].
+        statistics: [4, B, C]: mean, rstd, tangent of mean, kappa = mean(x_hat * z_tangent), for the
+        backward pass.
+    """
+    return _norm_relu_pool_dual(
+        z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only
+    )
+
+
 # ---- norm_relu_pool_dual_backward ----
+
+
+def _check_dual_backward(
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> None:
+    name = "norm_relu_pool_dual_backward"
+    images, pooled, vector = _check_images(name, z)
+    _check_all(
+        name,
+        z,
+        {"grad_out": (grad_out, pooled), "grad_out_tangent": (grad_out_tangent, pooled)}
+        | {"z_tangent": (z_tangent, images), "statistics": (statistics, (4, *images[:2]))}
+        | {
+            "weight": (weight, vector),
+            "weight_tangent": (weight_tangent, vector),
+            "bias": (bias, vector),
+        },
+    )
+
+
+def _allocate_dual_backward(
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
+    B, C, H, W = z.shape
+    return _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
+
+
+def _kernel_dual_backward(
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
+    images = tuple(_dense(t) for t in (grad_out, grad_out_tangent, z, z_tangent))
+    vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias))
+    statistics = statistics.contiguous()
+    B, C, H, W = z.shape
+    grad_z, parts = _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
+    _native.call(
+        "norm_relu_pool_dual_backward",
+        z,
+        *z.shape,
+        *images,
+        *statistics,
+        *vectors,
+        None if tangent_only else grad_z[B:],
+        grad_z,
+        parts[0],
+        parts[1],
+    )
+    return grad_z, parts
+
+
+def norm_relu_pool_dual_backward_reference(
+    grad_out: Tensor,
+    grad_out_tangent: Tensor,
+    z: Tensor,
+    z_tangent: Tensor,
+    statistics: Tensor,
+    weight: Tensor,
+    weight_tangent: Tensor,
+    bias: Tensor,
+    tangent_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`norm_relu_pool_dual_backward` in plain torch."""
+    mean, rstd, mean_tangent, kappa = map(_images, statistics)
+    x_hat = (z - mean) * rstd
+    x_hat_tangent = rstd * (z_tangent - mean_tangent - x_hat * kappa)
+    mask = x_hat * _images(weight) + _images(bias) > 0
+    grad, grad_tangent = _upsample(grad_out, z) * mask, _upsample(grad_out_tangent, z) * mask
+    product, product_tangent = grad * x_hat, grad_tangent * x_hat + grad * x_hat_tangent
+    centered = grad - _plane_mean(grad) - x_hat * _plane_mean(product)
+    centered_tangent = (
+        grad_tangent
+        - _plane_mean(grad_tangent)
+        - x_hat_tangent * _plane_mean(product)
+        - x_hat * _plane_mean(product_tangent)
+    )
+    factor = rstd * _images(weight)
+    factor_tangent = rstd * _images(weight_tangent) - rstd * rstd * kappa * _images(weight)
+    derivative = factor_tangent * centered + factor * centered_tangent
+    grad_z = derivative if tangent_only else torch.cat([derivative, factor * centered])
+    return _dense(grad_z), torch.stack([product_tangent.sum((2, 3)), grad_tangent.sum((2, 3))])
+
+
+_norm_relu_pool_dual_backward = operator(
+    "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, Tensor "
+    "z_tangent,"
+    " Tensor statistics, Tensor weight, Tensor weight_tangent, Tensor bias, bool tangent_only)"
+    " -> (Tensor, Tensor)",
+    check=_check_dual_backward,
+    allocate=_allocate_dual_backward,
+    kernel=_kernel_dual_backward,
+    reference=norm_relu_pool_dual_backward_reference,
+)
+
+
+def norm_relu_pool_dual_backward(
+    grad_out: Tensor,  # [B, C, H//2, W//2]
+    grad_out_tangent: Tensor,  # [B, C, H//2, W//2]
+    z: Tensor,  # [B, C, H, W]
+    z_tangent: Tensor,  # [B, C, H, W]
+    statistics: Tensor,  # [4, B, C] from norm_relu_pool_dual
+    weight: Tensor,  # [C]
+    weight_tangent: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    tangent_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
+
+    Returns:
+        grad_z: [2B, C, H, W], the tangents first and then the values, because the weight gradient
+        of the convolution before pairs tangents of gradients with values of inputs. With
+        ``tangent_only``: the tangents alone [B, C, H, W].
+        parts: [2, B, C], the term of every image in the tangents of the gradients with respect to
+        weight and bias.
+    """
+    return _norm_relu_pool_dual_backward(
+        grad_out,
+        grad_out_tangent,
+        z,
+        z_tangent,
+        statistics,
+        weight,
+        weight_tangent,
+        bias,
+        tangent_only,
+    )

@@ -1,5 +1,4 @@
-"""What a number of training steps read, written once and then read step by step without the
-host."""
+"""Precomputed inputs of training steps, consumed on the device without host synchronization."""
 
 from __future__ import annotations
 
@@ -9,46 +8,51 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import DSA
-from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
+from pdd_fast.augmentation.dsa import DSA, AugmentParameters, PackedAugmentParameters
 from pdd_fast.ops.dsa import DRAWS
 from pdd_fast.training.cuda_graphs import Upload
 
-# A tape is written while a GPU still works on the one before, but for the first, which it waits
-# for: 0.3 ms for a network and step, so 0.05 seconds for the 11 steps of 16 networks on 256 images
-# that 4 MB hold.
+# A GPU works on one queue while the host writes the next. It waits only for the first: 0.3 ms per
+# network and step, so 0.05 s for the 11 steps of 16 networks on 256 images that 4 MB hold.
 _STEPS = 32
 _BYTES = 1 << 22
 
 
 class Drawn(NamedTuple):
-    """One step of K networks."""
+    """Random values of one step of K networks."""
 
     indices: Tensor  # int64 [K, b], rows of the images
     augmentations: list[AugmentParameters]  # K, of b images each
 
     @property
     def size(self) -> int:
-        """b, the images of a network."""
+        """Number b of images of a network."""
         return self.indices.shape[1]
 
 
 def steps_per_queue(steps: int, columns: int) -> int:
-    """How many steps on ``columns`` images to draw at a time, of ``steps`` that are to be taken."""
+    """Return how many steps on ``columns`` images to draw at a time.
+
+    Args:
+        steps: number of steps that will be taken.
+        columns: images of a step, of all networks.
+    """
     each = columns * (len(DRAWS) * torch.float64.itemsize + torch.int64.itemsize)
     return max(1, min(steps, _STEPS, _BYTES // each))
 
 
 class StepQueue:
-    """Indices, draws and rates of up to ``capacity`` steps on ``columns`` images each, and the
-    place that is read next.
+    """Indices, augmentation parameters and learning rates of up to ``capacity`` steps.
 
     Args:
-        dtype: of the rates.
-        device: of what is read.
-        counted: whether the place is a number on the device, so that a captured step reads on when
-            it is replayed. Otherwise the host counts, and reading is taking a view, which saves
-            0.07 ms a step on the CPU.
+        capacity: maximum number of steps.
+        columns: images of a step, of all networks.
+        dsa: augmentation of the steps.
+        dtype: type of the learning rates.
+        device: device of the inputs.
+        counted: whether the position is a number on the device, so that a replayed step advances by
+            itself. Otherwise the host counts and reads views, which saves 0.07 ms per step on the
+            CPU.
     """
 
     def __init__(
@@ -79,7 +83,12 @@ class StepQueue:
         self._counted, self._place = counted, 0
 
     def write(self, steps: Sequence[Drawn], lrs: Sequence[float]) -> None:
-        """Winds the tape back and puts these steps on it, at most as many as it has room for."""
+        """Replace the queue's content by ``steps`` and return to its start.
+
+        Args:
+            steps: at most ``capacity`` steps.
+            lrs: learning rate of each step.
+        """
         host = self._host
         host["lrs"][: len(lrs)] = torch.tensor(lrs, dtype=host["lrs"].dtype, device="cpu")
         for i, step in enumerate(steps):
@@ -98,15 +107,15 @@ class StepQueue:
         return tensors[name].index_select(0, tensors["position"])[0]
 
     def indices(self) -> Tensor:
-        """int64 [columns]."""
+        """Return the image indices of the current step, int64 [columns]."""
         return self._read("indices")
 
     def lr(self) -> Tensor:
-        """A 0-d tensor."""
+        """Return the learning rate of the current step, a 0-d tensor."""
         return self._read("lrs")
 
     def augment(self, images: Tensor) -> Tensor:
-        """``images`` [columns, C, H, W] with the step's draws."""
+        """Return ``images`` [columns, C, H, W] augmented for the current step."""
         if not self._augments:
             return images
         return PackedAugmentParameters(
@@ -114,7 +123,7 @@ class StepQueue:
         ).apply(images)
 
     def advance(self) -> None:
-        """On to the next step."""
+        """Go to the next step."""
         if self._counted:
             self._upload.tensors["position"].add_(1)
         else:
