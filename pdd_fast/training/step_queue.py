@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.augmentation.dsa import DSA, AugmentParameters, PackedAugmentParameters
+from pdd_fast.augmentation.dsa import DSA
+from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 from pdd_fast.ops.dsa import DRAWS
 from pdd_fast.training.cuda_graphs import Upload
 
