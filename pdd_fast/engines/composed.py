@@ -20,15 +20,23 @@ the loss and all results stay in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pdd_fast.engines import estimates, side_by_side
 from pdd_fast.engines.base import DualResult, PassShape
+from pdd_fast.engines.composed_records import (
+    _Activations,
+    _Block,
+    _Pair,
+    _Parameters,
+    _Step,
+    _tangents_first,
+    _values_first,
+)
 from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
 from pdd_fast.networks.parameters import views
 from pdd_fast.ops.convnet import ConvNetShape
@@ -36,69 +44,6 @@ from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
 from pdd_fast.ops.norm_relu_pool import norm_relu_pool, norm_relu_pool_backward
 from pdd_fast.ops.norm_relu_pool_dual import norm_relu_pool_dual, norm_relu_pool_dual_backward
 from pdd_fast.runtime import precision as precisions
-
-
-class _Block(NamedTuple):
-    """Parameters of one block, or their gradients or a direction, as views of a flat vector."""
-
-    conv: Tensor  # [C, C_in, 3, 3]
-    conv_bias: Tensor  # [C]
-    weight: Tensor  # [C]
-    bias: Tensor  # [C]
-
-    @property
-    def affine(self) -> Tensor:
-        """Weight and bias [2, C], which are neighbors in the flat vector."""
-        return self.weight.as_strided((2, len(self.weight)), (len(self.weight), 1))
-
-
-class _Parameters(NamedTuple):
-    blocks: list[_Block]
-    weight: Tensor  # [classes, features]
-    bias: Tensor  # [classes]
-
-
-@dataclass
-class _Activations:
-    """Inputs and outputs of one block, values only."""
-
-    x: Tensor  # [B, C_in, H, W]
-    z: Tensor  # [B, C, H, W]
-    mean: Tensor  # [B, C]
-    rstd: Tensor  # [B, C]
-    grad_out: Tensor = field(init=False)  # [B, C, H/2, W/2]
-    grad_z: Tensor = field(init=False)  # [B, C, H, W]
-
-
-@dataclass
-class _Step:
-    """Activations of one step, saved for the dual pass (memory="cache")."""
-
-    blocks: list[_Activations] = field(default_factory=list)
-    features: Tensor = field(init=False)  # [B, features]
-    logits: Tensor = field(init=False)  # [B, classes]
-
-
-class _Pair(NamedTuple):
-    """Value and tangent.
-
-    ``stack`` is the [2B, ...] tensor that holds both, if there is one.
-    """
-
-    value: Tensor
-    tangent: Tensor
-    stack: Tensor | None = None
-
-
-def _values_first(stack: Tensor) -> _Pair:
-    value, tangent = stack.chunk(2)
-    return _Pair(value, tangent, stack)
-
-
-def _tangents_first(stack: Tensor) -> _Pair:
-    tangent, value = stack.chunk(2)
-    return _Pair(value, tangent, stack)
-
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")

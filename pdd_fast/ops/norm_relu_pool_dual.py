@@ -1,4 +1,7 @@
-"""Instance norm, ReLU and average pooling on dual numbers (docs/mathematics.md, section 2)."""
+"""Compute instance norm, ReLU and average pooling on dual numbers.
+
+The formulas: docs/mathematics.md, section 2.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +102,7 @@ def norm_relu_pool_dual_reference(
     eps: float,
     tangent_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Plain-torch :func:`norm_relu_pool_dual`."""
+    """Return :func:`norm_relu_pool_dual` in plain torch."""
     mean, rstd = _statistics(z, eps)
     x_hat = (z - _images(mean)) * _images(rstd)
     mean_tangent, kappa = z_tangent.mean((2, 3)), (x_hat * z_tangent).mean((2, 3))
@@ -135,13 +138,13 @@ def norm_relu_pool_dual(
     eps: float = EPS,
     tangent_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`norm_relu_pool` on dual numbers (docs/mathematics.md, section 2).
+    """Return :func:`norm_relu_pool` on dual numbers (docs/mathematics.md, section 2).
 
     Returns:
         out: [2B, C, H//2, W//2], the values and then the tangents, stacked so that the next
-            convolution is one call; with ``tangent_only`` the tangents alone, [B, C, H//2, W//2].
+        convolution is one call. With ``tangent_only``: the tangents alone, [B, C, H//2, W//2].
         statistics: [4, B, C]: mean, rstd, tangent of mean, kappa = mean(x_hat * z_tangent), for the
-            backward pass.
+        backward pass.
     """
     return _norm_relu_pool_dual(
         z, z_tangent, weight, weight_tangent, bias, bias_tangent, eps, tangent_only
@@ -231,7 +234,7 @@ def norm_relu_pool_dual_backward_reference(
     bias: Tensor,
     tangent_only: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Plain-torch :func:`norm_relu_pool_dual_backward`."""
+    """Return :func:`norm_relu_pool_dual_backward` in plain torch."""
     mean, rstd, mean_tangent, kappa = map(_images, statistics)
     x_hat = (z - mean) * rstd
     x_hat_tangent = rstd * (z_tangent - mean_tangent - x_hat * kappa)
@@ -275,14 +278,14 @@ def norm_relu_pool_dual_backward(
     bias: Tensor,  # [C]
     tangent_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
+    """Return :func:`norm_relu_pool_backward` on dual numbers (docs/mathematics.md, section 2).
 
     Returns:
-        grad_z: [2B, C, H, W], the tangents FIRST and then the values: the weight gradient of the
-            convolution before pairs tangents of gradients with values of inputs; with
-            ``tangent_only`` the tangents alone [B, C, H, W].
-        parts: [2, B, C], every image's term of the tangents of the gradients with respect to weight
-            and bias.
+        grad_z: [2B, C, H, W], the tangents first and then the values, because the weight gradient
+        of the convolution before pairs tangents of gradients with values of inputs. With
+        ``tangent_only``: the tangents alone [B, C, H, W].
+        parts: [2, B, C], the term of every image in the tangents of the gradients with respect to
+        weight and bias.
     """
     return _norm_relu_pool_dual_backward(
         grad_out,

@@ -36,11 +36,13 @@ from pdd_fast.runtime.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("digit", "digits"), ("CIFAR10", "cifar10"), ("cifar-100", "cifar100"), ("Mnist", "mnist")]
+    ("name", "nearest"),
+    [("digit", "digits"), ("CIFAR10", "cifar10"), ("cifar-100", "cifar100"), ("Mnist", "mnist")],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(
-        UsageError, match=f"dataset must be one of digits, .*imagefolder:DIR, got '{name}'; did you mean"
+        UsageError,
+        match=f"dataset must be one of digits, .*imagefolder:DIR, got '{name}'; did you mean",
     ):
         data.load(name)
     with pytest.raises(UsageError, match=f"did you mean '{nearest}'"):
@@ -54,7 +56,9 @@ def test_a_name_like_no_other_is_answered_without_a_guess() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_the_validation_fraction_must_lie_between_0_and_1(fraction: float) -> None:
-    with pytest.raises(UsageError, match=f"validation_fraction must lie between 0 and 1, got {fraction}"):
+    with pytest.raises(
+        UsageError, match=f"validation_fraction must lie between 0 and 1, got {fraction}"
+    ):
         data.load("digits", validation_fraction=fraction)
 
 
@@ -71,7 +75,10 @@ def test_digits_are_all_there_and_a_fifth_of_every_class_is_the_test_set() -> No
     assert digits.full_train.images.dtype == torch.float32
     assert len(digits.full_train) + len(digits.test) == 1797
     for label in range(10):
-        parts = [part.images[part.rows_of(label)] for part in (digits.train, digits.validation, digits.test)]
+        parts = [
+            part.images[part.rows_of(label)]
+            for part in (digits.train, digits.validation, digits.test)
+        ]
         pixels = (digits.normalization.invert(torch.cat(parts)) * 16).round().int().flatten(1)
         expected = source.images[source.target == label].astype(int).reshape(-1, 64)
         assert sorted(pixels.tolist()) == sorted(expected.tolist())
@@ -89,7 +96,11 @@ def test_digits_are_split_the_same_way_every_time() -> None:
 
 
 @given(
-    st.integers(1, 3), st.integers(1, 5), st.floats(0.02, 1), st.floats(-1, 1), st.integers(0, 2**31),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.floats(0.02, 1),
+    st.floats(-1, 1),
+    st.integers(0, 2**31),
 )
 def test_normalized_channels_have_mean_0_and_deviation_1(
     channels: int, side: int, spread: float, center: float, seed: int
@@ -138,7 +149,9 @@ def three_channels(classes: int) -> Pixels:
     return Pixels(names, pixels[classes:], labels[classes:], pixels[:classes], labels[:classes])
 
 
-@pytest.mark.parametrize(("name", "classes", "expected"), [("cifar10", 10, CIFAR10), ("cifar100", 100, CIFAR100)])
+@pytest.mark.parametrize(
+    ("name", "classes", "expected"), [("cifar10", 10, CIFAR10), ("cifar100", 100, CIFAR100)]
+)
 def test_published_constants_are_taken_where_asked_for(
     name: str, classes: int, expected: Normalization, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,10 +160,14 @@ def test_published_constants_are_taken_where_asked_for(
     found = data.load(name, normalization="published")
     assert found.normalization == expected
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (expected.mean, expected.std))
-    torch.testing.assert_close(found.test.images, (pixels.test.float() / 255 - mean) / std, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.test.images, (pixels.test.float() / 255 - mean) / std, rtol=0, atol=1e-6
+    )
     assert data.load(name).normalization == Normalization.fit(pixels.train)
     # Whitening takes pixels as they are, whatever is said about normalization.
-    white = [data.load(name, whitening="zca", normalization=kind) for kind in ("fitted", "published")]
+    white = [
+        data.load(name, whitening="zca", normalization=kind) for kind in ("fitted", "published")
+    ]
     assert white[0].normalization == white[1].normalization == Normalization((0.0,) * 3, (1.0,) * 3)
     assert torch.equal(white[0].test.images, white[1].test.images)
 
@@ -168,25 +185,45 @@ def folders(root: Path, classes: list[str], mode: str = "RGB") -> str:
 
 @pytest.mark.parametrize(
     ("classes", "expected"),
-    [(TEN, CIFAR10), (["n01443537", "n01629819"], IMAGENET), (["n02124075", "n04067472", "n12267677"], IMAGENET)],
+    [
+        (TEN, CIFAR10),
+        (["n01443537", "n01629819"], IMAGENET),
+        (["n02124075", "n04067472", "n12267677"], IMAGENET),
+    ],
     ids=["CIFAR-10", "two of Tiny ImageNet", "three of Tiny ImageNet"],
 )
-def test_folders_are_known_by_their_classes(classes: list[str], expected: Normalization, tmp_path: Path) -> None:
-    assert data.load(folders(tmp_path / "any", classes), normalization="published").normalization == expected
+def test_folders_are_known_by_their_classes(
+    classes: list[str], expected: Normalization, tmp_path: Path
+) -> None:
+    assert (
+        data.load(folders(tmp_path / "any", classes), normalization="published").normalization
+        == expected
+    )
 
 
 @pytest.mark.parametrize(
     ("classes", "mode"),
-    [(["ant", "bee"], "RGB"), (["n01443537", "bee"], "RGB"), (TEN[:9], "RGB"), (["n01443537", "n01629819"], "L")],
+    [
+        (["ant", "bee"], "RGB"),
+        (["n01443537", "bee"], "RGB"),
+        (TEN[:9], "RGB"),
+        (["n01443537", "n01629819"], "L"),
+    ],
     ids=["own", "in part", "nine", "gray"],
 )
-def test_a_dataset_without_published_constants_is_named(classes: list[str], mode: str, tmp_path: Path) -> None:
-    message = "^normalization must be fitted for {}, which has no published constants, got published$"
+def test_a_dataset_without_published_constants_is_named(
+    classes: list[str], mode: str, tmp_path: Path
+) -> None:
+    message = (
+        "^normalization must be fitted for {}, which has no published constants, got published$"
+    )
     with pytest.raises(UsageError, match=message.format("imagefolder:any")):
         data.load(folders(tmp_path / "any", classes, mode), normalization="published")
     with pytest.raises(UsageError, match=message.format("digits")):
         data.load("digits", normalization="published")
-    with pytest.raises(UsageError, match="normalization must be fitted or published, got 'imagenet'"):
+    with pytest.raises(
+        UsageError, match="normalization must be fitted or published, got 'imagenet'"
+    ):
         data.load("digits", normalization="imagenet")
 
 
@@ -208,7 +245,11 @@ def numbers(found: ImageData, part: Split) -> list[int]:
     return (values * len(found.full_train)).round().int().tolist()
 
 
-@given(st.lists(st.integers(2, 12), min_size=1, max_size=6), st.floats(0.01, 0.99), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.integers(2, 12), min_size=1, max_size=6),
+    st.floats(0.01, 0.99),
+    st.randoms(use_true_random=False),
+)
 def test_the_validation_images_are_a_share_of_every_class_and_the_others_remain(
     sizes: list[int], fraction: float, shuffled: Any
 ) -> None:
@@ -222,7 +263,9 @@ def test_the_validation_images_are_a_share_of_every_class_and_the_others_remain(
     for label, size in enumerate(sizes):
         count = len(found.validation.rows_of(label))
         assert 1 <= count < size
-        assert abs(count - fraction * size) <= max(0.5, 1 - fraction * size, 1 - (1 - fraction) * size)
+        assert abs(count - fraction * size) <= max(
+            0.5, 1 - fraction * size, 1 - (1 - fraction) * size
+        )
 
 
 def test_the_validation_images_are_the_same_every_time_and_are_drawn_at_random() -> None:
@@ -253,7 +296,9 @@ def test_normalization_is_fitted_on_all_training_images_and_not_on_the_test_imag
 def test_bytes_are_scaled_to_the_unit_interval() -> None:
     pixels = numbered([0, 0])
     bytes_ = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    assert prepare("bytes", replace(pixels, train=bytes_, test=bytes_[:1]), 0.5).normalization.mean == (0.5,)
+    assert prepare(
+        "bytes", replace(pixels, train=bytes_, test=bytes_[:1]), 0.5
+    ).normalization.mean == (0.5,)
 
 
 def test_training_and_validation_images_are_parts_of_one_tensor() -> None:
@@ -265,7 +310,10 @@ def test_training_and_validation_images_are_parts_of_one_tensor() -> None:
             whole = getattr(data_set.full_train, name)
             assert torch.equal(torch.cat([getattr(part, name) for part in parts]), whole)
             for part in parts:
-                assert getattr(part, name).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+                assert (
+                    getattr(part, name).untyped_storage().data_ptr()
+                    == whole.untyped_storage().data_ptr()
+                )
         assert [len(part) for part in parts] == [3, 2]
 
 
@@ -293,7 +341,9 @@ def test_images_have_the_bits_of_the_formula_for_all_of_them_at_once(
         0.2,
         whiten if whitened else normalized,
     )
-    train, test = (found.normalization.apply(part.float() / 255) for part in (pixels.train, pixels.test))
+    train, test = (
+        found.normalization.apply(part.float() / 255) for part in (pixels.train, pixels.test)
+    )
     if whitened:
         whitening = Whitening.fit(train)
         whitening.apply_(train)
@@ -337,7 +387,8 @@ def prepared(count):
     pixels = torch.arange(192, dtype=torch.uint8).repeat(count).view(count, 3, 8, 8)
     pixels[::2] = 0
     labels = torch.arange(count) % 10
-    pixels = Pixels(tuple(map(str, range(10))), pixels, labels, pixels[: count // 5], labels[: count // 5])
+    names, few = tuple(map(str, range(10))), count // 5
+    pixels = Pixels(names, pixels, labels, pixels[:few], labels[:few])
     before = status("VmRSS")
     data = prepare("bytes", pixels, 0.1, whiten if sys.argv[1] == "zca" else normalized)
     splits = data.train, data.validation, data.full_train, data.test
@@ -357,7 +408,11 @@ def test_a_set_is_never_there_twice_in_floating_point(whitening: str) -> None:
     """
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     output = subprocess.run(
-        [sys.executable, "-c", CHILD, whitening], check=True, capture_output=True, text=True, env=environment
+        [sys.executable, "-c", CHILD, whitening],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     found = json.loads(output.stdout)
     assert found["size"] <= found["taken"] <= 1.2 * found["size"], found
@@ -366,14 +421,29 @@ def test_a_set_is_never_there_twice_in_floating_point(whitening: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_labels": torch.tensor([0, 0, 1, 2])}, r"training labels must lie in \[0, 2\), got 0\.\.2"),
-        ({"train_labels": torch.tensor([0, -1, 1, 1])}, r"training labels must lie in \[0, 2\), got -1\.\.1"),
+        (
+            {"train_labels": torch.tensor([0, 0, 1, 2])},
+            r"training labels must lie in \[0, 2\), got 0\.\.2",
+        ),
+        (
+            {"train_labels": torch.tensor([0, -1, 1, 1])},
+            r"training labels must lie in \[0, 2\), got -1\.\.1",
+        ),
         ({"test_labels": torch.tensor([2])}, r"test labels must lie in \[0, 2\), got 2\.\.2"),
         ({"train_labels": torch.tensor([0, 0, 1])}, "there are 4 training images but 3 labels"),
         ({"test": torch.zeros(0, 1, 1, 1)}, "there are no test images"),
-        ({"test": torch.zeros(1, 3, 1, 1)}, r"must have the shape of training images \(1, 1, 1\), got \(3, 1, 1\)"),
-        ({"train_labels": torch.tensor([0, 0, 0, 1])}, "class 'class 1' must have at least 2 training images, got 1"),
-        ({"train_labels": torch.tensor([0, 0, 0, 0])}, "class 'class 1' must have at least 2 training images, got 0"),
+        (
+            {"test": torch.zeros(1, 3, 1, 1)},
+            r"must have the shape of training images \(1, 1, 1\), got \(3, 1, 1\)",
+        ),
+        (
+            {"train_labels": torch.tensor([0, 0, 0, 1])},
+            "class 'class 1' must have at least 2 training images, got 1",
+        ),
+        (
+            {"train_labels": torch.tensor([0, 0, 0, 0])},
+            "class 'class 1' must have at least 2 training images, got 0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named_with_the_data_set(change: dict[str, Any], message: str) -> None:
@@ -389,7 +459,13 @@ def test_too_few_images_to_start_from_are_counted_by_class() -> None:
     with pytest.raises(UsageError, match="class 'wasp' has 0"):
         require_images_per_class(split, 1, ("ant", "bee", "wasp"))
     require_images_per_class(split, 1, ("ant", "bee"), each=2)
-    with pytest.raises(UsageError, match=r"at most 1, got 2: class 'ant' has 3 .*, and every stored .* needs 2"):
-        require_images_per_class(Split(torch.zeros(3, 1, 1, 1), torch.zeros(3).long()), 2, ("ant",), each=2)
-    with pytest.raises(UsageError, match=r"factor must be at most 1, got 2: class 'bee' has 2 .* image needs 4"):
+    with pytest.raises(
+        UsageError, match=r"at most 1, got 2: class 'ant' has 3 .*, and every stored .* needs 2"
+    ):
+        require_images_per_class(
+            Split(torch.zeros(3, 1, 1, 1), torch.zeros(3).long()), 2, ("ant",), each=2
+        )
+    with pytest.raises(
+        UsageError, match=r"factor must be at most 1, got 2: class 'bee' has 2 .* image needs 4"
+    ):
         require_images_per_class(split, 1, ("ant", "bee"), each=4)

@@ -1,5 +1,5 @@
-"""Fingerprints of data: the same for the same images wherever and however they lie, and no others.
-"""
+"""Fingerprints of data: the same for the same images wherever and however they lie, and no
+others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from photographs import photographs
 import torch
+from photographs import photographs
 from PIL import Image
 
 from pdd_fast import data
@@ -36,7 +35,9 @@ def swapped(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_digits_have_the_fingerprint_of_every_machine() -> None:
-    assert data.load("digits").fingerprint == data.load("digits", validation_fraction=0.3).fingerprint
+    assert (
+        data.load("digits").fingerprint == data.load("digits", validation_fraction=0.3).fingerprint
+    )
     assert data.load("digits").fingerprint == "961d6dee6b22a6572ceb19cc55e451ba-451868d2f07f306a"
 
 
@@ -50,9 +51,16 @@ def test_every_pixel_label_and_class_counts() -> None:
         replace(original, classes=("ant", "wasp")),
         replace(original, train=original.train[:5], train_labels=original.train_labels[:5]),
         replace(original, train=original.train.float() / 255, test=original.test.float() / 255),
-        replace(original, train=original.train.view(6, 3, 5, 4), test=original.test.view(4, 3, 5, 4)),
-        replace(original, train=original.test, train_labels=original.test_labels, test=original.train,
-                test_labels=original.train_labels),
+        replace(
+            original, train=original.train.view(6, 3, 5, 4), test=original.test.view(4, 3, 5, 4)
+        ),
+        replace(
+            original,
+            train=original.test,
+            train_labels=original.test_labels,
+            test=original.train,
+            test_labels=original.train_labels,
+        ),
     ]
     contents = [fingerprint(each).partition("-")[0] for each in (original, *others)]
     assert len(set(contents)) == len(contents)
@@ -61,10 +69,14 @@ def test_every_pixel_label_and_class_counts() -> None:
 def test_the_order_of_training_images_counts_apart_and_that_of_test_images_does_not() -> None:
     original = pixels()
     content, _, order = fingerprint(original).partition("-")
-    other = replace(original, train=swapped(original.train), train_labels=swapped(original.train_labels))
+    other = replace(
+        original, train=swapped(original.train), train_labels=swapped(original.train_labels)
+    )
     assert fingerprint(other).partition("-")[0] == content
     assert fingerprint(other).partition("-")[2] != order
-    other = replace(original, test=swapped(original.test), test_labels=swapped(original.test_labels))
+    other = replace(
+        original, test=swapped(original.test), test_labels=swapped(original.test_labels)
+    )
     assert fingerprint(other) == fingerprint(original)
 
 
@@ -75,16 +87,22 @@ def test_memory_format_does_not_count() -> None:
 
 
 def test_a_name_that_a_mac_has_decomposed_is_the_same() -> None:
-    composed, decomposed = (replace(pixels(), classes=("ant", name)) for name in ("b\u00e9e", "be\u0301e"))
+    composed, decomposed = (
+        replace(pixels(), classes=("ant", name)) for name in ("b\u00e9e", "be\u0301e")
+    )
     assert fingerprint(composed) == fingerprint(decomposed)
 
 
-def test_copies_of_a_folder_are_known_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_a_folder_are_known_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = photographs(tmp_path / "birds")
     expected = mark(original)
     archive = tmp_path / "birds.zip"
     with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(original.rglob("*.png"), reverse=True):  # the file system sees them in another order
+        for path in sorted(
+            original.rglob("*.png"), reverse=True
+        ):  # the file system sees them in another order
             file.write(path, path.relative_to(original))
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path / "unzipped")
@@ -120,16 +138,30 @@ BIRDS = {"data": "imagefolder:birds", "fingerprint": "aaaa-11", "classes": ["ant
         ({}, ""),
         ({"fingerprint": "aaaa-22"}, ""),
         ({"data": "imagefolder:renamed"}, ""),
-        ({"data": "imagefolder:renamed", "fingerprint": None}, "imagefolder:renamed, not imagefolder:birds"),
+        (
+            {"data": "imagefolder:renamed", "fingerprint": None},
+            "imagefolder:renamed, not imagefolder:birds",
+        ),
         ({"fingerprint": ""}, ""),
-        ({"fingerprint": "bbbb-11"}, "imagefolder:birds with other images or labels (fingerprint bbbb), not .* (aaaa)"),
-        ({"classes": ["ant", "bee", "cat"]}, "imagefolder:birds of 3 classes, not imagefolder:birds of 2"),
-        ({"classes": ["ant", "wasp"]}, "imagefolder:birds with class 'wasp', not imagefolder:birds with 'bee'"),
+        (
+            {"fingerprint": "bbbb-11"},
+            "imagefolder:birds with other images or labels (fingerprint bbbb), not .* (aaaa)",
+        ),
+        (
+            {"classes": ["ant", "bee", "cat"]},
+            "imagefolder:birds of 3 classes, not imagefolder:birds of 2",
+        ),
+        (
+            {"classes": ["ant", "wasp"]},
+            "imagefolder:birds with class 'wasp', not imagefolder:birds with 'bee'",
+        ),
         ({"classes": None}, ""),
         ({"data": "cifar10"}, ""),  # the fingerprint of an exported copy says so
     ],
 )
-def test_differences_are_said_and_old_files_known_by_name(stored: dict[str, Any], said: str) -> None:
+def test_differences_are_said_and_old_files_known_by_name(
+    stored: dict[str, Any], said: str
+) -> None:
     found = difference(BIRDS | stored, BIRDS)
     parts = said.split(".*")
     assert bool(found) == bool(said)
@@ -140,5 +172,7 @@ def test_differences_are_said_and_old_files_known_by_name(stored: dict[str, Any]
 def test_sets_with_a_name_are_known_by_it_too_and_order_where_it_matters() -> None:
     digits, other = BIRDS | {"data": "digits"}, BIRDS | {"data": "mnist"}
     assert difference(other, digits) == "mnist, not digits"
-    assert "in another order" in difference(BIRDS | {"fingerprint": "aaaa-22"}, BIRDS, in_order=True)
+    assert "in another order" in difference(
+        BIRDS | {"fingerprint": "aaaa-22"}, BIRDS, in_order=True
+    )
     assert identity(data.load("digits"))["classes"] == list("0123456789")

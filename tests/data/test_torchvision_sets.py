@@ -45,23 +45,47 @@ class FakeSet:
 @pytest.mark.parametrize(
     ("name", "kind", "layout", "attribute", "options"),
     [
-        ("cifar10", "CIFAR10", lambda p: p.transpose(0, 2, 3, 1), "targets", [{"train": True}, {"train": False}]),
-        ("mnist", "MNIST", lambda p: torch.from_numpy(p[:, 0].copy()), "targets", [{"train": True}, {"train": False}]),
+        (
+            "cifar10",
+            "CIFAR10",
+            lambda p: p.transpose(0, 2, 3, 1),
+            "targets",
+            [{"train": True}, {"train": False}],
+        ),
+        (
+            "mnist",
+            "MNIST",
+            lambda p: torch.from_numpy(p[:, 0].copy()),
+            "targets",
+            [{"train": True}, {"train": False}],
+        ),
         ("svhn", "SVHN", lambda p: p, "labels", [{"split": "train"}, {"split": "test"}]),
     ],
 )
 def test_every_layout_of_torchvision_becomes_planes(
-    monkeypatch: pytest.MonkeyPatch, name: str, kind: str, layout: Any, attribute: str, options: list[dict[str, Any]]
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: str,
+    layout: Any,
+    attribute: str,
+    options: list[dict[str, Any]],
 ) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
-    fake = type(kind, (FakeSet,), {"layout": staticmethod(layout), "attribute": attribute, "calls": calls})
+    fake = type(
+        kind, (FakeSet,), {"layout": staticmethod(layout), "attribute": attribute, "calls": calls}
+    )
     package = ModuleType("torchvision")
     package.datasets = SimpleNamespace(**{kind: fake})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchvision", package)
     found = data.load(name, "somewhere")
     channels = 1 if name == "mnist" else 3
     assert calls == [("somewhere", {"download": False} | one) for one in options]
-    assert (found.in_channels, found.image_size, len(found.full_train), len(found.test)) == (channels, (4, 4), 20, 10)
+    assert (found.in_channels, found.image_size, len(found.full_train), len(found.test)) == (
+        channels,
+        (4, 4),
+        20,
+        10,
+    )
     expected = np.arange(480).reshape(-1, 3, 4, 4).astype(np.uint8)[:, :channels]
     pixels = (found.normalization.invert(found.test.images) * 255).round()
     np.testing.assert_array_equal(pixels.numpy(), expected)
@@ -70,8 +94,14 @@ def test_every_layout_of_torchvision_becomes_planes(
 @pytest.mark.parametrize(
     ("raised", "reason"),
     [
-        ("RuntimeError('operator torchvision::nms does not exist\\nmore')", "operator torchvision::nms does not exist"),
-        ("AttributeError(\"partially initialized module 'torchvision'\")", "partially initialized module"),
+        (
+            "RuntimeError('operator torchvision::nms does not exist\\nmore')",
+            "operator torchvision::nms does not exist",
+        ),
+        (
+            "AttributeError(\"partially initialized module 'torchvision'\")",
+            "partially initialized module",
+        ),
         ("OSError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
         ("ImportError()", "ImportError"),
     ],
@@ -85,7 +115,8 @@ def test_a_torchvision_that_does_not_import_is_explained(
     (tmp_path / "torchvision" / "__init__.py").write_text(f"raise {raised}\n")
     monkeypatch.syspath_prepend(tmp_path)
     message = (
-        rf"'cifar10' needs torchvision, which does not import here \({reason}.*\); install .* torch {torch.__version__}"
+        rf"'cifar10' needs torchvision, which does not import here \({reason}.*\); "
+        rf"install .* torch {torch.__version__}"
     )
     with pytest.raises(UsageError, match=message.replace("+", r"\+")) as caught:
         data.load("cifar10")
@@ -145,7 +176,9 @@ def test_cifar_files_are_read(
     write_cifar(tmp_path, getattr(datasets, name.upper()), monkeypatch, classes)
     found = data.load(name, str(tmp_path))
     pixels, labels = sample(classes, 1, 3, 32, 32)
-    np.testing.assert_array_equal((found.normalization.invert(found.test.images) * 255).round().numpy(), pixels)
+    np.testing.assert_array_equal(
+        (found.normalization.invert(found.test.images) * 255).round().numpy(), pixels
+    )
     assert found.test.labels.tolist() == labels
     assert found.classes[3] == "name 3"
     assert len(found.full_train) == 2 * classes
@@ -154,7 +187,9 @@ def test_cifar_files_are_read(
 def write_idx(path: Path, array: np.ndarray) -> None:
     """The format of MNIST's files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes())
+    path.write_bytes(
+        struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+    )
 
 
 def write_mnist(folder: Path, kind: str) -> Path:
@@ -172,23 +207,33 @@ def test_mnist_files_are_read(tmp_path: Path, name: str, kind: str) -> None:
     write_mnist(tmp_path, kind)
     found = data.load(name, str(tmp_path))
     pixels, labels = sample(10, 1, 1, 28, 28)
-    np.testing.assert_array_equal((found.normalization.invert(found.test.images) * 255).round().numpy(), pixels)
+    np.testing.assert_array_equal(
+        (found.normalization.invert(found.test.images) * 255).round().numpy(), pixels
+    )
     assert found.test.labels.tolist() == labels
     assert (found.in_channels, found.image_size, found.num_classes) == (1, (28, 28), 10)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\0\0", b"<html>not found</html>", None], ids=["empty", "short", "html", "cut"]
+    "content",
+    [b"", b"\0\0", b"<html>not found</html>", None],
+    ids=["empty", "short", "html", "cut"],
 )
 @pytest.mark.usefixtures("datasets")
-def test_a_damaged_file_is_named_with_the_call_that_fetches_it(tmp_path: Path, content: bytes | None) -> None:
+def test_a_damaged_file_is_named_with_the_call_that_fetches_it(
+    tmp_path: Path, content: bytes | None
+) -> None:
     images = write_mnist(tmp_path, "MNIST") / "t10k-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(UsageError, match=f"'mnist' was not found whole in '{tmp_path}'.*train=False, download=True"):
+    with pytest.raises(
+        UsageError, match=f"'mnist' was not found whole in '{tmp_path}'.*train=False, download=True"
+    ):
         data.load("mnist", str(tmp_path))
 
 
-def test_svhn_files_are_read(datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_svhn_files_are_read(
+    datasets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scipy_io = pytest.importorskip("scipy.io")
     lists = {}
     for part, per_class in (("train", 2), ("test", 1)):
@@ -201,16 +246,25 @@ def test_svhn_files_are_read(datasets: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(datasets.SVHN, "split_list", lists)
     found = data.load("svhn", str(tmp_path))
     pixels, labels = sample(10, 1, 3, 32, 32)
-    np.testing.assert_array_equal((found.normalization.invert(found.test.images) * 255).round().numpy(), pixels)
+    np.testing.assert_array_equal(
+        (found.normalization.invert(found.test.images) * 255).round().numpy(), pixels
+    )
     assert found.test.labels.tolist() == labels
     assert found.classes == tuple("0123456789")
 
 
 @pytest.mark.parametrize("name", data.NAMES[1:])
-def test_missing_files_are_answered_with_the_call_that_fetches_them(datasets: Any, tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=f"'{name}' was not found whole in '{tmp_path}'.*--data-dir") as caught:
+def test_missing_files_are_answered_with_the_call_that_fetches_them(
+    datasets: Any, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(
+        UsageError, match=f"'{name}' was not found whole in '{tmp_path}'.*--data-dir"
+    ) as caught:
         data.load(name, str(tmp_path))
-    call = re.search(r"torchvision\.datasets\.(\w+)\('(.*)', (\w+)=('?\w+'?), download=True\)$", str(caught.value))
+    call = re.search(
+        r"torchvision\.datasets\.(\w+)\('(.*)', (\w+)=('?\w+'?), download=True\)$",
+        str(caught.value),
+    )
     assert call is not None
     assert call[2] == str(tmp_path)
     assert hasattr(datasets, call[1])
