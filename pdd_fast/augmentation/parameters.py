@@ -121,14 +121,13 @@ class AugmentParameters:
         unknown = [name for name in operations if name not in OPERATIONS]
         if unknown:
             raise ValueError(
-                f"AugmentParameters: operations must be of {', '.join(OPERATIONS)}, got "
+                f"AugmentParameters: operations must be from {', '.join(OPERATIONS)}, got "
                 f"{unknown[0]!r}"
             )
         unknown = [name for name in draws if name not in DRAWS]
         if unknown:
             raise TypeError(
-                f"AugmentParameters: there is no draw {unknown[0]!r}; the draws are "
-                f"{', '.join(DRAWS)}"
+                f"AugmentParameters: draws must be from {', '.join(DRAWS)}, got {unknown[0]!r}"
             )
         device = next((value.device for value in draws.values()), torch.device("cpu"))
         values = _neutral(batch_size, device)

@@ -214,7 +214,7 @@ def _sorted_into_classes(
         inside = folder / name
         own = _images(inside, _walk(inside), texts)
         if not own:
-            raise UsageError(f"{inside} holds no images, got {_found(inside)}")
+            raise UsageError(f"{inside} must hold images, got {_found(inside)}")
         part.files.extend(own)
         part.labels.extend([label] * len(own))
     return part
@@ -308,7 +308,7 @@ def _annotation_lines(file: Path, labels: dict[str, int]) -> Iterator[tuple[str,
         if not tab:
             raise UsageError(f"{file} must hold lines of file, tab, class, got {line!r}")
         if title not in labels:
-            raise UsageError(f"{file} names the class {title!r}, which train/ does not hold")
+            raise UsageError(f"{file} must name classes in train/, got {title!r}")
         yield name, labels[title]
 
 

@@ -135,10 +135,10 @@ def prepare(
         ("test", pixels.test, pixels.test_labels),
     ):
         if len(images) == 0:
-            raise UsageError(f"{name}: there are no {part} images")
+            raise UsageError(f"{name}: {part} images must be at least 1, got none")
         if len(images) != len(labels):
             raise UsageError(
-                f"{name}: there are {len(images)} {part} images but {len(labels)} labels"
+                f"{name}: {part} labels must be {len(images)}, one per image, got {len(labels)}"
             )
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= len(pixels.classes):

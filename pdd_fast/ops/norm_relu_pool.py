@@ -1,8 +1,8 @@
-"""Instance norm, affine, ReLU and 2×2 average pool as one operator, also on dual numbers.
+"""Instance norm, affine, ReLU and 2×2 average pool as one operator, forward and backward.
 
-It is one block of the ConvNet after its convolution, forward and backward.
-``csrc/ops/norm_relu_pool/math.h`` has the formulas. Kernels read and write channels-last memory.
-Other layouts are converted first, and results are channels-last.
+It is one block of the ConvNet after its convolution. :mod:`pdd_fast.ops.norm_relu_pool_dual`
+computes it on dual numbers. ``csrc/ops/norm_relu_pool/math.h`` has the formulas. Kernels read and
+write channels-last memory. Other layouts are converted first, and results are channels-last.
 
 Images [B, C, H, W] may be float32, float64, bfloat16 or float16. For the 16-bit types, all
 arithmetic and everything that is not an image (statistics, per-channel vectors and their gradients)

@@ -1,6 +1,6 @@
-"""Compute instance norm, ReLU and average pooling on dual numbers.
+"""Instance norm, affine, ReLU and 2×2 average pool on dual numbers, forward and backward.
 
-The formulas: docs/mathematics.md, section 2.
+docs/mathematics.md, section 2, derives the formulas.
 """
 
 from __future__ import annotations

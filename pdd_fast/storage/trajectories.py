@@ -102,7 +102,7 @@ def list_trajectories(folder: Path) -> list[Trajectory]:
     )
     found = [Trajectory(path) for path in paths]
     if not found:
-        raise UsageError(f"{folder} holds no trajectories")
+        raise UsageError(f"{folder} must hold trajectories, got none")
     require_alike(found)
     return found
 

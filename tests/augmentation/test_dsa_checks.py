@@ -105,13 +105,14 @@ def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(
         (
             lambda: AugmentParameters.of(("blur",), 1, 4),
             ValueError,
-            "AugmentParameters: operations must be of color, "
+            "AugmentParameters: operations must be from color, "
             "crop, cutout, flip, scale, rotate, got 'blur'",
         ),
         (
             lambda: AugmentParameters.of(("crop",), 1, 4, shift=torch.zeros(1)),
             TypeError,
-            "AugmentParameters: there is no draw 'shift'; the draws are brightness",
+            "AugmentParameters: draws must be from brightness, saturation, contrast, shift_h, "
+            "shift_w, cutout_h, cutout_w, flip, scale_h, scale_w, angle, got 'shift'",
         ),
         (
             lambda: AugmentParameters.of(("crop",), 2, 4, shift_h=torch.zeros(3)),

@@ -430,8 +430,11 @@ def test_a_set_is_never_there_twice_in_floating_point(whitening: str) -> None:
             r"training labels must lie in \[0, 2\), got -1\.\.1",
         ),
         ({"test_labels": torch.tensor([2])}, r"test labels must lie in \[0, 2\), got 2\.\.2"),
-        ({"train_labels": torch.tensor([0, 0, 1])}, "there are 4 training images but 3 labels"),
-        ({"test": torch.zeros(0, 1, 1, 1)}, "there are no test images"),
+        (
+            {"train_labels": torch.tensor([0, 0, 1])},
+            "training labels must be 4, one per image, got 3",
+        ),
+        ({"test": torch.zeros(0, 1, 1, 1)}, "test images must be at least 1, got none"),
         (
             {"test": torch.zeros(1, 3, 1, 1)},
             r"must have the shape of training images \(1, 1, 1\), got \(3, 1, 1\)",

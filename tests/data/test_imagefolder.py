@@ -120,7 +120,7 @@ def test_tiny_imagenet_is_read_as_it_is_shipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0.png\tn03", r"val_annotations\.txt names the class 'n03', which train/ does not hold"),
+        ("0.png\tn03", r"val_annotations\.txt must name classes in train/, got 'n03'"),
         (
             "0.png n01",
             r"val_annotations\.txt must hold lines of file, tab, class, got '0\.png n01'",
@@ -156,7 +156,7 @@ def test_annotations_that_are_no_text_or_empty_are_named(tmp_path: Path) -> None
             r"must hold a folder test/ or val/ \(or valid/ or validation/\), got train/",
         ),
         (["train", "test"], r"train must hold one folder per class, got an empty folder"),
-        (["train/ant", "test/ant"], r"train/ant holds no images, got an empty folder"),
+        (["train/ant", "test/ant"], r"train/ant must hold images, got an empty folder"),
     ],
 )
 def test_missing_and_empty_folders_are_named(

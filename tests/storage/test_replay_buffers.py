@@ -292,7 +292,7 @@ def test_our_own_files_say_more(
 def test_a_folder_without_experts_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):
-        with pytest.raises(UsageError, match=f"{folder} holds no trajectories$"):
+        with pytest.raises(UsageError, match=f"{folder} must hold trajectories, got none$"):
             make_experts(
                 Run.create(
                     tmp_path / f"of {folder}", configured(experts_from=str(tmp_path / folder))

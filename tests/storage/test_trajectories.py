@@ -139,7 +139,7 @@ def test_a_folder_without_trajectories_is_named(tmp_path: Path, make: bool) -> N
     folder = tmp_path / "experts"
     if make:
         folder.mkdir()
-    with pytest.raises(UsageError, match="/experts holds no trajectories"):
+    with pytest.raises(UsageError, match="/experts must hold trajectories, got none"):
         list_trajectories(folder)
 
 
