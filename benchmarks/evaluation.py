@@ -29,10 +29,10 @@ Phase = tuple[Tensor, Tensor, float, int]  # images, labels, rate, steps
 
 def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
     """A fresh network, trained on unions as a run's configuration says."""
-    config = ctx.config
+    settings = ctx.settings
     data = ctx.data
     net = plain_convnet(
-        data.in_channels, data.num_classes, data.image_size, config.width, config.depth
+        data.in_channels, data.num_classes, data.image_size, settings.width, settings.depth
     )
     pdd_fast.load_parameters(net, ctx.initial_parameters("evaluation", number).cpu())
     draws = PlainDraws(ctx.dsa, ctx.device, torch.float32, number)
@@ -41,9 +41,9 @@ def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
         net.to(ctx.device),
         draws,
         generator,
-        batch=config.union_batch,
-        momentum=config.union_momentum,
-        decay=config.union_weight_decay,
+        batch=settings.union_batch,
+        momentum=settings.union_momentum,
+        decay=settings.union_weight_decay,
         channels_last=channels_last,
     )
 
@@ -51,24 +51,24 @@ def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
 def schedules(ctx: RunContext, union: UnionSet) -> list[list[Phase]]:
     """The union stage after stage, as many random real images, and the last union from the
     start."""
-    config, train = ctx.config, ctx.train
+    settings, train = ctx.settings, ctx.train
     counts = [
-        config.union_epochs * ctx.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
+        settings.union_epochs * ctx.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
         for stage in range(1, union.stages + 1)
     ]
-    groups = ctx.random_real_rows(config.ipc_by_stage, "random images", 0)
+    groups = ctx.random_real_rows(settings.ipc_by_stage, "random images", 0)
     in_order, real = [], []
     for stage, count in enumerate(counts, start=1):
         rows = torch.cat(groups[:stage])
         in_order.append((*union.up_to(stage), union.lrs[stage - 1], count))
-        real.append((train.images[rows], train.labels[rows], config.inner_lr, count))
+        real.append((train.images[rows], train.labels[rows], settings.inner_lr, count))
     return [in_order, real, [(union.images, union.labels, union.lrs[-1], sum(counts))]]
 
 
 def plain(ctx: RunContext, union: UnionSet, channels_last: bool) -> list[float]:
     """The whole evaluation in eager PyTorch: test accuracies, after every leg of every course."""
     found, test = [], ctx.data.test
-    for repeat in range(ctx.config.repeats):
+    for repeat in range(ctx.settings.repeats):
         for schedule in schedules(ctx, union):
             training = student(ctx, repeat, channels_last)
             for images, labels, lr, steps in schedule:
@@ -83,11 +83,11 @@ def prepared(
     """The evaluation as one call."""
     own = implementation.options if implementation.ours else {}
     run, ctx = begin(case, job, folder, implementation.precision, **own)
-    union = real_union(ctx, ctx.config.stages)
+    union = real_union(ctx, ctx.settings.stages)
     if not implementation.ours:
         # Loading the data is part of an evaluation of ours, and so of this one.
         return lambda: plain(
-            RunContext.prepare(run.config), union, implementation.options["channels_last"]
+            RunContext.prepare(run.settings), union, implementation.options["channels_last"]
         )
     union.distilled(ctx).save(run.distilled_file)
     return lambda: evaluate_run(run)

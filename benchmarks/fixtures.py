@@ -68,7 +68,7 @@ def begin(
     """
     data = "digits" if case.size == DIGITS else f"imagefolder:{noise(folder / 'data', case.size)}"
     epochs = case.epochs or 50
-    config = resolve(
+    settings = resolve(
         **SETTINGS,
         dataset=data,
         width=case.width,
@@ -83,7 +83,7 @@ def begin(
         precision=precision,
         **options,
     )
-    return Run.create(folder / "run", config), RunContext.prepare(config)
+    return Run.create(folder / "run", settings), RunContext.prepare(settings)
 
 
 @contextmanager
@@ -104,8 +104,10 @@ def ready(
 
 def real_union(ctx: RunContext, stages: int) -> UnionSet:
     """Real images in the place of learned ones, as many as ``stages`` stages make."""
-    groups = ctx.random_real_rows(ctx.config.ipc_by_stage, "initial images")
+    groups = ctx.random_real_rows(ctx.settings.ipc_by_stage, "initial images")
     union = UnionSet.empty(ctx)
     for rows in groups[:stages]:
-        union = union.extended(ctx.train.images[rows], ctx.train.labels[rows], ctx.config.inner_lr)
+        union = union.extended(
+            ctx.train.images[rows], ctx.train.labels[rows], ctx.settings.inner_lr
+        )
     return union

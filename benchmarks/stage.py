@@ -25,6 +25,7 @@ from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
+from pdd_fast.methods.mtt.method import TrajectoryMatchingSettings
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.progressive.stages import distill
@@ -42,6 +43,8 @@ class PlainStage:
         self, ctx: RunContext, union: UnionSet, starts: list[Tensor], channels_last: bool
     ) -> None:
         self.ctx, self.union, self.starts, self.channels_last = (ctx, union, starts, channels_last)
+        assert isinstance(ctx.settings.method, TrajectoryMatchingSettings)
+        self.own = ctx.settings.method
         self.generator = torch.Generator().manual_seed(0)
         self.draws = PlainDraws(ctx.dsa, ctx.device, torch.float32)
 
@@ -52,7 +55,7 @@ class PlainStage:
 
     def trajectory(self, start: Tensor) -> list[Tensor]:
         """Checkpoints [P] on real data, from ``start`` trained on the union."""
-        config, union, train = self.ctx.config, self.union, self.ctx.train
+        settings, union, train = self.ctx.settings, self.union, self.ctx.train
         training = student(self.ctx, 0, self.channels_last)
         pdd_fast.load_parameters(training.net, start.to(self.ctx.device))
         sgd = self.ctx.synthetic_sgd
@@ -60,15 +63,17 @@ class PlainStage:
             union.images,
             union.labels,
             union.lrs[-1],
-            config.transition_epochs * sgd.steps_per_epoch(len(union.images)),
+            settings.transition_epochs * sgd.steps_per_epoch(len(union.images)),
         )
         training.optimizer = torch.optim.SGD(
-            training.net.parameters(), config.expert_lr, config.expert_momentum
+            training.net.parameters(), settings.expert_lr, settings.expert_momentum
         )
-        training.batch = config.expert_batch
+        training.batch = settings.expert_batch
         found = [pdd_fast.flatten_parameters(training.net)]
-        for _ in range(config.transition_real_epochs):
-            training.steps(train.images, train.labels, -(-len(train.images) // config.expert_batch))
+        for _ in range(settings.transition_real_epochs):
+            training.steps(
+                train.images, train.labels, -(-len(train.images) // settings.expert_batch)
+            )
             found.append(pdd_fast.flatten_parameters(training.net))
         return found
 
@@ -76,24 +81,24 @@ class PlainStage:
         """What one iteration draws: a trajectory, where on it to start, batches of the union, and
         DSA.
         """
-        config, data = self.ctx.config, self.ctx.data
+        settings, data, own = self.ctx.settings, self.ctx.data, self.own
         net = plain_convnet(
-            data.in_channels, data.num_classes, data.image_size, config.width, config.depth
+            data.in_channels, data.num_classes, data.image_size, settings.width, settings.depth
         )
         trajectory = trajectories[self.integer(len(trajectories))]
-        first = self.integer(config.max_start_epoch + 1)
+        first = self.integer(own.max_start_epoch + 1)
         size, batches = len(images) - len(self.union.images), list[Tensor]()
-        while len(batches) < config.inner_steps:
+        while len(batches) < own.inner_steps:
             order = torch.randperm(len(images), generator=self.generator)
             batches += order[: len(images) // size * size].split(size)
         problem = Problem(
             net.to(images.device),
             trajectory[first],
-            trajectory[first + config.expert_epochs],
+            trajectory[first + own.expert_epochs],
             images.detach(),
             labels,
             torch.tensor(0.0),
-            batches[: config.inner_steps],
+            batches[: own.inner_steps],
             channels_last=self.channels_last,
         )
         H, W = images.shape[2:]
@@ -105,16 +110,16 @@ class PlainStage:
 
     def learn(self, trajectories: list[list[Tensor]]) -> tuple[Tensor, float]:
         """The stage's images, and the rate to train on them with."""
-        config, ctx, union = self.ctx.config, self.ctx, self.union
-        rows = ctx.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
+        settings, ctx, union, own = self.ctx.settings, self.ctx, self.union, self.own
+        rows = ctx.random_real_rows(settings.ipc_by_stage, "initial images")[union.stages]
         images = ctx.train.images[rows].requires_grad_()
         labels = torch.cat([union.labels, ctx.train.labels[rows]])
-        lr = torch.tensor(config.inner_lr, device=ctx.device, requires_grad=True)
+        lr = torch.tensor(settings.inner_lr, device=ctx.device, requires_grad=True)
         optimizer = torch.optim.SGD(
-            [{"params": [images], "lr": config.lr_img}, {"params": [lr], "lr": config.lr_lr}],
-            momentum=config.momentum,
+            [{"params": [images], "lr": own.lr_img}, {"params": [lr], "lr": own.lr_lr}],
+            momentum=own.momentum,
         )
-        for _ in range(config.iterations):
+        for _ in range(settings.iterations):
             together = torch.cat(
                 [union.images, images]
             )  # the earlier ones are constants and cost no gradient
@@ -125,17 +130,17 @@ class PlainStage:
         return images.detach(), float(lr.detach())
 
     def select(self, images: Tensor, lr: float) -> float:
-        config, ctx, union = self.ctx.config, self.ctx, self.union
+        settings, ctx, union = self.ctx.settings, self.ctx, self.union
         labels = ctx.train.labels[
-            ctx.random_real_rows(config.ipc_by_stage, "initial images")[union.stages]
+            ctx.random_real_rows(settings.ipc_by_stage, "initial images")[union.stages]
         ]
         both = union.extended(images, labels, lr)
         scores = []
-        for number in range(config.eval_networks):
+        for number in range(settings.eval_networks):
             training = student(ctx, number, self.channels_last)
             for stage in range(1, both.stages + 1):
                 seen, y = both.up_to(stage)
-                steps = config.eval_epochs * ctx.synthetic_sgd.steps_per_epoch(len(seen))
+                steps = settings.eval_epochs * ctx.synthetic_sgd.steps_per_epoch(len(seen))
                 training.run(seen, y, both.lrs[stage - 1], steps)
             scores.append(training.accuracy(ctx.selection_split.images, ctx.selection_split.labels))
         return sum(scores) / len(scores)
@@ -161,7 +166,7 @@ def prepared(
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
     # Loading the data is part of a stage of ours, and so of this one.
     return lambda: PlainStage(
-        RunContext.prepare(run.config), union, starts, implementation.options["channels_last"]
+        RunContext.prepare(run.settings), union, starts, implementation.options["channels_last"]
     )()
 
 

@@ -10,7 +10,7 @@ import click
 from pdd_fast.cli import output, progress
 from pdd_fast.cli.options import PATH, ablation_options, given_settings
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.settings import CHOICES, listed, resolve
+from pdd_fast.settings import choices, listed, resolve
 
 
 @click.command(name="ablate")
@@ -42,14 +42,14 @@ def command(
     goes on where an interrupted one stopped.
     """
     # Any number of stages will do here: each variant has its own.
-    config = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
+    settings = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
     combined = _numbers(stages), _names("conditioning", conditioning), _names("filter", filters)
 
     from pdd_fast.evaluation.ablation import ablate, variants
     from pdd_fast.storage.run import default_name
 
-    folder = folder or Path("ablation") / default_name(config, stages=False)
-    content = ablate(config, variants(*combined), range(seeds), folder, progress.reporter())
+    folder = folder or Path("ablation") / default_name(settings, stages=False)
+    content = ablate(settings, variants(*combined), range(seeds), folder, progress.reporter())
     if as_json:
         output.print_json(content)
         return
@@ -70,9 +70,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _names(setting: str, text: str) -> list[str]:
     found = [part.strip() for part in text.split(",")]
     for name in found:
-        if name not in CHOICES[setting]:
+        if name not in choices(setting):
             raise UsageError(
-                f"--{setting} must be of {', '.join(CHOICES[setting])}, joined by commas, got "
+                f"--{setting} must be of {', '.join(choices(setting))}, joined by commas, got "
                 f"{name!r}"
             )
     return found

@@ -95,12 +95,12 @@ def _start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
     from pdd_fast.storage.run import Run, default_run_dir
 
     if not resume:
-        config = configuration(options)
-        return Run.create(run_dir or default_run_dir(config), config)
+        settings = configuration(options)
+        return Run.create(run_dir or default_run_dir(settings), settings)
     path = run_dir or default_run_dir(configuration(options))
     if not path.exists():
         raise UsageError(
             f"{path} does not exist: there is nothing to resume; leave --resume out to begin"
         )
     run = Run.open(path)
-    return Run(run.path, continued(run.config, options))
+    return Run(run.path, continued(run.settings, options))

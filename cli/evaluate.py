@@ -54,7 +54,7 @@ def command(
     from pdd_fast.storage.run import Run
 
     run = Run.open(run_dir)
-    run = Run(run.path, continued(run.config, where))
+    run = Run(run.path, continued(run.settings, where))
     names = [name.strip() for name in networks.split(",")]
     evaluation = evaluate_run(run, progress.reporter(), repeats, against, names, subsets)
     files = [run.evaluation_file, *draw_plots(run)]

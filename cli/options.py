@@ -1,4 +1,4 @@
-"""Flags that several commands share, and how they become a configuration."""
+"""Flags that several commands share, and how they become settings."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from typing import Any
 
 import click
 
+from pdd_fast import recipes
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.paths import FOLDER, expanded
-from pdd_fast.settings import (
-    CHOICES,
-    Config,
-    absolute,
-    from_dict,
-    recipe_names,
-    recipe_title,
-    resolve,
-)
+from pdd_fast.settings import Settings, absolute, choices, default, resolve
 
 
 class PathOption(click.Path):
@@ -37,7 +30,7 @@ PATH = PathOption()
 
 
 def _choice(setting: str) -> click.Choice[str]:
-    return click.Choice(CHOICES[setting])
+    return click.Choice(choices(setting))
 
 
 _FLAGS = (  # flag, setting, type, what --help says
@@ -134,7 +127,8 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
             default=None,
             callback=_list_recipes,
             is_eager=True,
-            help="Settings from the package, by name; list shows them. [default: the dataset's]",
+            help="Settings by the name of a recipe (list shows them) or from FILE.toml. "
+            "[default: the dataset's]",
         ),
         click.option(
             "--set",
@@ -153,17 +147,17 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
 
 
 def _help(setting: str, text: str) -> str:
-    default = getattr(Config, setting)
-    return text if default == "" else f"{text} [default: {default}]"
+    value = default(setting)
+    return text if value == "" else f"{text} [default: {value}]"
 
 
 def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) -> str | None:
     """Names the recipes and ends, where that was asked for."""
     if name == "list":
-        names = recipe_names()
+        names = recipes.names()
         width = max(map(len, names))
         for each in names:
-            click.echo(f"{each:{width}}  {recipe_title(each)}")
+            click.echo(f"{each:{width}}  {recipes.title(each)}")
         context.exit()
     return name
 
@@ -182,13 +176,13 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def configuration(options: dict[str, Any]) -> Config:
+def configuration(options: dict[str, Any]) -> Settings:
     """Defaults, recipe and flags."""
     return resolve(options.get("recipe"), **given_settings(options))
 
 
-def continued(stored: Config, options: dict[str, Any]) -> Config:
-    """The configuration of a run that is continued: its own, but for where to compute and where the
+def continued(stored: Settings, options: dict[str, Any]) -> Settings:
+    """The settings of a run that is continued: its own, but for where to compute and where the
     data lie.
 
     Raises:
@@ -197,15 +191,14 @@ def continued(stored: Config, options: dict[str, Any]) -> Config:
     if options.get("recipe") is not None:
         raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")
     given = given_settings(options)
-    own = absolute(stored).to_dict()
-    config = absolute(
-        from_dict(own | {key: value for key, value in given.items() if is_free(key, value)})
-    )
+    free = {key: value for key, value in given.items() if is_free(key, value)}
+    settings = absolute(absolute(stored).changed(**free))
+    kept = settings.flat()
     for key, value in given.items():
-        wanted, kept = (
-            getattr(absolute(from_dict(config.to_dict() | {key: value})), key),
-            getattr(config, key),
-        )
-        if wanted != kept:
-            raise UsageError(f"{key} must be {kept} as in the run that is continued, got {wanted}")
-    return config
+        own = kept.get(key)
+        wanted = value
+        if key != "method":
+            wanted = absolute(settings.changed(**{key: value})).flat()[key]
+        if wanted != own:
+            raise UsageError(f"{key} must be {own} as in the run that is continued, got {wanted}")
+    return settings

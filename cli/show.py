@@ -64,7 +64,7 @@ def _pictures(run: Any) -> dict[Path, Callable[[Path], object]]:
 
     pictures: dict[Path, Callable[[Path], object]] = {}
     finished = [
-        run.stage_file(s) for s in range(1, run.config.stages + 1) if run.stage_file(s).exists()
+        run.stage_file(s) for s in range(1, run.settings.stages + 1) if run.stage_file(s).exists()
     ]
     if finished:
         pictures[run.images_file] = partial(image_grid, load_distilled(finished[-1]))

@@ -8,10 +8,11 @@ import sys
 import tempfile
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pdd_fast.cli.main import run
-from pdd_fast.methods import BaseMethod, StageProblem, register
+from pdd_fast.methods import BaseMethod, MethodSettings, StageProblem, register
 
 SMALL = (
     "iterations=50 eval_every=0 eval_networks=1 eval_epochs=20 transition_epochs=20 "
@@ -21,6 +22,9 @@ SMALL = (
 
 class Moments(BaseMethod):
     """Learn images whose class means and standard deviations are those of the real images."""
+
+    class Settings(MethodSettings):  # the method's own; --set lr_img=5 gives another value
+        lr_img: float = Field(10.0, ge=0, description="Learning rate of the images.")
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
@@ -45,7 +49,7 @@ class Moments(BaseMethod):
             loss = loss + (ours - theirs).square().mean()
         (gradient,) = torch.autograd.grad(loss, images)
         # The state changes at the very end, so an interrupt leaves the one before.
-        self.done = self.iteration + 1, self.images - self.problem.config.lr_img * gradient
+        self.done = self.iteration + 1, self.images - self.settings.lr_img * gradient
         return {"loss": float(loss.detach())}
 
     def state(self) -> dict[str, Tensor]:

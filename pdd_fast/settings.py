@@ -1,148 +1,264 @@
-"""What a run is asked to do: every setting with its default, recipes, overrides, checks."""
+"""The run's own settings, and how defaults, a recipe and what a person gives become one object.
+
+A method's settings stand beside the method; they are found by its name (docs/method.md).
+"""
 
 from __future__ import annotations
 
 import math
-import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from importlib import resources
-from pathlib import PurePath
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
 
+from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from pdd_fast import recipes
+from pdd_fast.runtime import choices as names
 from pdd_fast.runtime import paths
 from pdd_fast.runtime.errors import UsageError, nearest
+from pdd_fast.runtime.models import SettingsModel, checked, whole_number
+from pdd_fast.runtime.registry import METHODS
 
 N = TypeVar("N", int, float)
 
+DEFAULT_METHOD = "mtt"
+# The first setting of each group, and the group's title.
+GROUPS = {
+    "dataset": "Run",
+    "validation_fraction": "Data",
+    "width": "Network",
+    "num_experts": "Experts",
+    "iterations": "Stage",
+    "eval_every": "Training on synthetic images: selection, transition, evaluation",
+    "device": "Device",
+}
+# Settings of runs from before 0.1, and their names now.
+_RENAMED = {
+    "base": "method",
+    "select": "selection_split",
+    "guard": "max_rollbacks",
+    "clip": "max_grad_norm",
+    "ema": "ema_decay",
+    "experts": "num_experts",
+    "trajectories": "trajectories_per_step",
+}
 
-@dataclass(frozen=True)
-class Config:
+
+class MethodSettings(SettingsModel):
+    """Base of a method's own settings."""
+
+    # Defaults of the run's settings that are others with this method.
+    run_defaults: ClassVar[Mapping[str, Any]] = {}
+
+    name: str = Field("", description="Method that learns the images of a stage.")
+
+    @property
+    def trajectory_epochs(self) -> int:
+        """The last epoch of a trajectory that the method reads; 0 where it reads none."""
+        return 0
+
+    def check_run(self, run: Settings) -> None:
+        """Check the run's settings against the method; :meth:`require` says most of it.
+
+        Raises:
+            UsageError: the method cannot be used in such a run.
+        """
+
+    def require(self, run: Settings, **allowed: tuple[Any, ...]) -> None:
+        """Require each setting of ``run`` that is named to be one of the values given for it.
+
+        Raises:
+            UsageError: one of them is not.
+        """
+        for key, values in allowed.items():
+            if getattr(run, key) not in values:
+                raise UsageError(
+                    f"{key} must be {' or '.join(map(str, values))} where method is {self.name}, "
+                    f"got {getattr(run, key)}"
+                )
+
+    def own(self) -> dict[str, Any]:
+        """Return the settings by name, without the method's name."""
+        return self.model_dump(exclude={"name"})
+
+
+class UnknownMethodSettings(MethodSettings):
+    """Settings of a method that is not registered here: a run of it can still be looked at."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Settings(SettingsModel):
     """Settings of a run. Defaults are those of PDD on trajectory matching for CIFAR-10 at 10 images
     per class.
     """
 
-    # what is asked for
-    dataset: str = "digits"  # a name of pdd_fast.data.NAMES or imagefolder:DIR
-    data_dir: str = "data"  # where torchvision finds its datasets
-    method: str = "mtt"  # the method that a stage uses
-    stages: int = 5
-    ipc: int = 10  # images per class, all stages together
-    stage_ipc: str = ""  # of these, what each stage adds, as in 4,2,2,1,1; "": as even as can be
-    conditioning: str = (
-        "on"  # on: a stage goes on from the earlier ones; off: each is made as the first is
+    dataset: str = Field(
+        "digits",
+        description="Dataset: digits, cifar10, cifar100, mnist, fashionmnist, svhn or "
+        "imagefolder:DIR.",
     )
-    seed: int = 0
+    data_dir: str = Field("data", description="Folder of torchvision's datasets.")
+    stages: int = Field(5, ge=1, description="Number of stages.")
+    ipc: int = Field(10, ge=1, description="Images per class, all stages together.")
+    stage_ipc: str = Field(
+        "",
+        description="Images per class that each stage adds, as in 4,2,2,1,1; empty: split evenly.",
+    )
+    conditioning: Literal["on", "off"] = Field(
+        "on",
+        description="Whether a stage builds on the earlier ones (on), or each is made as the "
+        "first is (off).",
+    )
+    seed: int = Field(0, ge=0, description="Seed of all random values.")
 
-    # data
-    validation_fraction: float = 0.1  # of the training images, for the validation split
-    normalization: str = (
-        "fitted"  # of images that are not whitened: by constants fitted to them, or published ones
+    validation_fraction: float = Field(
+        0.1, gt=0, lt=1, description="Fraction of the training images in the validation split."
     )
-    whitening: str = "none"  # of all images' pixels in [0, 1], before anything else: none, or zca
-    whitening_epsilon: float = 0.1  # zca: added to every eigenvalue of the covariance
-    selection_split: str = (
-        "validation"  # what the best images are chosen by: validation, or test (the papers' choice)
+    normalization: names.Normalization = Field(
+        "fitted",
+        description="Constants that normalize images without whitening: fitted to the data, or "
+        "published ones.",
     )
-    augment: str = "color_crop_cutout_flip_scale_rotate"  # DSA strategy, or none
-    augment_mode: str = "single"
-
-    # which real examples a stage is made from all; by how often the experts forget them
-    # (forgetting); or those that not every transition got right (learned)
-    filter: str = "none"
-    # of forgetting's scores; stage s takes those from (s - 1) of it to s of it, the last all from
-    # there on
-    filter_band: float = 10.0
-
-    # network
-    width: int = 128
-    depth: int = 3
-
-    # experts
-    num_experts: int = 100
-    experts_from: str = (
-        ""  # a run, or a folder with trajectories or MTT's replay_buffer_*.pt; "": they are trained
+    whitening: names.Whitening = Field(
+        "none", description="Whitening of the pixels, before anything else: none or zca."
     )
-    expert_train_epochs: int = 50
-    expert_lr: float = 0.01
-    expert_momentum: float = 0.0
-    expert_batch: int = 256
-
-    # matching
-    iterations: int = 5000  # of a stage
-    inner_steps: int = 50  # N, the unrolled SGD steps
-    expert_epochs: int = 2  # how far ahead of the start the target lies
-    max_start_epoch: int = 5
-    inner_batch: int = 0  # images of an inner step; 0: as many as the stage makes
-    trajectories_per_step: int = 1  # of an iteration, whose mean gradient is taken
-    lr_img: float = 1000.0
-    stage_lr_img: str = ""  # lr_img of each stage, as in 1000,500,500; "": lr_img in all
-    lr_lr: float = 1e-7
-    labels: str = (
-        "hard"  # classes; or probabilities: soft (what the experts say), or learned (from there on)
+    whitening_epsilon: float = Field(
+        0.1, gt=0, description="Number that zca adds to every eigenvalue of the covariance."
     )
-    lr_label: float = 10.0  # of learned labels, which are the softmax of what is learned
-    inner_lr: float = 0.01  # where the learned rate starts in every stage
-    momentum: float = 0.5  # of images and rate
-    max_grad_norm: float = (
-        0.0  # largest norm of the images' gradient, to which longer ones are scaled down; 0: any
+    selection_split: Literal["validation", "test"] = Field(
+        "validation",
+        description="Split that the best images are chosen by: validation, or test as in the "
+        "papers.",
     )
-    # the stage gives an average of its images over iterations, of which so much stays in each; 0:
-    # the last
-    ema_decay: float = 0.0
-    # how often a stage is set back, its steps halved, where images or rate left the range, before
-    # it fails
-    max_rollbacks: int = 5
-    factor: int = (
-        1  # idc, dm: each stored image holds so many smaller ones a side, enlarged for training
+    augment: str = Field(
+        "color_crop_cutout_flip_scale_rotate",
+        description="DSA strategy: names of operations joined by '_', or none.",
     )
-    distance: str = "squared"  # idc: of gradients; squared, or cosine (layer by layer)
-    real_batch: int = 64  # idc, dm: real images of a class that synthetic ones are matched to
-    synthetic_batch: int = (
-        128  # idc, dm: synthetic images of a class, of the whole union and enlarged, at most
+    augment_mode: Literal["single", "multiple"] = Field(
+        "single",
+        description="Whether an image gets one of the strategy's operations (single) or all of "
+        "them (multiple).",
     )
-    inner_loops: int = (
-        100  # idc: updates of the images in an iteration, each followed by one of its network
+    filter: Literal["none", "forgetting", "learned"] = Field(
+        "none",
+        description="Real examples of a stage: all (none), by how often experts forget them "
+        "(forgetting), or those that not every transition got right (learned).",
     )
-    network_images: int = (
-        2000  # idc: real images that the network is trained on after each, in steps of union_batch
+    filter_band: float = Field(
+        10.0,
+        gt=0,
+        description="Width of a stage's band of forgetting scores; stage s uses scores in "
+        "[(s - 1) * band, s * band), the last stage all above.",
     )
-    start_networks: int = (
-        0  # idc, dm: networks of a stage, taken in turn; 0: a new one for every iteration
+    labels: names.Labels = Field(
+        "hard",
+        description="Labels: classes (hard), the experts' predictions (soft), or learned from "
+        "there on (learned).",
     )
-    cutmix: float = 0.5  # idc, dm: how often a step of those networks' training mixes its images
-    engine: str = "auto"
-    # activations of inner steps: recompute, cache (keep all), or auto (keep up to a limit)
-    memory: str = "recompute"
-    memory_limit: float = (
-        0.0  # of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory
+    factor: int = Field(
+        1, ge=1, description="Smaller images on each side of a stored one, enlarged for training."
     )
 
-    # selection, transition, evaluation: SGD on the synthetic images
-    eval_every: int = 100  # iterations; 0: only at the end of the stage
-    eval_networks: int = 5
-    eval_epochs: int = 1000
-    transition_epochs: int = 1000
-    union_epochs: int = 500  # epochs on each union when it is judged
-    union_batch: int = 256
-    union_momentum: float = 0.9
-    union_weight_decay: float = 5e-4
-    repeats: int = 5  # fresh networks in the final evaluation
+    width: int = Field(128, ge=1, description="Channels of the ConvNet's blocks.")
+    depth: int = Field(3, ge=1, description="Blocks of the ConvNet.")
 
-    # running
-    device: str = "auto"
-    # of convolutions: float32, tf32 or bfloat16; auto: tf32 on a GPU, float32 on the CPU
-    precision: str = "auto"
-    convolution: str = (
-        "auto"  # of the fused engine on the CPU: direct, winograd (faster, rounds more), or auto
+    num_experts: int = Field(100, ge=1, description="Number of experts.")
+    experts_from: str = Field(
+        "",
+        description="Run or folder with trajectories, or with MTT's replay_buffer_*.pt, to take "
+        "experts from; empty: train them.",
     )
-    side_by_side: int = (
-        0  # networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Others round differently
+    expert_train_epochs: int = Field(50, ge=1, description="Epochs that an expert is trained.")
+    expert_lr: float = Field(0.01, gt=0, description="Learning rate of experts.")
+    expert_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of experts.")
+    expert_batch: int = Field(256, ge=1, description="Batch size of experts, images.")
+
+    iterations: int = Field(5000, ge=0, description="Iterations of a stage.")
+    inner_lr: float = Field(
+        0.01, gt=0, description="Learning rate on synthetic images; where it is learned, its start."
     )
-    # whether a GPU replays captured graphs of launches: auto, or off. The bits are the same
-    graph: str = "auto"
-    threads: int = 0  # of the CPU; 0: as many as torch takes. Another number may round differently
-    checkpoint_seconds: float = 30.0  # how often unfinished work is saved
+    engine: names.EngineName = Field(
+        "auto", description="Engine of the network's gradients; auto: fused where it can be."
+    )
+
+    eval_every: int = Field(
+        100, ge=0, description="Iterations between selections; 0: only at the end of a stage."
+    )
+    eval_networks: int = Field(5, ge=1, description="Networks that a selection trains.")
+    eval_epochs: int = Field(1000, ge=1, description="Epochs on each union in a selection.")
+    transition_epochs: int = Field(
+        1000, ge=1, description="Epochs on the union in a transition to the next stage."
+    )
+    union_epochs: int = Field(500, ge=1, description="Epochs on each union in the evaluation.")
+    union_batch: int = Field(256, ge=1, description="Batch size on synthetic images.")
+    union_momentum: float = Field(0.9, ge=0, lt=1, description="Momentum on synthetic images.")
+    union_weight_decay: float = Field(5e-4, ge=0, description="Weight decay on synthetic images.")
+    repeats: int = Field(5, ge=1, description="Fresh networks in the evaluation.")
+
+    device: str = Field("auto", description="Device: auto, cpu, cuda or cuda:N.")
+    precision: names.PrecisionSetting = Field(
+        "auto", description="Precision of convolutions; auto: tf32 on a GPU, float32 on the CPU."
+    )
+    convolution: names.Convolution = Field(
+        "auto",
+        description="Convolution of the fused engine on the CPU; winograd is faster and rounds "
+        "more; auto chooses per layer.",
+    )
+    side_by_side: int = Field(
+        0,
+        ge=0,
+        description="Networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Results "
+        "differ in rounding.",
+    )
+    graph: Literal["auto", "off"] = Field(
+        "auto", description="Whether a GPU replays captured graphs of launches; the bits are equal."
+    )
+    threads: int = Field(
+        0, ge=0, description="CPU threads; 0: torch's number. Results differ in rounding."
+    )
+    checkpoint_seconds: float = Field(
+        30.0, ge=0, description="Seconds between checkpoints of unfinished work."
+    )
+
+    method: SerializeAsAny[MethodSettings] = Field(
+        default_factory=lambda: method_settings(DEFAULT_METHOD)(name=DEFAULT_METHOD),
+        description="Method that learns the images of a stage, and its own settings.",
+    )
+
+    @field_validator("augment")
+    @classmethod
+    def _check_augment(cls, augment: str) -> str:
+        found = [] if augment.lower() in ("", "none") else augment.split("_")
+        if not set(found) <= set(names.AUGMENTATIONS) or len(set(found)) < len(found):
+            raise UsageError(
+                f"augment must join names of {', '.join(names.AUGMENTATIONS)} by '_', each once "
+                f"at most, or be none, got {augment!r}"
+            )
+        return augment
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.factor > 1 and self.labels != "hard":
+            # Experts judge the whole image, which is no label of the several images in it.
+            raise UsageError(f"factor must be 1 where labels are {self.labels}, got {self.factor}")
+        self.method.check_run(self)
+        shares = self.ipc_by_stage
+        if self.stage_ipc and (len(shares), sum(shares)) != (self.stages, self.ipc):
+            raise UsageError(
+                f"stage_ipc must hold a number for each of the stages ({self.stages}) and add up "
+                f"to ipc ({self.ipc}), got {self.stage_ipc}"
+            )
+        if self.filter == "learned" and self.conditioning == "off":
+            raise UsageError(
+                "conditioning must be on where filter is learned, got off: the filter asks "
+                "networks that were trained on the earlier stages"
+            )
+        if self.stages > self.ipc:
+            raise UsageError(
+                f"stages must be at most ipc ({self.ipc}), got {self.stages}: a stage adds an "
+                f"image a class"
+            )
+        return self
 
     @property
     def ipc_by_stage(self) -> tuple[int, ...]:
@@ -162,241 +278,122 @@ class Config:
         return tuple(images * self.factor**2 for images in self.ipc_by_stage)
 
     @property
-    def lr_img_by_stage(self) -> tuple[float, ...]:
-        """The images' learning rate of each stage."""
-        return _numbers(self.stage_lr_img) if self.stage_lr_img else (self.lr_img,) * self.stages
-
-    @property
     def transition_real_epochs(self) -> int:
         """Real epochs that are recorded after a transition (published code: one more than matching
         can reach).
         """
-        return self.max_start_epoch + self.expert_epochs + 1
+        return self.method.trajectory_epochs + 1
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return all settings, those of the method as ``method``, which :func:`from_dict` reads."""
+        return self.model_dump()
+
+    def flat(self) -> dict[str, Any]:
+        """Return all settings by their flat names; ``method`` is the method's name."""
+        return self.to_dict() | {"method": self.method.name} | self.method.own()
+
+    def changed(self, **changes: Any) -> Settings:
+        """Return these settings with ``changes``, by flat names; checked.
+
+        Raises:
+            UsageError: an unknown setting, or a value that is not allowed.
+        """
+        return _build(self.flat() | changes, any_method=True)
 
 
-_TYPES = get_type_hints(Config)
-# Settings of runs from before 0.1, and what they are called now.
-_RENAMED = {
-    "base": "method",
-    "select": "selection_split",
-    "guard": "max_rollbacks",
-    "clip": "max_grad_norm",
-    "ema": "ema_decay",
-    "experts": "num_experts",
-    "trajectories": "trajectories_per_step",
-}
-CHOICES: dict[str, tuple[str, ...]] = {  # of settings that are one of a few names
-    "method": ("mtt", "idc", "dm"),  # pdd_fast.methods.register adds to it
-    "conditioning": ("on", "off"),
-    "normalization": ("fitted", "published"),
-    "whitening": ("none", "zca"),
-    "filter": ("none", "forgetting", "learned"),
-    "selection_split": ("validation", "test"),
-    "augment_mode": ("single", "multiple"),
-    "labels": ("hard", "soft", "learned"),
-    "distance": ("squared", "cosine"),
-    "engine": ("auto", "fused", "autograd"),
-    "memory": ("recompute", "cache", "auto"),
-    "precision": ("auto", "float32", "tf32", "bfloat16"),
-    "convolution": ("auto", "direct", "winograd"),
-    "graph": ("auto", "off"),
-}
-_AUGMENTATIONS = (
-    "color",
-    "crop",
-    "cutout",
-    "flip",
-    "scale",
-    "rotate",
-)  # as in ops/dsa.py, which imports torch
-_AT_LEAST: dict[str, float] = {
-    "stages": 1,
-    "ipc": 1,
-    "width": 1,
-    "depth": 1,
-    "num_experts": 1,
-    "expert_train_epochs": 1,
-    "expert_batch": 1,
-    "iterations": 0,
-    "inner_steps": 1,
-    "expert_epochs": 1,
-    "max_start_epoch": 0,
-    "inner_batch": 0,
-    "eval_every": 0,
-    "eval_networks": 1,
-    "eval_epochs": 1,
-    "transition_epochs": 1,
-    "union_epochs": 1,
-    "union_batch": 1,
-    "repeats": 1,
-    "seed": 0,
-    "lr_img": 0,
-    "lr_lr": 0,
-    "lr_label": 0,
-    "momentum": 0,
-    "expert_momentum": 0,
-    "union_momentum": 0,
-    "union_weight_decay": 0,
-    "checkpoint_seconds": 0,
-    "threads": 0,
-    "side_by_side": 0,
-    "memory_limit": 0,
-    "trajectories_per_step": 1,
-    "max_grad_norm": 0,
-    "ema_decay": 0,
-    "max_rollbacks": 0,
-    "factor": 1,
-    "real_batch": 1,
-    "synthetic_batch": 1,
-    "inner_loops": 1,
-    "network_images": 0,
-    "start_networks": 0,
-    "cutmix": 0,
-}
-_BELOW: dict[str, float] = {
-    "validation_fraction": 1,
-    "momentum": 1,
-    "ema_decay": 1,
-    "expert_momentum": 1,
-    "union_momentum": 1,
-}
-# What a method leaves of other settings. Some have no experts, whose words soft labels are,
-# and no transitions, which are asked what is learned; those work on pixels in [0, 1].
-_ON_PIXELS: dict[str, tuple[Any, ...]] = {
-    "labels": ("hard",),
-    "whitening": ("none",),
-    "filter": ("none", "forgetting"),
-    "trajectories_per_step": (1,),
-    "max_grad_norm": (0.0,),
-    "ema_decay": (0.0,),
-}
-# What stands where neither a recipe nor anybody says otherwise: of IDC's published runs at 10
-# images a class; of DM in stages none is known. A rate for trajectories would drive pixels to 0 and
-# 1, where nothing says that it went wrong.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "idc": {
-        "lr_img": 1e-3,
-        "iterations": 2000,
-        "augment": "color_crop_cutout",
-        "augment_mode": "multiple",
-        "eval_every": 0,
-        "eval_epochs": 500,
-        "transition_epochs": 200,
-    },
-    "dm": {"lr_img": 0.1, "iterations": 2000, "transition_epochs": 200},
-}
-_OF_BASE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mtt": {"factor": (1,)},
-    "idc": _ON_PIXELS,
-    "dm": _ON_PIXELS,
-}
-_ABOVE: dict[str, float] = {
-    "filter_band": 0,
-    "expert_lr": 0,
-    "inner_lr": 0,
-    "validation_fraction": 0,
-    "whitening_epsilon": 0,
-}
+def default(setting: str) -> Any:
+    """Return the default of a setting of the run."""
+    return DEFAULT_METHOD if setting == "method" else Settings.model_fields[setting].default
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    folder = resources.files("pdd_fast.recipes")
-    return sorted(
-        entry.name.removesuffix(".toml")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".toml")
-    )
+def choices(setting: str) -> tuple[str, ...]:
+    """Return the names that a setting of the run is one of; imports no method."""
+    if setting == "method":
+        return tuple(METHODS)
+    return get_args(Settings.model_fields[setting].annotation)
 
 
-def load_recipe(name: str) -> dict[str, Any]:
-    """The settings of a recipe, unchecked.
+def method_settings(name: str) -> type[MethodSettings]:
+    """Return the class of the settings of method ``name``.
 
     Raises:
-        UsageError: there is no such recipe.
+        UsageError: there is no such method here.
+        ValueError: the method has a setting that is the run's.
     """
-    names = recipe_names()
-    if name not in names:
-        raise UsageError(
-            f"recipe must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}"
+    if name not in METHODS:
+        raise UsageError(f"method must be {' or '.join(METHODS)}, got {name!r}")
+    found: type[MethodSettings] = METHODS[name].Settings
+    if both := sorted(set(found.model_fields) & set(Settings.model_fields)):
+        raise ValueError(
+            f"{found.__name__} must have settings of its own, got {' and '.join(both)}, which the "
+            f"run has; give another default in run_defaults"
         )
-    return tomllib.loads(
-        (resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    )
+    return found
 
 
-def recipe_title(name: str) -> str:
-    """What a recipe is for: its first line."""
-    text = (resources.files("pdd_fast.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    return text.partition("\n")[0].removeprefix("#").strip()
-
-
-def resolve(recipe: str | None = None, **settings: Any) -> Config:
-    """Defaults, then the recipe, then ``settings``; checked. Strings are converted to a setting's
-    type.
+def resolve(recipe: str | None = None, **settings: Any) -> Settings:
+    """Defaults, then the recipe, then ``settings`` by flat names; checked. Strings are converted to
+    a setting's type.
 
     A recipe is for its method. Without ``recipe``, the one named like the dataset is taken
     where there is one, and for another method than mtt the one named like both (digits-idc).
     ``stages`` and ``ipc`` follow from ``stage_ipc`` where that is among ``settings`` and they are
     not.
 
+    Args:
+        recipe: a name of :func:`pdd_fast.recipes.names`, or a TOML file: a path that ends in .toml
+            or holds a slash.
+
     Raises:
-        UsageError: an unknown setting (with the nearest name), or a value that cannot be.
+        UsageError: an unknown setting (with the nearest name), or a value that is not allowed.
     """
-    dataset, method = (
-        str(settings.get(key, getattr(Config, key))) for key in ("dataset", "method")
-    )
-    own = dataset if method == Config.method else f"{dataset}-{method}"
-    if recipe is None and own in recipe_names():
+    dataset, method = (str(settings.get(key, default(key))) for key in ("dataset", "method"))
+    own = dataset if method == DEFAULT_METHOD else f"{dataset}-{method}"
+    if recipe is None and own in recipes.names():
         recipe = own
-    of_recipe = load_recipe(recipe) if recipe is not None else {}
-    for_method = str(of_recipe.get("method", Config.method))
-    if recipe is not None and "method" in settings and method != for_method:
+    of_recipe = _of_recipe(recipe) if recipe is not None else {"method": method}
+    if "method" in settings and method != of_recipe["method"]:
         raise UsageError(
-            f"method must be {for_method} as in the recipe {recipe}, got {method}; --recipe list "
-            f"shows "
-            f"others"
+            f"method must be {of_recipe['method']} as in the recipe {recipe}, got {method}; "
+            f"--recipe list shows others"
         )
-    merged = _DEFAULTS.get(str(of_recipe.get("method", method)), {}) | of_recipe | settings
-    if settings.get(
-        "stage_ipc"
-    ):  # says how many stages and images there are, where nobody else does
+    merged = {**method_settings(of_recipe["method"]).run_defaults, **of_recipe, **settings}
+    # The split says how many stages and images there are, where nobody else does.
+    if settings.get("stage_ipc"):
         split = _split(str(settings["stage_ipc"]))
-        merged |= {
-            key: value
-            for key, value in (("stages", len(split)), ("ipc", sum(split)))
-            if key not in settings
-        }
-    config = replace(Config(), **{key: _convert(key, value) for key, value in merged.items()})
-    _check(config)
-    return config
+        for key, value in (("stages", len(split)), ("ipc", sum(split))):
+            if key not in settings:
+                merged[key] = value
+    return _build(merged)
 
 
-def from_dict(stored: dict[str, Any]) -> Config:
-    """A configuration as :meth:`Config.to_dict` gave it, checked again; ``method`` may be a method
-    that is not registered here, because looking at a run needs none.
+def from_dict(stored: Mapping[str, Any]) -> Settings:
+    """Settings as :meth:`Settings.to_dict` gave them, or as files held them before methods had
+    their own; checked again. The method may be one that is not registered here.
     """
-    named = {_RENAMED.get(key, key): value for key, value in stored.items()}
-    config = replace(Config(), **{key: _convert(key, value) for key, value in named.items()})
-    _check(config, any_method=True)
-    return config
+    if isinstance(stored.get("method"), Mapping):
+        own = dict(stored["method"])
+        name = own.pop("name", "")
+        return _build({**stored, **own, "method": name}, any_method=True)
+    flat = {_RENAMED.get(key, key): value for key, value in stored.items()}
+    method = flat.get("method", DEFAULT_METHOD)
+    if method in METHODS:  # such files hold the settings of all methods
+        known = {"method", *Settings.model_fields, *_own_names(method)}
+        flat = {key: v for key, v in flat.items() if key in known or not _owners(key)}
+    return _build(flat, any_method=True)
 
 
-def absolute(config: Config) -> Config:
-    """``config`` with paths that hold from any working directory, so that a run can be continued
+def absolute(settings: Settings) -> Settings:
+    """``settings`` with paths that hold from any working directory, so that a run can be continued
     from another one.
     """
-    changes: dict[str, Any] = {"dataset": paths.absolute_dataset(config.dataset)}
-    if config.experts_from:
-        changes["experts_from"] = paths.absolute(config.experts_from)
-    if config.dataset != Config.dataset and not config.dataset.startswith(
-        paths.FOLDER
-    ):  # torchvision's
-        changes["data_dir"] = paths.absolute(config.data_dir)
-    return replace(config, **changes)
+    dataset = settings.dataset
+    changes: dict[str, Any] = {"dataset": paths.absolute_dataset(dataset)}
+    if settings.experts_from:
+        changes["experts_from"] = paths.absolute(settings.experts_from)
+    if dataset != default("dataset") and not dataset.startswith(paths.FOLDER):  # torchvision's
+        changes["data_dir"] = paths.absolute(settings.data_dir)
+    return settings.changed(**changes)
 
 
 def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
@@ -407,9 +404,24 @@ def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
         return ()
 
 
+def numbers(setting: str, text: str) -> tuple[float, ...]:
+    """Return the numbers from 0 on that ``text`` joins by commas.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    found = listed(text, float)
+    if not found or not all(math.isfinite(number) and number >= 0 for number in found):
+        raise UsageError(
+            f"{setting} must be numbers from 0 on, joined by commas, as in 1000,500,500, got "
+            f"{text!r}"
+        )
+    return found
+
+
 def _split(text: str) -> tuple[int, ...]:
     """The numbers of ``stage_ipc``."""
-    found = listed(text, _whole)
+    found = listed(text, whole_number)
     if not found or min(found) < 1:
         raise UsageError(
             f"stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got "
@@ -418,123 +430,61 @@ def _split(text: str) -> tuple[int, ...]:
     return found
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    """The numbers of ``stage_lr_img``."""
-    found = listed(text, float)
-    if not found or not all(math.isfinite(number) and number >= 0 for number in found):
-        raise UsageError(
-            f"stage_lr_img must be numbers from 0 on, joined by commas, as in 1000,500,500, got "
-            f"{text!r}"
-        )
-    return found
+def _build(flat: Mapping[str, Any], any_method: bool = False) -> Settings:
+    """Settings from flat names; each is the run's or the method's."""
+    name = str(flat.get("method", DEFAULT_METHOD))
+    rest = {key: value for key, value in flat.items() if key != "method"}
+    run = {key: rest.pop(key) for key in Settings.model_fields if key in rest}
+    if any_method and name not in METHODS:
+        return checked(Settings, run | {"method": UnknownMethodSettings(name=name, **rest)})
+    model = method_settings(name)
+    for key, value in rest.items():
+        if key not in model.model_fields or key == "name":
+            raise UsageError(_unknown(key, value, name))
+    return checked(Settings, run | {"method": checked(model, rest | {"name": name})})
 
 
-def _convert(key: str, value: Any) -> Any:
+def _unknown(key: str, value: Any, method: str) -> str:
     if key in _RENAMED:
-        raise UsageError(f"unknown setting {key!r}; it is called {_RENAMED[key]!r}")
-    if key not in _TYPES:
-        raise UsageError(f"unknown setting {key!r}{nearest(key, list(_TYPES))}")
-    wanted = _TYPES[key]
-    try:
-        if wanted is int and not isinstance(value, bool):
-            return _whole(value)
-        if wanted is float and not isinstance(value, bool):
-            return float(value)
-        if wanted is str and isinstance(value, str | PurePath):
-            return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    name = {int: "a whole number", float: "a number", str: "text"}[wanted]
-    raise UsageError(f"{key} must be {name}, got {value!r}")
+        return f"unknown setting {key!r}; it is called {_RENAMED[key]!r}"
+    if owners := _owners(key):
+        return (
+            f"{key} must be left out where method is {method}, got {value}; it is a setting of "
+            f"{' and '.join(owners)}"
+        )
+    known = ["method", *Settings.model_fields, *_own_names(method)]
+    others = [own for other in METHODS for own in _own_names(other)]
+    return f"unknown setting {key!r}{nearest(key, known) or nearest(key, others)}"
 
 
-def _whole(value: Any) -> int:
-    """Raises TypeError, ValueError or OverflowError where ``value`` is not a whole number; "1e3" is
-    one.
+def _owners(setting: str) -> list[str]:
+    """Return the methods that have a setting."""
+    return [name for name in METHODS if setting in _own_names(name)]
+
+
+def _own_names(method: str) -> list[str]:
+    return [name for name in method_settings(method).model_fields if name != "name"]
+
+
+def _of_recipe(recipe: str) -> dict[str, Any]:
+    """Return the settings of a recipe by flat names, ``method`` among them.
+
+    Raises:
+        UsageError: there is no such recipe, or a setting stands in the wrong table.
     """
-    if isinstance(value, str):
-        try:
-            return int(
-                value
-            )  # not by way of float, in which whole numbers are exact up to 2^53 only
-        except ValueError:
-            value = float(value)
-    if value != int(value):
-        raise ValueError
-    return int(value)
-
-
-def _check(config: Config, any_method: bool = False) -> None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{field.name} must be a finite number, got {value}")
-    for key, choices in CHOICES.items():
-        value = getattr(config, key)
-        if value not in choices and not (any_method and key == "method"):
-            raise UsageError(f"{key} must be {' or '.join(choices)}, got {value!r}")
-    names = [] if config.augment.lower() in ("", "none") else config.augment.split("_")
-    if not set(names) <= set(_AUGMENTATIONS) or len(set(names)) < len(names):
+    run = recipes.load(recipe)
+    own = run.pop("method", {})
+    if not isinstance(own, dict):
         raise UsageError(
-            f"augment must join names of {', '.join(_AUGMENTATIONS)} by '_', each once at most, "
-            f"or be none, got "
-            f"{config.augment!r}"
+            f"recipe {recipe}: method must be a table with a name, as in [method] and "
+            f'name = "{own}", got {own!r}'
         )
-    for key, least in _AT_LEAST.items():
-        if getattr(config, key) < least:
-            raise UsageError(f"{key} must be at least {least:g}, got {getattr(config, key)}")
-    for key, bound in _BELOW.items():
-        if getattr(config, key) >= bound:
-            raise UsageError(f"{key} must be below {bound:g}, got {getattr(config, key)}")
-    for key, bound in _ABOVE.items():
-        if getattr(config, key) <= bound:
-            raise UsageError(f"{key} must be above {bound:g}, got {getattr(config, key)}")
-    if (
-        config.factor > 1 and config.labels != "hard"
-    ):  # what experts say of several images in one is no label of each
-        raise UsageError(f"factor must be 1 where labels are {config.labels}, got {config.factor}")
-    if config.cutmix > 1:
-        raise UsageError(f"cutmix must be at most 1, got {config.cutmix}")
-    for key, allowed in _OF_BASE.get(config.method, {}).items():
-        if getattr(config, key) not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise UsageError(
-                f"{key} must be {wanted} where method is {config.method}, got "
-                f"{getattr(config, key)}"
-            )
-    if config.memory == "cache" and config.memory_limit:
-        raise UsageError(
-            f"memory_limit must be 0 where memory is cache, which keeps everything, got "
-            f"{config.memory_limit:g}; "
-            "set memory=auto"
-        )
-    if config.stage_ipc and (len(config.ipc_by_stage), sum(config.ipc_by_stage)) != (
-        config.stages,
-        config.ipc,
-    ):
-        raise UsageError(
-            f"stage_ipc must hold a number for each of the stages ({config.stages}) and add up to "
-            f"ipc ({config.ipc}), "
-            f"got {config.stage_ipc}"
-        )
-    if config.stage_lr_img and len(config.lr_img_by_stage) != config.stages:
-        raise UsageError(
-            f"stage_lr_img must hold a number for each of the stages ({config.stages}), got "
-            f"{config.stage_lr_img}"
-        )
-    if config.filter == "learned" and config.conditioning == "off":
-        raise UsageError(
-            "conditioning must be on where filter is learned, got off: what is learned is asked "
-            "of networks that were "
-            "trained on the earlier stages"
-        )
-    if config.stages > config.ipc:
-        raise UsageError(
-            f"stages must be at most ipc ({config.ipc}), got {config.stages}: a stage adds an "
-            f"image a class"
-        )
-    if config.max_start_epoch + config.expert_epochs > config.expert_train_epochs:
-        raise UsageError(
-            f"expert_train_epochs must be at least max_start_epoch + expert_epochs "
-            f"({config.max_start_epoch} + {config.expert_epochs}), got {config.expert_train_epochs}"
-        )
+    method = str(own.pop("name", DEFAULT_METHOD))
+    known = _own_names(method) if method in METHODS else []
+    for key in run:
+        if key in known:
+            raise UsageError(f"recipe {recipe}: {key} must be in the table [method]")
+    for key in own:
+        if key in Settings.model_fields:
+            raise UsageError(f"recipe {recipe}: {key} must be above the table [method]")
+    return {**run, **own, "method": method}

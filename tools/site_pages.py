@@ -6,12 +6,11 @@ the site gives them an address, and links that fit it.
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from pathlib import Path
 from posixpath import relpath
-from typing import Any
+from typing import Any, get_args
 
 from mkdocs.structure.files import File, Files
 
@@ -60,8 +59,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def settings_page() -> str:
-    """Return the table of every setting: name, default, and the comment beside it in the source."""
-    from pdd_fast.settings import Config
+    """Return the tables of all settings: the run's in groups, then each method's own."""
+    from pdd_fast.runtime.registry import METHODS
+    from pdd_fast.settings import GROUPS, Settings, method_settings
 
     lines = [
         "# Settings",
@@ -69,27 +69,39 @@ def settings_page() -> str:
         "Give a setting as `--set NAME=VALUE`, in a recipe, or by the option of the same name",
         "where a command has one ([command line](cli.md)). The defaults below hold where no recipe",
         "sets another value ([recipes](../method.md#recipes)).",
-        "",
     ]
-    source = inspect.getsource(Config)
-    rows, end = source.splitlines(), 1
-    for field in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if isinstance(field, ast.AnnAssign):
-            before, own = rows[end : field.lineno - 1], rows[field.lineno - 1 : field.end_lineno]
-            comments = [
-                comment[1] for row in before + own if (comment := re.search(r"# (.*)", row))
-            ]
-            if "" in before:  # a group of settings begins with its title
-                title = comments.pop(0)
-                lines += [
-                    "",
-                    f"## {title[:1].upper()}{title[1:]}",
-                    "",
-                    "| name | type | default | meaning |",
-                ]
-                lines.append("|---|---|---|---|")
-            meaning = " ".join(comments).replace("|", "\\|")
-            name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
-            lines.append(f"| `{name}` | {kind} | `{getattr(Config, name)!r}` | {meaning} |")
-        end = field.end_lineno or 0
+    for name, field in Settings.model_fields.items():
+        if name in GROUPS:
+            lines += ["", f"## {GROUPS[name]}", "", *_HEADER]
+        if name != "method":
+            lines.append(_row(name, field))
+    for method in METHODS:
+        model = method_settings(method)
+        lines += ["", f"## Method {method}", "", inspect.getdoc(model) or ""]
+        if model.run_defaults:
+            changed = ", ".join(f"`{name}={value}`" for name, value in model.run_defaults.items())
+            lines += ["", f"Defaults of the run with this method: {changed}."]
+        own = [_row(name, field) for name, field in model.model_fields.items() if name != "name"]
+        lines += ["", *_HEADER, *own]
     return "\n".join(lines) + "\n"
+
+
+_HEADER = ["| name | values | default | meaning |", "|---|---|---|---|"]
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_KINDS = {int: "whole number", float: "number", str: "text"}
+
+
+def _row(name: str, field: Any) -> str:
+    """Return a setting's row of the table."""
+    if names := get_args(field.annotation):
+        values = ", ".join(f"`{each}`" for each in names)
+    else:
+        limits = [
+            f"{words} {getattr(limit, key):g}"
+            for limit in field.metadata
+            for key, words in _LIMITS.items()
+            if hasattr(limit, key)
+        ]
+        values = ", ".join([_KINDS.get(field.annotation, str(field.annotation)), *limits])
+    meaning = field.description.replace("|", "\\|")
+    return f"| `{name}` | {values} | `{field.default!r}` | {meaning} |"

@@ -24,7 +24,7 @@ from pdd_fast.data.splits import (
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.runtime.errors import UsageError, nearest
 from pdd_fast.runtime.paths import FOLDER, expanded, short_dataset
-from pdd_fast.settings import CHOICES
+from pdd_fast.settings import choices
 
 __all__ = [
     "NAMES",
@@ -89,8 +89,8 @@ def load(
         known = f"{', '.join(NAMES)} or imagefolder:DIR"
         raise UsageError(f"dataset must be one of {known}, got {name!r}{nearest(name, NAMES)}")
     for setting, value in (("whitening", whitening), ("normalization", normalization)):
-        if value not in CHOICES[setting]:
-            raise UsageError(f"{setting} must be {' or '.join(CHOICES[setting])}, got {value!r}")
+        if value not in choices(setting):
+            raise UsageError(f"{setting} must be {' or '.join(choices(setting))}, got {value!r}")
     if not 0 < whitening_epsilon < math.inf:
         raise UsageError(
             f"whitening_epsilon must be a finite number above 0, got {whitening_epsilon}"

@@ -12,6 +12,7 @@ from pdd_fast.engines.base import DualResult, Engine, PassShape
 from pdd_fast.engines.fused import FusedEngine
 from pdd_fast.networks.convnet import kernel_shape
 from pdd_fast.ops.convnet import CONVOLUTIONS
+from pdd_fast.runtime import choices
 
 __all__ = [
     "CONVOLUTIONS",
@@ -23,7 +24,7 @@ __all__ = [
     "choose",
 ]
 
-NAMES = ("auto", "fused", "autograd")
+NAMES = choices.ENGINES
 
 
 def choose(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -26,15 +26,15 @@ from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import write_json
 from pdd_fast.runtime.paths import readable
 from pdd_fast.runtime.progress import SILENT, Reporter
-from pdd_fast.settings import Config, absolute, from_dict
+from pdd_fast.settings import Settings, absolute
 from pdd_fast.storage.run import Run
 
 
 @dataclass(frozen=True)
 class Variant:
     stages: int
-    conditioning: str  # of Config.conditioning
-    filter: str  # of Config.filter
+    conditioning: str  # of Settings.conditioning
+    filter: str  # of Settings.filter
 
     @property
     def name(self) -> str:
@@ -47,10 +47,11 @@ class Variant:
     def folder(self) -> str:
         return self.name.replace(", ", "-").replace(" ", "-")
 
-    def of(self, config: Config) -> Config:
+    def of(self, settings: Settings) -> Settings:
         """``config`` made this variant; checked."""
-        changes = {"stages": self.stages, "conditioning": self.conditioning, "filter": self.filter}
-        return from_dict(config.to_dict() | changes)
+        return settings.changed(
+            stages=self.stages, conditioning=self.conditioning, filter=self.filter
+        )
 
 
 def variants(
@@ -75,7 +76,7 @@ def variants(
 
 
 def ablate(
-    config: Config,
+    settings: Settings,
     chosen: Sequence[Variant],
     seeds: Sequence[int],
     folder: Path,
@@ -93,25 +94,26 @@ def ablate(
     Raises:
         UsageError: a variant's settings cannot be, or a folder holds another run.
     """
-    configs = [variant.of(config) for variant in chosen]  # all checked before any work
-    if config.stage_ipc or config.stage_lr_img:
+    if settings.stage_ipc or getattr(settings.method, "stage_lr_img", ""):
         raise UsageError(
             "stage_ipc and stage_lr_img must not be given: the number of stages is what varies"
         )
-    classes = load(config.dataset, config.data_dir, config.validation_fraction).num_classes
+    all_settings = [variant.of(settings) for variant in chosen]  # all checked before any work
+    classes = load(settings.dataset, settings.data_dir, settings.validation_fraction).num_classes
     found: dict[str, list[float]] = {variant.name: [] for variant in chosen}
     random: list[float] = []
     steps = 0
     for seed in seeds:
         first: Path | None = None
         experts: Path | None = None  # of the first run that has some
-        for variant, each in zip(chosen, configs, strict=True):
+        for variant, each in zip(chosen, all_settings, strict=True):
             path = folder / f"seed-{seed}" / variant.folder
-            settings = replace(each, seed=seed, union_epochs=_epochs(each, configs, classes))
-            with_experts = METHODS[config.method].needs_trajectories or each.filter == "forgetting"
+            own = each.changed(seed=seed, union_epochs=_epochs(each, all_settings, classes))
+            recorded = METHODS[own.method.name].needs_trajectories
+            with_experts = recorded or each.filter == "forgetting"
             if with_experts and experts is not None:
-                settings = replace(settings, experts_from=str(experts.resolve()))
-            run = _run(path, settings)
+                own = own.changed(experts_from=str(experts.resolve()))
+            run = _run(path, own)
             reporter.message(f"{variant.name}, seed {seed}")
             distill(run, reporter)
             experts = path if with_experts and experts is None else experts
@@ -124,7 +126,7 @@ def ablate(
             if first is None:
                 first, steps = path, sum(evaluation.steps)
                 random.append(
-                    evaluation.final("random" if config.labels == "hard" else "random-soft")
+                    evaluation.final("random" if settings.labels == "hard" else "random-soft")
                 )
     results = [
         {"name": name, "accuracy": rows, "mean": statistics.fmean(rows), "ci95": half_width(rows)}
@@ -137,9 +139,9 @@ def ablate(
             "filter": variant.filter,
         }
     content = {
-        "data": config.dataset,
-        "ipc": config.ipc,
-        "labels": config.labels,
+        "data": settings.dataset,
+        "ipc": settings.ipc,
+        "labels": settings.labels,
         "seeds": list(seeds),
         "steps": steps,
         "results": results,
@@ -149,25 +151,25 @@ def ablate(
     return content
 
 
-def _epochs(config: Config, configs: Sequence[Config], classes: int) -> int:
+def _epochs(settings: Settings, all_settings: Sequence[Settings], classes: int) -> int:
     """Epochs on each union with which a variant takes as many steps in all, up to rounding, as the
     longest one.
     """
 
-    def batches(c: Config) -> int:
+    def batches(c: Settings) -> int:
         return sum(
             math.ceil(images * classes / c.union_batch) for images in accumulate(c.real_by_stage)
         )
 
-    most = max(c.union_epochs * batches(c) for c in configs)
-    return max(1, round(most / batches(config)))
+    most = max(c.union_epochs * batches(c) for c in all_settings)
+    return max(1, round(most / batches(settings)))
 
 
-def _run(path: Path, config: Config) -> Run:
+def _run(path: Path, settings: Settings) -> Run:
     if not (path / "config.json").exists():
-        return Run.create(path, config)
+        return Run.create(path, settings)
     run = Run.open(path)
-    if absolute(run.config) != absolute(config):
+    if absolute(run.settings) != absolute(settings):
         raise UsageError(f"{path} holds a run with other settings; choose another --output")
     return run
 

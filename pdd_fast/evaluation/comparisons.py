@@ -73,7 +73,7 @@ class RandomReal:
     def schedules(self, group: range) -> list[list[Phase]]:
         """Return one schedule whose rows differ between networks."""
         chosen = [random_rows(self.ctx, repeat) for repeat in group]
-        images, lr = self.ctx.train.images, self.ctx.config.inner_lr
+        images, lr = self.ctx.train.images, self.ctx.settings.inner_lr
         schedule = []
         for stage, count in enumerate(self.steps, start=1):
             rows = torch.stack([torch.cat(parts[:stage]) for parts in chosen]).cpu()
@@ -125,10 +125,10 @@ def comparisons(
     Raises:
         UsageError: The run's files do not fit its data, or ``against`` does not.
     """
-    union, config = UnionSet.load(run.distilled_file, ctx), ctx.config
+    union, settings = UnionSet.load(run.distilled_file, ctx), ctx.settings
     other = _other(against, ctx) if against is not None else None
-    sgd, labels = ctx.synthetic_sgd, config.labels
-    steps = [config.union_epochs * sgd.steps_per_epoch(size) for size in union.sizes]
+    sgd, labels = ctx.synthetic_sgd, settings.labels
+    steps = [settings.union_epochs * sgd.steps_per_epoch(size) for size in union.sizes]
     found: list[Comparison] = [
         InOrder(union, labels, steps),
         RandomReal("random", "hard", ctx, ctx.train.labels, steps),
@@ -147,7 +147,7 @@ def comparisons(
 
 def random_rows(ctx: RunContext, repeat: int) -> list[Tensor]:
     """Return the random real images of a repeat: for each stage its rows of ``ctx.train``."""
-    return ctx.random_real_rows(ctx.config.ipc_by_stage, "random images", repeat)
+    return ctx.random_real_rows(ctx.settings.ipc_by_stage, "random images", repeat)
 
 
 def _other(path: Path, ctx: RunContext) -> tuple[UnionSet, str]:
@@ -177,7 +177,7 @@ def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
 
 def _soft(ctx: RunContext, experts: list[Trajectory]) -> Tensor:
     """Return soft labels [n, classes] of ``ctx.train``; zero for images that no repeat draws."""
-    repeats = range(ctx.config.repeats)
+    repeats = range(ctx.settings.repeats)
     rows = torch.cat([row for repeat in repeats for row in random_rows(ctx, repeat)]).unique()
     labels = ctx.train.images.new_zeros(len(ctx.train), ctx.data.num_classes)
     labels[rows] = soft_labels(ctx.engine, experts, ctx.train.images[rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, product
 from pathlib import Path
 
@@ -66,23 +65,23 @@ def evaluate_run(
     if repeats is not None and repeats < 1:
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     check_names(list(networks))
-    config = replace(run.config, repeats=repeats or run.config.repeats)
-    ctx = RunContext.of_run(run, config, to_judge=True)
+    settings = run.settings.changed(repeats=repeats) if repeats else run.settings
+    ctx = RunContext.of_run(run, settings, to_judge=True)
     chosen = comparisons(run, ctx, against, subsets, reporter)
     for network in networks:  # Fail before any work if one cannot be built.
         fresh_module(ctx, network, 0)
     scores: dict[tuple[str, str], list[list[float]]] = {
         (network, each.name): [] for network in networks for each in chosen
     }
-    with reporter.task("evaluation", total=config.repeats * len(scores), unit="network") as task:
-        for network, group, each in product(networks, ctx.groups(config.repeats), chosen):
+    with reporter.task("evaluation", total=settings.repeats * len(scores), unit="network") as task:
+        for network, group, each in product(networks, ctx.groups(settings.repeats), chosen):
             parts = [follow(network, ctx, phases, group) for phases in each.schedules(group)]
             for repeat in range(len(group)):
                 row = [score for part in parts for score in part[repeat]]
                 scores[network, each.name].append(row)
                 task.advance(1, network=TITLES[network], result=each.name, accuracy=row[-1])
 
-    seeds = [ctx.seed("evaluation", repeat, "parameters") for repeat in range(config.repeats)]
+    seeds = [ctx.seed("evaluation", repeat, "parameters") for repeat in range(settings.repeats)]
     results = [
         summarize(each.name, each.labels, TITLES[network], seeds, scores[network, each.name])
         for network, each in product(networks, chosen)
@@ -107,23 +106,23 @@ def evaluate_run(
 
 
 def _protocol(ctx: RunContext, pdd: InOrder, against: Path | None) -> Protocol:
-    config, data = ctx.config, ctx.data
+    settings, data = ctx.settings, ctx.data
     return Protocol(
         name="union in order",
         data=data.name,
         test_images=len(data.test),
-        images_per_class=list(accumulate(config.ipc_by_stage))[: pdd.union.stages],
+        images_per_class=list(accumulate(settings.ipc_by_stage))[: pdd.union.stages],
         learning_rates=[round(lr, 8) for lr in pdd.union.lrs],
-        random_learning_rate=config.inner_lr,
-        epochs=config.union_epochs,
-        batch=config.union_batch,
-        momentum=config.union_momentum,
-        weight_decay=config.union_weight_decay,
+        random_learning_rate=settings.inner_lr,
+        epochs=settings.union_epochs,
+        batch=settings.union_batch,
+        momentum=settings.union_momentum,
+        weight_decay=settings.union_weight_decay,
         schedule="a tenth of the rate from half of each set's steps on",
-        augmentation={"strategy": config.augment, "mode": config.augment_mode},
+        augmentation={"strategy": settings.augment, "mode": settings.augment_mode},
         normalization=data.normalization.to_dict(),
-        whitening=config.whitening,
+        whitening=settings.whitening,
         whitening_epsilon=None if data.whitening is None else data.whitening.epsilon,
-        selection_split=config.selection_split,
+        selection_split=settings.selection_split,
         against=None if against is None else str(against),
     )

@@ -44,12 +44,17 @@ def follow(network: str, ctx: RunContext, schedule: list[Phase], group: range) -
 
 def fresh_module(ctx: RunContext, network: str, repeat: int) -> nn.Module:
     """Return the untrained network of a repeat, the same on every device."""
-    data, config = ctx.data, ctx.config
+    data, settings = ctx.data, ctx.settings
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         # torch.manual_seed would change the GPUs' states too.
         torch.default_generator.manual_seed(ctx.seed("evaluation", repeat, "parameters", network))
         net = build(
-            network, data.in_channels, data.num_classes, data.image_size, config.width, config.depth
+            network,
+            data.in_channels,
+            data.num_classes,
+            data.image_size,
+            settings.width,
+            settings.depth,
         )
     return net.to(ctx.device)
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 
 from pdd_fast import engines
 from pdd_fast.runtime import device_memory
+from pdd_fast.runtime.choices import DISTANCES
 from pdd_fast.runtime.errors import require
 
 _NAME = "gradient_matching"
 
 
 Batches = Tensor | Sequence[Tensor]
-
-DISTANCES = ("squared", "cosine")
 
 
 # Minimum number of dimensions of a parameter that counts. IDC's published code

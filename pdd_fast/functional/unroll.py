@@ -28,9 +28,9 @@ from pdd_fast.networks.arguments import (
 )
 from pdd_fast.ops import convnet
 from pdd_fast.runtime import device_memory
+from pdd_fast.runtime.choices import MEMORY
 from pdd_fast.runtime.errors import require
 
-MEMORY = ("recompute", "cache", "auto")
 _require = partial(require, "unroll")
 
 

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from pdd_fast import settings as config
-from pdd_fast.methods.base import BaseMethod, StageProblem
+from pdd_fast.methods.base import BaseMethod, ImageSgdSettings, StageProblem
 from pdd_fast.methods.dm import DistributionMatching
 from pdd_fast.methods.idc import GradientMatching
 from pdd_fast.methods.mtt.method import TrajectoryMatching
+from pdd_fast.runtime.registry import METHODS
+from pdd_fast.settings import MethodSettings
 
 __all__ = [
     "METHODS",
     "BaseMethod",
     "DistributionMatching",
     "GradientMatching",
+    "ImageSgdSettings",
+    "MethodSettings",
     "StageProblem",
     "TrajectoryMatching",
     "register",
 ]
 
-METHODS: dict[str, type[BaseMethod]] = {
-    "mtt": TrajectoryMatching,
-    "idc": GradientMatching,
-    "dm": DistributionMatching,
-}
-
 
 def register(name: str, method: type[BaseMethod]) -> None:
-    """Makes ``method=name`` mean ``method``, in this process.
+    """Make ``method=name`` mean ``method``, in this process. An installed package names its methods
+    by entry points in the group pdd_fast.methods instead.
 
     Raises:
         ValueError: the name is another method's.
     """
-    if METHODS.setdefault(name, method) is not method:
-        raise ValueError(
-            f"register: name must be new, got {name!r}, which is {METHODS[name].__name__}"
-        )
-    config.CHOICES["method"] = tuple(METHODS)
+    METHODS.register(name, method)

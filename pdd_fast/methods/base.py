@@ -10,13 +10,49 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from pdd_fast.data import Split
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.union import UnionSet
-from pdd_fast.settings import Config
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.settings import MethodSettings, Settings, numbers
 from pdd_fast.storage.trajectories import Trajectory
+
+
+class ImageSgdSettings(MethodSettings):
+    """Settings of a method that moves its images by SGD with momentum."""
+
+    lr_img: float = Field(1.0, ge=0, description="Learning rate of the images.")
+    stage_lr_img: str = Field(
+        "",
+        description="Learning rate of the images in each stage, as in 1000,500,500; empty: "
+        "lr_img in all.",
+    )
+    momentum: float = Field(
+        0.5, ge=0, lt=1, description="Momentum of the images, and of what is learned beside them."
+    )
+
+    @field_validator("stage_lr_img")
+    @classmethod
+    def _check_stage_lr_img(cls, text: str) -> str:
+        if text:
+            numbers("stage_lr_img", text)
+        return text
+
+    def check_run(self, run: Settings) -> None:
+        if self.stage_lr_img and len(numbers("stage_lr_img", self.stage_lr_img)) != run.stages:
+            raise UsageError(
+                f"stage_lr_img must hold a number for each of the stages ({run.stages}), got "
+                f"{self.stage_lr_img}"
+            )
+
+    def lr_img_at(self, stage: int) -> float:
+        """Return the learning rate of the images in ``stage``, counted from 1."""
+        if not self.stage_lr_img:
+            return self.lr_img
+        return numbers("stage_lr_img", self.stage_lr_img)[stage - 1]
 
 
 @dataclass(frozen=True)
@@ -34,8 +70,8 @@ class StageProblem:
     labels: Tensor
 
     @property
-    def config(self) -> Config:
-        return self.ctx.config
+    def settings(self) -> Settings:
+        return self.ctx.settings
 
     @cached_property
     def real(self) -> Split:
@@ -55,12 +91,15 @@ class BaseMethod(ABC):
     needs.
     """
 
-    needs_trajectories: ClassVar[bool] = (
-        False  # the run then trains experts, and its stages have transitions
-    )
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings  # the method's own settings
+    # Whether the run trains experts, and its stages have transitions.
+    needs_trajectories: ClassVar[bool] = False
+
+    settings: MethodSettings  # those of this run, an instance of Settings
 
     def __init__(self, problem: StageProblem) -> None:
         self.problem = problem
+        self.settings = problem.settings.method
 
     @property
     @abstractmethod
@@ -80,7 +119,7 @@ class BaseMethod(ABC):
     @property
     def learning_rate(self) -> float:
         """The rate with which networks are to be trained on the images."""
-        return self.problem.config.inner_lr
+        return self.problem.settings.inner_lr
 
     @abstractmethod
     def step(self) -> dict[str, float]:

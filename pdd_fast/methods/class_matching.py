@@ -6,17 +6,52 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pdd_fast.augmentation.dsa import augment
 from pdd_fast.augmentation.multi_formation import decode, decode_labels
-from pdd_fast.methods.base import BaseMethod, StageProblem
+from pdd_fast.methods.base import BaseMethod, ImageSgdSettings, StageProblem
 from pdd_fast.progressive.start_networks import StartNetworks
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError
+from pdd_fast.settings import MethodSettings, Settings
+
+
+class ClassMatchingSettings(ImageSgdSettings):
+    """Settings that IDC and DM share."""
+
+    real_batch: int = Field(
+        64, ge=1, description="Real images of a class that synthetic ones are matched to."
+    )
+    synthetic_batch: int = Field(
+        128,
+        ge=1,
+        description="Most synthetic images of a class in a batch, of the whole union and enlarged.",
+    )
+    start_networks: int = Field(
+        0,
+        ge=0,
+        description="Start networks of a stage, taken in turn; 0: a new one for every iteration.",
+    )
+    cutmix: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Probability that a training step of a start network mixes its images.",
+    )
+
+    def check_run(self, run: Settings) -> None:
+        """Check the run's settings.
+
+        Such a method has no experts, whose predictions soft labels are, and no transitions, which
+        the filter asks what is learned; it works on pixels in [0, 1].
+        """
+        super().check_run(run)
+        self.require(run, labels=("hard",), whitening=("none",), filter=("none", "forgetting"))
 
 
 class Learned(NamedTuple):
@@ -39,10 +74,14 @@ class ClassMatching(BaseMethod):
     its own :meth:`iterate`.
     """
 
+    Settings: ClassVar[type[MethodSettings]] = ClassMatchingSettings
+    settings: ClassMatchingSettings
+
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
-        self.starts = StartNetworks(problem.ctx, problem.union)
-        self.batches = ClassBatches(problem)
+        own = self.settings
+        self.starts = StartNetworks(problem.ctx, problem.union, own.start_networks, own.cutmix)
+        self.batches = ClassBatches(problem, self.settings)
         pixels = self.batches.pixels(problem.images)
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
         # one.
@@ -58,21 +97,17 @@ class ClassMatching(BaseMethod):
 
     @property
     def lr_img(self) -> float:
-        return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
+        return self.settings.lr_img_at(self.problem.stage)
 
     @abstractmethod
     def iterate(self) -> dict[str, float]:
         """An iteration, which ends with :meth:`finish`."""
 
     def step(self) -> dict[str, float]:
-        config, where = (
-            self.problem.config,
-            f"stage {self.problem.stage}, iteration {self.iteration + 1}",
-        )
+        own, where = self.settings, f"stage {self.problem.stage}, iteration {self.iteration + 1}"
         lower = (
-            f"real_batch (now {config.real_batch}), synthetic_batch (now "
-            f"{config.synthetic_batch}) or width (now "
-            f"{config.width})"
+            f"real_batch (now {own.real_batch}), synthetic_batch (now {own.synthetic_batch}) or "
+            f"width (now {self.problem.settings.width})"
         )
         with device_memory.explained(self.problem.ctx.device, where, lower):
             return self.iterate()
@@ -115,10 +150,11 @@ class ClassBatches:
     IDC: what is compared is then the images' content.
     """
 
-    def __init__(self, problem: StageProblem) -> None:
+    def __init__(self, problem: StageProblem, settings: ClassMatchingSettings) -> None:
         ctx = problem.ctx
+        self._settings = settings
         self._ctx, self._real = ctx, problem.real
-        self._normalization, self._factor = ctx.data.normalization, ctx.config.factor
+        self._normalization, self._factor = ctx.data.normalization, ctx.settings.factor
         self._frozen, frozen_labels = problem.union.up_to()
         labels = torch.cat([frozen_labels, decode_labels(problem.labels, self._factor)]).cpu()
         real_labels = problem.real.labels.cpu()
@@ -143,9 +179,9 @@ class ClassBatches:
 
         Real ones are as many as there are where a class has fewer.
         """
-        config, frozen = self._ctx.config, self._frozen
-        real = [_some(rows, config.real_batch, generator) for rows in self._real_rows]
-        synthetic = [_some(rows, config.synthetic_batch, generator) for rows in self._rows]
+        settings, frozen = self._settings, self._frozen
+        real = [_some(rows, settings.real_batch, generator) for rows in self._real_rows]
+        synthetic = [_some(rows, settings.synthetic_batch, generator) for rows in self._rows]
         shared = self._ctx.dsa.sample(len(real), self._ctx.data.image_size, generator)
         index = torch.cat(synthetic)
         own = index >= len(frozen)

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from pdd_fast.methods.class_matching import ClassMatching
+from pdd_fast.methods.class_matching import ClassMatching, ClassMatchingSettings
 from pdd_fast.networks.parameters import load_parameters
 from pdd_fast.runtime import precision
+
+
+class DistributionMatchingSettings(ClassMatchingSettings):
+    """Settings of DM. No published run of it in stages is known."""
+
+    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"iterations": 2000, "transition_epochs": 200}
+    )
+
+    lr_img: float = Field(0.1, ge=0, description="Learning rate of the images.")
 
 
 class DistributionMatching(ClassMatching):
@@ -18,8 +33,11 @@ class DistributionMatching(ClassMatching):
     through the earlier unions; the mean is that of all stages' images.
     """
 
+    Settings = DistributionMatchingSettings
+    settings: DistributionMatchingSettings
+
     def iterate(self) -> dict[str, float]:
-        config, ctx = self.problem.config, self.problem.ctx
+        settings, ctx = self.settings, self.problem.ctx
         generator = ctx.generator("matching", self.problem.stage, self.iteration)
         load_parameters(ctx.engine.net, self.starts.parameters(self.iteration))
         leaf = self.done.pixels.detach().requires_grad_()
@@ -30,7 +48,7 @@ class DistributionMatching(ClassMatching):
             means = torch.stack([self._mean_features(each.images) for each in synthetic])
             loss = (means - targets).square().sum()
             (gradient,) = torch.autograd.grad(loss, leaf)
-        momentum_buffer = self.done.momentum_buffer * config.momentum + gradient
+        momentum_buffer = self.done.momentum_buffer * settings.momentum + gradient
         return self.finish(
             float(loss.detach()), leaf.detach() - self.lr_img * momentum_buffer, momentum_buffer
         )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pdd_fast.functional.gradient_distance import (
@@ -11,9 +16,44 @@ from pdd_fast.functional.gradient_distance import (
     matched_gradients,
 )
 from pdd_fast.methods.base import StageProblem
-from pdd_fast.methods.class_matching import ClassMatching
+from pdd_fast.methods.class_matching import ClassMatching, ClassMatchingSettings
 from pdd_fast.progressive.start_networks import NetworkSgd
+from pdd_fast.runtime.choices import Distance
 from pdd_fast.training.sgd import TrainState
+
+
+class GradientMatchingSettings(ClassMatchingSettings):
+    """Settings of IDC. Defaults are those of its published runs at 10 images a class: the images'
+    learning rate for trajectories would drive pixels to 0 and 1, where nothing says that it went
+    wrong.
+    """
+
+    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "iterations": 2000,
+            "augment": "color_crop_cutout",
+            "augment_mode": "multiple",
+            "eval_every": 0,
+            "eval_epochs": 500,
+            "transition_epochs": 200,
+        }
+    )
+
+    lr_img: float = Field(1e-3, ge=0, description="Learning rate of the images.")
+    distance: Distance = Field(
+        "squared", description="Distance of gradients: squared, or cosine layer by layer."
+    )
+    inner_loops: int = Field(
+        100,
+        ge=1,
+        description="Updates of the images in an iteration, each followed by one of its network.",
+    )
+    network_images: int = Field(
+        2000,
+        ge=0,
+        description="Real images that the network is trained on after each update, in steps of "
+        "union_batch.",
+    )
 
 
 class GradientMatching(ClassMatching):
@@ -31,22 +71,25 @@ class GradientMatching(ClassMatching):
     here that is done at once, for all classes.
     """
 
+    Settings = GradientMatchingSettings
+    settings: GradientMatchingSettings
+
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
         ctx = problem.ctx
-        self._distance = GradientDistance(ctx.engine.net, problem.config.distance)
-        self._sgd = NetworkSgd(ctx)
+        self._distance = GradientDistance(ctx.engine.net, self.settings.distance)
+        self._sgd = NetworkSgd(ctx, self.settings.cutmix)
         self._real_weights = self._sgd.weights(problem.real.labels)
 
     def iterate(self) -> dict[str, float]:
-        problem, config = self.problem, self.problem.config
+        problem, settings = self.problem, self.settings
         generator = problem.ctx.generator("matching", problem.stage, self.iteration)
         train_state = TrainState.start(self.starts.parameters(self.iteration)[None])
-        stays = config.momentum**problem.ctx.data.num_classes
-        length = self.lr_img * (1 - stays) / (1 - config.momentum)
+        stays = settings.momentum**problem.ctx.data.num_classes
+        length = self.lr_img * (1 - stays) / (1 - settings.momentum)
         _, pixels, momentum_buffer = self.done
         losses = []
-        for _ in range(config.inner_loops):
+        for _ in range(settings.inner_loops):
             loss, gradient = self._matched(train_state.theta[0], pixels, generator)
             momentum_buffer = momentum_buffer * stays + gradient
             pixels = pixels - length * momentum_buffer
@@ -86,18 +129,18 @@ class GradientMatching(ClassMatching):
 
     def _train(self, train_state: TrainState, generator: torch.Generator) -> None:
         """The network on ``network_images`` real images, in steps of ``union_batch``."""
-        problem, config = self.problem, self.problem.config
-        if not config.network_images:
+        problem, settings = self.problem, self.settings
+        if not settings.network_images:
             return
         order = torch.randperm(len(problem.real), generator=generator, device="cpu")[
-            : config.network_images
+            : settings.network_images
         ]
-        for rows in order.split(config.union_batch):
+        for rows in order.split(problem.settings.union_batch):
             self._sgd.step(
                 train_state,
                 problem.real.images,
                 self._real_weights,
                 [rows],
-                config.inner_lr,
+                problem.settings.inner_lr,
                 [generator],
             )

@@ -20,9 +20,8 @@ from pdd_fast.ops._buffers import Buffer, BufferPool
 from pdd_fast.ops._registry import require_floating, require_like
 from pdd_fast.ops._threads import threads
 from pdd_fast.ops.norm_relu_pool import EPS
+from pdd_fast.runtime.choices import CONVOLUTIONS as CONVOLUTIONS
 from pdd_fast.runtime.errors import require
-
-CONVOLUTIONS = ("auto", "direct", "winograd")  # the same order as in csrc/ops/convnet/params.h
 
 # Number of images whose logits are computed at once: a few chunks of every layer for two threads,
 # and a workspace that does not grow with a test set.

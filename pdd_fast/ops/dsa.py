@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from pdd_fast.ops import _native
 from pdd_fast.ops._registry import HALF, compute_dtype, operator, require_floating
 from pdd_fast.ops._threads import threads
+from pdd_fast.runtime.choices import AUGMENTATIONS
 from pdd_fast.runtime.errors import require
 
 # The same order as in csrc/ops/dsa/params.h.
-OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+OPERATIONS = AUGMENTATIONS
 DRAWS = (
     "brightness",
     "saturation",

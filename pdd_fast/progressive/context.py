@@ -23,7 +23,7 @@ from pdd_fast.runtime import device_memory, precision, seeds
 from pdd_fast.runtime.devices import resolve_device
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.paths import FOLDER
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.run import Run
 from pdd_fast.training.memory import training_bytes
 from pdd_fast.training.sgd import Sgd, TrainState
@@ -38,7 +38,7 @@ _MOST_SIDE_BY_SIDE = 16
 class RunContext:
     """Everything on ``device``; nothing here changes while a run goes on."""
 
-    config: Config
+    settings: Settings
     device: torch.device
     data: ImageData
     engine: engines.Engine
@@ -46,7 +46,7 @@ class RunContext:
     side_by_side: int  # networks that are trained at once
 
     @classmethod
-    def prepare(cls, config: Config, folder: Path | None = None) -> RunContext:
+    def prepare(cls, settings: Settings, folder: Path | None = None) -> RunContext:
         """Loads the data, builds the network, and sets the process's number of threads where the
         configuration has one.
 
@@ -57,46 +57,48 @@ class RunContext:
             UsageError: data are missing or do not fit the configuration, or the device cannot be
                 used.
         """
-        where = resolve_device(config.device)
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        where = resolve_device(settings.device)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         images = load(
-            config.dataset,
-            config.data_dir,
-            config.validation_fraction,
-            config.whitening,
+            settings.dataset,
+            settings.data_dir,
+            settings.validation_fraction,
+            settings.whitening,
             None if folder is None else _whitening_file(folder),
-            config.normalization,
-            config.whitening_epsilon,
+            settings.normalization,
+            settings.whitening_epsilon,
         )
         side = min(images.image_size)
-        if side < 2**config.depth:
+        if side < 2**settings.depth:
             raise UsageError(
                 f"depth must be at most {side.bit_length() - 1} for images of {side} pixels, got "
-                f"{config.depth}"
+                f"{settings.depth}"
             )
-        if config.factor > side:
+        if settings.factor > side:
             raise UsageError(
-                f"factor must be at most {side} for images of {side} pixels, got {config.factor}"
+                f"factor must be at most {side} for images of {side} pixels, got {settings.factor}"
             )
         with torch.device("cpu"):  # whatever the caller's default device is
             net = ConvNet(
                 images.in_channels,
                 images.num_classes,
                 images.image_size,
-                config.width,
-                config.depth,
+                settings.width,
+                settings.depth,
             )
         net = net.to(where)
         engine = engines.choose(
-            net, config.engine, precision.resolve(config.precision, where), config.convolution
+            net, settings.engine, precision.resolve(settings.precision, where), settings.convolution
         )
-        dsa = DSA(config.augment, mode=config.augment_mode)
-        together = config.side_by_side or _fitting(config, net, engine, where)
-        return cls(config, where, images.to(where), engine, dsa, together)
+        dsa = DSA(settings.augment, mode=settings.augment_mode)
+        together = settings.side_by_side or _fitting(settings, net, engine, where)
+        return cls(settings, where, images.to(where), engine, dsa, together)
 
     @classmethod
-    def of_run(cls, run: Run, config: Config | None = None, to_judge: bool = False) -> RunContext:
+    def of_run(
+        cls, run: Run, settings: Settings | None = None, to_judge: bool = False
+    ) -> RunContext:
         """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they
         lie now.
 
@@ -108,7 +110,7 @@ class RunContext:
         Raises:
             UsageError: as :meth:`prepare`; or the data are others.
         """
-        ctx = cls.prepare(config or run.config, run.path)
+        ctx = cls.prepare(settings or run.settings, run.path)
         if reason := difference(run.data, identity(ctx.data), in_order=not to_judge):
             raise UsageError(
                 f"dataset must be what {run.path} was begun with, got another in its place: "
@@ -122,12 +124,12 @@ class RunContext:
     @property
     def train(self) -> Split:
         """What experts and transitions are trained on and real images are taken from."""
-        return self.data.full_train if self.config.selection_split == "test" else self.data.train
+        return self.data.full_train if self.settings.selection_split == "test" else self.data.train
 
     @property
     def selection_split(self) -> Split:
         """What the best images are chosen by."""
-        return self.data.test if self.config.selection_split == "test" else self.data.validation
+        return self.data.test if self.settings.selection_split == "test" else self.data.validation
 
     @property
     def network(self) -> dict[str, Any]:
@@ -137,8 +139,8 @@ class RunContext:
             "in_channels": self.data.in_channels,
             "num_classes": self.data.num_classes,
             "image_size": list(self.data.image_size),
-            "width": self.config.width,
-            "depth": self.config.depth,
+            "width": self.settings.width,
+            "depth": self.settings.depth,
         }
 
     def groups(self, count: int) -> list[range]:
@@ -149,10 +151,10 @@ class RunContext:
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
     def seed(self, *purpose: str | int) -> int:
-        return seeds.derive(self.config.seed, *purpose)
+        return seeds.derive(self.settings.seed, *purpose)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
-        return seeds.generator(self.config.seed, *purpose)
+        return seeds.generator(self.settings.seed, *purpose)
 
     def initial_parameters(self, *purpose: str | int) -> Tensor:
         """Freshly drawn parameters [P]."""
@@ -167,22 +169,27 @@ class RunContext:
     @property
     def real_sgd(self) -> Sgd:
         """How networks are trained on real data."""
-        config = self.config
+        settings = self.settings
         return Sgd(
             self.engine,
             self.dsa,
-            config.expert_batch,
-            config.expert_momentum,
-            graph=config.graph != "off",
+            settings.expert_batch,
+            settings.expert_momentum,
+            graph=settings.graph != "off",
         )
 
     @property
     def synthetic_sgd(self) -> Sgd:
         """How networks are trained on a union: transition, selection and evaluation alike."""
-        config = self.config
-        momentum, decay = config.union_momentum, config.union_weight_decay
+        settings = self.settings
+        momentum, decay = settings.union_momentum, settings.union_weight_decay
         return Sgd(
-            self.engine, self.dsa, config.union_batch, momentum, decay, graph=config.graph != "off"
+            self.engine,
+            self.dsa,
+            settings.union_batch,
+            momentum,
+            decay,
+            graph=settings.graph != "off",
         )
 
     def train_on_union(
@@ -224,19 +231,19 @@ def _whitening_file(folder: Path) -> Path:
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
-def _fitting(config: Config, net: ConvNet, engine: engines.Engine, device: torch.device) -> int:
+def _fitting(settings: Settings, net: ConvNet, engine: engines.Engine, device: torch.device) -> int:
     """How many networks to train side by side where nobody said.
 
     1 on the CPU, where it pays for images as small as digits alone: a step of four took 0.6 of
     their time one by one at width 32 on 8×8, 1.0 at width 128 on 32×32, and 1.7 at width 32 on
     32×32 (one thread).
     """
-    batch = max(config.expert_batch, config.union_batch)
+    batch = max(settings.expert_batch, settings.union_batch)
     shape = engines.PassShape(batch, (net.in_channels, *net.image_size), torch.float32, device)
     size = training_bytes(engine, shape)
     # Libraries count a tensor's numbers in 32 bits: 16 networks of width 128 on 256 images of 64×64
     # are one too many.
-    largest = batch * config.width * math.prod(net.image_size)
+    largest = batch * settings.width * math.prod(net.image_size)
     return device_memory.largest_group(
         size, device, max(1, min(_MOST_SIDE_BY_SIDE, (2**31 - 1) // largest))
     )

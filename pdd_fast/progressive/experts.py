@@ -19,7 +19,7 @@ from pdd_fast.progressive.context import RunContext
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.runtime.paths import expanded
 from pdd_fast.runtime.progress import SILENT, Reporter
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.replay_buffers import BufferTrajectory, buffer_files, read_buffer
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import (
@@ -49,16 +49,16 @@ def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
 
 def ensure_experts(run: Run, ctx: RunContext, reporter: Reporter) -> None:
     """:func:`make_experts` for a run that is locked and set up already."""
-    if ctx.config.experts_from:
+    if ctx.settings.experts_from:
         for trajectory in stored_experts(run):
             _check_serves(trajectory, ctx)
-            _check_finite(trajectory, ctx.config)
+            _check_finite(trajectory, ctx.settings)
         return
     record_trajectories(
         ctx,
         run.experts_dir,
         lambda group: ctx.initial_state("expert", group).theta,
-        ctx.config.expert_train_epochs,
+        ctx.settings.expert_train_epochs,
         "expert",
         reporter,
         "experts",
@@ -71,22 +71,22 @@ def stored_experts(run: Run) -> list[Trajectory]:
     Raises:
         UsageError: there are none, or fewer than were asked for.
     """
-    config = run.config
-    if not config.experts_from:
+    settings = run.settings
+    if not settings.experts_from:
         return list_trajectories(run.experts_dir)
-    folder = expanded(config.experts_from)
+    folder = expanded(settings.experts_from)
     if (folder / "experts").is_dir():
         folder = folder / "experts"
     buffers = buffer_files(folder)
     found: list[Trajectory] = [trajectory for path in buffers for trajectory in read_buffer(path)]
     found = found or list_trajectories(folder)
     require_alike(found)
-    if len(found) < config.num_experts:
+    if len(found) < settings.num_experts:
         raise UsageError(
             f"experts must be at most {len(found)}, as many as {folder} holds, got "
-            f"{config.num_experts}"
+            f"{settings.num_experts}"
         )
-    return found[: config.num_experts]
+    return found[: settings.num_experts]
 
 
 def record_trajectories(
@@ -112,40 +112,40 @@ def record_trajectories(
             not finite.
         RunError: a network diverges.
     """
-    config, train = ctx.config, ctx.train
-    groups, there = ctx.groups(config.num_experts), set[int]()
-    for k in range(config.num_experts):
+    settings, train = ctx.settings, ctx.train
+    groups, there = ctx.groups(settings.num_experts), set[int]()
+    for k in range(settings.num_experts):
         if trajectory_path(folder, k).exists():
             trajectory = Trajectory(trajectory_path(folder, k))
             _check_fits(trajectory, ctx, epochs)
-            _check_finite(trajectory, config)
+            _check_finite(trajectory, settings)
             there.add(k)
     for group in groups:
         if there.issuperset(group):
             _forget(folder, group)  # where a kill came between the last two writes
-    if len(there) == config.num_experts:
+    if len(there) == settings.num_experts:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with reporter.task(
-        title, total=config.num_experts * epochs, unit="epoch", done=len(there) * epochs
+        title, total=settings.num_experts * epochs, unit="epoch", done=len(there) * epochs
     ) as task:
         for group in groups:
             missing = [k for k in group if k not in there]
             if not missing:
                 continue
             checkpoints, train_state = _unfinished(ctx, folder, group) or _begin(start(group))
-            _require_converging(checkpoints[-1], group, len(checkpoints) - 1, title, config)
+            _require_converging(checkpoints[-1], group, len(checkpoints) - 1, title, settings)
             task.advance((len(checkpoints) - 1) * len(missing))
             # Not a copy of these rows: easy examples are most of a set.
             own_rows = None if rows is None else rows.expand(len(group), -1)
             loop = Loop(ctx.real_sgd, train_state, train.images, train.labels, rows=own_rows)
             saved = time.monotonic()
             for epoch in range(len(checkpoints) - 1, epochs):
-                loop.epoch(config.expert_lr, [ctx.generator(purpose, k, epoch) for k in group])
+                loop.epoch(settings.expert_lr, [ctx.generator(purpose, k, epoch) for k in group])
                 checkpoints.append(train_state.theta.to("cpu", copy=True))
-                _require_converging(checkpoints[-1], group, epoch + 1, title, config)
+                _require_converging(checkpoints[-1], group, epoch + 1, title, settings)
                 task.advance(len(missing), network=_in_words(missing))
-                if time.monotonic() - saved > config.checkpoint_seconds and epoch + 1 < epochs:
+                if time.monotonic() - saved > settings.checkpoint_seconds and epoch + 1 < epochs:
                     write_partial(
                         folder,
                         group[0],
@@ -177,7 +177,7 @@ def keep_starts(
     keeps those of each group as trajectories of no epoch yet, from which
     :func:`record_trajectories` goes on.
     """
-    config, groups = ctx.config, ctx.groups(ctx.config.num_experts)
+    settings, groups = ctx.settings, ctx.groups(ctx.settings.num_experts)
     missing = [
         group
         for group in groups
@@ -186,11 +186,11 @@ def keep_starts(
     ]
     if not missing:
         return
-    there = config.num_experts - sum(map(len, missing))
-    with reporter.task(title, total=config.num_experts, unit="network", done=there) as task:
+    there = settings.num_experts - sum(map(len, missing))
+    with reporter.task(title, total=settings.num_experts, unit="network", done=there) as task:
         for group in missing:
             checkpoints, train_state = _begin(start(group))
-            _require_converging(checkpoints[-1], group, 0, title, config)
+            _require_converging(checkpoints[-1], group, 0, title, settings)
             write_partial(
                 folder, group[0], checkpoints, {"momentum_buffer": train_state.momentum_buffer}
             )
@@ -205,7 +205,7 @@ def stored_start(ctx: RunContext, folder: Path, k: int) -> Tensor:
     """
     if trajectory_path(folder, k).exists():
         return Trajectory(trajectory_path(folder, k)).checkpoint(0)
-    (group,) = (group for group in ctx.groups(ctx.config.num_experts) if k in group)
+    (group,) = (group for group in ctx.groups(ctx.settings.num_experts) if k in group)
     return read_partial_start(folder, group[0], k - group[0])
 
 
@@ -214,9 +214,9 @@ def _metadata(ctx: RunContext, k: int, purpose: str, reached: float) -> dict[str
         "network": ctx.network,
         **identity(ctx.data),
         "normalization": ctx.data.normalization.to_dict(),
-        "whitening": ctx.config.whitening,
+        "whitening": ctx.settings.whitening,
         **({} if ctx.data.whitening is None else {"whitening_epsilon": ctx.data.whitening.epsilon}),
-        "seed": ctx.config.seed,
+        "seed": ctx.settings.seed,
         "index": k,
         "purpose": purpose,
         "selection_accuracy": round(reached, 2),
@@ -237,7 +237,7 @@ def _forget(folder: Path, group: range) -> None:
 
 
 def _require_converging(
-    theta: Tensor, group: range, epoch: int, title: str, config: Config
+    theta: Tensor, group: range, epoch: int, title: str, settings: Settings
 ) -> None:
     """Raises RunError where a network of ``group``, at ``theta`` [K, P] after ``epoch`` epochs, is
     no longer finite: all that follows would be NaN, and be blamed on the images.
@@ -246,7 +246,7 @@ def _require_converging(
         if not is_finite(own):
             when = f"in epoch {epoch}" if epoch else "on the images of the stages before"
             advice = (
-                f"lower expert_lr (now {config.expert_lr:g})"
+                f"lower expert_lr (now {settings.expert_lr:g})"
                 if epoch
                 else "lower inner_lr or lr_lr"
             )
@@ -256,23 +256,21 @@ def _require_converging(
             )
 
 
-def _check_finite(trajectory: Trajectory, config: Config) -> None:
+def _check_finite(trajectory: Trajectory, settings: Settings) -> None:
     """Raises UsageError at the first checkpoint that is not finite, of those that the run can come
     to read: else an iteration might draw it after hours.
     """
     last = (
-        trajectory.epochs
-        if config.filter == "forgetting"
-        else config.max_start_epoch + config.expert_epochs
+        trajectory.epochs if settings.filter == "forgetting" else settings.method.trajectory_epochs
     )
     epochs = [*range(last + 1), trajectory.epochs]  # the last one gives soft labels
-    for epoch in epochs if config.labels != "hard" else epochs[:-1]:
+    for epoch in epochs if settings.labels != "hard" else epochs[:-1]:
         trajectory.checkpoint(epoch)
 
 
 def _check_serves(trajectory: Trajectory, ctx: RunContext) -> None:
     """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
-    metadata, reach = trajectory.metadata, ctx.config.max_start_epoch + ctx.config.expert_epochs
+    metadata, reach = trajectory.metadata, ctx.settings.method.trajectory_epochs
     if reason := difference(metadata, identity(ctx.data)):
         raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
     _require_same(
@@ -297,7 +295,9 @@ def _made_of_pixels(metadata: dict[str, Any], ctx: RunContext) -> dict[str, tupl
     """
     if "whitening" not in metadata:
         return {}
-    pairs: dict[str, tuple[Any, Any]] = {"whitening": (metadata["whitening"], ctx.config.whitening)}
+    pairs: dict[str, tuple[Any, Any]] = {
+        "whitening": (metadata["whitening"], ctx.settings.whitening)
+    }
     if ctx.data.whitening is not None:
         pairs["whitening_epsilon"] = (
             metadata.get("whitening_epsilon", EPSILON),
@@ -314,7 +314,7 @@ def _made_of_pixels(metadata: dict[str, Any], ctx: RunContext) -> dict[str, tupl
             if ctx.data.whitening is not None
             else ""
         )
-        same = ctx.config.normalization == "fitted" and wanted != Normalization.identity(
+        same = ctx.settings.normalization == "fitted" and wanted != Normalization.identity(
             len(wanted.mean)
         )
     return pairs | {"normalization": (str(wanted) if same else found, str(wanted))}

@@ -114,7 +114,7 @@ def _summed(
         torch.zeros(len(ctx.train), dtype=torch.float64, device="cpu"),
         0,
     )
-    whose, data = {"experts": networks, "select": ctx.config.selection_split}, identity(ctx.data)
+    whose, data = {"experts": networks, "select": ctx.settings.selection_split}, identity(ctx.data)
     if file.exists():
         tensors, metadata = read_tensors(file)
         total, done = tensors.get("total", total[:0]), int(metadata.get("done", 0))
@@ -173,10 +173,10 @@ def _filled(inside: Tensor, distance: Tensor, labels: Tensor, least: int) -> Ten
 
 def stage_bands(ctx: RunContext, scores: Tensor) -> list[Tensor]:
     """The examples of every stage, bool [n] each."""
-    config, labels, least = ctx.config, ctx.train.labels.cpu(), _least(ctx)
+    settings, labels, least = ctx.settings, ctx.train.labels.cpu(), _least(ctx)
     return [
-        band(scores, labels, stage, config.stages, config.filter_band, least)
-        for stage in range(1, config.stages + 1)
+        band(scores, labels, stage, settings.stages, settings.filter_band, least)
+        for stage in range(1, settings.stages + 1)
     ]
 
 
@@ -184,7 +184,7 @@ def _least(ctx: RunContext) -> int:
     """Examples that a stage has of every class, at least: enough for images that no other stage
     starts from.
     """
-    return max(_FEWEST, sum(ctx.config.real_by_stage))
+    return max(_FEWEST, sum(ctx.settings.real_by_stage))
 
 
 def initial_rows(ctx: RunContext, bands: Sequence[Tensor]) -> list[Tensor]:
@@ -194,7 +194,7 @@ def initial_rows(ctx: RunContext, bands: Sequence[Tensor]) -> list[Tensor]:
     labels, found = ctx.train.labels.cpu(), []
     free = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     for stage, (count, inside) in enumerate(
-        zip(ctx.config.real_by_stage[: len(bands)], bands, strict=True), start=1
+        zip(ctx.settings.real_by_stage[: len(bands)], bands, strict=True), start=1
     ):
         generator, own = ctx.generator("initial images", stage), list[Tensor]()
         for label in range(ctx.data.num_classes):
@@ -237,7 +237,7 @@ class AllExamples(Examples):
         return None
 
     def initial_rows(self, stage: int) -> Tensor:
-        return self._ctx.random_real_rows(self._ctx.config.real_by_stage, "initial images")[
+        return self._ctx.random_real_rows(self._ctx.settings.real_by_stage, "initial images")[
             stage - 1
         ]
 
@@ -281,7 +281,7 @@ class UnlearnedExamples(FilteredExamples):
         run, ctx = self._run, self._ctx
         if stage == 1:
             return torch.ones(len(ctx.train), dtype=torch.bool, device="cpu")
-        folder, networks = run.stage_trajectories_dir(stage), ctx.config.num_experts
+        folder, networks = run.stage_trajectories_dir(stage), ctx.settings.num_experts
         right = times_learned(
             ctx,
             lambda k: stored_start(ctx, folder, k),
@@ -292,7 +292,7 @@ class UnlearnedExamples(FilteredExamples):
         return unlearned(right, networks, ctx.train.labels.cpu(), _least(ctx))
 
 
-FILTERS: dict[str, type[Examples]] = {  # by Config.filter
+FILTERS: dict[str, type[Examples]] = {  # by Settings.filter
     "none": AllExamples,
     "forgetting": ForgottenExamples,
     "learned": UnlearnedExamples,

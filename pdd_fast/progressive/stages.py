@@ -31,7 +31,7 @@ from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.devices import peak_memory
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter, Task
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.distilled import DistilledSet
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, list_trajectories
@@ -48,27 +48,29 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
             is kept.
     """
     with run.lock():
-        config = run.config
-        if config.method not in METHODS:
+        settings = run.settings
+        if settings.method.name not in METHODS:
             raise UsageError(
-                f"method must be {' or '.join(METHODS)}, got {config.method!r}; register it first"
+                f"method must be {' or '.join(METHODS)}, got {settings.method.name!r}; register it "
+                f"first"
             )
-        ctx, recorded = RunContext.of_run(run), METHODS[config.method].needs_trajectories
-        if config.filter == "learned" and not recorded:
+        ctx, recorded = RunContext.of_run(run), METHODS[settings.method.name].needs_trajectories
+        if settings.filter == "learned" and not recorded:
             raise UsageError(
-                f"filter must be none or forgetting where method is {config.method}, got learned"
+                f"filter must be none or forgetting where method is {settings.method.name}, got "
+                f"learned"
             )
-        require_images_per_class(ctx.train, config.ipc, ctx.data.classes, each=config.factor**2)
-        if recorded or config.filter == "forgetting" or config.labels != "hard":
+        require_images_per_class(ctx.train, settings.ipc, ctx.data.classes, each=settings.factor**2)
+        if recorded or settings.filter == "forgetting" or settings.labels != "hard":
             ensure_experts(run, ctx, reporter)
-        union, examples = UnionSet.empty(ctx), FILTERS[config.filter](run, ctx, reporter)
-        for stage in range(1, config.stages + 1):
+        union, examples = UnionSet.empty(ctx), FILTERS[settings.filter](run, ctx, reporter)
+        for stage in range(1, settings.stages + 1):
             if run.stage_file(stage).exists():
                 union = UnionSet.load(run.stage_file(stage), ctx)
                 continue
             trajectories = list[Trajectory]()
             if recorded:
-                if _records(config, stage):
+                if _records(settings, stage):
                     transition(run, ctx, union, examples, reporter)
                 trajectories = _trajectories(run, stage)
             union = _run_stage(run, ctx, union, trajectories, examples, reporter)
@@ -79,16 +81,16 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         return distilled
 
 
-def _records(config: Config, stage: int) -> bool:
+def _records(settings: Settings, stage: int) -> bool:
     """Whether a stage matches trajectories of its own: on other examples than the experts', or from
     other starts.
     """
-    return config.filter == "forgetting" or (stage > 1 and config.conditioning == "on")
+    return settings.filter == "forgetting" or (stage > 1 and settings.conditioning == "on")
 
 
 def _trajectories(run: Run, stage: int) -> list[Trajectory]:
     """What stage ``stage`` matches; of stage 0, whose networks have seen nothing, the experts."""
-    if stage == 0 or not _records(run.config, stage):
+    if stage == 0 or not _records(run.settings, stage):
         return stored_experts(run)
     return list_trajectories(run.stage_trajectories_dir(stage))
 
@@ -100,8 +102,8 @@ def transition(
     there is one, and then, recorded, on the stage's real ``examples``. Starts are chained: they are
     those of the stage before, trained further.
     """
-    config, stage = ctx.config, union.stages + 1
-    conditioned = config.conditioning == "on" and union.stages > 0
+    settings, stage = ctx.settings, union.stages + 1
+    conditioned = settings.conditioning == "on" and union.stages > 0
     starts, folder = (
         _trajectories(run, stage - 1 if conditioned else 0),
         run.stage_trajectories_dir(stage),
@@ -114,20 +116,20 @@ def transition(
         if conditioned:
             generators = [ctx.generator("transition", stage, k) for k in group]
             ctx.train_on_union(
-                train_state, *union.up_to(), union.lrs[-1], config.transition_epochs, generators
+                train_state, *union.up_to(), union.lrs[-1], settings.transition_epochs, generators
             )
         return train_state.theta
 
     if examples.follow_from_starts:
-        keep_starts(ctx, folder, start, reporter, f"starts of stage {stage}/{config.stages}")
+        keep_starts(ctx, folder, start, reporter, f"starts of stage {stage}/{settings.stages}")
     record_trajectories(
         ctx,
         folder,
         start,
-        config.transition_real_epochs,
+        settings.transition_real_epochs,
         f"stage-{stage}",
         reporter,
-        f"transition to stage {stage}/{config.stages}",
+        f"transition to stage {stage}/{settings.stages}",
         examples.rows(stage),
     )
 
@@ -152,7 +154,7 @@ class _Selection:
     def __init__(self, ctx: RunContext, union: UnionSet) -> None:
         self._ctx, self._union = ctx, union
         self._students = []
-        for group in ctx.groups(ctx.config.eval_networks):
+        for group in ctx.groups(ctx.settings.eval_networks):
             train_state = ctx.initial_state("selection", group)
             for stage in range(1, union.stages + 1):
                 self._train(group, train_state, *union.up_to(stage), union.lrs[stage - 1], stage)
@@ -169,7 +171,7 @@ class _Selection:
     ) -> None:
         generators = [self._ctx.generator("selection", j, stage) for j in group]
         self._ctx.train_on_union(
-            train_state, images, labels, lr, self._ctx.config.eval_epochs, generators
+            train_state, images, labels, lr, self._ctx.settings.eval_epochs, generators
         )
 
     def score(self, union: UnionSet) -> float:
@@ -198,10 +200,10 @@ def _run_stage(
     """Learns the images of the stage after ``union`` from ``examples``, matching ``trajectories``
     where the method does.
     """
-    config, stage = ctx.config, union.stages + 1
+    settings, stage = ctx.settings, union.stages + 1
     images, labels = _initial(run, ctx, examples.initial_rows(stage))
-    conditions = union if config.conditioning == "on" else UnionSet.empty(ctx)
-    method = METHODS[config.method](
+    conditions = union if settings.conditioning == "on" else UnionSet.empty(ctx)
+    method = METHODS[settings.method.name](
         StageProblem(ctx, stage, examples.rows(stage), conditions, trajectories, images, labels)
     )
     best = _resume(run, stage, method)
@@ -210,18 +212,18 @@ def _run_stage(
     row: dict[str, Any] = {}  # of metrics.jsonl, the last iteration's
     try:
         with reporter.task(
-            f"stage {stage}/{config.stages}",
-            total=config.iterations,
+            f"stage {stage}/{settings.stages}",
+            total=settings.iterations,
             unit="iteration",
             done=method.iteration,
         ) as task:
             saved = time.monotonic()
             while True:
-                if _is_judged(config.eval_every, method.iteration, config.iterations) and (
+                if _is_judged(settings.eval_every, method.iteration, settings.iterations) and (
                     best is None or best.judged < method.iteration
                 ):
                     best = _judge(run, selection, union, method, best, task)
-                if method.iteration == config.iterations:
+                if method.iteration == settings.iterations:
                     break
                 began = time.perf_counter()
                 values = method.step()
@@ -230,7 +232,7 @@ def _run_stage(
                 row["memory"] = peak_memory(ctx.device)
                 run.metrics.append(**row)
                 task.advance(1, **values)
-                if time.monotonic() - saved > config.checkpoint_seconds:
+                if time.monotonic() - saved > settings.checkpoint_seconds:
                     _checkpoint(run, stage, method, best)
                     saved = time.monotonic()
     except BaseException:
@@ -248,13 +250,13 @@ def _initial(run: Run, ctx: RunContext, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Images as they are stored, which hold the real ones in ``rows`` of ``ctx.train`` (so many
     of each class, class by class), and their labels.
     """
-    config, each = ctx.config, ctx.config.factor**2
+    settings, each = ctx.settings, ctx.settings.factor**2
     groups = rows.view(-1, each).T  # [each, n]: of every stored image what its cells hold
     images, labels = (
-        combine(ctx.train.images[groups.flatten()], config.factor),
+        combine(ctx.train.images[groups.flatten()], settings.factor),
         ctx.train.labels[groups[0]],
     )
-    if config.labels != "hard":
+    if settings.labels != "hard":
         labels = soft_labels(ctx.engine, stored_experts(run), images)
     return images, labels
 

@@ -48,10 +48,13 @@ def cutmix_batch(
 class NetworkSgd:
     """SGD of K networks on augmented batches, some of them mixed; ``union_momentum`` and
     ``union_weight_decay``.
+
+    Args:
+        cutmix: probability that a step mixes its batch.
     """
 
-    def __init__(self, ctx: RunContext) -> None:
-        self._ctx = ctx
+    def __init__(self, ctx: RunContext, cutmix: float = 0.0) -> None:
+        self._ctx, self._cutmix = ctx, cutmix
 
     def weights(self, labels: Tensor) -> Tensor:
         """``labels`` as weights [n, classes], which is what mixing gives."""
@@ -71,19 +74,19 @@ class NetworkSgd:
         """A step of every network on its own ``rows`` of ``images`` [n, C, H, W] and ``weights``
         [n, classes].
         """
-        config, batches = self._ctx.config, list[tuple[Tensor, Tensor]]()
+        settings, batches = self._ctx.settings, list[tuple[Tensor, Tensor]]()
         for own, generator in zip(rows, generators, strict=True):
             index = own.to(images.device)
             x = augment(
                 images[index], self._ctx.dsa.sample(len(own), self._ctx.data.image_size, generator)
             )
             y = weights[index]
-            if float(torch.rand((), generator=generator, device="cpu")) < config.cutmix:
+            if float(torch.rand((), generator=generator, device="cpu")) < self._cutmix:
                 x, y = cutmix_batch(x, y, generator)
             batches.append((x, y))
         x, y = (torch.stack(parts) for parts in zip(*batches, strict=True))
         _, gradient = self._ctx.engine.gradients(train_state.theta, x, y)
-        momentum, decay = config.union_momentum, config.union_weight_decay
+        momentum, decay = settings.union_momentum, settings.union_weight_decay
         train_state.theta.sub_(
             sgd_update(train_state.theta, train_state.momentum_buffer, gradient, momentum, decay),
             alpha=lr,
@@ -96,17 +99,22 @@ class StartNetworks:
 
     Args:
         union: of the earlier stages.
+        pool: number of networks, taken in turn; 0: a new one for every iteration.
+        cutmix: probability that a training step mixes its batch.
     """
 
-    def __init__(self, ctx: RunContext, union: UnionSet) -> None:
-        self._ctx, self._union, self._sgd = ctx, union, NetworkSgd(ctx)
+    def __init__(
+        self, ctx: RunContext, union: UnionSet, pool: int = 0, cutmix: float = 0.0
+    ) -> None:
+        self._ctx, self._union, self._pool = ctx, union, pool
+        self._sgd = NetworkSgd(ctx, cutmix)
         self._made: dict[int, Tensor] = {}
 
     def parameters(self, iteration: int) -> Tensor:
         """[P] of the network that ``iteration`` takes, on the run's device. Networks are trained in
         groups, ahead.
         """
-        pool = self._ctx.config.start_networks
+        pool = self._pool
         number = iteration % pool if pool else iteration
         if number not in self._made:
             size = self._ctx.side_by_side
@@ -118,21 +126,21 @@ class StartNetworks:
         return self._made[number]
 
     def _trained(self, group: range) -> list[Tensor]:
-        ctx, config, union = self._ctx, self._ctx.config, self._union
+        ctx, settings, union = self._ctx, self._ctx.settings, self._union
         train_state = ctx.initial_state("start network", group)
         for stage in range(1, union.stages + 1):
             images, labels = union.up_to(stage)
             weights, lr = self._sgd.weights(labels), union.lrs[stage - 1]
             generators = [ctx.generator("start network", number, stage) for number in group]
             train_state.momentum_buffer.zero_()  # an optimizer of its own for every union
-            for epoch in range(config.transition_epochs):
+            for epoch in range(settings.transition_epochs):
                 orders = [
                     torch.randperm(len(images), generator=generator, device="cpu").split(
-                        config.union_batch
+                        settings.union_batch
                     )
                     for generator in generators
                 ]
-                passed = (6 * epoch) // config.transition_epochs  # sixths
+                passed = (6 * epoch) // settings.transition_epochs  # sixths
                 now = lr * 0.2 ** ((passed >= 4) + (passed >= 5))
                 for rows in zip(*orders, strict=True):
                     self._sgd.step(train_state, images, weights, rows, now, generators)

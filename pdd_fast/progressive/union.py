@@ -43,9 +43,9 @@ class UnionSet:
     def empty(cls, ctx: RunContext) -> UnionSet:
         train = ctx.train
         none, labels = train.labels[:0].clone(), train.labels[:0].clone()
-        if ctx.config.labels != "hard":
+        if ctx.settings.labels != "hard":
             labels = train.images.new_empty(0, ctx.data.num_classes)
-        return cls(train.images[:0].clone(), labels, none, factor=ctx.config.factor)
+        return cls(train.images[:0].clone(), labels, none, factor=ctx.settings.factor)
 
     @classmethod
     def load(cls, path: Path, ctx: RunContext) -> UnionSet:
@@ -122,7 +122,7 @@ class UnionSet:
 
     def distilled(self, ctx: RunContext) -> DistilledSet:
         """As it is stored: nothing in it depends on when or how often a run was interrupted."""
-        config = ctx.config
+        settings = ctx.settings
         return DistilledSet(
             images=self.images.cpu(),
             labels=self.labels.cpu(),
@@ -133,11 +133,11 @@ class UnionSet:
             whitening=ctx.data.whitening,
             metadata={
                 **identity(ctx.data),
-                "augmentation": {"strategy": config.augment, "mode": config.augment_mode},
+                "augmentation": {"strategy": settings.augment, "mode": settings.augment_mode},
                 "network": ctx.network,
-                "labels": config.labels,
-                "method": config.method,
-                "seed": config.seed,
+                "labels": settings.labels,
+                "method": settings.method.name,
+                "seed": settings.seed,
                 "pdd_fast": __version__,
             },
         )

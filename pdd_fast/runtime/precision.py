@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-NAMES = ("float32", "tf32", "bfloat16")
+from pdd_fast.runtime import choices
+
+NAMES = choices.PRECISIONS
 
 
 def resolve(name: str, device: torch.device) -> str:

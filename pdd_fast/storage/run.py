@@ -20,24 +20,31 @@ from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_json, read_tensors, save_tensors, write_json, write_text
 from pdd_fast.runtime.locks import locked
 from pdd_fast.runtime.paths import expanded, short_dataset
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.evaluation import Evaluation
 
 
-def default_run_dir(config: Config) -> Path:
+def default_run_dir(settings: Settings) -> Path:
     """Where a run goes that was not told where."""
-    return Path("runs") / default_name(config)
+    return Path("runs") / default_name(settings)
 
 
-def default_name(config: Config, stages: bool = True) -> str:
+def default_name(settings: Settings, stages: bool = True) -> str:
     """What a run is about, in a folder's name; of several runs without ``stages`` and seed."""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", config.dataset).strip("-") + f"-ipc{config.ipc}"
-    name += f"-{config.method}" if config.method != Config.method else ""
-    name += f"-{config.labels}-labels" if config.labels != Config.labels else ""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", settings.dataset).strip("-") + f"-ipc{settings.ipc}"
+    method = settings.method.name
+    name += f"-{method}" if method != configuration.DEFAULT_METHOD else ""
+    labels = settings.labels
+    name += f"-{labels}-labels" if labels != configuration.default("labels") else ""
     if not stages:
         return name
-    split = "-".join(map(str, config.ipc_by_stage)) if config.stage_ipc else config.stages
-    return f"{name}-stages{split}-seed{config.seed}"
+    split = "-".join(map(str, settings.ipc_by_stage)) if settings.stage_ipc else settings.stages
+    return f"{name}-stages{split}-seed{settings.seed}"
+
+
+def _stored_settings(stored: dict[str, Any]) -> Any:
+    """Return the settings in a config.json; before methods had their own, its "config"."""
+    return stored.get("settings", stored.get("config"))
 
 
 class Metrics:
@@ -71,14 +78,14 @@ class Metrics:
 
 
 class Run:
-    """A run directory and the configuration in it."""
+    """A run directory and the settings in it."""
 
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path, self.config = path, config
+    def __init__(self, path: Path, settings: Settings) -> None:
+        self.path, self.settings = path, settings
         self.metrics = Metrics(self.metrics_file)
 
     @classmethod
-    def create(cls, path: str | Path, config: Config) -> Run:
+    def create(cls, path: str | Path, settings: Settings) -> Run:
         """A new run directory with its config.json, in which paths are absolute: it is opened from
         anywhere.
 
@@ -93,31 +100,32 @@ class Run:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(f"{path} exists and is not a run directory; choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
-        absolute = configuration.absolute(config)
+        absolute = configuration.absolute(settings)
         versions = {
             "pdd_fast": __version__,
             "commit": commit(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        write_json(path / "config.json", {"config": absolute.to_dict(), "versions": versions})
-        return cls(path, config)
+        write_json(path / "config.json", {"settings": absolute.to_dict(), "versions": versions})
+        return cls(path, settings)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """An existing run directory.
 
         Raises:
-            UsageError: it is none, or its configuration cannot be read.
+            UsageError: it is none, or its settings cannot be read.
         """
         path = expanded(path)
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a run directory: it holds no config.json")
         stored = read_json(path / "config.json")
-        if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
-            raise UsageError(f"{path / 'config.json'} does not hold a run's configuration")
+        settings = _stored_settings(stored) if isinstance(stored, dict) else None
+        if not isinstance(settings, dict):
+            raise UsageError(f"{path / 'config.json'} does not hold a run's settings")
         try:
-            return cls(path, configuration.from_dict(stored["config"]))
+            return cls(path, configuration.from_dict(settings))
         except UsageError as error:
             raise UsageError(f"{path / 'config.json'}: {error}") from error
 
@@ -131,7 +139,7 @@ class Run:
         return (
             noted
             if isinstance(noted, dict)
-            else {"data": short_dataset(stored["config"].get("dataset", ""))}
+            else {"data": short_dataset(_stored_settings(stored).get("dataset", ""))}
         )
 
     def note_data(self, identity: dict[str, Any]) -> None:

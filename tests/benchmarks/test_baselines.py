@@ -337,12 +337,12 @@ def test_a_plain_stage_learns_images_and_rate(tmp_path: Path) -> None:
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
     plain = stage.PlainStage(ctx, union, starts, channels_last=False)
     trajectory = plain.trajectory(starts[0])
-    assert len(trajectory) == ctx.config.transition_real_epochs + 1
+    assert len(trajectory) == ctx.settings.transition_real_epochs + 1
     images, rate = plain.learn([trajectory, trajectory])
-    before = ctx.train.images[ctx.random_real_rows(ctx.config.ipc_by_stage, "initial images")[1]]
+    before = ctx.train.images[ctx.random_real_rows(ctx.settings.ipc_by_stage, "initial images")[1]]
     assert images.shape == before.shape
     assert 1e-6 < relative_error(images, before) < 10
-    assert rate != ctx.config.inner_lr
+    assert rate != ctx.settings.inner_lr
     assert 0 <= plain.select(images, rate) <= 100
 
 

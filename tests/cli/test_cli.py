@@ -20,10 +20,10 @@ from command import call
 from PIL import Image
 from safetensors import safe_open
 
-from pdd_fast import __version__, load_distilled
+from pdd_fast import __version__, load_distilled, recipes
 from pdd_fast._version import commit
 from pdd_fast.cli import main as cli
-from pdd_fast.settings import Config, recipe_names
+from pdd_fast.settings import Settings, default, from_dict
 
 CLASSES, TEST_IMAGES = 10, 359  # of the digits
 
@@ -47,20 +47,20 @@ def test_help_goes_to_stdout(arguments: list[str], flag: str) -> None:
 @pytest.mark.parametrize("command", ["distill", "experts"])
 def test_help_names_every_flag_with_its_default(command: str) -> None:
     text = " " + " ".join(call(command, "--help").out.partition("Options:")[2].split())
-    for flag, default in (
-        ("--dataset", Config.dataset),
-        ("--stages", Config.stages),
-        ("--ipc", Config.ipc),
-        ("--method", Config.method),
+    for flag, wanted in (
+        ("--dataset", default("dataset")),
+        ("--stages", default("stages")),
+        ("--ipc", default("ipc")),
+        ("--method", default("method")),
         ("--recipe", "the dataset's"),
         ("--run-dir", "runs/DATA-ipc..."),
-        ("--seed", Config.seed),
-        ("--device", Config.device),
-        ("--data-dir", Config.data_dir),
-        ("--selection-split", Config.selection_split),
-        ("--precision", Config.precision),
+        ("--seed", default("seed")),
+        ("--device", default("device")),
+        ("--data-dir", default("data_dir")),
+        ("--selection-split", default("selection_split")),
+        ("--precision", default("precision")),
     ):
-        assert f"[default: {default}]" in text.partition(f" {flag} ")[2].partition(" --")[0], flag
+        assert f"[default: {wanted}]" in text.partition(f" {flag} ")[2].partition(" --")[0], flag
     for flag in ("--set KEY=VALUE", "--json", "--resume"):
         assert f" {flag} " in text
 
@@ -69,7 +69,7 @@ def test_recipes_are_listed_by_name_and_by_what_they_are_for() -> None:
     outcome = call("distill", "--recipe", "list")
     assert (outcome.status, outcome.err) == (0, "")
     lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
-    assert list(lines) == recipe_names()
+    assert list(lines) == recipes.names()
     assert lines["cifar10-ipc50"].startswith("CIFAR-10, 50 images a class in 5 stages")
     assert call("experts", "--recipe", "list").out == outcome.out
 
@@ -153,9 +153,11 @@ def test_results_go_to_stdout_and_progress_to_stderr(finished: Finished) -> None
 
 def test_config_holds_every_setting_and_the_versions(finished: Finished) -> None:
     stored = json.loads((finished.path / "config.json").read_text())
-    assert stored["config"] == Config().to_dict() | stored["config"]
-    assert set(stored["config"]) == set(Config().to_dict())
-    assert {key: stored["config"][key] for key in tiny.SETTINGS} == tiny.SETTINGS
+    whole = Settings().to_dict()
+    assert set(stored["settings"]) == set(whole)
+    assert set(stored["settings"]["method"]) == set(whole["method"])
+    flat = from_dict(stored["settings"]).flat()
+    assert {key: flat[key] for key in tiny.SETTINGS} == tiny.SETTINGS
     assert stored["versions"]["pdd_fast"] == __version__
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["versions"]["commit"] == commit()
@@ -272,7 +274,7 @@ def test_flags_and_set_say_the_same(here: Path) -> None:
         == 0
     )
     stored = [
-        json.loads((here / name / "config.json").read_text())["config"]
+        from_dict(json.loads((here / name / "config.json").read_text())["settings"]).flat()
         for name in ("by flags", "by set")
     ]
     for config in stored:

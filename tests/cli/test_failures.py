@@ -68,7 +68,7 @@ def test_a_place_that_cannot_be_written_is_named(here: Path) -> None:
 
 def test_images_that_diverge_are_said_to(only_experts: Path) -> None:
     config = json.loads((only_experts / "config.json").read_text())
-    config["config"] |= {"lr_img": 1e38, "max_rollbacks": 0}
+    config["settings"]["method"] |= {"lr_img": 1e38, "max_rollbacks": 0}
     (only_experts / "config.json").write_text(json.dumps(config))
     outcome = call("distill", "--resume", "--run-dir", only_experts)
     assert (outcome.status, outcome.out) == (1, "")

@@ -376,7 +376,7 @@ def test_the_printed_command_continues_an_interrupted_process(tmp_path: Path) ->
 
     # Near the end, so that the test is short: what a shell makes of the command is the question.
     config = json.loads((path / "config.json").read_text())
-    config["config"]["iterations"] = done + 3
+    config["settings"]["iterations"] = done + 3
     (path / "config.json").write_text(json.dumps(config))
     program = Path(sys.executable).with_name("pdd-fast")
     if not program.exists():

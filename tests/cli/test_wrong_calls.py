@@ -215,7 +215,16 @@ def test_a_damaged_distilled_set_is_named(command: str, damage: str, run: Path) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"config": {"nope": 1}}', '{"config": {"stages": "two"}}']
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"config": {"nope": 1}}',
+        '{"config": {"stages": "two"}}',
+        '{"settings": {"nope": 1}}',
+        '{"settings": {"stages": "two"}}',
+    ],
 )
 def test_a_damaged_configuration_is_named(text: str, run: Path) -> None:
     (run / "config.json").write_text(text)

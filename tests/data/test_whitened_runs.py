@@ -25,7 +25,7 @@ from pdd_fast.progressive.stages import distill
 from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_tensors, save_tensors
-from pdd_fast.settings import resolve
+from pdd_fast.settings import from_dict, resolve
 from pdd_fast.storage.mtt_images import read_mtt, write_mtt
 from pdd_fast.storage.run import Run
 
@@ -34,7 +34,7 @@ from pdd_fast.storage.run import Run
 
 def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> None:
     found = pdd_fast.load_distilled(white.path)
-    ctx = RunContext.prepare(white.config, white.path)
+    ctx = RunContext.prepare(white.settings, white.path)
     assert found.normalization == Normalization((0.0,), (1.0,))
     assert found.whitening is not None
     assert ctx.data.whitening is not None
@@ -136,6 +136,7 @@ def test_experts_serve_runs_that_whiten_alike(
 def in_old_form(run: Run) -> None:
     """Take out of a run's files what earlier versions did not write."""
     stored = json.loads((run.path / "config.json").read_text())
+    stored["config"] = from_dict(stored.pop("settings")).flat()
     for key in ("normalization", "whitening_epsilon"):
         del stored["config"][key]
     (run.path / "config.json").write_text(json.dumps(stored))
@@ -175,7 +176,7 @@ def old_images() -> dict[str, Tensor]:
 
 
 def test_a_run_of_an_earlier_version_goes_on_as_it_began(old: Run) -> None:
-    ctx = RunContext.prepare(old.config, old.path)
+    ctx = RunContext.prepare(old.settings, old.path)
     for name, expected in old_images().items():
         torch.testing.assert_close(getattr(ctx.data, name).images, expected, rtol=0, atol=1e-5)
     assert ctx.data.normalization == data.load("digits").normalization
@@ -279,7 +280,7 @@ def test_an_earlier_run_without_whitening_goes_on_and_serves_others(tmp_path: Pa
 
 
 def test_a_stage_of_other_images_is_refused(white: Run, tmp_path: Path) -> None:
-    ctx = RunContext.prepare(white.config, white.path)
+    ctx = RunContext.prepare(white.settings, white.path)
     found = pdd_fast.load_distilled(white.path)
     replace(found, normalization=Normalization((0.5,), (0.25,))).save(tmp_path / "set")
     with pytest.raises(

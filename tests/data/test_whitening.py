@@ -21,7 +21,7 @@ from pdd_fast.data.splits import Pixels, prepare
 from pdd_fast.data.whitening import EPSILON, Whitening
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import save_tensors
-from pdd_fast.settings import Config, resolve
+from pdd_fast.settings import default, resolve
 
 
 def textbook(images: Tensor, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +152,7 @@ def test_bytes_are_whitened_as_the_published_code_does(
 
 
 def test_a_run_and_load_whiten_alike_where_nothing_is_said() -> None:
-    assert Config.whitening_epsilon == EPSILON == 0.1
+    assert default("whitening_epsilon") == EPSILON == 0.1
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -0.1, float("nan"), float("inf")])

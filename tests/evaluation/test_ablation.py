@@ -84,9 +84,9 @@ def test_all_variants_take_as_many_steps_and_match_the_same_experts(folder: Path
         first = runs[CHOSEN[0]]
         assert len(list_trajectories(first.experts_dir)) == 2
         for variant, run in runs.items():
-            assert run.config.seed == seed
-            assert variant.of(run.config) == run.config
-            assert run is first or run.config.experts_from == str(first.path.resolve())
+            assert run.settings.seed == seed
+            assert variant.of(run.settings) == run.settings
+            assert run is first or run.settings.experts_from == str(first.path.resolve())
             assert run is first or not run.experts_dir.exists()
 
 
@@ -213,7 +213,7 @@ def test_soft_labels_are_compared_with_random_images_that_have_them_too(tmp_path
 
 def test_a_filter_shares_its_experts_where_the_method_has_none(tmp_path: Path) -> None:
     config = resolve(
-        **(SETTINGS | {"method": "dm", "factor": 1, "real_batch": 5, "augment_mode": "single"})
+        **tiny.of("dm", SETTINGS) | {"factor": 1, "real_batch": 5, "augment_mode": "single"}
     )
     ablate(config, variants([1, 2], ["on"], ["none", "forgetting"]), [0], tmp_path / "out")
     trained = [path.parent.name for path in (tmp_path / "out/seed-0").glob("*/experts")]

@@ -8,7 +8,6 @@ import copy
 import json
 import shutil
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,9 +86,9 @@ def test_numbers_equal_those_of_a_loop_with_torch_optim(
 ) -> None:
     """The protocol as a user would write it: one optimizer through all unions, its momentum
     kept."""
-    ctx, distilled = RunContext.prepare(run.config), pdd_fast.load_distilled(run.path)
+    ctx, distilled = RunContext.prepare(run.settings), pdd_fast.load_distilled(run.path)
     net = pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
-    dsa = pdd_fast.DSA(run.config.augment)
+    dsa = pdd_fast.DSA(run.settings.augment)
     for repeat, expected in enumerate(of(evaluation, "pdd")["accuracy"]):
         pdd_fast.load_parameters(
             net, initial_parameters(net, of(evaluation, "pdd")["seeds"][repeat])
@@ -142,7 +141,7 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(
     run: Run, evaluation: dict[str, Any]
 ) -> None:
     """ConvNet by the path of any module gives ConvNet's own numbers, up to rounding."""
-    ctx = RunContext.prepare(run.config)
+    ctx = RunContext.prepare(run.settings)
     union = UnionSet.load(run.distilled_file, ctx)
     (phases,) = comparisons.InOrder(union, "hard", evaluation["steps"]).schedules(range(2))
     net = ctx.engine.net
@@ -255,8 +254,8 @@ def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, An
     """Each repeat has its own network, draws and random images, in whichever group it is; rounding
     may move an image of the 359 across a boundary.
     """
-    together = Run(run.path, replace(run.config, side_by_side=2, repeats=3))
-    found, alone = (evaluated(together), evaluated(Run(run.path, replace(run.config, repeats=3))))
+    together = Run(run.path, run.settings.changed(side_by_side=2, repeats=3))
+    found, alone = (evaluated(together), evaluated(Run(run.path, run.settings.changed(repeats=3))))
     for result in found["results"]:
         assert result["seeds"] == of(alone, result["name"])["seeds"]
         for row, expected in zip(
@@ -267,7 +266,7 @@ def test_networks_side_by_side_reach_the_same(run: Run, evaluation: dict[str, An
 
 
 def test_random_images_are_other_ones_for_every_repeat(run: Run) -> None:
-    ctx = RunContext.prepare(run.config)
+    ctx = RunContext.prepare(run.settings)
     random = comparisons.RandomReal("random", "hard", ctx, ctx.train.labels, [7, 8, 9])
     (phases,) = random.schedules(range(1, 3))
     assert [(phase.lr, phase.steps, phase.stops) for phase in phases] == [
@@ -329,7 +328,7 @@ def test_soft_labels_are_reported_apart_from_hard_ones(run: Run, tmp_path: Path)
 
 def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) -> None:
     soft = finished(tmp_path / "soft", labels="soft", iterations=0)
-    ctx, experts = RunContext.prepare(soft.config), stored_experts(soft)
+    ctx, experts = RunContext.prepare(soft.settings), stored_experts(soft)
     labels = comparisons._soft(ctx, experts)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for repeat in range(2):
@@ -343,7 +342,7 @@ def test_random_images_with_soft_labels_have_the_experts_word(tmp_path: Path) ->
 
 
 def test_what_cannot_be_evaluated_is_refused(run: Run, tmp_path: Path) -> None:
-    unfinished = Run.create(tmp_path / "unfinished", run.config)
+    unfinished = Run.create(tmp_path / "unfinished", run.settings)
     with pytest.raises(UsageError, match="holds no finished distilled set; continue it"):
         evaluated(unfinished)
     with pytest.raises(UsageError, match="repeats must be at least 1, got 0"):

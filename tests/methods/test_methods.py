@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import pdd_fast
-from pdd_fast import settings as configuration
 from pdd_fast.augmentation.multi_formation import combine, decode
 from pdd_fast.methods import METHODS, BaseMethod, StageProblem, register
 from pdd_fast.methods.class_matching import ClassMatching
@@ -24,7 +23,7 @@ from pdd_fast.progressive.experts import stored_experts
 from pdd_fast.progressive.stages import distill
 from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime.errors import RunError, UsageError
-from pdd_fast.settings import resolve
+from pdd_fast.settings import Settings, resolve
 from pdd_fast.storage.run import Run
 
 SETTINGS: dict[str, Any] = tiny.SETTINGS | {
@@ -41,20 +40,20 @@ SETTINGS: dict[str, Any] = tiny.SETTINGS | {
 }
 
 
-def settings(base: str, **changes: Any) -> configuration.Config:
-    return resolve(**(SETTINGS | {"method": base} | changes))
+def settings(base: str, **changes: Any) -> Settings:
+    return resolve(**(tiny.of(base, SETTINGS) | changes))
 
 
 def problem(base: str, stage: int = 2, **changes: Any) -> StageProblem:
     """A stage after one of real images."""
     ctx = RunContext.prepare(settings(base, **changes))
-    union, groups = UnionSet.empty(ctx), ctx.random_real_rows(ctx.config.real_by_stage, "test")
-    each = ctx.config.factor**2
+    union, groups = UnionSet.empty(ctx), ctx.random_real_rows(ctx.settings.real_by_stage, "test")
+    each = ctx.settings.factor**2
     for rows in groups[: stage - 1]:
-        images = combine(ctx.train.images[rows.view(-1, each).T.flatten()], ctx.config.factor)
+        images = combine(ctx.train.images[rows.view(-1, each).T.flatten()], ctx.settings.factor)
         union = union.extended(images, torch.arange(10, device=ctx.device), 0.1)
     rows = groups[stage - 1].view(-1, each).T
-    images = combine(ctx.train.images[rows.flatten()], ctx.config.factor)
+    images = combine(ctx.train.images[rows.flatten()], ctx.settings.factor)
     return StageProblem(ctx, stage, None, union, [], images, ctx.train.labels[rows[0]])
 
 
@@ -93,11 +92,10 @@ class Shrinking(BaseMethod):
 
 
 @pytest.fixture
-def shrinking(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(configuration, "CHOICES", dict(configuration.CHOICES))
+def shrinking() -> Iterator[None]:
     register("shrinking", Shrinking)
     yield
-    del METHODS["shrinking"]
+    METHODS.unregister("shrinking")
 
 
 @pytest.mark.usefixtures("shrinking")
@@ -123,7 +121,7 @@ def test_a_name_means_one_method() -> None:
     with pytest.raises(ValueError, match="name must be new, got 'idc', which is GradientMatching"):
         register("idc", Shrinking)
     with pytest.raises(
-        UsageError, match="method must be mtt or idc or dm or shrinking, got 'nope'"
+        UsageError, match="method must be dm or idc or mtt or shrinking, got 'nope'"
     ):
         resolve(method="nope")
 
@@ -132,16 +130,16 @@ def test_a_name_means_one_method() -> None:
 def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", settings("shrinking", factor=1, stages=1))
     distill(run)
-    known = METHODS.pop("shrinking")
+    METHODS.unregister("shrinking")
     try:
         again = Run.open(run.path)
         assert evaluated(again)["stages"] == 1
         with pytest.raises(
-            UsageError, match="method must be mtt or idc or dm, got 'shrinking'; register it first"
+            UsageError, match="method must be dm or idc or mtt, got 'shrinking'; register it first"
         ):
             distill(again)
     finally:
-        METHODS["shrinking"] = known
+        register("shrinking", Shrinking)
 
 
 @pytest.mark.usefixtures("shrinking")
@@ -212,7 +210,7 @@ def test_stopped_anywhere_and_continued_gives_the_same_bytes(tmp_path: Path, bas
 
 def test_images_start_from_as_many_real_ones_as_they_hold(tmp_path: Path, base: str) -> None:
     run = Run.create(tmp_path / "run", settings(base, iterations=0))
-    found, ctx = distill(run), RunContext.prepare(run.config)
+    found, ctx = distill(run), RunContext.prepare(run.settings)
     for stage, rows in enumerate(ctx.random_real_rows((4, 4, 4), "initial images"), start=1):
         own = found.subset(stage, raw=True)
         assert own.labels.tolist() == list(range(10))
@@ -282,12 +280,12 @@ def reference_batches(
     """Real and synthetic images of every class, drawn as the method draws them, written class by
     class.
     """
-    work, config = method.problem, method.problem.config
+    work, config, own = method.problem, method.problem.settings, method.settings
     normalized = work.ctx.data.normalization.apply(pixels)
     seen = torch.cat([decode(work.union.images, config.factor), decode(normalized, config.factor)])
     labels = torch.cat([torch.arange(10).repeat(4)] * work.stage)
     chosen = []
-    for of, most in ((work.real.labels, config.real_batch), (labels, config.synthetic_batch)):
+    for of, most in ((work.real.labels, own.real_batch), (labels, own.synthetic_batch)):
         rows = [(of == c).nonzero().flatten() for c in range(10)]
         chosen.append(
             [r[torch.randperm(len(r), generator=draw)[:most]] if len(r) > most else r for r in rows]
@@ -314,7 +312,7 @@ def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -
     method = METHODS["idc"](work)
     assert isinstance(method, ClassMatching)
     pixels = method.done.pixels.clone().requires_grad_()
-    optimizer = torch.optim.SGD([pixels], lr=1e-3, momentum=work.config.momentum)
+    optimizer = torch.optim.SGD([pixels], lr=1e-3, momentum=method.settings.momentum)
     draw, net = work.ctx.generator("matching", 2, 0), work.ctx.engine.net
     pdd_fast.load_parameters(net, method.starts.parameters(0))
     parameters = [p for p in net.parameters() if p.dim() > (2 if distance == "squared" else 1)]
@@ -346,7 +344,7 @@ def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -
     reported = method.step()["loss"]
     assert reported == pytest.approx(sum(losses) / 3, rel=1e-3)
     # Class c has had the turns after its own; those before it in the next round move it on, too.
-    m, momentum_buffer = work.config.momentum, optimizer.state[pixels]["momentum_buffer"]
+    m, momentum_buffer = method.settings.momentum, optimizer.state[pixels]["momentum_buffer"]
     more = torch.tensor([sum(m**k for k in range(1, c + 1)) for c in range(10)]).view(-1, 1, 1, 1)
     expected = (pixels.detach() - 1e-3 * more * momentum_buffer).clamp(0, 1)
     start = method.batches.pixels(work.images)
@@ -403,7 +401,7 @@ def test_images_of_earlier_stages_get_no_gradient(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(engine, "dual", dual)
     method.step()
     assert len(asked) == 10
-    assert sum(asked) < 10 * method.problem.config.synthetic_batch
+    assert sum(asked) < 10 * method.settings.synthetic_batch
 
 
 def test_dm_computes_in_the_precision_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

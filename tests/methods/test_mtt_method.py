@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.union import UnionSet
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError, UsageError
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.trajectories import list_trajectories, write_trajectory
 from pdd_fast.training.cuda_graphs import CaptureWarning
 
@@ -64,7 +63,7 @@ def problem(
         "depth": 2,
         "lr_label": 20.0,
     } | settings
-    frozen, config = len(case.frozen), replace(Config(), **settings)
+    frozen, config = len(case.frozen), Settings().changed(**settings)
     learned, learned_labels = case.learned, case.labels[frozen:]
     split = Split(learned, learned_labels)
     data = ImageData("none", tuple("abc"), split, 1, split, Normalization((0.0,) * 3, (1.0,) * 3))

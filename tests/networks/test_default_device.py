@@ -27,7 +27,7 @@ from pdd_fast.storage.run import Run
 
 def everything(folder: Path, **changes: Any) -> tuple[dict[str, Tensor], Any]:
     """A whole run with its evaluation: the distilled set's tensors, and the accuracies."""
-    run = Run.create(folder, resolve(**(tiny.SETTINGS | changes)))
+    run = Run.create(folder, resolve(**(tiny.of(changes.get("method", "mtt")) | changes)))
     distill(run)
     results = evaluated(run)["results"]
     return load_file(run.distilled_file, device="cpu"), [result["accuracy"] for result in results]

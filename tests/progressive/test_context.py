@@ -15,7 +15,7 @@ from pdd_fast.settings import resolve
 
 
 def prepare(**changes: Any) -> RunContext:
-    return RunContext.prepare(resolve(**(tiny.SETTINGS | changes)))
+    return RunContext.prepare(resolve(**(tiny.of(changes.get("method", "mtt")) | changes)))
 
 
 def test_the_number_of_threads_is_set_where_the_configuration_has_one() -> None:

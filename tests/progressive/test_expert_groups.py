@@ -29,7 +29,7 @@ from pdd_fast.progressive.experts import (
 )
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import list_trajectories, partial_path, trajectory_path
 from pdd_fast.training.sgd import Loop
@@ -37,7 +37,7 @@ from pdd_fast.training.sgd import Loop
 MANY = 5  # experts, in groups of three and two
 
 
-def grouped(**changes: Any) -> Config:
+def grouped(**changes: Any) -> Settings:
     return configuration(**({"num_experts": MANY, "side_by_side": 3} | changes))
 
 

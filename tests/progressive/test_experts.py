@@ -88,7 +88,7 @@ def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, ctx: R
         train_state, train = TrainState.start(trajectory.checkpoint(0)[None]), ctx.data.train
         loop = Loop(ctx.real_sgd, train_state, train.images, train.labels)
         for epoch in range(EPOCHS):
-            loop.epoch(ctx.config.expert_lr, [ctx.generator("expert", number, epoch)])
+            loop.epoch(ctx.settings.expert_lr, [ctx.generator("expert", number, epoch)])
             assert torch.equal(train_state.theta[0], trajectory.checkpoint(epoch + 1))
         assert (
             float(train_state.momentum_buffer.norm()) > 0
@@ -144,7 +144,7 @@ def test_the_papers_choice_trains_on_all_training_images(ctx: RunContext, tmp_pa
     )
     train_state = ctx.initial_state("expert", [0])
     Loop(ctx.real_sgd, train_state, images, labels).epoch(
-        ctx.config.expert_lr, [ctx.generator("expert", 0, 0)]
+        ctx.settings.expert_lr, [ctx.generator("expert", 0, 0)]
     )
     trajectory = Trajectory(trajectory_path(tmp_path, 0))
     assert torch.equal(trajectory.checkpoint(1), train_state.theta[0])
@@ -168,7 +168,7 @@ def test_some_rows_are_trained_on_as_a_set_of_their_own_and_not_copied(
     assert set(seen) == {ctx.train.images.data_ptr()}
     train_state = ctx.initial_state("expert", [0])
     loop = Loop(ctx.real_sgd, train_state, ctx.train.images[rows], ctx.train.labels[rows])
-    loop.epoch(ctx.config.expert_lr, [ctx.generator("expert", 0, 0)])
+    loop.epoch(ctx.settings.expert_lr, [ctx.generator("expert", 0, 0)])
     assert torch.equal(Trajectory(trajectory_path(tmp_path, 0)).checkpoint(1), train_state.theta[0])
 
 

@@ -30,7 +30,7 @@ from pdd_fast.progressive.stages import distill
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_tensors
 from pdd_fast.runtime.progress import SILENT, Reporter
-from pdd_fast.settings import Config, resolve
+from pdd_fast.settings import Settings, resolve
 from pdd_fast.storage.distilled import load_distilled
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, list_trajectories, write_trajectory
@@ -100,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def ctx(run: Run) -> RunContext:
-    return RunContext.prepare(run.config)
+    return RunContext.prepare(run.settings)
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +169,10 @@ def test_every_stage_matches_trajectories_on_its_own_examples(
     for rows in (kept, torch.arange(len(ctx.train))):
         train_state = TrainState.start(stored[0].checkpoint(0)[None])
         loop = Loop(ctx.real_sgd, train_state, ctx.train.images[rows], ctx.train.labels[rows])
-        loop.epoch(run.config.expert_lr, [ctx.generator("stage-1", 0, 0)])
+        loop.epoch(run.settings.expert_lr, [ctx.generator("stage-1", 0, 0)])
         found.append(torch.equal(train_state.theta[0], stored[0].checkpoint(1)))
     assert found == [True, False]
-    assert stored[0].epochs == run.config.transition_real_epochs
+    assert stored[0].epochs == run.settings.transition_real_epochs
     for stage in (2, 3):
         assert len(list_trajectories(run.stage_trajectories_dir(stage))) == 3
 
@@ -241,7 +241,7 @@ LEARNED: dict[str, Any] = {
 }
 
 
-def learning(**changes: Any) -> Config:
+def learning(**changes: Any) -> Settings:
     return resolve(**(tiny.SETTINGS | LEARNED | changes))
 
 
@@ -262,7 +262,7 @@ def left(run: Run, ctx: RunContext, stage: int) -> list[int]:
         trajectory.checkpoint(0)
         for trajectory in list_trajectories(run.stage_trajectories_dir(stage))
     ]
-    assert len(starts) == run.config.num_experts
+    assert len(starts) == run.settings.num_experts
     right = [
         ctx.engine.logits(theta, ctx.train.images).argmax(1) == ctx.train.labels for theta in starts
     ]
@@ -297,12 +297,12 @@ def test_what_is_learned_is_not_in_the_real_epochs_of_a_stage(
     """
     stored = list_trajectories(learned.stage_trajectories_dir(stage))
     for k, trajectory in enumerate(stored):
-        assert trajectory.epochs == learned.config.transition_real_epochs
+        assert trajectory.epochs == learned.settings.transition_real_epochs
         for rows, same in ((left(learned, ctx, stage), True), (list(range(len(ctx.train))), False)):
             train_state = TrainState.start(trajectory.checkpoint(0)[None])
             loop = Loop(ctx.real_sgd, train_state, ctx.train.images[rows], ctx.train.labels[rows])
             for epoch in range(trajectory.epochs if same else 1):
-                loop.epoch(learned.config.expert_lr, [ctx.generator(f"stage-{stage}", k, epoch)])
+                loop.epoch(learned.settings.expert_lr, [ctx.generator(f"stage-{stage}", k, epoch)])
                 assert torch.equal(train_state.theta[0], trajectory.checkpoint(epoch + 1)) == same
 
 
@@ -318,7 +318,7 @@ def test_no_stage_starts_from_an_image_that_is_learned_and_none_from_one_twice(
     """
     run = Run.create(tmp_path / "run", learning(ipc=6, iterations=0))
     distill(run)
-    ctx, found, used = RunContext.prepare(run.config), load_distilled(run.path), list[int]()
+    ctx, found, used = RunContext.prepare(run.settings), load_distilled(run.path), list[int]()
     for stage in (1, 2, 3):
         rows, subset = left(run, ctx, stage), found.subset(stage)
         assert torch.bincount(subset.labels).tolist() == [2] * 10

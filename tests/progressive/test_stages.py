@@ -3,7 +3,6 @@ in the result."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_the_distilled_set(finished: tuple[Run, int]) -> None:
     assert found.images.dtype == torch.float32
     assert len(found.learning_rates) == 3
     assert found.metadata["network"]["width"] == 4
-    assert found.metadata["augmentation"] == {"strategy": run.config.augment, "mode": "single"}
+    assert found.metadata["augmentation"] == {"strategy": run.settings.augment, "mode": "single"}
 
 
 def test_earlier_subsets_stay_as_they_were(finished: tuple[Run, int]) -> None:
@@ -62,7 +61,7 @@ def test_earlier_subsets_stay_as_they_were(finished: tuple[Run, int]) -> None:
 def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", configuration(iterations=0))
     found = distill(run)
-    train = RunContext.prepare(run.config).train
+    train = RunContext.prepare(run.settings).train
     rows = []
     for image, label in zip(found.images, found.labels, strict=True):
         same = (train.images == image).flatten(1).all(1).nonzero().flatten().tolist()
@@ -74,8 +73,8 @@ def test_images_start_from_real_ones_and_none_is_used_twice(tmp_path: Path) -> N
 
 def test_the_best_images_and_rate_of_a_stage_are_kept(finished: tuple[Run, int]) -> None:
     run, _ = finished
-    start = RunContext.prepare(run.config)
-    rows = start.random_real_rows(run.config.ipc_by_stage, "initial images")
+    start = RunContext.prepare(run.settings)
+    rows = start.random_real_rows(run.settings.ipc_by_stage, "initial images")
     found = load_distilled(run.path)
     for stage, group in enumerate(rows, start=1):
         measured_here = [row for row in run.metrics.read() if row["stage"] == stage]
@@ -96,9 +95,9 @@ def test_judged_only_at_the_end_the_last_images_are_kept(tmp_path: Path) -> None
     run = Run.create(tmp_path / "run", configuration(eval_every=0))
     found = distill(run)
     assert [r["iteration"] for r in run.metrics.read() if "selection_accuracy" in r] == [4, 4, 4]
-    start = RunContext.prepare(run.config)
+    start = RunContext.prepare(run.settings)
     for stage, rows in enumerate(
-        start.random_real_rows(run.config.ipc_by_stage, "initial images"), start=1
+        start.random_real_rows(run.settings.ipc_by_stage, "initial images"), start=1
     ):
         assert not torch.equal(found.subset(stage).images, start.train.images[rows])
     lrs = found.learning_rates.tolist()
@@ -122,11 +121,11 @@ def test_metrics_hold_every_iteration_and_every_judgment(finished: tuple[Run, in
 
 def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, int]) -> None:
     run, _ = finished
-    ctx = RunContext.prepare(run.config)
+    ctx = RunContext.prepare(run.settings)
     for stage, before in ((2, run.experts_dir), (3, run.stage_trajectories_dir(2))):
         union = UnionSet.load(run.stage_file(stage - 1), ctx)
         for k, trajectory in enumerate(list_trajectories(run.stage_trajectories_dir(stage))):
-            assert trajectory.epochs == run.config.transition_real_epochs == 4
+            assert trajectory.epochs == run.settings.transition_real_epochs == 4
             train_state = TrainState.start(list_trajectories(before)[k].checkpoint(0)[None])
             draw = ctx.generator("transition", stage, k)
             ctx.train_on_union(
@@ -134,7 +133,7 @@ def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, i
                 union.images,
                 union.labels,
                 union.lrs[-1],
-                run.config.transition_epochs,
+                run.settings.transition_epochs,
                 [draw],
             )
             assert torch.equal(trajectory.checkpoint(0), train_state.theta[0])
@@ -147,7 +146,7 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
 ) -> None:
     """Each of the three by itself, with its own draws, and none changed by having judged."""
     run, _ = finished
-    ctx = RunContext.prepare(replace(run.config, eval_networks=3, side_by_side=together))
+    ctx = RunContext.prepare(run.settings.changed(eval_networks=3, side_by_side=together))
     unions = [UnionSet.load(run.stage_file(stage), ctx) for stage in (1, 2, 3)]
     selection = progressive._Selection(ctx, unions[1])
     expected = []
@@ -155,7 +154,7 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
         train_state = ctx.initial_state("selection", [j])
         for stage, union in enumerate(unions, start=1):
             draws = [ctx.generator("selection", j, stage)]
-            lr, epochs = union.lrs[-1], run.config.eval_epochs
+            lr, epochs = union.lrs[-1], run.settings.eval_epochs
             ctx.train_on_union(train_state, union.images, union.labels, lr, epochs, draws)
         expected += accuracies(
             ctx.engine, train_state.theta, ctx.selection_split.images, ctx.selection_split.labels
@@ -207,7 +206,7 @@ def test_learned_labels_stopped_anywhere_and_continued_give_the_same_bytes(tmp_p
     whole, counter = Run.create(tmp_path / "whole", configuration(**changes)), Stopper()
     distill(whole, counter)
     for limit in range(3, counter.count + 1, 2):
-        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", whole.config, limit)
+        stopped = stopped_and_continued(tmp_path / f"stopped-{limit}", whole.settings, limit)
         assert bytes_of(stopped) == bytes_of(whole), limit
 
 
@@ -219,8 +218,8 @@ def test_labels_are_what_the_experts_say_and_learned_from_there_on(tmp_path: Pat
         run = Run.create(tmp_path / f"{kind}-{iterations}", configuration(**changes))
         sets[kind, iterations] = distill(run)
         assert load_distilled(run.path).metadata["labels"] == kind
-    ctx = RunContext.prepare(run.config)
-    rows = torch.cat(ctx.random_real_rows(run.config.ipc_by_stage, "initial images"))
+    ctx = RunContext.prepare(run.settings)
+    rows = torch.cat(ctx.random_real_rows(run.settings.ipc_by_stage, "initial images"))
     net, said = ctx.engine.net, []
     for expert in list_trajectories(run.experts_dir):
         load_parameters(net, expert.checkpoint(expert.epochs))

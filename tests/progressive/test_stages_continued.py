@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def test_starts_that_were_trained_are_not_trained_again(
         distill(run, During("starts of stage 2/2", 2))
     assert trained == [0, 1]
     with pytest.raises(Stopped):
-        distill(run, During("transition to stage 2/2", run.config.transition_real_epochs + 4))
+        distill(run, During("transition to stage 2/2", run.settings.transition_real_epochs + 4))
     assert len(list(run.stage_trajectories_dir(2).glob("*.safetensors"))) == 1
     distill(run)
     assert trained == [0, 1, 2]
@@ -236,7 +235,7 @@ def test_selection_by_test_images_trains_on_all_training_images(tmp_path: Path) 
     ctx = RunContext.prepare(config)
     assert len(ctx.train) == len(ctx.data.train) + len(ctx.data.validation)
     assert ctx.selection_split is ctx.data.test
-    by_validation = RunContext.prepare(replace(config, selection_split="validation"))
+    by_validation = RunContext.prepare(config.changed(selection_split="validation"))
     assert by_validation.selection_split is by_validation.data.validation
     assert len(by_validation.train) == len(ctx.data.train)
     distill(Run.create(tmp_path / "run", config), SILENT)
@@ -251,7 +250,7 @@ def test_selection_by_test_images_trains_on_all_training_images(tmp_path: Path) 
 def test_configuration_is_stored_whole(finished: tuple[Run, int]) -> None:
     run, _ = finished
     stored = json.loads((run.path / "config.json").read_text())
-    assert stored["config"] == run.config.to_dict()
+    assert stored["settings"] == run.settings.to_dict()
     assert stored["versions"]["torch"] == torch.__version__
 
 

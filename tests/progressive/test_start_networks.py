@@ -21,14 +21,8 @@ from pdd_fast.training.sgd import TrainState
 
 
 def ctx(**changes: Any) -> RunContext:
-    own = {
-        "method": "idc",
-        "factor": 1,
-        "augment_mode": "single",
-        "transition_epochs": 6,
-        "cutmix": 0,
-    }
-    return RunContext.prepare(resolve(**(tiny.SETTINGS | own | changes)))
+    own = {"augment_mode": "single", "transition_epochs": 6}
+    return RunContext.prepare(resolve(**(tiny.of("idc") | own | changes)))
 
 
 def grown(workbench: RunContext, stages: int) -> UnionSet:
@@ -95,19 +89,19 @@ def test_networks_were_trained_on_every_earlier_union_and_know_it() -> None:
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_a_number_means_the_same_network_whoever_asks_and_in_whichever_order(together: int) -> None:
-    work = ctx(side_by_side=together, cutmix=0.5)
+    work = ctx(side_by_side=together)
     union = grown(work, 1)
-    first = StartNetworks(work, union)
+    first = StartNetworks(work, union, cutmix=0.5)
     expected = [first.parameters(i).clone() for i in range(5)]
     assert len({float(theta.sum()) for theta in expected}) == 5
-    later = StartNetworks(work, union)  # as a continued run asks
+    later = StartNetworks(work, union, cutmix=0.5)  # as a continued run asks
     assert torch.equal(later.parameters(3), expected[3])
     assert torch.equal(later.parameters(4), expected[4])
 
 
 def test_a_pool_is_used_in_turn() -> None:
-    work = ctx(start_networks=2, side_by_side=2)
-    starts = StartNetworks(work, grown(work, 1))
+    work = ctx(side_by_side=2)
+    starts = StartNetworks(work, grown(work, 1), pool=2)
     own = [starts.parameters(i) for i in range(4)]
     assert torch.equal(own[0], own[2])
     assert torch.equal(own[1], own[3])

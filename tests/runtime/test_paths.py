@@ -24,7 +24,7 @@ from pdd_fast import load_distilled
 from pdd_fast.cli import main as cli
 from pdd_fast.runtime import paths
 from pdd_fast.runtime.files import read_tensors, save_tensors
-from pdd_fast.settings import Config, absolute
+from pdd_fast.settings import Settings, absolute
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory, write_trajectory
 
@@ -81,7 +81,7 @@ def without_record(run: Path, **settings: Any) -> None:
     """Makes the files of a run what they were before there were fingerprints."""
     content = stored(run)
     content.pop("data")
-    content["config"] |= settings
+    content["settings"] |= settings
     (run / "config.json").write_text(json.dumps(content))
     for path in (run / "experts").iterdir():
         trajectory = Trajectory(path)
@@ -98,7 +98,7 @@ def without_record(run: Path, **settings: Any) -> None:
 
 
 def test_a_run_on_relative_paths_goes_on_from_anywhere(begun: Path, here: Path) -> None:
-    assert stored(begun)["config"]["dataset"] == f"imagefolder:{here / 'birds'}"
+    assert stored(begun)["settings"]["dataset"] == f"imagefolder:{here / 'birds'}"
     assert stored(begun)["data"]["data"] == "imagefolder:birds"  # what is given away says no more
     assert call("distill", "--resume", "--run-dir", begun)[0] == 0
     assert call("evaluate", begun)[0] == 0
@@ -113,7 +113,7 @@ def test_experts_and_other_runs_are_found_from_anywhere(
     monkeypatch.chdir(here)
     taken = flags(dataset="imagefolder:birds", experts_from="run")
     assert call("experts", *taken, "--run-dir", "second")[0] == 0
-    assert stored(here / "second")["config"]["experts_from"] == str(begun)
+    assert stored(here / "second")["settings"]["experts_from"] == str(begun)
     monkeypatch.chdir(here.parent)
     assert call("distill", "--resume", "--run-dir", "here/second")[0] == 0
     assert call("distill", "--resume", "--run-dir", "here/run")[0] == 0
@@ -134,15 +134,17 @@ def test_paths_in_a_configuration_become_absolute_where_they_are_used(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    found = absolute(Config(dataset="cifar10", data_dir="data", experts_from="~/experts"))
+    found = absolute(Settings(dataset="cifar10", data_dir="data", experts_from="~/experts"))
     assert (found.dataset, found.data_dir, found.experts_from) == (
         "cifar10",
         str(tmp_path / "data"),
         "/home/me/experts",
     )
     assert absolute(found) == found
-    assert absolute(Config()) == Config()  # digits come with a package
-    assert absolute(Config(dataset="imagefolder:~/x")) == Config(dataset="imagefolder:/home/me/x")
+    assert absolute(Settings()) == Settings()  # digits come with a package
+    assert absolute(Settings(dataset="imagefolder:~/x")) == Settings(
+        dataset="imagefolder:/home/me/x"
+    )
     (tmp_path / "a").mkdir()
     assert paths.absolute("a/../b") == str((tmp_path / "b").resolve())
     assert paths.absolute("~nobody-of-this-name/x") == str(tmp_path / "~nobody-of-this-name/x")

@@ -226,7 +226,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def buffers(trained: Run, tmp_path: Path) -> Path:
     """The experts of ``trained`` as MTT's scripts would have stored them, one to a file."""
-    net = RunContext.prepare(trained.config).engine.net
+    net = RunContext.prepare(trained.settings).engine.net
     for number, trajectory in enumerate(list_trajectories(trained.experts_dir)):
         vectors = [trajectory.checkpoint(epoch) for epoch in range(trajectory.epochs + 1)]
         stored = [[view.clone() for view in views(vector, net.parameters())] for vector in vectors]
@@ -301,7 +301,7 @@ def test_a_folder_without_experts_is_named(tmp_path: Path) -> None:
 
 
 def test_a_vector_is_in_the_order_of_parameters(trained: Run, buffers: Path) -> None:
-    net = RunContext.prepare(trained.config).engine.net
+    net = RunContext.prepare(trained.settings).engine.net
     (trajectory,) = read_buffer(buffers / "replay_buffer_1.pt")
     assert trajectory.parameters == parameter_count(net)
     pdd_fast.load_parameters(net, trajectory.checkpoint(2))

@@ -20,7 +20,7 @@ from pdd_fast import __version__
 from pdd_fast._version import commit
 from pdd_fast.runtime import locks
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.settings import Config, resolve
+from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Metrics, Run, default_run_dir
 
 CONFIG = resolve(stages=2, ipc=4, seed=11)
@@ -37,10 +37,10 @@ def run(tmp_path: Path) -> Run:
 def test_a_run_is_made_with_its_configuration_and_opened_again(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "run"
     made = Run.create(str(path), CONFIG)
-    assert made.config == CONFIG
-    assert Run.open(str(path)).config == CONFIG
+    assert made.settings == CONFIG
+    assert Run.open(str(path)).settings == CONFIG
     stored = json.loads((path / "config.json").read_text())
-    assert stored["config"] == CONFIG.to_dict()
+    assert stored["settings"] == CONFIG.to_dict()
     assert stored["versions"]["pdd_fast"] == __version__
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["versions"]["commit"] == commit()
@@ -48,7 +48,7 @@ def test_a_run_is_made_with_its_configuration_and_opened_again(tmp_path: Path) -
 
 def test_an_empty_folder_becomes_a_run(tmp_path: Path) -> None:
     assert Run.create(tmp_path, CONFIG).path == tmp_path
-    assert Run.open(tmp_path).config == CONFIG
+    assert Run.open(tmp_path).settings == CONFIG
 
 
 def test_a_run_is_not_overwritten(run: Run) -> None:
@@ -88,8 +88,15 @@ def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path, make: bool) 
     [
         ("", "cannot be read as JSON"),
         ('{"config": {', "cannot be read as JSON"),
-        ("[]", "does not hold a run's configuration"),
-        ('{"config": 3}', "does not hold a run's configuration"),
+        ("[]", "does not hold a run's settings"),
+        ('{"config": 3}', "does not hold a run's settings"),
+        ('{"settings": 3}', "does not hold a run's settings"),
+        ('{"settings": {"stages": 0}}', ": stages must be at least 1, got 0"),
+        ('{"settings": {"stage": 2}}', ": unknown setting 'stage'; did you mean 'stages'?"),
+        (
+            '{"settings": {"method": {"name": "idc", "lr_lr": 2}}}',
+            ": lr_lr must be left out where method is idc, got 2; it is a setting of mtt",
+        ),
         ('{"config": {"stages": 0}}', ": stages must be at least 1, got 0"),
         ('{"config": {"stage": 2}}', ": unknown setting 'stage'; did you mean 'stages'?"),
     ],
@@ -109,11 +116,14 @@ def test_a_configuration_that_cannot_be_used_is_named(run: Run, text: str, messa
     ],
 )
 def test_the_default_directory_says_what_the_run_is(dataset: str, name: str) -> None:
-    assert default_run_dir(Config(dataset=dataset, stages=2, ipc=4, seed=11)) == Path("runs") / name
-    uneven = Config(dataset=dataset, stages=2, ipc=4, stage_ipc="3,1", seed=11)
+    settings = resolve(dataset=dataset, stages=2, ipc=4, seed=11)
+    assert default_run_dir(settings) == Path("runs") / name
+    uneven = settings.changed(stage_ipc="3,1")
     assert default_run_dir(uneven) == Path("runs") / name.replace("stages2", "stages3-1")
-    other = Config(dataset=dataset, stages=2, ipc=4, seed=11, method="idc", labels="soft")
-    assert default_run_dir(other) == Path("runs") / name.replace("ipc4", "ipc4-idc-soft-labels")
+    soft = settings.changed(labels="soft")
+    assert default_run_dir(soft) == Path("runs") / name.replace("ipc4", "ipc4-soft-labels")
+    other = resolve(dataset=dataset, stages=2, ipc=4, seed=11, method="idc")
+    assert default_run_dir(other) == Path("runs") / name.replace("ipc4", "ipc4-idc")
 
 
 def test_the_places_are_those_that_are_documented(run: Run) -> None:
@@ -180,7 +190,7 @@ def test_a_lock_ends_with_its_block(run: Run) -> None:
         pass
     with run.lock():
         pass
-    assert Run.open(run.path).config == CONFIG  # the lock's file is no obstacle
+    assert Run.open(run.path).settings == CONFIG  # the lock's file is no obstacle
 
 
 def test_runs_work_unlocked_where_the_system_has_no_locks(

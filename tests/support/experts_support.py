@@ -14,13 +14,13 @@ from torch import Tensor
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.runtime.progress import SILENT, Reporter, Task
-from pdd_fast.settings import Config, resolve
+from pdd_fast.settings import Settings, resolve
 from pdd_fast.storage.run import Run
 
 EPOCHS, EXPERTS = 4, 2
 
 
-def configuration(**changes: Any) -> Config:
+def configuration(**changes: Any) -> Settings:
     settings = {
         "num_experts": EXPERTS,
         "expert_train_epochs": EPOCHS,
@@ -62,7 +62,7 @@ class Recorder(Reporter):
         yield Recording()
 
 
-def made(path: Path, config: Config, reporter: Reporter = SILENT) -> Run:
+def made(path: Path, config: Settings, reporter: Reporter = SILENT) -> Run:
     run = Run.create(path, config)
     make_experts(run, reporter)
     return run
@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def interrupt(path: Path, config: Config, limit: int) -> Run:
+def interrupt(path: Path, config: Settings, limit: int) -> Run:
     run = Run.create(path, config)
     with pytest.raises(Interrupted):
         make_experts(run, Recorder(limit))

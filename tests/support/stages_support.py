@@ -6,11 +6,11 @@ from typing import Any
 
 import tiny
 
-from pdd_fast.settings import Config, resolve
+from pdd_fast.settings import Settings, resolve
 from pdd_fast.storage.run import Run
 
 
-def configuration(**changes: Any) -> Config:
+def configuration(**changes: Any) -> Settings:
     return resolve(**(tiny.SETTINGS | changes))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pdd_fast.progressive.stages import distill
 from pdd_fast.runtime.progress import Reporter, Task
-from pdd_fast.settings import Config
+from pdd_fast.settings import Settings
 from pdd_fast.storage.run import Run
 
 
@@ -39,7 +39,7 @@ class Stopper(Reporter):
         yield Counting()
 
 
-def stopped_and_continued(path: Path, config: Config, limit: int) -> Run:
+def stopped_and_continued(path: Path, config: Settings, limit: int) -> Run:
     """A run that was stopped at its ``limit``-th report and then finished by another process, as it
     were.
     """

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pdd_fast.settings import Settings, method_settings
+
 SETTINGS: dict[str, Any] = {
     "dataset": "digits",
     "augment": "color_crop_cutout_flip_scale_rotate",
@@ -32,6 +34,12 @@ SETTINGS: dict[str, Any] = {
     "repeats": 2,
     "device": "cpu",
 }
+
+
+def of(method: str, settings: dict[str, Any] = SETTINGS) -> dict[str, Any]:
+    """``settings`` for ``method``, without those that only other methods have."""
+    known = {*Settings.model_fields, *method_settings(method).model_fields}
+    return {key: value for key, value in settings.items() if key in known} | {"method": method}
 
 
 def flags(**changes: Any) -> list[str]:

@@ -8,15 +8,16 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.engines import PassShape
 from pdd_fast.functional.unroll import kept_steps
-from pdd_fast.methods.base import BaseMethod, StageProblem
+from pdd_fast.methods.base import BaseMethod, ImageSgdSettings, StageProblem
 from pdd_fast.methods.mtt.memory import matching_bytes
 from pdd_fast.methods.mtt.step import (
     MatchingInputs,
@@ -26,11 +27,82 @@ from pdd_fast.methods.mtt.step import (
     can_capture,
 )
 from pdd_fast.runtime import device_memory
-from pdd_fast.runtime.errors import RunError
+from pdd_fast.runtime.choices import Memory
+from pdd_fast.runtime.errors import RunError, UsageError
+from pdd_fast.settings import Settings
 
 # Iterations between the states that are kept to go back to. Of the two kept the older is taken:
 # where images stop being finite, those of the last few iterations are mostly on their way there.
 _ANCHOR = 20
+
+
+class TrajectoryMatchingSettings(ImageSgdSettings):
+    """Settings of MTT. Defaults are those of PDD for CIFAR-10 at 10 images per class."""
+
+    inner_steps: int = Field(50, ge=1, description="SGD steps that an iteration unrolls, N.")
+    expert_epochs: int = Field(
+        2, ge=1, description="Epochs of a trajectory from the start to the target."
+    )
+    max_start_epoch: int = Field(
+        5, ge=0, description="Last epoch of a trajectory that an iteration may start from."
+    )
+    inner_batch: int = Field(
+        0, ge=0, description="Images of an inner step; 0: as many as the stage makes."
+    )
+    trajectories_per_step: int = Field(
+        1, ge=1, description="Trajectories of an iteration, whose mean gradient is taken."
+    )
+    lr_img: float = Field(1000.0, ge=0, description="Learning rate of the images.")
+    lr_lr: float = Field(1e-7, ge=0, description="Learning rate of the inner learning rate.")
+    lr_label: float = Field(
+        10.0, ge=0, description="Learning rate of learned labels, of their logits."
+    )
+    max_grad_norm: float = Field(
+        0.0,
+        ge=0,
+        description="Largest norm of the images' gradient; a longer one is scaled down; 0: any.",
+    )
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="EMA decay of the images; 0 disables averaging."
+    )
+    max_rollbacks: int = Field(
+        5,
+        ge=0,
+        description="Maximum number of rollbacks, each halving the step size, before the stage "
+        "fails.",
+    )
+    memory: Memory = Field(
+        "recompute",
+        description="Activations of inner steps: recompute, cache (keep all), or auto (keep up "
+        "to a limit).",
+    )
+    memory_limit: float = Field(
+        0.0,
+        ge=0,
+        description="Limit of memory=auto, gigabytes (10^9 bytes); 0: half of the device's memory.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.memory == "cache" and self.memory_limit:
+            raise UsageError(
+                f"memory_limit must be 0 where memory is cache, which keeps everything, got "
+                f"{self.memory_limit:g}; set memory=auto"
+            )
+        return self
+
+    @property
+    def trajectory_epochs(self) -> int:
+        return self.max_start_epoch + self.expert_epochs
+
+    def check_run(self, run: Settings) -> None:
+        super().check_run(run)
+        self.require(run, factor=(1,))
+        if self.trajectory_epochs > run.expert_train_epochs:
+            raise UsageError(
+                f"expert_train_epochs must be at least max_start_epoch + expert_epochs "
+                f"({self.max_start_epoch} + {self.expert_epochs}), got {run.expert_train_epochs}"
+            )
 
 
 class RollbackWarning(UserWarning):
@@ -130,20 +202,24 @@ class TrajectoryMatching(BaseMethod):
         UsageError: an iteration would take more memory than the GPU has.
     """
 
+    Settings = TrajectoryMatchingSettings
     needs_trajectories = True
+
+    settings: TrajectoryMatchingSettings
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
-        config, ctx, images = problem.config, problem.ctx, problem.images
+        own, settings = self.settings, problem.settings
+        ctx, images = problem.ctx, problem.images
         self._total = len(problem.union.labels) + len(problem.labels)
-        self._batch = min(config.inner_batch or len(problem.labels), self._total)
+        self._batch = min(own.inner_batch or len(problem.labels), self._total)
         device_memory.require(
             images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower()
         )
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
         # one.
-        learned = problem.labels if config.labels == "learned" else None
-        self._done = _Progress.start(MatchingState.start(images, config.inner_lr, learned))
+        learned = problem.labels if settings.labels == "learned" else None
+        self._done = _Progress.start(MatchingState.start(images, settings.inner_lr, learned))
         self._ahead: tuple[int, MatchingInputs] | None = (
             None  # the inputs of an iteration, made while a GPU was busy
         )
@@ -154,20 +230,20 @@ class TrajectoryMatching(BaseMethod):
             ctx.engine,
             torch.cat([problem.union.labels, problem.labels]),
             problem.union.images,
-            steps=config.inner_steps,
+            steps=own.inner_steps,
             batch=self._batch,
             operations=len(drawn.operations),
             cutout=drawn.cutout_size,
-            memory=config.memory,
+            memory=own.memory,
             memory_limit=self._memory_limit(),
             lr_img=self._lr_img,
-            lr_lr=config.lr_lr,
-            lr_label=config.lr_label,
-            momentum=config.momentum,
+            lr_lr=own.lr_lr,
+            lr_label=own.lr_label,
+            momentum=own.momentum,
             learn_labels=learned is not None,
-            trajectories_per_step=config.trajectories_per_step,
-            max_grad_norm=config.max_grad_norm,
-            graph=config.graph != "off" and can_capture(ctx.engine, images.device),
+            trajectories_per_step=own.trajectories_per_step,
+            max_grad_norm=own.max_grad_norm,
+            graph=settings.graph != "off" and can_capture(ctx.engine, images.device),
         )
 
     @property
@@ -180,7 +256,7 @@ class TrajectoryMatching(BaseMethod):
 
     @property
     def labels(self) -> Tensor:
-        if self.problem.config.labels != "learned":
+        if self.problem.settings.labels != "learned":
             return self.problem.labels
         return self._done.average.logits.softmax(1)
 
@@ -190,7 +266,7 @@ class TrajectoryMatching(BaseMethod):
 
     @property
     def _lr_img(self) -> float:
-        return self.problem.config.lr_img_by_stage[self.problem.stage - 1]
+        return self.settings.lr_img_at(self.problem.stage)
 
     @property
     def _image_size(self) -> tuple[int, int]:
@@ -202,24 +278,24 @@ class TrajectoryMatching(BaseMethod):
         moment. Steps that are kept and steps that are made again round differently, and a run gives
         the same bits whatever else runs.
         """
-        config = self.problem.config
-        if config.memory != "auto":
+        own = self.settings
+        if own.memory != "auto":
             return None
-        if config.memory_limit:
-            return int(min(config.memory_limit * 1e9, 2.0**62))
+        if own.memory_limit:
+            return int(min(own.memory_limit * 1e9, 2.0**62))
         return device_memory.total(self.problem.images.device) // 2
 
     def _bytes(self) -> int:
         """What an iteration takes at its peak."""
-        problem, config = self.problem, self.problem.config
+        problem, own = self.problem, self.settings
         shape = PassShape.of(problem.images, self._batch)
-        steps = [shape] * config.inner_steps
+        steps = [shape] * own.inner_steps
         return matching_bytes(
             problem.ctx.engine,
             shape,
-            steps=config.inner_steps,
+            steps=own.inner_steps,
             kept=kept_steps(
-                "matching", problem.ctx.engine, steps, config.memory, self._memory_limit()
+                "matching", problem.ctx.engine, steps, own.memory, self._memory_limit()
             ),
             learned=len(problem.labels),
             frozen=len(problem.union.labels),
@@ -227,19 +303,19 @@ class TrajectoryMatching(BaseMethod):
 
     def _lower(self) -> str:
         """What makes an iteration take less, the most effective last."""
-        config = self.problem.config
-        batch, width = f"inner_batch (now {self._batch})", f"width (now {config.width})"
-        if config.memory == "auto":
+        own, settings = self.settings, self.problem.settings
+        batch, width = f"inner_batch (now {self._batch})", f"width (now {settings.width})"
+        if own.memory == "auto":
             limit = device_memory.format_bytes(self._memory_limit() or 0)
             return f"{batch}, {width} or memory_limit (now {limit}), or set memory=recompute"
-        if config.memory == "cache":
+        if own.memory == "cache":
             return f"{batch} or {width}, or set memory=recompute"
         return f"{batch} or {width}" + (
-            ", or set engine=fused" if config.engine == "autograd" else ""
+            ", or set engine=fused" if settings.engine == "autograd" else ""
         )
 
     def step(self) -> dict[str, float]:
-        done, config = self._done, self.problem.config
+        done, own = self._done, self.settings
         iteration = done.iteration
         if self._ahead is None or self._ahead[0] != iteration:
             self._ahead = (iteration, self._inputs(iteration))
@@ -251,7 +327,7 @@ class TrajectoryMatching(BaseMethod):
             wrong = self._wrong(result)
             if wrong is None:
                 break
-            if done.halvings == config.max_rollbacks:
+            if done.halvings == own.max_rollbacks:
                 times = (
                     f", after its steps were halved {done.halvings} times" if done.halvings else ""
                 )
@@ -264,7 +340,7 @@ class TrajectoryMatching(BaseMethod):
                 RollbackWarning,
                 stacklevel=2,
             )
-        self._done = done.followed_by(result.state, config.ema_decay)
+        self._done = done.followed_by(result.state, own.ema_decay)
         values = {"loss": result.loss, "inner_lr": result.lr}
         return values | ({"halvings": done.halvings} if done.halvings else {})
 
@@ -277,35 +353,35 @@ class TrajectoryMatching(BaseMethod):
             self._ahead = (following, self._inputs(following))
 
     def _inputs(self, iteration: int) -> MatchingInputs:
-        problem, config = self.problem, self.problem.config
+        problem, own = self.problem, self.settings
         generator, dsa = (
             problem.ctx.generator("matching", problem.stage, iteration),
             problem.ctx.dsa,
         )
         pairs, batches, drawn = [], [], []
-        for _ in range(config.trajectories_per_step):
+        for _ in range(own.trajectories_per_step):
             trajectory = problem.trajectories[self._integer(len(problem.trajectories), generator)]
-            first = self._integer(config.max_start_epoch + 1, generator)
-            pairs.append(trajectory.pair(first, config.expert_epochs))
-            own = self._batches(generator)
-            batches.append(torch.stack(own))
+            first = self._integer(own.max_start_epoch + 1, generator)
+            pairs.append(trajectory.pair(first, own.expert_epochs))
+            steps = self._batches(generator)
+            batches.append(torch.stack(steps))
             if dsa.operations:
-                drawn += [dsa.sample(self._batch, self._image_size, generator) for _ in own]
+                drawn += [dsa.sample(self._batch, self._image_size, generator) for _ in steps]
         aug_params = PackedAugmentParameters.of(drawn) if drawn else None
-        if config.trajectories_per_step == 1:
+        if own.trajectories_per_step == 1:
             return MatchingInputs(*pairs[0], batches[0], aug_params)
         starts, targets = (torch.stack(points) for points in zip(*pairs, strict=True))
         return MatchingInputs(starts, targets, torch.stack(batches), aug_params)
 
     def _wrong(self, result: MatchingResult) -> tuple[str, str] | None:
         """What is wrong with an iteration, and what to make smaller; None where all is well."""
-        config = self.problem.config
-        lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {config.lr_lr:g})"
+        own, settings = self.settings, self.problem.settings
+        lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {own.lr_lr:g})"
         if not math.isfinite(result.loss) or not result.finite:
-            lrs = f"{lr_img}, {lr_lr} or inner_lr (now {config.inner_lr:g})"
+            lrs = f"{lr_img}, {lr_lr} or inner_lr (now {settings.inner_lr:g})"
             what = "images"
-            if config.labels == "learned":
-                lrs, what = f"lr_label (now {config.lr_label:g}), {lrs}", "images or labels"
+            if settings.labels == "learned":
+                lrs, what = f"lr_label (now {own.lr_label:g}), {lrs}", "images or labels"
             return (
                 f"the matching loss is {result.loss:g} and the {what} are no longer finite",
                 lrs,
@@ -318,7 +394,7 @@ class TrajectoryMatching(BaseMethod):
         """N batches: the union in random order, again and again, in whole batches of the stage's
         own size.
         """
-        size, steps = self._batch, self.problem.config.inner_steps
+        size, steps = self._batch, self.settings.inner_steps
         batches: list[Tensor] = []
         while len(batches) < steps:
             order = torch.randperm(self._total, generator=generator, device="cpu")
