@@ -29,6 +29,7 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "bench": "Measure speed, memory and gradient error against plain PyTorch.",
     "show": "Draw a run's images and accuracy, and print its table.",
     "export": "Write a run's images as MTT's scripts store theirs.",
+    "config": "Print the settings of a run as TOML, or their JSON Schema.",
     "env": "What was built, what was found, what to do about it.",
 }
 _SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"

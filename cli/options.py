@@ -29,47 +29,19 @@ class PathOption(click.Path):
 PATH = PathOption()
 
 
-def _choice(setting: str) -> click.Choice[str]:
-    return click.Choice(choices(setting))
-
-
-_FLAGS = (  # flag, setting, type, what --help says
-    (
-        "--dataset",
-        "dataset",
-        str,
-        "digits, cifar10, cifar100, mnist, fashionmnist, svhn or imagefolder:DIR.",
-    ),
-    ("--stages", "stages", int, "Stages."),
-    ("--ipc", "ipc", int, "Images per class, all stages together."),
-    (
-        "--stage-ipc",
-        "stage_ipc",
-        str,
-        "Of these, what each stage adds, as in 4,2,2,1,1; even if not given.",
-    ),
-    ("--method", "method", _choice("method"), "The method that a stage uses."),
-    (
-        "--labels",
-        "labels",
-        _choice("labels"),
-        "Classes; or probabilities, from the experts, or learned from there on.",
-    ),
-    ("--seed", "seed", int, "Where all randomness comes from."),
-    ("--device", "device", str, "auto, cpu, cuda or cuda:N."),
-    (
-        "--precision",
-        "precision",
-        _choice("precision"),
-        "Of convolutions; auto: tf32 on a GPU, float32 on the CPU.",
-    ),
-    ("--data-dir", "data_dir", str, "Where torchvision's datasets lie."),
-    (
-        "--selection-split",
-        "selection_split",
-        _choice("selection_split"),
-        "What the best images are chosen by.",
-    ),
+# Settings that have a flag of their own: --selection-split for selection_split.
+_FLAGS = (
+    "dataset",
+    "stages",
+    "ipc",
+    "stage_ipc",
+    "method",
+    "labels",
+    "seed",
+    "device",
+    "precision",
+    "data_dir",
+    "selection_split",
 )
 # What a continued run may be given anew, because its results do not depend on it, or (device,
 # side_by_side, memory) in rounding alone: a run that stopped for want of memory must be able to go
@@ -95,31 +67,35 @@ def is_free(key: str, value: Any) -> bool:
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe a run."""
     run_dir = click.option("--run-dir", type=PATH, default=None, help="[default: runs/DATA-ipc...]")
-    return _described(run_dir(command), [setting for _, setting, _, _ in _FLAGS])
+    return _described(_json(run_dir(command)), _FLAGS)
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the flags that describe a run, but for its folder."""
+    return _described(command, _FLAGS)
 
 
 def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the flags that describe what all runs of an ablation have in common."""
-    return _described(
-        command,
-        [
-            "dataset",
-            "ipc",
-            "method",
-            "labels",
-            "device",
-            "precision",
-            "data_dir",
-            "selection_split",
-        ],
-    )
+    own = [flag for flag in _FLAGS if flag not in ("stages", "stage_ipc", "seed")]
+    return _described(_json(command), own)
+
+
+def _json(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "One JSON object on stdout, for machines."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
 def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable[..., Any]:
     decorators = [
-        click.option(flag, setting, type=kind, default=None, help=_help(setting, text))
-        for flag, setting, kind, text in _FLAGS
-        if setting in settings
+        click.option(
+            f"--{setting.replace('_', '-')}",
+            setting,
+            type=_kind(setting),
+            default=None,
+            help=_help(setting),
+        )
+        for setting in settings
     ]
     decorators += [
         click.option(
@@ -137,17 +113,22 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
             metavar="KEY=VALUE",
             help="Any setting; may be repeated.",
         ),
-        click.option(
-            "--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines."
-        ),
     ]
     for decorator in reversed(decorators):
         command = decorator(command)
     return command
 
 
-def _help(setting: str, text: str) -> str:
-    value = default(setting)
+def _kind(setting: str) -> Any:
+    """Return the type of a flag, as click has it."""
+    names = choices(setting)
+    return click.Choice(names) if names else Settings.model_fields[setting].annotation
+
+
+def _help(setting: str) -> str:
+    value, text = default(setting), Settings.model_fields[setting].description or ""
+    if setting == "method":
+        text = "Method that learns the images of a stage."
     return text if value == "" else f"{text} [default: {value}]"
 
 
@@ -164,9 +145,7 @@ def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     """The settings that were asked for on the command line, --set among them."""
-    settings = {
-        setting: options[setting] for _, setting, _, _ in _FLAGS if options.get(setting) is not None
-    }
+    settings = {setting: options[setting] for setting in _FLAGS if options.get(setting) is not None}
     for assignment in options.get("assignments", ()):
         key, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals or not key:
