@@ -104,6 +104,7 @@ def test_blocks_are_found_whatever_their_place_in_the_docs() -> None:
 
 
 @EVERY_GUIDE
+@pytest.mark.slow  # continuous integration runs them once: together they distill seven small sets
 def test_a_guide_runs_from_its_first_line_to_its_last(guide: Path, tmp_path: Path) -> None:
     """Run its commands and code in order; a setting that it does not name is the tests'."""
     found = re.findall(
