@@ -121,7 +121,7 @@ class Loop:
         steps: int = 0,
         rows: Tensor | None = None,
     ) -> None:
-        self._sgd, self._students, self._images, self._labels, self._rows = (
+        self._sgd, self._train_state, self._images, self._labels, self._rows = (
             sgd,
             train_state,
             images,
@@ -187,7 +187,7 @@ class Loop:
     def _lane(self, size: int) -> tuple[StepQueue, Replay]:
         """Return the queue of steps on ``size`` images per network, and the step function."""
         if size not in self._lanes:
-            sgd, theta = self._sgd, self._students.theta
+            sgd, theta = self._sgd, self._train_state.theta
             # An epoch has at most one smaller batch.
             capacity = (
                 self._capacity
@@ -201,7 +201,7 @@ class Loop:
             # Not a method of this object, which holds the Replay: the memory of a graph must be
             # freed with its loop.
             step = partial(
-                _step, sgd, theta, self._students.momentum_buffer, self._images, self._labels, queue
+                _step, sgd, theta, self._train_state.momentum_buffer, self._images, self._labels, queue
             )
             self._lanes[size] = queue, Replay(step, theta.device, enabled=sgd.graph)
         return self._lanes[size]
