@@ -201,7 +201,13 @@ class Loop:
             # Not a method of this object, which holds the Replay: the memory of a graph must be
             # freed with its loop.
             step = partial(
-                _step, sgd, theta, self._train_state.momentum_buffer, self._images, self._labels, queue
+                _step,
+                sgd,
+                theta,
+                self._train_state.momentum_buffer,
+                self._images,
+                self._labels,
+                queue,
             )
             self._lanes[size] = queue, Replay(step, theta.device, enabled=sgd.graph)
         return self._lanes[size]
