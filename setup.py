@@ -1,12 +1,12 @@
-"""Builds the kernels: decides what to compile, writes a ninja file, runs it, and prints and records
-what it decided.
+"""Build the kernels: decide what to compile, run ninja, and record the decision.
 
-torch is not needed. What can be set from outside:
-    PDD_FAST_CUDA         auto (default: where nvcc compiles) | 0 | 1 (fail without nvcc)
-    PDD_FAST_CUDA_ARCHS   e.g. "80,90" (default: all of CUDA_ARCHS that this nvcc knows)
+The decision is printed too. The build does not need torch. Environment variables:
+
+    PDD_FAST_CUDA         auto (default: if nvcc compiles) | 0 | 1 (fail without nvcc)
+    PDD_FAST_CUDA_ARCHS   e.g. "80,90" (default: all of CUDA_ARCHS that this nvcc supports)
     PDD_FAST_WERROR       1: warnings are errors (continuous integration)
-    CXX, CUDA_HOME        the compiler and the CUDA toolkit to use
-    NVCC_CCBIN            the C++ compiler of nvcc (its own variable); it refuses newer ones
+    CXX, CUDA_HOME        compiler and CUDA toolkit to use
+    NVCC_CCBIN            C++ compiler of nvcc (nvcc's own variable); nvcc rejects newer ones
 """
 
 from __future__ import annotations
@@ -30,12 +30,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPERATORS = (
-    "norm_relu_pool",
-    "cross_entropy",
-    "dsa",
-    "add_rows",
-)  # each with a cpu.cpp and a cuda.cu
+# Each has a cpu.cpp and a cuda.cu.
+OPERATORS = ("norm_relu_pool", "cross_entropy", "dsa", "add_rows")
 CPU_OPERATORS = ("convnet",)
 CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 CPU_LEVELS = {  # namespace suffix -> compiler flags; the binding chooses one at run time
@@ -56,8 +52,8 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 ]
-# What the CUDA kernels include; nvcc refuses a C++ compiler that it does not know within the first
-# of these headers.
+# Headers that the CUDA kernels include. nvcc rejects an unsupported C++ compiler within the first
+# of them.
 PROBE = """#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -66,13 +62,13 @@ PROBE = """#include <cuda_bf16.h>
 #include <type_traits>
 __global__ void probe(float *x) { *x = std::sqrt(*x); }
 """
-PROBE_SECONDS = 120.0  # it takes nvcc 3 seconds on an idle machine
+PROBE_SECONDS = 120.0  # nvcc takes 3 seconds on an idle machine
 PROBE_ADVICE = "install a gcc that this nvcc supports and set NVCC_CCBIN to it"
 
 
 @dataclass
 class Plan:
-    """What will be built, and why."""
+    """Decisions of a build, with their reasons."""
 
     cxx: str  # a command line: CXX may be "ccache g++"
     levels: list[str]
@@ -80,9 +76,10 @@ class Plan:
     nvcc_version: str | None = None
     cuda_archs: list[str] = field(default_factory=list)
     cuda_reason: str = ""
-    nvcc_error: str | None = None  # why an nvcc that was found is not used
+    nvcc_error: str | None = None  # why the nvcc that was found is not used
 
     def describe(self) -> list[str]:
+        """Return the lines that the build prints."""
         cuda = (
             f"CUDA {self.nvcc_version}, sm_{', sm_'.join(self.cuda_archs)} (+PTX)"
             if self.nvcc
@@ -98,7 +95,7 @@ class Plan:
         ]
 
     def record(self) -> dict[str, object]:
-        """What `pdd-fast env` shows; holds no path of the machine that built."""
+        """Return the record that `pdd-fast env` shows, without paths of the build machine."""
         cuda = {"nvcc": self.nvcc_version, "archs": self.cuda_archs} if self.nvcc else None
         cpu = {"compiler": compiler_version(self.cxx), "levels": self.levels}
         return {
@@ -111,14 +108,15 @@ class Plan:
 
 
 def output_of(*command: str) -> str:
+    """Return the output of a command."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def commit() -> str:
     """Return the commit of these sources, or "unknown".
 
-    PDD_FAST_COMMIT names it in a copy without .git. A copy may lie within another repository, whose
-    commit would be wrong.
+    PDD_FAST_COMMIT gives the commit for a copy without .git. A copy may lie within another
+    repository, whose commit would be wrong.
     """
     if given := os.environ.get("PDD_FAST_COMMIT"):
         return given
@@ -132,10 +130,12 @@ def commit() -> str:
 
 
 def compiler_version(cxx: str) -> str:
+    """Return the compiler's first line about its version."""
     return output_of(*shlex.split(cxx), "--version").splitlines()[0]
 
 
 def supports(cxx: str, *flags: str) -> bool:
+    """Return whether the compiler accepts the flags."""
     command = [*shlex.split(cxx), *flags, "-x", "c++", "-", "-o", os.devnull]
     try:
         return (
@@ -149,15 +149,15 @@ def supports(cxx: str, *flags: str) -> bool:
 
 
 class ToolError(Exception):
-    """A tool's own sentence about why it fails, without folders of this machine."""
+    """A tool's own message about its failure, without paths of this machine."""
 
 
 def answer_of(*command: str) -> str:
-    """Return what a command prints.
+    """Return the output of a command.
 
     Raises:
-        ToolError: it does not run, fails, or gives no answer in time; what it started is ended with
-            it.
+        ToolError: the command does not run, fails, or does not answer in time. Its child processes
+            end with it.
     """
     try:
         process = subprocess.Popen(
@@ -190,8 +190,9 @@ def answer_of(*command: str) -> str:
 
 
 def first_error(text: str) -> str:
-    """The first line that says what is wrong, else the first line, without folders and of 200
-    characters at most.
+    """Return the first line that names an error, else the first line.
+
+    The line has no paths and at most 200 characters.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     wrong = re.compile(
@@ -203,9 +204,7 @@ def first_error(text: str) -> str:
 
 
 def nvcc_problem(nvcc: str, arch: str) -> str | None:
-    """Why this nvcc cannot build: what it says when it compiles and links one small file. None: it
-    can.
-    """
+    """Return why nvcc cannot build; None if it compiles and links a small file."""
     with tempfile.TemporaryDirectory(prefix="pdd-fast-") as folder:
         source = Path(folder) / "probe.cu"
         source.write_text(PROBE)
@@ -225,6 +224,7 @@ def nvcc_problem(nvcc: str, arch: str) -> str | None:
 
 
 def find_nvcc() -> str | None:
+    """Return the path of nvcc."""
     home = os.environ.get("CUDA_HOME")
     if home and (Path(home) / "bin" / "nvcc").is_file():
         return str(Path(home) / "bin" / "nvcc")
@@ -232,6 +232,7 @@ def find_nvcc() -> str | None:
 
 
 def decide() -> Plan:
+    """Decide what to build."""
     found = shutil.which("g++") or shutil.which("clang++")
     cxx = os.environ.get("CXX") or (shlex.quote(found) if found else None)
     if cxx is None:
@@ -244,8 +245,8 @@ def decide() -> Plan:
             f"to another"
         )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    # All levels or the baseline alone, as the binding has it: gcc knows x86-64-v3 from release 11
-    # on, clang from 12.
+    # All levels or the baseline alone, as the binding requires: gcc supports x86-64-v3 from release
+    # 11 on, clang from 12.
     levels = (
         list(CPU_LEVELS)
         if x86 and all(supports(cxx, *flags) for flags in CPU_LEVELS.values())
@@ -266,7 +267,7 @@ def decide() -> Plan:
     else:
         try:
             listed, version = answer_of(nvcc, "--list-gpu-arch"), answer_of(nvcc, "--version")
-        except ToolError as error:  # broken, or too old to know the question
+        except ToolError as error:  # broken, or too old for this option
             if wanted == "1":
                 sys.exit(
                     f"pdd-fast: PDD_FAST_CUDA=1 but {nvcc} does not name its architectures: "
@@ -305,17 +306,17 @@ def decide() -> Plan:
 
 
 def argument(path: str | Path) -> str:
-    """A path in a command of a ninja file."""
+    """Return a path for a command of a ninja file."""
     return shlex.quote(str(path)).replace("$", "$$")
 
 
 def file(path: str | Path) -> str:
-    """A path among the inputs and outputs of a ninja file."""
+    """Return a path for the inputs and outputs of a ninja file."""
     return re.sub(r"([ :$])", r"$\1", str(path))
 
 
 class NinjaFile:
-    """The compile and link steps of both libraries."""
+    """Compile and link steps of both libraries."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         import pybind11
@@ -336,7 +337,8 @@ class NinjaFile:
             gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
         cxx, compiler = plan.cxx.replace("$", "$$"), argument(plan.nvcc or "nvcc")
         nvcc_werror = ["-Werror all-warnings"] if werror else []
-        # The architectures side by side: one file has fifty kernels, and takes 25 seconds for each.
+        # Architectures compile in parallel: one file has fifty kernels and takes 25 seconds for
+        # each architecture.
         nvcc = [
             "-std=c++17",
             "-O3",
@@ -361,13 +363,14 @@ class NinjaFile:
             "  deps = gcc",
             "rule link",
             f"  command = {cxx} $in {' '.join(link)} -o $out",
-            # nvcc knows where its own runtime lies; statically linked, the library loads without a
+            # nvcc knows the location of its runtime; statically linked, the library loads without a
             # driver.
             "rule cuda_link",
             f"  command = {compiler} -shared -cudart static -Xlinker -s $in -o $out",
         ]
 
     def object(self, rule: str, source: str, name: str, flags: str = "") -> str:
+        """Add a compile step and return the object's name."""
         self.lines += [
             f"build {name}.o: {rule} {file(ROOT / 'csrc' / source)}",
             f"  flags = {flags}",
@@ -375,9 +378,11 @@ class NinjaFile:
         return f"{name}.o"
 
     def library(self, rule: str, target: Path, objects: list[str]) -> None:
+        """Add a link step."""
         self.lines.append(f"build {file(target)}: {rule} {' '.join(objects)}")
 
     def cpu(self, target: Path) -> None:
+        """Add the steps of the CPU library."""
         objects = [
             self.object(
                 "cxx", "bind/module.cpp", "cpu_module", "$python -DPDD_MODULE=_cpu -DPDD_CPU"
@@ -394,6 +399,7 @@ class NinjaFile:
         self.library("link", target, objects)
 
     def cuda(self, target: Path) -> None:
+        """Add the steps of the CUDA library."""
         objects = [
             self.object(
                 "cxx", "bind/module.cpp", "cuda_module", "$python -DPDD_MODULE=_cuda -DPDD_HALF"
@@ -404,6 +410,7 @@ class NinjaFile:
         self.library("cuda_link", target, objects)
 
     def run(self) -> None:
+        """Write the ninja file and run it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         beside = Path(sys.executable).parent / "ninja"
@@ -418,16 +425,17 @@ class NinjaFile:
 
 
 class BuildKernels(build_ext):
-    """setuptools finds the places, ninja does the work."""
+    """Build the extensions with ninja, at the paths that setuptools chooses."""
 
     def run(self) -> None:
+        """Build the kernels and write their record."""
         plan = decide()
         print(*plan.describe(), sep="\n", flush=True)
         ninja = NinjaFile(plan, Path(self.build_temp).resolve() / "kernels")
         targets = {"_cpu": ninja.cpu} | ({"_cuda": ninja.cuda} if plan.nvcc else {})
         for ext in self.extensions:
-            # One that an earlier build left in place would be installed, and preferred, without
-            # having been asked for.
+            # A library left by an earlier build would be installed and preferred although it was
+            # not requested.
             if ext.name.rpartition(".")[2] not in targets:
                 Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         self.extensions = [ext for ext in self.extensions if ext.name.rpartition(".")[2] in targets]

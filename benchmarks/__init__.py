@@ -1,2 +1,4 @@
-"""What ``pdd-fast bench`` measures, and what it measures against. Installed as
-pdd_fast.benchmarks."""
+"""Measure the package against the usual ways to write the same in PyTorch.
+
+``pdd-fast bench`` runs these modules. They are installed as ``pdd_fast.benchmarks``.
+"""

@@ -1,10 +1,9 @@
-"""The meta-gradient of one matching iteration, as it is written without this package: what ours is
-measured against.
+"""Compute the meta-gradient of one matching iteration without this package.
 
-Every baseline is a function of a :class:`Problem` that prepares (compiles, say) and returns the
-iteration: a call that gives the gradients of the matching loss with respect to the images and the
-learning rate. All are exact except :func:`frozen`. They take the network as a plain torch module
-and the augmentations in plain torch operations.
+The package is compared with these baselines. Each is a function of a :class:`Problem`. It prepares
+(for example compiles) and returns the iteration, a call that computes the gradients of the matching
+loss with respect to the images and the learning rate. All baselines are exact except
+:func:`frozen`. They use torch's own layers and plain torch operations for the augmentation.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ Iteration = Callable[[], Gradients]
 
 @dataclass
 class Problem:
-    """One matching iteration: N steps from ``start`` on the images, then ‖θ_N − target‖² / ‖start −
-    target‖².
+    """One matching iteration.
+
+    N steps train from ``start`` on the images. The loss is ‖θ_N − target‖² / ‖start − target‖².
     """
 
     net: nn.Module  # torch's own layers
@@ -40,7 +40,7 @@ class Problem:
     lr: Tensor  # []
     batches: list[Tensor]  # N of int64 [b]
     draws: list[pdd_fast.AugmentParameters] | None = None
-    own: pdd_fast.ConvNet | None = None  # the same network as this package has it
+    own: pdd_fast.ConvNet | None = None  # the same network, as this package implements it
     channels_last: bool = False
     autocast: torch.dtype | None = None
 
@@ -56,7 +56,9 @@ class Problem:
         dtype: torch.dtype,
         augment: bool = True,
     ) -> Problem:
-        """All ``n`` images in every step. Drawn on the CPU in float32: the same on every device, in
+        """Return a random problem whose steps each use all ``n`` images.
+
+        Random values are drawn on the CPU in float32, so they are equal on every device and in
         every precision.
         """
         torch.manual_seed(0)
@@ -84,26 +86,26 @@ class Problem:
             name: p.shape for name, p in self.net.named_parameters()
         }
         self.index = [batch.to(device) for batch in self.batches]
-        self.steps = len(self.batches)  # fewer while warming up
-        # Before the clock starts, as ours packs its draws: every implementation finds them on the
-        # device.
+        self.steps = len(self.batches)  # fewer during the warm-up
+        # Augmentation parameters are on the device before the clock starts, for every
+        # implementation.
         self.augments = (
             [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None
         )
 
     def step_input(self, i: int, images: Tensor) -> tuple[Tensor, Tensor]:
-        """A_i X[b_i] and y[b_i]."""
+        """Return A_i X[b_i] and y[b_i]."""
         x = images[self.index[i]]
         x = self.augments[i](x) if self.augments else x
         x = x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
         return x, self.labels[self.index[i]]
 
     def step_loss(self, i: int, theta: Tensor, images: Tensor) -> Tensor:
-        """ℓ(θ, A_i X[b_i], y[b_i])."""
+        """Return ℓ(θ, A_i X[b_i], y[b_i])."""
         return self.loss(theta, *self.step_input(i, images))
 
     def loss(self, theta: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        """Mean cross-entropy of the network at the flat vector ``theta``."""
+        """Return the mean cross-entropy of the network at the flat vector ``theta``."""
         parts = theta.split([shape.numel() for shape in self.shapes.values()])
         parameters = {
             name: part.view(shape)
@@ -113,22 +115,24 @@ class Problem:
             return F.cross_entropy(torch.func.functional_call(self.net, parameters, (x,)), y)
 
     def precision(self) -> AbstractContextManager[object]:
+        """Return the autocast context of the problem's precision."""
         if self.autocast is None:
             return nullcontext()
-        # Without the cache: θ changes every step, and what was cast in one graph must not turn up
-        # in the next.
+        # The cache is off: θ changes every step, and a tensor cast in one graph must not appear in
+        # the next.
         return torch.autocast(self.images.device.type, dtype=self.autocast, cache_enabled=False)
 
     def matching_loss(self, end: Tensor) -> Tensor:
+        """Return ‖θ_N − target‖² / ‖start − target‖²."""
         return (end - self.target).square().sum() / (self.start - self.target).square().sum()
 
     def adjoint(self, end: Tensor) -> Tensor:
-        """λ_N."""
+        """Return λ_N, the gradient of the matching loss with respect to θ_N."""
         return 2 * (end - self.target) / (self.start - self.target).square().sum()
 
 
 def plain(problem: Problem) -> Iteration:
-    """As MTT's scripts write it: create_graph=True through all steps."""
+    """Differentiate with create_graph=True through all steps, as MTT's scripts do."""
 
     def iterate() -> Gradients:
         images, lr = (
@@ -143,7 +147,7 @@ def plain(problem: Problem) -> Iteration:
 
 
 def trained(problem: Problem, images: Tensor, lr: Tensor) -> Tensor:
-    """θ_N as a function of ``images`` and ``lr``, with the graph of all steps behind it."""
+    """Return θ_N as a function of ``images`` and ``lr``, with the graph of all steps."""
     theta = problem.start.detach().requires_grad_()
     for i in range(problem.steps):
         (gradient,) = torch.autograd.grad(
@@ -154,7 +158,7 @@ def trained(problem: Problem, images: Tensor, lr: Tensor) -> Tensor:
 
 
 def training_path(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
-    """θ_0..θ_N and the N gradients, without a graph across steps."""
+    """Return θ_0..θ_N and the N gradients, without a graph across steps."""
     path, gradients = [problem.start], []
     for i in range(problem.steps):
         theta = path[i].detach().requires_grad_()
@@ -165,9 +169,7 @@ def training_path(problem: Problem) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def checkpointed(problem: Problem) -> Iteration:
-    """Autograd with only the parameters of every step kept: each step's double backward is made
-    from them again.
-    """
+    """Save only each step's parameters and recompute its double backward pass from them."""
 
     def iterate() -> Gradients:
         path, gradients = training_path(problem)
@@ -189,10 +191,10 @@ def checkpointed(problem: Problem) -> Iteration:
 
 
 def frozen(problem: Problem) -> Iteration:
-    """TESLA's approximation: θ_N = θ_0 − α Σ g_i(θ_i, X) with every θ_i a constant, so λ_i = λ_N.
-    NOT exact.
+    """Compute TESLA's approximation, which is NOT exact.
 
-    One step's graph at a time, as TESLA has it: all steps then share the direction λ_N.
+    θ_N = θ_0 − α Σ g_i(θ_i, X) with every θ_i a constant, so λ_i = λ_N. As in TESLA, only one
+    step's graph exists at a time, because all steps share the direction λ_N.
     """
 
     def iterate() -> Gradients:
@@ -213,11 +215,14 @@ def frozen(problem: Problem) -> Iteration:
 
 
 def functional(problem: Problem, compiled: bool = False) -> Iteration:
-    """The dual pass in torch.func: jvp of grad along the adjoint; on request both under
-    torch.compile.
+    """Compute the dual pass with torch.func: jvp of grad along the adjoint.
 
-    The augmentation stays outside: which one was drawn changes from step to step, and each would be
-        compiled anew.
+    The augmentation stays outside of torch.compile. Its operation changes from step to step, and
+    each one would be compiled anew.
+
+    Args:
+        problem: the matching iteration.
+        compiled: compile the gradient and the dual pass with torch.compile.
     """
     gradient_of = torch.func.grad(problem.loss)
     both_of = torch.func.grad(problem.loss, argnums=(0, 1))
@@ -229,7 +234,7 @@ def functional(problem: Problem, compiled: bool = False) -> Iteration:
         return torch.func.jvp(lambda theta, x: both_of(theta, x, y), (theta, x), along)
 
     if compiled:
-        # On a GPU with its CUDA graphs, which are what helps against hundreds of small launches.
+        # On a GPU this mode uses CUDA graphs, which avoid the cost of hundreds of small launches.
         mode = "reduce-overhead" if problem.images.is_cuda else None
         gradient_of, dual = torch.compile(gradient_of, mode=mode), torch.compile(dual, mode=mode)
 

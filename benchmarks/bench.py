@@ -1,5 +1,6 @@
-"""The benchmark: cases one after another, implementations in turn, and a record that is whole after
-every measurement.
+"""Run cases in order, with their implementations in turn.
+
+The record on disk is complete after every measurement.
 """
 
 from __future__ import annotations
@@ -26,26 +27,29 @@ from pdd_fast.runtime.progress import SILENT, Reporter
 
 @dataclass(frozen=True)
 class Settings:
-    """How cases are measured."""
+    """Settings of a benchmark run."""
 
     suite: str = "quick"
     device: str = "auto"
-    rounds: int = 0  # 0: the suite's
-    limit: float = 0.0  # seconds of one measurement; 0: the suite's
-    threads: int = 0  # 0: torch's own number
-    implementation: tuple[str, ...] = ()  # texts of names; (): all
-    without: tuple[str, ...] = ()  # likewise, to leave out
+    rounds: int = 0  # 0: the suite's default
+    limit: float = 0.0  # seconds of one measurement; 0: the suite's default
+    threads: int = 0  # 0: torch's default
+    implementation: tuple[str, ...] = ()  # names or parts of names; (): all
+    without: tuple[str, ...] = ()  # names or parts of names to leave out
 
 
 class Bench:
-    """A benchmark on its way.
+    """Run a benchmark and keep its record.
 
     Args:
-        folder: gets bench.json, bench.md and, where meta-gradients were measured, bench.png.
-        told: gets the name and the record of every case that is finished.
+        cases: the cases to measure, in this order.
+        settings: how they are measured.
+        folder: receives bench.json, bench.md and, if meta-gradients were measured, bench.png.
+        reporter: receives messages and progress.
+        told: called with the name and the record of every finished case.
 
     Raises:
-        UsageError: the folder holds a benchmark, the device cannot be used, or a text means no
+        UsageError: the folder holds a benchmark, the device cannot be used, or a text names no
             implementation.
     """
 
@@ -76,11 +80,14 @@ class Bench:
                 self.left_out[case] = [c.name for c in there if c not in chosen]
         if not self.plan:
             raise UsageError("--implementation and --without leave nobody to measure")
-        self.wrong: list[str] = []  # what should have worked and did not
+        self.wrong: list[str] = []  # unexpected failures
         self.record: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
-        """All of it; the record. Interrupted, what was measured is in the folder."""
+        """Run all cases and return the record.
+
+        An interruption leaves the partial results in the folder.
+        """
         settings = asdict(self.settings) | {
             "rounds": self.rounds,
             "limit": self.limit,
@@ -109,7 +116,7 @@ class Bench:
         write_text(self.folder / "bench.md", tables.report(self.record))
 
     def _case(self, case: Case) -> None:
-        """Measures a case. Interrupted too, who wants to be told is told of what there is."""
+        """Measure one case; report partial results on interruption."""
         chosen = self.plan[case]
         names = [*([FLOOR] if implementations.has_floor(case) else []), *(c.name for c in chosen)]
         outcomes = {name: Outcome() for name in names}
@@ -154,7 +161,7 @@ class Bench:
             self.wrong.append(f"{case.name}: {TRUTH}")
 
     def _say(self, case: Case, name: str, found: dict[str, Any]) -> None:
-        """Tells at once of what gave no result."""
+        """Report a missing result at once."""
         if "failed" in found:
             self.reporter.message(f"{case.name}: {name}: {found['failed']}: {found['why']}")
 

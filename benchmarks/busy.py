@@ -1,12 +1,12 @@
-"""Measure a meta-gradient alone, and beside a second process that computes the same, with torch's
-threads in both.
+"""Measure a meta-gradient alone, and while a second process computes the same.
 
     python -P -m pdd_fast.benchmarks.busy --output busy.json
 
-"fair" is what an ideal scheduler would give each of the processes: the time alone, or, where it is
-more, the processor time of all processes divided by the processors. Processor time that waiting
-threads spin away alone counts, so the ratio to "fair" says nothing good of a program that spins;
-"beside / alone" is beside it.
+Both processes use torch's default number of threads. "fair" is the time that an ideal scheduler
+would give each process: the larger of the time alone, and the processor time of all processes
+divided by the number of processors. Processor time alone includes the time that waiting threads
+spin. A program that spins therefore reaches a good ratio to "fair" without merit; compare its
+"beside / alone" too.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ CASES = {
     "digits": "unroll-b20-n20-w32-s8",
     "width 32, 32x32": "unroll-b20-n5-w32-s32",
     "width 128, 32x32": "unroll-b20-n5-w128-s32",
-    "ResNet-18, 32x32": "resnet18",  # 20 images, N = 2, by the engine for any module
+    "ResNet-18, 32x32": "resnet18",  # 20 images, N = 2, with the autograd engine
 }
 CONTENDERS = ("ours", "ours, cache", "plain autograd")
 PROCESSES = 2
 
 
 def resnet18() -> Problem:
-    """Two steps on 20 images, without augmentation."""
+    """Return a problem of two steps on 20 images, without augmentation."""
     import torch
 
     from pdd_fast.benchmarks.baselines import Problem
@@ -54,8 +54,9 @@ def resnet18() -> Problem:
 
 
 def worker(case: str, implementation: str, seconds: float) -> None:
-    """Says "ready", waits for a line, iterates for ``seconds`` and prints wall and processor time
-    of an iteration.
+    """Measure in a worker process and print wall and processor time of one iteration.
+
+    The worker prints "ready", waits for a line on stdin, and iterates for ``seconds``.
     """
     import torch
 
@@ -88,7 +89,7 @@ def worker(case: str, implementation: str, seconds: float) -> None:
 def together(
     case: str, implementation: str, seconds: float, processes: int
 ) -> list[dict[str, float]]:
-    """Return the measurement of each of ``processes`` that begin at the same moment."""
+    """Return the measurement of each of ``processes`` that start at the same moment."""
     command = [
         sys.executable,
         "-P",
@@ -120,8 +121,9 @@ def together(
 
 
 def measured(name: str, implementation: str, seconds: float) -> dict[str, Any]:
+    """Return one row of the table: the times of one process alone and of several at once."""
     case = CASES[name]
-    # Before and after: the machine may have become faster or slower meanwhile.
+    # The time alone is measured before and after, because the machine's speed may drift.
     alone = [together(case, implementation, seconds, 1)[0]]
     beside = together(case, implementation, seconds, PROCESSES)
     alone += together(case, implementation, seconds, 1)
@@ -142,6 +144,7 @@ def measured(name: str, implementation: str, seconds: float) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as a table."""
     cells = [
         [
             row["case"],
@@ -169,6 +172,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""What can be measured: cases by name, and the suites that list them. Imports no torch.
+"""Define the cases by name, and the suites that list them. Imports no torch.
 
-A case's name says all there is to know about it: ``unroll-b50-n20-w128-s32`` is the meta-gradient
-of 20 steps on 50 images of 32×32 through a ConvNet of width 128. What a name leaves out has a
-default, and every name of the grammar can be measured, whether a suite lists it or not.
+A name describes its case completely: ``unroll-b50-n20-w128-s32`` is the meta-gradient of 20 steps
+on 50 images of 32×32 through a ConvNet of width 128. A part that the name leaves out has a default
+value. Every name of the grammar can be measured, also if no suite lists it.
 """
 
 from __future__ import annotations
@@ -16,36 +16,31 @@ from typing import Any
 
 from pdd_fast.runtime.errors import UsageError, nearest
 
-OPERATIONS = (
-    "color",
-    "crop",
-    "cutout",
-    "flip",
-    "scale",
-    "rotate",
-)  # as in ops/dsa.py, which imports torch
+# As in ops/dsa.py, which imports torch.
+OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 STRATEGIES = (*OPERATIONS, "single", "multiple")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure; 0 and "" where a kind has no such number."""
+    """Specification of one measurement; fields that its kind does not use are 0 or ""."""
 
     kind: str
-    operation: str = ""  # of DSA, one of STRATEGIES
-    batch: int = 0  # images of a step; synthetic ones of a class
-    real: int = 0  # images of a class
+    operation: str = ""  # DSA operation, one of STRATEGIES
+    batch: int = 0  # images per step; synthetic images per class
+    real: int = 0  # real images per class
     classes: int = 0
-    steps: int = 0  # N, unrolled
+    steps: int = 0  # number of unrolled steps N
     width: int = 0  # channels of every convolution
-    size: int = 0  # pixels of a side
+    size: int = 0  # height and width of an image in pixels
     depth: int = 0  # blocks
-    epochs: int = 0  # on each union
-    iterations: int = 0  # of the stage
+    epochs: int = 0  # epochs on each union
+    iterations: int = 0  # iterations of the stage
     augment: bool = False  # with DSA in mode "single"
 
     @property
     def name(self) -> str:
+        """Return the name, which :func:`parse` reads."""
         kind = KINDS[self.kind]
         parts = [self.kind, *([self.operation] if self.operation else [])]
         for letter, number in kind.letters.items():
@@ -57,26 +52,27 @@ class Case:
 
     @property
     def title(self) -> str:
+        """Return a one-line description."""
         return KINDS[self.kind].title.format(case=self, dsa=", with DSA" if self.augment else "")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the cases of one kind are called."""
+    """Names, defaults and timed parts of the cases of one kind."""
 
     title: str
-    letters: dict[str, str]  # in a name -> field of Case, in the order of the name
+    letters: dict[str, str]  # letter in the name -> field of Case, in the order of the name
     shown: str  # letters that a name always has
     base: Case = field(repr=False)
-    parts: tuple[str, ...] = ()  # what is timed; the last one stands for the case
-    errors: tuple[
-        str, ...
-    ] = ()  # of what is computed, against float64: keys of a measurement's "error"
+    parts: tuple[str, ...] = ()  # timed parts; the last one is the case's main result
+    # Errors of the result against float64: keys of a measurement's "error".
+    errors: tuple[str, ...] = ()
 
     def defaults(self, size: int = 0) -> Case:
+        """Return the default case for images of ``size`` pixels."""
         size = size or self.base.size
-        # The literature's ConvNet has three blocks for 32×32 and four for 64×64; what is left has
-        # to be 2×2 at least.
+        # The literature's ConvNet has three blocks for 32×32 and four for 64×64; the last feature
+        # map must be at least 2×2.
         depth = min(4 if size >= 64 else 3, max(1, size.bit_length() - 2))
         return replace(self.base, size=size, depth=depth)
 
@@ -138,10 +134,10 @@ KINDS = {
 
 
 def parse(name: str) -> Case:
-    """The case called ``name``.
+    """Return the case called ``name``.
 
     Raises:
-        UsageError: it is no case's name.
+        UsageError: ``name`` is not the name of a case.
     """
     kind_name = next(
         (kind for kind in KINDS if f"{name}-".startswith(f"{kind}-")), name.partition("-")[0]
@@ -194,17 +190,17 @@ def _grammar(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases for a purpose, and how much time they are worth."""
+    """List of cases with their time limits."""
 
     what: str
     cases: tuple[Case, ...]
     rounds: int
     limit: float  # seconds of one measurement
-    compiles: bool  # whether implementations that compile for up to a minute take part
+    compiles: bool  # whether to include implementations that compile for up to a minute
 
 
 def _grid(kind: str, **values: Sequence[int | bool | str]) -> tuple[Case, ...]:
-    """All combinations, with the last one changing fastest."""
+    """Return all combinations; the last value changes fastest."""
     found = []
     for combination in product(*values.values()):
         given: dict[str, Any] = dict(zip(values, combination, strict=True))
@@ -289,13 +285,18 @@ SUITES = {
 def select(
     suite: str, only: Sequence[str] = (), skip: Sequence[str] = (), named: Sequence[str] = ()
 ) -> list[Case]:
-    """The cases of a suite that a pattern of ``only`` matches, if there is any, and none of
-    ``skip``; with ``named`` those cases in the suite's place.
+    """Return the cases of a suite that match.
 
-    A pattern is a name with *, ? or [...] in it, or else a text that the name contains.
+    A pattern is a name with *, ? or [...] in it, or a text that the name contains.
+
+    Args:
+        suite: name of the suite.
+        only: patterns, of which a case must match at least one; empty: all cases.
+        skip: patterns, of which a case must match none.
+        named: names of cases that replace the suite's.
 
     Raises:
-        UsageError: a pattern matches nothing, or nothing is left.
+        UsageError: a pattern matches nothing, or no case is left.
     """
     every = [parse(name) for name in named] if named else list(SUITES[suite].cases)
     names = [case.name for case in every]
@@ -317,5 +318,5 @@ def select(
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether ``pattern`` means ``name``."""
+    """Return whether ``pattern`` matches ``name``."""
     return fnmatchcase(name, pattern) if re.search(r"[*?[]", pattern) else pattern in name

@@ -1,6 +1,4 @@
-"""Differentiable Siamese augmentation, measured: drawing for a batch, applying, and taking a
-gradient back.
-"""
+"""Measure differentiable Siamese augmentation: sampling, forward pass and adjoint."""
 
 from __future__ import annotations
 
@@ -17,17 +15,16 @@ from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 
-SAMPLES = 5  # of every part, each of as many calls as a clock can tell apart
-AT_LEAST = (
-    0.1  # seconds of calls that draw a new operation each: their mean is to be that of all six
-)
+SAMPLES = 5  # per part; each covers as many calls as the clock's resolution needs
+# Minimum seconds of calls that sample a new operation each, so that their mean covers all six.
+AT_LEAST = 0.1
 
 Augment = Callable[[Tensor], Tensor]
 Drawing = Callable[[], Augment]
 
 
 def drawing(ours: bool, case: Case, device: torch.device) -> Drawing:
-    """A call that draws for a batch and gives what applies it."""
+    """Return a call that samples a batch's parameters and returns the function to apply them."""
     strategy = case.operation if case.operation in OPERATIONS else "_".join(OPERATIONS)
     dsa = pdd_fast.DSA(strategy, mode="multiple" if case.operation == "multiple" else "single")
     size = (case.size, case.size)
@@ -39,13 +36,14 @@ def drawing(ours: bool, case: Case, device: torch.device) -> Drawing:
 
     def draw() -> Augment:
         parameters = dsa.sample(case.batch, size, generator)
-        parameters.packed(device)  # on the device, where the plain ones are made
+        parameters.packed(device)  # on the device, where plain parameters are created
         return lambda images: pdd_fast.augment(images, parameters)
 
     return draw
 
 
 def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    """Measure one implementation."""
     torch.manual_seed(0)
     images, grad = (
         torch.randn(case.batch, 3, case.size, case.size, device=job.device) for _ in range(2)
@@ -53,8 +51,8 @@ def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, 
     followed = images.clone().requires_grad_()
     memory = measure.Memory(job.device)
     draw = drawing(implementation.ours, case, job.device)
-    # Where each draw is of another operation, all six have to be among what is timed: drawn once,
-    # in turn.
+    # If the operation changes with every sample, the timed calls must include all six. Parameters
+    # are sampled once and applied in turn.
     drawn = [draw() for _ in range(24 if case.operation == "single" else 1)]
     turn = 0
 

@@ -1,5 +1,7 @@
-"""One union evaluation, measured: fresh networks through the growing union, real images in its
-place, and the last union alone, each of the same number of SGD steps, and their test accuracies.
+"""Measure one union evaluation.
+
+Fresh networks train on the growing union, on real images instead, and on the last union alone, each
+with the same number of SGD steps. The result is their test accuracies.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.union import UnionSet
 
-Phase = tuple[Tensor, Tensor, float, int]  # images, labels, rate, steps
+Phase = tuple[Tensor, Tensor, float, int]  # images, labels, learning rate, steps
 
 
 def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
-    """A fresh network, trained on unions as a run's configuration says."""
+    """Return a fresh network to train on unions as the run's settings say."""
     settings = ctx.settings
     data = ctx.data
     net = plain_convnet(
@@ -49,8 +51,7 @@ def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
 
 
 def schedules(ctx: RunContext, union: UnionSet) -> list[list[Phase]]:
-    """The union stage after stage, as many random real images, and the last union from the
-    start."""
+    """Return three schedules: the growing union, as many real images, and the last union alone."""
     settings, train = ctx.settings, ctx.train
     counts = [
         settings.union_epochs * ctx.synthetic_sgd.steps_per_epoch(len(union.up_to(stage)[0]))
@@ -66,7 +67,7 @@ def schedules(ctx: RunContext, union: UnionSet) -> list[list[Phase]]:
 
 
 def plain(ctx: RunContext, union: UnionSet, channels_last: bool) -> list[float]:
-    """The whole evaluation in eager PyTorch: test accuracies, after every leg of every course."""
+    """Run the whole evaluation in eager PyTorch and return the test accuracies of every phase."""
     found, test = [], ctx.data.test
     for repeat in range(ctx.settings.repeats):
         for schedule in schedules(ctx, union):
@@ -80,12 +81,12 @@ def plain(ctx: RunContext, union: UnionSet, channels_last: bool) -> list[float]:
 def prepared(
     case: Case, implementation: Implementation, job: Job, folder: Path
 ) -> Callable[[], Any]:
-    """The evaluation as one call."""
+    """Return the evaluation as one call."""
     own = implementation.options if implementation.ours else {}
     run, ctx = begin(case, job, folder, implementation.precision, **own)
     union = real_union(ctx, ctx.settings.stages)
     if not implementation.ours:
-        # Loading the data is part of an evaluation of ours, and so of this one.
+        # The package loads the data as part of an evaluation, so this baseline does too.
         return lambda: plain(
             RunContext.prepare(run.settings), union, implementation.options["channels_last"]
         )
@@ -94,8 +95,8 @@ def prepared(
 
 
 def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    """Measure one implementation."""
     with ready(prepared, case, implementation, job) as (call, memory):
-        # Without a warm-up: an evaluation is hundreds of steps, and that the first takes longer is
-        # part of it.
+        # No warm-up: an evaluation has hundreds of steps, and the slower first ones are part of it.
         taken = measure.repeated(call, job.device, most=1)
         return measure.sample({"evaluation": taken}, memory.found())

@@ -1,5 +1,6 @@
-"""A run of two stages to evaluate, or to make the second stage of: the digits, or noise in the
-shape of photographs.
+"""Create a run of two stages for the measurements of evaluation and of the second stage.
+
+The dataset is the digits, or noise in the shape of photographs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pdd_fast.progressive.union import UnionSet
 from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
 
-CLASSES, TRAIN, TEST = 10, 60, 20  # images of noise in each class
-DIGITS = 8  # pixels of their sides
+CLASSES, TRAIN, TEST = 10, 60, 20  # noise images per class
+DIGITS = 8  # height and width of an image in pixels
 SETTINGS: dict[str, Any] = {
     "stages": 2,
     "ipc": 4,
@@ -45,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def noise(folder: Path, size: int) -> Path:
-    """Images of noise as ``imagefolder:`` reads them, the same ones every time."""
+    """Write noise images for ``imagefolder:`` with a fixed seed and return their folder."""
     draw = np.random.default_rng(0)
     for split, count in (("train", TRAIN), ("test", TEST)):
         for label in range(CLASSES):
@@ -61,10 +62,9 @@ def noise(folder: Path, size: int) -> Path:
 def begin(
     case: Case, job: Job, folder: Path, precision: str = "float32", **options: Any
 ) -> tuple[Run, RunContext]:
-    """A new run in ``folder`` with a case's numbers, and what it works with.
+    """Return a new run in ``folder`` with the case's values, and its run context.
 
-    Args:
-        options: settings of the run; those that a run does not know are left out.
+    ``options`` are settings of the run. Options that a run does not know are ignored.
     """
     data = "digits" if case.size == DIGITS else f"imagefolder:{noise(folder / 'data', case.size)}"
     epochs = case.epochs or 50
@@ -93,7 +93,7 @@ def ready(
     implementation: Implementation,
     job: Job,
 ) -> Iterator[tuple[Callable[[], Any], measure.Memory]]:
-    """The call that ``prepared`` gives for a folder of its own, and the memory from here on."""
+    """Yield the call that ``prepared`` makes in a temporary folder, and its memory measurement."""
     measure.set_precision(implementation.precision)
     with tempfile.TemporaryDirectory() as folder:
         call = prepared(case, implementation, job, Path(folder))
@@ -103,7 +103,7 @@ def ready(
 
 
 def real_union(ctx: RunContext, stages: int) -> UnionSet:
-    """Real images in the place of learned ones, as many as ``stages`` stages make."""
+    """Return a union of real images, with as many images as ``stages`` stages create."""
     groups = ctx.random_real_rows(ctx.settings.ipc_by_stage, "initial images")
     union = UnionSet.empty(ctx)
     for rows in groups[:stages]:

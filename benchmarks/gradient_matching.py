@@ -1,6 +1,7 @@
-"""One gradient of the matching distance with respect to the synthetic images, measured: the sum
-over classes of the squared distance between the parameter gradients of the class's real and
-synthetic images (IDC).
+"""Measure one gradient of the matching distance with respect to the synthetic images.
+
+The distance is IDC's: the sum over classes of the squared distance between the parameter gradients
+of the class's real images and of its synthetic images.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_network import plain_convnet
 
-_TRUTH = "truth.pt"  # in the case's folder
+_TRUTH = "truth.pt"  # in the case's scratch folder
 
-Gradient = Callable[[int], Tensor]  # of the first so many classes, [classes, n, C, H, W]
+Gradient = Callable[[int], Tensor]  # takes a number of classes; returns [classes, n, C, H, W]
 
 
 @dataclass
 class Problem:
-    """K classes at one point of the parameters."""
+    """K classes at one parameter vector."""
 
-    net: nn.Module  # torch's own layers, at theta
-    own: pdd_fast.ConvNet  # the same network as this package has it
+    net: nn.Module  # torch's own layers, with parameters theta
+    own: pdd_fast.ConvNet  # the same network, as this package implements it
     theta: Tensor  # [P]
     real: Tensor  # [K, B, C, H, W]
     real_labels: Tensor  # int64 [K, B]
@@ -43,7 +44,11 @@ class Problem:
 
     @classmethod
     def draw(cls, case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
-        """Drawn on the CPU in float32: the same on every device, in every precision."""
+        """Return a random problem.
+
+        Random values are drawn on the CPU in float32, so they are equal on every device and in
+        every precision.
+        """
         torch.manual_seed(0)
         own = pdd_fast.ConvNet(3, case.classes, case.size, case.width, case.depth)
         theta = pdd_fast.flatten_parameters(own)
@@ -60,18 +65,21 @@ class Problem:
         )
 
     def loss(self, net: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean cross-entropy of ``net``."""
         with self.precision():
             return F.cross_entropy(net(x), y)
 
     def precision(self) -> AbstractContextManager[object]:
+        """Return the autocast context of the problem's precision."""
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.images.device.type, dtype=self.autocast)
 
 
 def ours(problem: Problem, implementation: Implementation) -> Gradient:
-    """The installed package by its public function; with ``engine="autograd"`` on a module that it
-    does not know.
+    """Compute the gradient with the package's public function.
+
+    With ``engine="autograd"`` the network is a module that the package does not know.
     """
     options = dict(implementation.options)
     net = problem.net if options["engine"] == "autograd" else problem.own
@@ -94,12 +102,13 @@ def ours(problem: Problem, implementation: Implementation) -> Gradient:
 
 
 def plain(problem: Problem) -> Gradient:
-    """As IDC's script writes it: create_graph=True, a class at a time, so that one's graph is
-    alive.
+    """Differentiate with create_graph=True, as IDC's script does.
+
+    Classes are processed one at a time, so only one class's graph exists at a time.
     """
     memory = torch.channels_last if problem.channels_last else torch.contiguous_format
     net = problem.net.to(memory_format=memory)
-    # Of the parameters that count alone: what autograd need not compute it leaves out.
+    # Only the parameters that count: autograd skips the gradients of the others.
     counted = [parameter for parameter in net.parameters() if parameter.dim() > 2]
 
     def of_class(real: Tensor, real_labels: Tensor, images: Tensor, labels: Tensor) -> Tensor:
@@ -123,8 +132,9 @@ def plain(problem: Problem) -> Gradient:
 
 
 def functional(problem: Problem) -> Gradient:
-    """The dual pass in torch.func: jvp of the images' gradient along the distance's derivative. In
-    planar memory: torch 2.13 cannot do the other.
+    """Compute the dual pass with torch.func: jvp of the images' gradient along ∂D/∂g.
+
+    The memory format is planar, because torch 2.13 does not support channels-last here.
     """
     net = problem.net.to(memory_format=torch.contiguous_format)
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
@@ -167,8 +177,9 @@ def prepared(implementation: Implementation, problem: Problem) -> Gradient:
 
 
 def write_truth(case: Case, job: Job) -> dict[str, Any]:
-    """Keeps the gradient in float64, by torch.func: without the package, and a class's memory at a
-    time.
+    """Save the float64 gradient for comparison.
+
+    torch.func computes it, independently of the package and with the memory of one class at a time.
     """
     found = functional(Problem.draw(case, job.device, torch.float64))(case.classes)
     torch.save(found.cpu(), job.scratch / _TRUTH)
@@ -176,13 +187,14 @@ def write_truth(case: Case, job: Job) -> dict[str, Any]:
 
 
 def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    """Measure one implementation."""
     measure.set_precision(implementation.precision)
     problem = Problem.draw(case, job.device, torch.float32)
     if implementation.options.get("function") == "functional":
         measure.load_lazily_loaded()
     memory = measure.Memory(job.device)
     gradient = prepared(implementation, problem)
-    # Two classes have everything behind that is done once; a GPU takes all of them side by side.
+    # Two classes complete all one-time work; a GPU needs all classes, because it batches them.
     gradient(case.classes if job.device.type == "cuda" else min(2, case.classes))
     gc.collect()
     memory.forget()

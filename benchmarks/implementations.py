@@ -1,8 +1,8 @@
-"""Who takes part in a case on a kind of device: ours in its settings, and the other ways to write
-the same. Imports no torch.
+"""List the implementations of a case on a kind of device. Imports no torch.
 
-The first implementation of a case is the package with its default settings: "times ours" compares
-with it. The module that measures a kind of case defines the meaning of ``options``.
+They are the package in its settings, and the other ways to write the same. The first implementation
+of a case is the package with its default settings: "times ours" compares with it. The module that
+measures a kind of case defines the meaning of ``options``.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from typing import Any
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.runtime.errors import UsageError
 
-FLOOR, TRUTH = (
-    "roofline",
-    "float64",
-)  # measured like implementations: the machine's rates, and the gradient in float64
+# Measured like implementations: the machine's rates, and the gradient in float64.
+FLOOR, TRUTH = ("roofline", "float64")
 
 
 @dataclass(frozen=True)
 class Implementation:
+    """One way to compute a case."""
+
     name: str
     note: str
     ours: bool = False
-    exact: bool = True  # computes the gradient itself, not an approximation
-    compiles: bool = False  # takes up to a minute before its first step
+    exact: bool = True  # whether it computes the gradient itself, not an approximation
+    compiles: bool = False  # whether it takes up to a minute before its first step
     precision: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
 
 
 def implementations(case: Case, device: str) -> list[Implementation]:
-    """All of a case's implementations on a device of type "cpu" or "cuda"."""
+    """Return all implementations of a case on a device of type "cpu" or "cuda"."""
     return _MAKERS[case.kind](device == "cuda")
 
 
 def has_floor(case: Case) -> bool:
+    """Return whether a case has a roofline."""
     return case.kind in ("unroll", "gradient-matching", "step", "dsa")
 
 
@@ -86,7 +87,7 @@ def check(
 
 
 def _precise(made: Sequence[tuple[Implementation, Sequence[str]]]) -> list[Implementation]:
-    """Each in every one of its precisions, which then are part of its name."""
+    """Return each implementation once per precision, which becomes part of its name."""
     return [
         Implementation(f"{c.name}, {p}", c.note, c.ours, c.exact, c.compiles, p, c.options)
         for c, precisions in made
@@ -133,7 +134,7 @@ _COMPILED = _autograd(
 
 def _unroll(on_gpu: bool) -> list[Implementation]:
     if on_gpu:
-        # Whole iterations, as a run makes them: what a graph holds is the update too.
+        # The measurement covers whole iterations, as in a run: a graph includes the update.
         made: list[tuple[Implementation, Sequence[str]]] = [
             (_matching(graph, memory), _ALL)
             for graph, memory in ((True, "recompute"), (True, "cache"), (False, "recompute"))

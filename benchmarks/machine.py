@@ -1,6 +1,6 @@
-"""What a record says about where it was made. As a program: the same as one JSON object.
+"""Describe the machine and the versions for a record. As a program: print one JSON object.
 
-torch and pdd_fast are imported where they are asked, so that this answers before either is
+torch and pdd_fast are imported inside functions, so that this module works before either is
 installed.
 """
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def said(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
+    """Return a command's output; an empty string if the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -31,11 +31,11 @@ def said(*command: str) -> str:
 
 
 def commit() -> str:
-    """The commit of these sources, or what PDD_FAST_COMMIT says, for copies without .git; "unknown"
-    without either.
+    """Return the commit of these sources.
 
-    Installed from a folder, that folder's commit as it is now, which may be a later one: it says
-    so.
+    The environment variable PDD_FAST_COMMIT has precedence; it serves copies without .git. If the
+    package was installed from a folder, the commit is that folder's current one, which may be later
+    than the installation; the text says so. Without any of these the result is "unknown".
     """
     given = os.environ.get("PDD_FAST_COMMIT")
     if given:
@@ -52,8 +52,8 @@ def commit() -> str:
 
 
 def describe(folder: Path) -> str:
-    """The commit of a repository; nothing where ``folder`` is not the top of one."""
-    # A copy may lie inside of another repository, whose commit would be wrong.
+    """Return the commit of a repository; an empty string if ``folder`` is not its top level."""
+    # A copy may lie inside another repository, whose commit would be wrong.
     top = said("git", "-C", str(folder), "rev-parse", "--show-toplevel")
     if not top or Path(top).resolve() != folder.resolve():
         return ""
@@ -61,7 +61,7 @@ def describe(folder: Path) -> str:
 
 
 def installed_from() -> dict[str, Any]:
-    """What pip noted of where an installed package came from."""
+    """Return pip's record of the origin of the installed package."""
     try:
         found: dict[str, Any] = json.loads(
             metadata.distribution("pdd-fast").read_text("direct_url.json") or "{}"
@@ -72,6 +72,7 @@ def installed_from() -> dict[str, Any]:
 
 
 def cpu() -> str:
+    """Return the name of the processor."""
     information = Path("/proc/cpuinfo")
     text = information.read_text(encoding="utf-8") if information.is_file() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
@@ -79,7 +80,7 @@ def cpu() -> str:
 
 
 def module(name: str) -> Any:
-    """The module, or None where it is not installed or does not load, whatever the reason."""
+    """Return the module, or None if it is not installed or does not load for any reason."""
     try:
         return importlib.import_module(name)
     except Exception:
@@ -87,6 +88,7 @@ def module(name: str) -> Any:
 
 
 def gpu(torch: Any) -> dict[str, Any]:
+    """Return the name, memory, architecture and driver of the first GPU."""
     properties = torch.cuda.get_device_properties(0)
     driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[
         0
@@ -102,7 +104,7 @@ def gpu(torch: Any) -> dict[str, Any]:
 
 
 def machine(with_gpu: bool) -> dict[str, Any]:
-    """Processor, versions and commit, and with ``with_gpu`` the first GPU that torch finds."""
+    """Return processor, versions and commit; with ``with_gpu`` also torch's first GPU."""
     torch, pdd_fast, native = module("torch"), module("pdd_fast"), module("pdd_fast.ops._native")
     host, library = module("pdd_fast.runtime.host_memory"), native.load("cpu") if native else None
     facts: dict[str, Any] = {
@@ -120,8 +122,9 @@ def machine(with_gpu: bool) -> dict[str, Any]:
 
 
 def ask(with_gpu: bool, threads: int = 0) -> dict[str, Any]:
-    """:func:`machine`, from a process of its own: one that has asked a GPU holds 0.5 GB of it until
-    it ends.
+    """Return :func:`machine` as computed by a separate process.
+
+    A process that has queried a GPU holds 0.5 GB of its memory until it ends.
     """
     command = [sys.executable, "-P", __file__, *(["--gpu"] if with_gpu else [])]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

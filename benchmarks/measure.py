@@ -1,4 +1,4 @@
-"""Seconds and bytes of this process: what the modules that measure a kind of case share."""
+"""Measure time, memory and errors in this process, for every kind of case."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ _STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Job:
-    """Where a measurement happens."""
+    """Conditions of a measurement."""
 
     device: torch.device
-    scratch: Path  # a folder that all measurements of a case share
-    threads: int = 0  # of the CPU; 0: as many as torch takes
+    scratch: Path  # folder that all measurements of a case share
+    threads: int = 0  # CPU threads; 0: torch's default
 
 
 # ---- seconds ----
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
-    """Wall-clock seconds of one call, from an idle device to an idle device, and what it gave."""
+    """Return one call's wall-clock seconds, between idle states of the device, and its result."""
     synchronize(device)
     began = time.perf_counter()
     result = call()
@@ -57,8 +58,10 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[float, T]:
 def repeated(
     call: Callable[[], object], device: torch.device, budget: float = 0.5, most: int = 20
 ) -> list[float]:
-    """Seconds of each of as many calls as ``budget`` seconds hold, between one and ``most``; five
-    on a GPU at least, whose clock changes from one to the next.
+    """Return the seconds of each call, for as many calls as fit into ``budget`` seconds.
+
+    The number of calls lies between one and ``most``. On a GPU it is at least five, because the
+    GPU's clock changes between calls.
     """
     taken: list[float] = []
     while len(taken) < (5 if device.type == "cuda" else 1) or (
@@ -71,8 +74,9 @@ def repeated(
 def seconds_per_call(
     call: Callable[[], object], device: torch.device, at_least: float = 0.05
 ) -> float:
-    """Seconds of one call among as many as take ``at_least`` seconds: for calls that a clock is too
-    coarse for.
+    """Return the mean seconds of one call that is shorter than the clock's resolution.
+
+    The calls together take at least ``at_least`` seconds.
     """
 
     def several(calls: int) -> None:
@@ -88,30 +92,31 @@ def seconds_per_call(
 
 
 def set_precision(name: str) -> None:
-    """IEEE arithmetic for "float32", and TF32 in convolutions and matrix products otherwise.
+    """Select IEEE arithmetic for "float32", and TF32 in convolutions and matrix products otherwise.
 
-    The older flags: setting them sets the newer ones too, and the torch.compile of torch 2.11 still
-        reads the older.
+    The function sets the older flags. They set the newer ones too, and torch.compile of torch 2.11
+    still reads the older ones.
     """
     tf32 = name != "float32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = (
-        True  # shapes never change here, so every implementation gets its fastest algorithms
-    )
+    # Shapes never change here, so every implementation gets its fastest algorithms.
+    torch.backends.cudnn.benchmark = True
 
 
 # ---- errors ----
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float | None:
-    """‖found − truth‖ / ‖truth‖ with ``truth`` in float64 on the CPU; None where it is not
-    finite."""
+    """Return ‖found − truth‖ / ‖truth‖; None if it is not finite.
+
+    ``truth`` is in float64 on the CPU.
+    """
     return _finite((found.detach().cpu().double() - truth).norm() / truth.norm())
 
 
 def image_errors(found: Tensor, truth: Tensor) -> dict[str, float | None]:
-    """Relative error of the images' gradient, and the cosine of its angle to the true one."""
+    """Return relative error and cosine similarity of the images' gradient to the true one."""
     flat = found.detach().cpu().double().flatten()
     cosine = torch.nn.functional.cosine_similarity(flat, truth.flatten(), dim=0)
     return {"images": relative_error(found, truth), "cosine": _finite(cosine)}
@@ -125,21 +130,24 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return the value of a line of /proc/self/status in bytes."""
     lines = _STATUS.read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) * 1024
 
 
 def resident_peak() -> int:
-    """Most bytes that this process has had in memory. Where there is a choice not ru_maxrss, which
-    begins with what the parent had.
+    """Return this process's peak resident memory in bytes.
+
+    The function prefers VmHWM to ru_maxrss, which starts from the parent's value.
     """
     return _status("VmHWM") if _STATUS.exists() else peak_memory(torch.device("cpu"))
 
 
 def load_lazily_loaded() -> None:
-    """What torch loads at the first use of an optimizer or of forward mode: 1.5 seconds and 170 MB
-    that are torch's and no implementation's.
+    """Trigger the imports that torch defers to the first use of an optimizer or of forward mode.
+
+    They take 1.5 seconds and 170 MB, which belong to torch and not to an implementation.
+    Measure peak memory from here on, and the memory in use before: torch itself takes 0.4 GB.
     """
     number = torch.zeros(1, requires_grad=True)
     number.square().sum().backward()
@@ -155,22 +163,21 @@ class Memory:
         if device.type == "cuda":
             self._start = torch.cuda.memory_allocated(device)
             return
-        # What loading took is no part of it. "5" sets the peak back to what is resident now.
+        # Memory used by loading does not count. "5" resets the peak to the resident size.
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         self._start = _status("VmRSS") if _STATUS.exists() else resident_peak()
 
     def forget(self) -> None:
-        """Sets a GPU's peak back: what choosing algorithms took is no part of it."""
+        """Reset a GPU's peak, so that memory used while choosing algorithms does not count."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def found(self, holds_graph: bool = False) -> dict[str, int]:
-        """The peak, and how much of it came since the start."""
+        """Return the peak, and its increase since the start."""
         if self._device.type == "cuda":
-            # What a graph works in was set aside when it was captured and no longer counts as
-            # allocated.
+            # A graph reserves its memory at capture, and that memory no longer counts as allocated.
             most = (
                 torch.cuda.max_memory_reserved if holds_graph else torch.cuda.max_memory_allocated
             )
@@ -181,13 +188,14 @@ class Memory:
 
 
 def refuse_too_much() -> None:
-    """Makes allocations fail that the machine has no memory for. Linux would give it out, and then
-    end a process, not always the one that asked.
+    """Make allocations fail that exceed the machine's free memory.
+
+    Linux would grant them and later kill a process, not always the one that allocated.
     """
     free = host.free()
     if resource is None or not free or not _STATUS.exists():
         return
-    # Stacks of threads and what libraries have set aside count as data without being in memory.
+    # Thread stacks and memory reserved by libraries count as data without being resident.
     wanted = free + _status("VmData")
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -195,9 +203,7 @@ def refuse_too_much() -> None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was asked for and what was taken by then, where ``error`` is about memory; None where it
-    is not.
-    """
+    """Return a message with requested and used memory; None if ``error`` is not about memory."""
     if not is_out_of_memory(error) and "bad_alloc" not in str(error):
         return None
     found = re.search(r"tried to allocate ([\d.]+) (\w+)", str(error), re.IGNORECASE)
@@ -213,7 +219,5 @@ def out_of_memory(error: BaseException) -> str | None:
 def sample(
     seconds: Mapping[str, Sequence[float]], memory: dict[str, int], **more: Any
 ) -> dict[str, Any]:
-    """What a measurement gives: for every part that was timed all times, bytes, and what else there
-    is.
-    """
+    """Return the result of a measurement: all times of every timed part, memory, and ``more``."""
     return {"seconds": {part: list(each) for part, each in seconds.items()}, **memory, **more}

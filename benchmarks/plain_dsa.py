@@ -1,9 +1,8 @@
-"""Differentiable Siamese augmentation as a good user writes it in eager PyTorch: a handful of calls
-per operation.
+"""Implement differentiable Siamese augmentation in eager PyTorch, as an experienced user would.
 
-It takes :class:`pdd_fast.AugmentParameters`, so that all implementations compute the same function,
-or samples its own from the same ranges. It uses nothing else of the package. Formulas:
-docs/mathematics.md, section 5.
+Each operation takes a handful of calls. The module takes :class:`pdd_fast.AugmentParameters`, so
+that all implementations compute the same function, or samples its own parameters from the same
+ranges. It uses nothing else of the package. Formulas: docs/mathematics.md, section 5.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pdd_fast.augmentation.parameters import AugmentParameters
 
 
 class PlainAugment:
-    """One batch's draws, on the device and in the precision of the images."""
+    """Augmentation parameters of one batch, on the device and in the precision of the images."""
 
     def __init__(
         self,
@@ -37,8 +36,9 @@ class PlainAugment:
 
     @classmethod
     def of(cls, draw: AugmentParameters, device: torch.device, dtype: torch.dtype) -> PlainAugment:
-        # An operation's own numbers only: with one operation drawn, that is one to three copies to
-        # the device.
+        """Return the parameters of ``draw`` on ``device``."""
+        # Only the operation's own parameters move: one to three copies to the device for one
+        # operation.
         used = [name for operation in draw.operations for name in DRAWS_OF[operation]]
         return cls(
             draw.operations,
@@ -48,12 +48,13 @@ class PlainAugment:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Augmented images [b, C, H, W]."""
+        """Return the augmented images [b, C, H, W]."""
         for operation in self.operations:
             images = getattr(self, operation)(images)
         return images
 
     def color(self, x: Tensor) -> Tensor:
+        """Change brightness, saturation and contrast."""
         x = x + self.numbers["brightness"]
         mean = x.mean(1, keepdim=True)
         x = (x - mean) * self.numbers["saturation"] + mean
@@ -61,7 +62,8 @@ class PlainAugment:
         return (x - mean) * self.numbers["contrast"] + mean
 
     def crop(self, x: Tensor) -> Tensor:
-        # Two gathers: their gradients scatter, where that of x[batch, rows, columns] would sort all
+        """Shift the images, zero outside."""
+        # Two gathers: their gradients scatter, while that of x[batch, rows, columns] sorts all
         # indices first.
         for dim, name in ((2, "shift_h"), (3, "shift_w")):
             side = x.shape[dim]
@@ -76,6 +78,7 @@ class PlainAugment:
         return x
 
     def cutout(self, x: Tensor) -> Tensor:
+        """Set a rectangle to zero."""
         rows = (
             torch.arange(x.shape[2], device=x.device).view(-1, 1)
             - self.numbers["cutout_h"]
@@ -95,20 +98,24 @@ class PlainAugment:
         return x.masked_fill(blank, 0)
 
     def flip(self, x: Tensor) -> Tensor:
+        """Mirror some of the images."""
         return torch.where(self.numbers["flip"], x.flip(3), x)
 
     def scale(self, x: Tensor) -> Tensor:
+        """Scale height and width."""
         zero = torch.zeros_like(self.numbers["scale_w"])
         return sample(x, self.numbers["scale_w"], zero, zero, self.numbers["scale_h"])
 
     def rotate(self, x: Tensor) -> Tensor:
+        """Rotate around the center."""
         cosine, sine = self.numbers["angle"].cos(), self.numbers["angle"].sin()
         return sample(x, cosine, -sine, sine, cosine)
 
 
 class PlainDraws:
-    """Draws made on the device where they are used, so that nothing has to travel; a choice of one
-    operation is made by Python, so that nothing has to wait either.
+    """Sample parameters on the device where they are used, so that nothing is copied.
+
+    Python chooses the single operation, so that the host does not wait for the device.
     """
 
     def __init__(self, dsa: DSA, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
@@ -117,6 +124,7 @@ class PlainDraws:
         self.choice = random.Random(seed)
 
     def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
+        """Return the parameters of a batch of images of ``size``."""
         dsa = self.dsa
         operations = (
             dsa.operations if dsa.mode == "multiple" else (self.choice.choice(dsa.operations),)
@@ -128,14 +136,17 @@ class PlainDraws:
         return PlainAugment(operations, cutout, numbers, self.dtype)
 
     def uniform(self, batch: int, low: float, high: float) -> Tensor:
+        """Return uniform values [batch] in [low, high)."""
         return torch.empty(batch, device=self.device).uniform_(low, high, generator=self.generator)
 
     def integer(self, batch: int, low: int, high: int) -> Tensor:
+        """Return uniform integers [batch] in [low, high]."""
         return torch.randint(low, high + 1, (batch,), generator=self.generator, device=self.device)
 
     def color(
         self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
     ) -> dict[str, Tensor]:
+        """Sample brightness, saturation and contrast."""
         d = self.dsa
         return {
             "brightness": self.uniform(batch, -d.brightness / 2, d.brightness / 2),
@@ -144,6 +155,7 @@ class PlainDraws:
         }
 
     def crop(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        """Sample the shifts in pixels."""
         reach = [int(side * self.dsa.crop + 0.5) for side in size]
         return {
             f"shift_{axis}": self.integer(batch, -r, r) for axis, r in zip("hw", reach, strict=True)
@@ -152,6 +164,7 @@ class PlainDraws:
     def cutout(
         self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
     ) -> dict[str, Tensor]:
+        """Sample the rectangles' centers."""
         last = [side - blank % 2 for side, blank in zip(size, cutout, strict=True)]
         return {
             f"cutout_{axis}": self.integer(batch, 0, end)
@@ -159,11 +172,13 @@ class PlainDraws:
         }
 
     def flip(self, batch: int, size: tuple[int, int], cutout: tuple[int, int]) -> dict[str, Tensor]:
+        """Sample the images to mirror."""
         return {"flip": self.uniform(batch, 0, 1) < self.dsa.flip}
 
     def scale(
         self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
     ) -> dict[str, Tensor]:
+        """Sample the factors of height and width."""
         return {
             f"scale_{axis}": self.uniform(batch, 1 / self.dsa.scale, self.dsa.scale)
             for axis in "wh"
@@ -172,6 +187,7 @@ class PlainDraws:
     def rotate(
         self, batch: int, size: tuple[int, int], cutout: tuple[int, int]
     ) -> dict[str, Tensor]:
+        """Sample the angles in radians."""
         most = math.radians(self.dsa.rotate)
         return {"angle": self.uniform(batch, -most, most)}
 
@@ -187,7 +203,7 @@ DRAWS_OF = {
 
 
 def sample(x: Tensor, xx: Tensor, xy: Tensor, yx: Tensor, yy: Tensor) -> Tensor:
-    """``x`` sampled at the grid of [[xx, xy, 0], [yx, yy, 0]], zero outside."""
+    """Return ``x`` sampled at the grid of [[xx, xy, 0], [yx, yy, 0]], zero outside."""
     zero = torch.zeros_like(xx)
     matrix = torch.cat([xx, xy, zero, yx, yy, zero], 1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=True)

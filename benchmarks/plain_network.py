@@ -1,6 +1,4 @@
-"""The ConvNet as a good user writes it, of torch's own layers: that of this package runs on its
-kernels.
-"""
+"""Build the ConvNet from torch's own layers, without this package's kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from torch import nn
 def plain_convnet(
     in_channels: int, num_classes: int, size: tuple[int, int], width: int, depth: int
 ) -> nn.Module:
-    """The network of :class:`pdd_fast.ConvNet`, with its order of parameters."""
+    """Return the network of :class:`pdd_fast.ConvNet`, with the same order of parameters."""
     blocks = [
         nn.Sequential(
             nn.Conv2d(width if i else in_channels, width, 3, padding=1),

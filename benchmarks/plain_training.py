@@ -1,6 +1,4 @@
-"""Plain training as a good user writes it in eager PyTorch: torch.optim.SGD on a module, whole
-batches at a time.
-"""
+"""Train in eager PyTorch as an experienced user would: torch.optim.SGD on whole batches."""
 
 from __future__ import annotations
 
@@ -15,17 +13,26 @@ from pdd_fast.benchmarks.plain_dsa import PlainAugment
 
 
 class Draws(Protocol):
-    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment: ...
+    """Source of augmentation parameters."""
+
+    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
+        """Return the parameters of a batch of images of ``size``."""
+        ...
 
 
 class PlainTraining:
-    """One network in training.
+    """Train one network.
 
     Args:
-        net: changed in place; in channels-last memory where ``channels_last``.
-        draws: of DSA; None: no augmentation.
-        generator: of the order of images, on their device.
-        compiled: network and loss under torch.compile.
+        net: changed in place; moved to channels-last memory if ``channels_last``.
+        draws: source of DSA parameters; None: no augmentation.
+        generator: generator for the order of images, on their device.
+        batch: images per step.
+        lr: learning rate.
+        momentum: momentum of SGD.
+        decay: weight decay.
+        channels_last: use channels-last memory.
+        compiled: compile network and loss with torch.compile.
     """
 
     def __init__(
@@ -54,7 +61,7 @@ class PlainTraining:
         return F.cross_entropy(self.net(images), labels)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step on a batch."""
+        """Take one step on a batch."""
         if self.draws is not None:
             images = self.draws.draw(len(images), (images.shape[2], images.shape[3]))(images)
         self.optimizer.zero_grad()
@@ -62,7 +69,7 @@ class PlainTraining:
         self.optimizer.step()
 
     def steps(self, images: Tensor, labels: Tensor, count: int) -> None:
-        """``count`` steps, every epoch in an order of its own."""
+        """Take ``count`` steps, with a new order of images in every epoch."""
         done = 0
         while done < count:
             order = torch.randperm(
@@ -73,7 +80,7 @@ class PlainTraining:
                 done += 1
 
     def run(self, images: Tensor, labels: Tensor, lr: float, count: int) -> None:
-        """``count`` steps at ``lr``, and from half time on at a tenth of it."""
+        """Take ``count`` steps at ``lr``, the second half of them at a tenth of it."""
         half = (count + 1) // 2
         for share, number in ((lr, half), (lr / 10, count - half)):
             for group in self.optimizer.param_groups:
@@ -81,7 +88,7 @@ class PlainTraining:
             self.steps(images, labels, number)
 
     def accuracy(self, images: Tensor, labels: Tensor, batch: int = 1000) -> float:
-        """Percent of ``images`` that the network puts in the class of ``labels``."""
+        """Return the top-1 accuracy (%) of the network."""
         with torch.no_grad():
             parts = zip(images.split(batch), labels.split(batch), strict=True)
             right = [

@@ -1,4 +1,4 @@
-"""Time and memory over N: what the report shows of the meta-gradient."""
+"""Plot time and memory of the meta-gradient over N."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ OURS, OTHERS = (
 
 
 def family(names: list[str]) -> list[str]:
-    """The meta-gradients that differ in nothing but N, by N: the largest group, and of equals the
-    first.
+    """Return the largest group of meta-gradients that differ only in N, sorted by N.
+
+    Ties are broken in favor of the first group.
     """
     groups: dict[Case, list[Case]] = {}
     for case in map(parse, names):
@@ -33,12 +34,11 @@ def family(names: list[str]) -> list[str]:
 
 
 def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The implementations of these cases that a picture has room for: of each way to write it the
-    fastest.
+    """Return the implementations to plot: the fastest of each way to write the iteration.
 
-    Ours are the fused engine's with its own choice of convolution, where that was measured, by what
-    they keep; of the others memory formats compete, and on a GPU precisions. bfloat16 is another
-    computation.
+    The package's implementations are those of the fused engine with its default convolution, if
+    that was measured, one per memory mode. For the others the fastest memory format is chosen, and
+    on a GPU the fastest precision except bfloat16, which is a different computation.
     """
     every = {c["name"]: c for found in cases.values() for c in found["implementations"]}
     there = [
@@ -60,7 +60,7 @@ def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups.setdefault(way or implementation["options"]["memory"], []).append(implementation)
 
     def at_the_end(implementation: dict[str, Any]) -> tuple[int, float]:
-        """Who gets furthest, and of those the fastest."""
+        """Rank by the largest N reached, then by speed."""
         steps, seconds, _ = _curve(implementation["name"], cases)[0][-1]
         return -steps, seconds
 
@@ -69,8 +69,7 @@ def drawn(cases: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 @default_style()
 def draw(record: Mapping[str, Any], path: Path) -> bool:
-    """Writes the picture of a record's largest family of cases; whether there was anything to
-    draw."""
+    """Plot a record's largest family of cases; return whether there was anything to plot."""
     cases = {name: record["cases"][name] for name in family(list(record["cases"]))}
     implementations = drawn(cases)
     if not implementations:
@@ -118,7 +117,10 @@ def _where(machine: Mapping[str, Any]) -> str:
 def _curve(
     implementation: str, cases: Mapping[str, Any]
 ) -> tuple[list[tuple[int, float, float]], tuple[int, str] | None]:
-    """N, seconds and new bytes of an implementation, and where it first gave no result, and why."""
+    """Return the points of a curve, and the first N without a result.
+
+    A point is N, seconds, and bytes above the start. The first failing N comes with its reason.
+    """
     points, lost = [], None
     for name, found in cases.items():
         result = found["results"].get(implementation)

@@ -1,16 +1,16 @@
-"""Error of a meta-gradient in each precision of the convolutions, against float64 through all
-steps.
+"""Measure the error of a meta-gradient in each precision of the convolutions.
 
     python -P -m pdd_fast.benchmarks.precision --output precision.json
 
-The gradient of the matching loss with respect to the images and the rate, through N SGD steps on
-random images, all of them in every step. Medians over seeds (of network, images and target), with
-the smallest and the largest.
+The reference is the gradient in float64 through all steps. The meta-gradient is that of the
+matching loss with respect to the images and the learning rate, through N SGD steps on random
+images, all of them in every step. The table shows medians over seeds (of network, images and
+target), with minimum and maximum.
 
-On a CPU TF32 is emulated: every operand of every convolution is rounded to 10 bits of mantissa, to
-nearest with ties to even, and convolved in float32. That is what tensor cores do, but for the order
-of their sums; a GPU that cuts the other 13 bits off instead of rounding errs up to twice as much.
-On a GPU the real one is measured, and the emulation beside it.
+On a CPU, TF32 is emulated: every operand of every convolution is rounded to 10 mantissa bits, to
+nearest with ties to even, and convolved in float32. Tensor cores compute the same except for the
+order of their sums. On a GPU that truncates the other 13 bits instead, the error is up to twice as
+large. On a GPU, both real TF32 and the emulation are measured.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ from pdd_fast.runtime.devices import resolve_device
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import write_json
 
-RATE, AWAY = 0.01, 0.01  # the inner rate, and the size of the target's distance from the start
+RATE, AWAY = 0.01, 0.01  # inner learning rate; scale of the target's distance from the start
 EMULATED = "tf32, emulated"
 MEASURES = ("images", "cosine", "rate", "theta")
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """float32 numbers with 10 bits of mantissa, to nearest, ties to even."""
+    """Round float32 values to 10 mantissa bits, to nearest with ties to even."""
     bits = tensor.view(torch.int32)
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
 
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Inside, the fused engine rounds the operands of its convolutions as TF32 does; they are then
-    torch's, as on a GPU, and not those of the CPU's own kernel.
+    """Make the fused engine round the operands of its convolutions as TF32 does.
+
+    Inside this context the convolutions are torch's, as on a GPU, and not the CPU's own kernel.
     """
     original = convolution._run
 
@@ -65,7 +66,7 @@ def emulated() -> Iterator[None]:
 def meta_gradient(
     args: Any, steps: int, seed: int, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the images and the rate, and the way that was gone, θ_N − θ_0."""
+    """Return the gradients of images and learning rate, and the displacement θ_N − θ_0."""
     dtype = torch.float64 if precision == "float64" else torch.float32
     net = pdd_fast.ConvNet(3, 10, args.size, args.width, args.depth)
     draw = torch.Generator().manual_seed(seed)
@@ -93,7 +94,7 @@ def meta_gradient(
 
 
 def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative errors; of the images' gradient the cosine of the angle to the true one too."""
+    """Return relative errors, and the cosine similarity of the images' gradient to the true one."""
     images, rate, theta = (
         float((f - t).norm() / t.norm()) for f, t in zip(found, truth, strict=True)
     )
@@ -102,6 +103,7 @@ def errors(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, fl
 
 
 def measured(args: Any, names: list[str]) -> list[dict[str, Any]]:
+    """Return one row per number of steps and precision."""
     rows = []
     for steps in args.steps:
         samples: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -121,7 +123,7 @@ def measured(args: Any, names: list[str]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """A row for every number of steps and precision."""
+    """Return a table with one row per number of steps and precision."""
     cells = [
         [
             str(row["steps"]),
@@ -140,7 +142,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def device(name: str) -> torch.device:
-    """For argparse."""
+    """Return the device called ``name``, for argparse."""
     try:
         return resolve_device(name)
     except UsageError as error:
@@ -148,6 +150,7 @@ def device(name: str) -> torch.device:
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,15 +1,15 @@
-"""PREDICTIONS of what an iteration takes on a GPU, from its launches, bytes and operations, where
-none was measured.
+"""PREDICT an iteration's time on a GPU from its launches, bytes and operations.
 
-    python -P -m pdd_fast.benchmarks.predict --page docs/performance.md    # writes the table in
-    that page
+    python -P -m pdd_fast.benchmarks.predict --page docs/performance.md
 
-Every implementation runs eagerly on the CPU for one and for two steps at the real sizes, and each
-operation that torch dispatches is written down: the bytes of its inputs and results, and its
-floating-point operations. What the second step adds, times N, is the iteration. On the GPU an
-operation takes the longest of its bytes over the memory's rate, its operations over the
-arithmetic's, and a launch; an eager iteration takes no less than its launches at the rate at which
-Python issues them.
+The command writes the table into that page. The numbers are predictions, not measurements.
+
+Every implementation runs eagerly on the CPU for one and for two steps at the real sizes. Each
+operation that torch dispatches is recorded: the bytes of its inputs and results, and its
+floating-point operations. The second step's additional work, times N, is the iteration. On the GPU,
+an operation takes the longest of three times: its bytes over the memory bandwidth, its operations
+over the arithmetic rate, and a launch. An eager iteration takes at least its number of launches
+times the time that Python needs to issue one.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pdd_fast.ops._registry import computed_in_32_bits
 
 BEGIN, END = "<!-- written by benchmarks/predict.py -->", "<!-- end -->"
 
-# An H100 SXM by its data sheet (3.35 TB/s; dense: 67, 495, 989 TFLOP/s), and what of it such layers
-# are assumed to get.
+# Data sheet of an H100 SXM (3.35 TB/s; dense: 67, 495, 989 TFLOP/s), times the share that layers of
+# this size are assumed to reach.
 MEMORY = 0.85 * 3.35e12
 ARITHMETIC = {"float32": 0.6 * 67e12, "tf32": 0.4 * 495e12, "bfloat16": 0.4 * 989e12}
-IN_GRAPH, EAGER = 2e-6, 6e-6  # seconds a launch, on the device in a graph and issued by Python
+IN_GRAPH, EAGER = 2e-6, 6e-6  # seconds per launch: in a graph, and issued by Python
 NOT_LAUNCHED = re.compile(
     r"detach|_unsafe_view|empty|lift_fresh|scalar_tensor|_local_scalar_dense|is_pinned"
 )
@@ -55,7 +55,7 @@ OTHERS = {
 
 @dataclass
 class StepQueue(TorchDispatchMode):
-    """Bytes and operations of everything dispatched."""
+    """Record bytes and operations of everything dispatched."""
 
     taken: list[tuple[int, float]] = field(default_factory=list)  # bytes, operations
 
@@ -85,14 +85,15 @@ class StepQueue(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Work:
-    """What one step of an iteration takes."""
+    """Cost of one step of an iteration."""
 
     launches: int
     bytes: int
     operations: float
-    parts: tuple[tuple[int, float], ...]  # of every launch
+    parts: tuple[tuple[int, float], ...]  # bytes and operations of every launch
 
     def seconds(self, precision: str, graph: bool) -> float:
+        """Return the predicted seconds of the step."""
         rate = ARITHMETIC[precision]
         device = sum(
             max(size / MEMORY, operations / rate, IN_GRAPH) for size, operations in self.parts
@@ -101,8 +102,9 @@ class Work:
 
 
 def as_on_a_gpu(queue: StepQueue) -> Callable[..., torch.Tensor]:
-    """What stands in for the engine's convolutions, which the CPU computes in float32 where images
-    have 16 bits.
+    """Return a replacement for the engine's convolutions that records them as on a GPU.
+
+    The CPU computes the convolutions of 16-bit images in float32.
     """
 
     def run(
@@ -126,19 +128,23 @@ def as_on_a_gpu(queue: StepQueue) -> Callable[..., torch.Tensor]:
 def recorded(
     prepare: Callable[[Problem], Callable[[], Any]], problem: Problem, steps: int
 ) -> list[tuple[int, float]]:
+    """Return bytes and operations of every dispatch in one iteration of ``steps`` steps."""
     problem.steps = steps
     iterate = prepare(problem)
     queue = StepQueue()
-    with mock.patch.object(convnet, "available", return_value=False):  # the passes of a GPU
-        iterate()  # what is made once is made
+    with mock.patch.object(
+        convnet, "available", return_value=False
+    ):  # use the passes that a GPU uses
+        iterate()  # complete the one-time work
         with queue, mock.patch.object(convolution, "_run", as_on_a_gpu(queue)):
             iterate()
     return queue.taken
 
 
 def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -> Work:
+    """Return the cost of one step: the difference between two steps and one."""
     one, two = recorded(prepare, problem, 1), recorded(prepare, problem, 2)
-    # The multiset difference: what occurs once more in two steps than in one.
+    # The multiset difference keeps the entries that two steps have once more than one step.
     left = list(one)
     added = []
     for part in two:
@@ -150,9 +156,10 @@ def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -
 
 
 def rows(n: int, steps: int) -> list[str]:
+    """Return the table's rows for batches of ``n`` images and ``steps`` steps."""
+
     def problem(channels_last: bool = False) -> Problem:
-        # Without augmentation: one is drawn for each step, and the second would differ from the
-        # first by it.
+        # No augmentation: each step samples its own operation, so the two steps would differ in it.
         found = Problem.draw(n, 2, 32, 128, 3, torch.device("cpu"), torch.float32, augment=False)
         found.channels_last = channels_last
         return found
@@ -186,6 +193,7 @@ def rows(n: int, steps: int) -> list[str]:
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,6 @@
-"""Run each measurement in a process of its own. Imports no torch.
+"""Run each measurement in a separate process. Imports no torch.
 
-Rounds go through all implementations in turn, so that a slow minute of the machine hits all of
+Every round runs all implementations in turn, so that a slow minute of the machine affects all of
 them. An implementation that failed is not tried again.
 """
 
@@ -17,30 +17,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MODULE = "pdd_fast.benchmarks.worker"
-DETAILS = 4000  # last characters of what a process said before it failed
-PATIENCE = 10.0  # seconds to end in, once asked
+DETAILS = 4000  # last characters of a failed process's output that the record keeps
+PATIENCE = 10.0  # seconds to wait after a signal
 
 
 @dataclass
 class Outcome:
-    """A implementation's measurements, one a round, or what kept it from more."""
+    """Measurements of one implementation, one per round, or its failure."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, Any] | None = None
 
     @property
     def is_wrong(self) -> bool:
-        """Whether it failed for another reason than its size."""
+        """Return whether it failed for another reason than its size."""
         return self.failed is not None and self.failed["failed"] in ("failed", "not available")
 
 
 def command(told: dict[str, Any]) -> list[str]:
+    """Return the command line of a worker process."""
     # -P: the installed package, not the one in the working directory, which may have no kernels.
     return [sys.executable, "-P", "-m", MODULE, json.dumps(told)]
 
 
 def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
-    """What a process of its own answers, in at most ``limit`` seconds."""
+    """Return the answer of a process that runs for at most ``limit`` seconds."""
     process = subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"failed": "too slow", "why": f"took more than {limit:g} s"}
     finally:
-        if process.returncode is None:  # also where this process is interrupted
+        if process.returncode is None:  # also if this process is interrupted
             _end(process)
     if process.returncode == 0:
         try:
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
 
 
 def _why(status: int, said: str) -> dict[str, str]:
-    if status == -signal.SIGKILL:  # how Linux ends a process where there is no memory left
+    if status == -signal.SIGKILL:  # Linux kills a process when there is no memory left
         return {"failed": "out of memory", "why": "was killed"}
     if "bad_alloc" in said:
         return {"failed": "out of memory", "why": "did not say for how much it asked"}
@@ -89,8 +90,9 @@ def _why(status: int, said: str) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it started: it leads a session of its own, and compilers have
-    helpers.
+    """End a process and all its children.
+
+    The process leads its own session, and compilers start child processes.
     """
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -112,8 +114,8 @@ def in_turn(
     """Measure every implementation ``rounds`` times, into ``outcomes``.
 
     Yields:
-        The name after each measurement, so that the caller can save the results so far. Names of
-        implementations that failed before come too, without another try.
+        The name after each measurement, so that the caller can save the results so far.
+            Implementations that failed before are yielded too, but not measured again.
     """
     for _ in range(rounds):
         for name in names:

@@ -18,18 +18,19 @@ NOT_RUN = {"failed": "not run", "why": "the benchmark ended before"}
 
 
 def main_part(case: Case) -> str:
-    """What stands for a case where one number has to."""
+    """Return the part that represents the case when only one number is shown."""
     return KINDS[case.kind].parts[-1]
 
 
 def rounds_of(outcome: Outcome, part: str) -> list[float]:
-    """One number for every round: the median of what the process measured."""
+    """Return one number per round: the median of that process's measurements."""
     return [statistics.median(sample["seconds"][part]) for sample in outcome.samples]
 
 
 def ratio(outcome: Outcome, base: Outcome, part: str) -> float | None:
-    """Median of one's seconds over the other's, round by round, so that the machine's drift
-    cancels.
+    """Return the median over rounds of one implementation's seconds divided by the other's.
+
+    Comparing round by round cancels the machine's drift.
     """
     pairs = list(zip(rounds_of(outcome, part), rounds_of(base, part), strict=False))
     return statistics.median(a / b for a, b in pairs) if pairs else None
@@ -38,7 +39,10 @@ def ratio(outcome: Outcome, base: Outcome, part: str) -> float | None:
 def reference(
     implementations: Sequence[Implementation], outcomes: Mapping[str, Outcome], precision: str
 ) -> Implementation | None:
-    """Ours that others of a precision are compared with: the first that was measured."""
+    """Return the package's implementation that others of a precision are compared with.
+
+    It is the first one that was measured.
+    """
     return next(
         (
             c
@@ -52,9 +56,7 @@ def reference(
 def summary(
     case: Case, implementations: Sequence[Implementation], outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
-    """What a record keeps of a case: by implementation its results, the rooflines, and the best
-    alternatives.
-    """
+    """Return a case's record: results per implementation, rooflines, and the best alternatives."""
     rates = outcomes.get(FLOOR, Outcome())
     measured = best(rates.samples) if rates.samples else None
     precisions = list(dict.fromkeys(c.precision for c in implementations))
@@ -79,8 +81,8 @@ def summary(
 def _result(
     case: Case, outcome: Outcome, base: Outcome | None, bound: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
-    # What was measured before it failed stays in the record, but is no result: the rounds are not
-    # complete.
+    # Measurements made before a failure stay in the record, but they are no result, because the
+    # rounds are incomplete.
     if outcome.failed:
         return {**outcome.failed, **({"samples": outcome.samples} if outcome.samples else {})}
     if not outcome.samples:
@@ -119,7 +121,7 @@ def alternative(
     outcomes: Mapping[str, Outcome],
     precision: str,
 ) -> dict[str, Any] | None:
-    """The fastest exact baseline of a precision beside ours: the default, and the fastest."""
+    """Return the fastest exact baseline of a precision, and the package's default and fastest."""
     part = main_part(case)
     there = {
         c.name: c

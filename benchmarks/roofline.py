@@ -1,21 +1,24 @@
-"""What no implementation can be much faster than with direct convolutions: its arithmetic and its
-bytes, at the rates that this machine reached in the same run.
+"""Measure a lower bound on the time of an implementation that uses direct convolutions.
 
-Convolutions are counted layer by layer and kind by kind (forward, input gradient, weight gradient),
-each at the best rate that torch's own convolutions reached for that layer and kind, in planar or
-channels-last memory, on the batch or on twice the batch, which is what a dual pass calls with. With
-F for one forward pass of all convolutions, a trajectory step takes 3 F, a dual pass 8 F, or 6 F
-where activations were kept: 11 F in all with memory "recompute", 9 F with "cache". Gradient
-matching wants no Hessian-vector product: of its synthetic images a gradient and a dual pass with
-activations kept take 7 F, of its real ones a gradient takes 3 F. The first layer takes less: the
-images' gradient is wanted in the tangents alone, and images have no tangent.
+The bound consists of the arithmetic and the bytes, at the rates that this machine reached in the
+same run.
 
-Bytes are what lies between the convolutions, at the rate of a copy too large for any cache. Going
-forward, norm, ReLU and pooling read z and write a quarter of it; going backward they read a quarter
-and z and write z: 3.5 times the size of z in a training step. The dual pass does both for values
-and tangents: 10.5 times in all. The convolutions' own bytes are in their measured rate.
+Convolutions are counted by layer and kind (forward, input gradient, weight gradient). Each counts
+at the best rate that torch's own convolutions reached for that layer and kind, in planar or
+channels-last memory, on the batch or on twice the batch, which is the size that a dual pass uses. F
+is one forward pass of all convolutions. A trajectory step takes 3 F. A dual pass takes 8 F, or 6 F
+if activations were saved. The total is 11 F with memory "recompute" and 9 F with "cache". Gradient
+matching needs no Hessian-vector product: the synthetic images take 7 F, for a gradient and a dual
+pass with saved activations, and the real images take 3 F for a gradient. The first layer takes
+less: only the tangent pass computes the images' gradient, and images have no tangent.
 
-Fewer operations than the direct convolution's (Winograd) can go below this roofline.
+Bytes are those moved between the convolutions, at the rate of a copy too large for any cache. In
+the forward pass, norm, ReLU and pooling read z and write a quarter of it. In the backward pass they
+read a quarter and z, and write z. A training step therefore moves 3.5 times the size of z. The dual
+pass does both for values and tangents, which makes 10.5 times in all. The measured rate of the
+convolutions includes their own bytes.
+
+An algorithm with fewer operations than direct convolution (Winograd) can be faster than this bound.
 """
 
 from __future__ import annotations
@@ -33,14 +36,15 @@ from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.measure import Job, set_precision, timed
 from pdd_fast.benchmarks.roofline_counts import Layer, layers
 
-CAPTURED = 20  # calls in one graph: one launch costs as much as a small convolution
-TRIES = 3  # of which the fastest counts
-AT_LEAST = 0.02  # seconds of one; there are 36 convolutions to try for a network of three layers
+CAPTURED = 20  # calls per graph: one launch costs as much as a small convolution
+TRIES = 3  # the fastest one counts
+AT_LEAST = 0.02  # seconds per try; a network of three layers has 36 convolutions to try
 
 
 def replayed(call: Callable[[], object], device: torch.device) -> tuple[Callable[[], object], int]:
-    """``call`` without the gaps between launches, and how often it is run: on a GPU a graph of
-    several.
+    """Return ``call`` without the gaps between launches, and the number of calls that it makes.
+
+    On a GPU the result replays a graph of several calls.
     """
     if device.type != "cuda":
         return call, 1
@@ -58,7 +62,7 @@ def replayed(call: Callable[[], object], device: torch.device) -> tuple[Callable
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, at best."""
+    """Return the seconds of one call, the best of several tries."""
     call()
     repeated, times = replayed(call, device)
     first, _ = timed(repeated, device)
@@ -79,7 +83,7 @@ def _gradient(which: int, grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 
 def convolution_rates(layer: Layer, precision: str, device: torch.device) -> dict[str, float]:
-    """Operations a second of a layer's convolution and its two gradients, at best."""
+    """Return the best operations per second of a layer's convolution and its two gradients."""
     set_precision(precision)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     rates: dict[str, list[float]] = {}
@@ -104,7 +108,7 @@ def convolution_rates(layer: Layer, precision: str, device: torch.device) -> dic
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy too large for any cache."""
+    """Return the bytes per second, read and written, of a copy too large for any cache."""
     numbers = (1 << 30 if device.type == "cuda" else 1 << 26) // 4
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
@@ -113,7 +117,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def measured(case: Case, precisions: Sequence[str], job: Job) -> dict[str, Any]:
-    """The rates that a case's roofline is counted with."""
+    """Return the rates from which a case's roofline is computed."""
     with torch.no_grad():
         found: dict[str, Any] = {"copy": copy_rate(job.device)}
         if case.kind != "dsa":

@@ -1,5 +1,7 @@
-"""The arithmetic of the roofline (roofline.py says what it is and measures its rates). Imports no
-torch."""
+"""Compute the roofline that roofline.py defines, from the rates that it measures.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,25 @@ from typing import Any
 
 from pdd_fast.benchmarks.cases import Case
 
-CHANNELS = 3  # of an image
+CHANNELS = 3  # channels of an image
 BYTES = {"float32": 4, "tf32": 4, "bfloat16": 2}
 KINDS = ("forward", "input gradient", "weight gradient")
-# How often each kind is computed of a layer, in the order of KINDS: of the first layer, and of the
-# others.
+# Number of convolutions of each kind, in the order of KINDS: of the first layer, and of every other
+# layer.
 COUNTS = {
     "3 F": ((1, 0, 1), (1, 1, 1)),  # a training step
-    "7 F": (
-        (2, 2, 1),
-        (3, 3, 1),
-    ),  # gradient and dual pass without the Hessian-vector product, activations kept
-    "9 F": ((2, 2, 2), (3, 3, 3)),  # trajectory step and dual pass, activations kept
-    "11 F": ((3, 2, 2), (4, 4, 3)),  # the same, activations made again
+    # gradient and dual pass without the Hessian-vector product, activations saved
+    "7 F": ((2, 2, 1), (3, 3, 1)),
+    "9 F": ((2, 2, 2), (3, 3, 3)),  # trajectory step and dual pass, activations saved
+    "11 F": ((3, 2, 2), (4, 4, 3)),  # the same, activations recomputed
 }
-PASSES = {"3 F": 3.5, "7 F": 10.5, "9 F": 10.5, "11 F": 10.5}  # over every layer's result
-# Of gradient matching what synthetic and real images take, each for their number.
+PASSES = {
+    "3 F": 3.5,
+    "7 F": 10.5,
+    "9 F": 10.5,
+    "11 F": 10.5,
+}  # bytes that a layer moves, over those of z
+# In gradient matching, "7 F" counts per synthetic image and "3 F" per real image.
 OF_KIND = {"unroll": ("9 F", "11 F"), "gradient-matching": ("7 F + 3 F",), "step": ("3 F",)}
 
 
@@ -38,16 +43,16 @@ class Layer:
     side: int
 
     def operations(self, batch: int = 0) -> float:
-        """F of this layer: floating-point operations of one forward convolution."""
+        """Return F of this layer: floating-point operations of one forward convolution."""
         return float(2 * 9 * self.channels * self.width * self.side**2 * (batch or self.batch))
 
     def results(self) -> int:
-        """Numbers in z."""
+        """Return the number of elements of z."""
         return self.batch * self.width * self.side**2
 
 
 def layers(case: Case) -> list[Layer]:
-    """The convolutions of a case's network."""
+    """Return the convolutions of a case's network."""
     return [
         Layer(case.batch, case.width if i else CHANNELS, case.width, case.size >> i)
         for i in range(case.depth)
@@ -55,7 +60,7 @@ def layers(case: Case) -> list[Layer]:
 
 
 def best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of several measurements of the rates the fastest of each."""
+    """Return the fastest of several measurements, for each rate."""
     first = rates[0]
     found: dict[str, Any] = {"copy": max(each["copy"] for each in rates)}
     if "convolution" in first:
@@ -73,7 +78,10 @@ def best(rates: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def convolutions(case: Case, label: str, of_layers: Sequence[dict[str, float]]) -> float:
-    """Seconds of the convolutions that ``label`` counts, of one step, at each layer's own rates."""
+    """Return the seconds of one step's convolutions as ``label`` counts them.
+
+    Each layer has its own rates.
+    """
     total = 0.0
     for i, (layer, rates) in enumerate(zip(layers(case), of_layers, strict=True)):
         for kind, count in zip(KINDS, COUNTS[label][min(i, 1)], strict=True):
@@ -82,15 +90,15 @@ def convolutions(case: Case, label: str, of_layers: Sequence[dict[str, float]]) 
 
 
 def passes(case: Case, label: str, precision: str, copy: float) -> float:
-    """Seconds of one step's passes over the layers' results."""
+    """Return the seconds of one step's passes over the layers' results."""
     return PASSES[label] * sum(layer.results() for layer in layers(case)) * BYTES[precision] / copy
 
 
 def rooflines(case: Case, rates: dict[str, Any], precision: str) -> dict[str, dict[str, float]]:
-    """By part and by what is counted, the seconds that a part takes at least."""
+    """Return the minimum seconds of every part, by part and by count of operations."""
     if case.kind == "dsa":
-        # An image is read and written once on its way forward, and its gradient once on the way
-        # back.
+        # The forward pass reads and writes an image once; the backward pass does so for its
+        # gradient.
         once = 2 * 4 * case.batch * CHANNELS * case.size**2 / rates["copy"]
         return {
             "forward": {"copy": once},
@@ -112,5 +120,5 @@ def rooflines(case: Case, rates: dict[str, Any], precision: str) -> dict[str, di
 
 
 def passes_in_words(label: str) -> str:
-    """ "10.5 passes", or "10.5 + 3.5 passes" of two batches."""
+    """Return "10.5 passes", or "10.5 + 3.5 passes" of two batches."""
     return f"{' + '.join(f'{PASSES[part]:g}' for part in label.split(' + '))} passes"

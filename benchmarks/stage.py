@@ -1,9 +1,8 @@
-"""One whole stage, measured: the second of a run, from networks trained on the first one's images
-to its own best ones.
+"""Measure one whole stage: the second of a run.
 
-The transition trains every start network on the union and then, recorded, on real data; the
-iterations match these trajectories; at the end a fresh network is trained on the images and scored
-on held-out data.
+The transition trains every start network on the union and then, recorded, on real data. The
+iterations match these trajectories. In the end a fresh network is trained on the images and scored
+on the validation split.
 """
 
 from __future__ import annotations
@@ -35,8 +34,9 @@ from pdd_fast.storage.trajectories import list_trajectories
 
 
 class PlainStage:
-    """The second stage in plain PyTorch, as MTT's scripts are built: nets by torch.optim.SGD,
-    create_graph=True through every unrolled step.
+    """Run the second stage in plain PyTorch, as MTT's scripts do.
+
+    Networks train with torch.optim.SGD, and create_graph=True goes through every unrolled step.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class PlainStage:
         self.draws = PlainDraws(ctx.dsa, ctx.device, torch.float32)
 
     def __call__(self) -> float:
-        """Held-out accuracy of the stage's images."""
+        """Return the validation accuracy of the stage's images."""
         images, lr = self.learn([self.trajectory(start) for start in self.starts])
         return self.select(images, lr)
 
     def trajectory(self, start: Tensor) -> list[Tensor]:
-        """Checkpoints [P] on real data, from ``start`` trained on the union."""
+        """Return checkpoints [P] on real data, from ``start`` trained on the union."""
         settings, union, train = self.ctx.settings, self.union, self.ctx.train
         training = student(self.ctx, 0, self.channels_last)
         pdd_fast.load_parameters(training.net, start.to(self.ctx.device))
@@ -78,9 +78,7 @@ class PlainStage:
         return found
 
     def problem(self, trajectories: list[list[Tensor]], images: Tensor, labels: Tensor) -> Problem:
-        """What one iteration draws: a trajectory, where on it to start, batches of the union, and
-        DSA.
-        """
+        """Sample one iteration: a trajectory, a start on it, batches of the union, and DSA."""
         settings, data, own = self.ctx.settings, self.ctx.data, self.own
         net = plain_convnet(
             data.in_channels, data.num_classes, data.image_size, settings.width, settings.depth
@@ -106,10 +104,11 @@ class PlainStage:
         return problem
 
     def integer(self, bound: int) -> int:
+        """Return a random integer below ``bound``."""
         return int(torch.randint(bound, (), generator=self.generator))
 
     def learn(self, trajectories: list[list[Tensor]]) -> tuple[Tensor, float]:
-        """The stage's images, and the rate to train on them with."""
+        """Return the stage's images, and the learning rate to train on them."""
         settings, ctx, union, own = self.ctx.settings, self.ctx, self.union, self.own
         rows = ctx.random_real_rows(settings.ipc_by_stage, "initial images")[union.stages]
         images = ctx.train.images[rows].requires_grad_()
@@ -120,9 +119,8 @@ class PlainStage:
             momentum=own.momentum,
         )
         for _ in range(settings.iterations):
-            together = torch.cat(
-                [union.images, images]
-            )  # the earlier ones are constants and cost no gradient
+            # The earlier images are constants and cost no gradient.
+            together = torch.cat([union.images, images])
             problem = self.problem(trajectories, together, labels)
             optimizer.zero_grad()
             problem.matching_loss(trained(problem, together, lr)).backward(inputs=[images, lr])
@@ -130,6 +128,7 @@ class PlainStage:
         return images.detach(), float(lr.detach())
 
     def select(self, images: Tensor, lr: float) -> float:
+        """Return the mean validation accuracy after training on the union with these images."""
         settings, ctx, union = self.ctx.settings, self.ctx, self.union
         labels = ctx.train.labels[
             ctx.random_real_rows(settings.ipc_by_stage, "initial images")[union.stages]
@@ -147,7 +146,7 @@ class PlainStage:
 
 
 def before_the_stage(run: Run, ctx: RunContext) -> UnionSet:
-    """What the second stage starts from: experts, and real images for those of the first stage."""
+    """Create the state before the second stage: experts, and real images as the first stage's."""
     make_experts(run)
     union = real_union(ctx, 1)
     union.distilled(ctx).save(run.stage_file(1))
@@ -157,20 +156,21 @@ def before_the_stage(run: Run, ctx: RunContext) -> UnionSet:
 def prepared(
     case: Case, implementation: Implementation, job: Job, folder: Path
 ) -> Callable[[], Any]:
-    """The stage as one call, which can be made once."""
+    """Return the stage as one call, which can be made once."""
     own = implementation.options if implementation.ours else {}
     run, ctx = begin(case, job, folder, implementation.precision, **own)
     union = before_the_stage(run, ctx)
     if implementation.ours:
         return lambda: distill(run)
     starts = [trajectory.checkpoint(0) for trajectory in list_trajectories(run.experts_dir)]
-    # Loading the data is part of a stage of ours, and so of this one.
+    # The package loads the data as part of a stage, so this baseline does too.
     return lambda: PlainStage(
         RunContext.prepare(run.settings), union, starts, implementation.options["channels_last"]
     )()
 
 
 def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    """Measure one implementation."""
     with ready(prepared, case, implementation, job) as (call, memory):
         seconds, _ = measure.timed(call, job.device)
         return measure.sample({"stage": [seconds]}, memory.found())

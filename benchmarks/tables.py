@@ -1,5 +1,6 @@
-"""A record as Markdown: the machine, a table for every case, and in sentences what a table does not
-say. Imports no torch.
+"""Format a record as Markdown: the machine, a table per case, and explanatory sentences.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pdd_fast.benchmarks.formatting import duration, number, size, spread, table
 
 
 def case_table(name: str, found: Mapping[str, Any]) -> str:
-    """The results of a case."""
+    """Return the table of a case's results."""
     case = parse(name)
     kind, labels = (
         KINDS[case.kind],
@@ -54,7 +55,7 @@ def case_table(name: str, found: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
-# Its column and how it is written.
+# Column title and number format.
 _ERRORS = {
     "images": ("images' gradient", ".1e"),
     "cosine": ("cosine", ".6f"),
@@ -69,8 +70,7 @@ def _errors(keys: Sequence[str], error: Mapping[str, float | None] | None) -> li
 
 
 def floor_table(name: str, found: Mapping[str, Any]) -> str:
-    """The rates that a case's roofline was counted with, and its seconds; nothing where it has
-    none."""
+    """Return the table of a case's roofline: rates and seconds; an empty string if it has none."""
     roofline, case = found["roofline"], parse(name)
     if roofline["rates"] is None:
         return f"No roofline: {roofline['failed']['why']}." if "failed" in roofline else ""
@@ -104,7 +104,7 @@ def floor_table(name: str, found: Mapping[str, Any]) -> str:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """What there is to say about a case."""
+    """Return sentences about a case that its table cannot express."""
     said = []
     truth = found.get("truth")
     if truth and "failed" in truth:
@@ -135,14 +135,14 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def case_text(name: str, found: Mapping[str, Any]) -> str:
-    """A case as it goes to the screen and into the report."""
+    """Return the text of a case for the screen and the report."""
     caption = f"{name}: {parse(name).title}"
     blocks = [caption, case_table(name, found), floor_table(name, found), *sentences(found)]
     return "\n\n".join(block for block in blocks if block)
 
 
 def report(record: Mapping[str, Any]) -> str:
-    """The whole record."""
+    """Return the text of the whole record."""
     finished = "" if record["finished"] else " (not finished)"
     lines = [f"# pdd-fast bench{finished}", ""]
     facts = {**record["machine"], **record["settings"], "began": record["began"]}

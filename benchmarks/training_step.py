@@ -1,5 +1,6 @@
-"""One plain training step, measured: SGD with momentum 0.9 and weight decay 5e-4, as in evaluation,
-on request with augmentations that are drawn anew.
+"""Measure one plain training step: SGD with momentum 0.9 and weight decay 5e-4.
+
+These are the values of evaluation. With augmentation, every step samples new parameters.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pdd_fast.benchmarks.plain_training import Draws, PlainTraining
 from pdd_fast.training.sgd import Loop, Sgd, TrainState
 
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
-STEPS = 6  # at a time: the six operations of DSA take different times
+STEPS = 6  # steps per call: the six operations of DSA take different times
 DSA = "color_crop_cutout_flip_scale_rotate"
 
-Steps = Callable[[], object]  # makes STEPS steps
-Parameters = Callable[[], Tensor]  # [P], as they are then
+Steps = Callable[[], object]  # takes STEPS steps
+Parameters = Callable[[], Tensor]  # returns the current parameters [P]
 
 
 def ours(
@@ -36,6 +37,7 @@ def ours(
     labels: Tensor,
     augment: bool,
 ) -> tuple[Steps, Parameters]:
+    """Return the package's steps and a call that returns the parameters."""
     train_state = TrainState.start(pdd_fast.flatten_parameters(net)[None])
     options = implementation.options
     engine = engines.choose(
@@ -61,8 +63,9 @@ def plain(
     draws: Draws | None,
     generator: torch.Generator,
 ) -> tuple[Steps, Parameters]:
-    """The same in PyTorch, from the parameters of ``own`` on; with the option "module" on ``own``
-    itself.
+    """Return the same in PyTorch, starting at the parameters of ``own``.
+
+    With the option "module" the network is ``own`` itself.
     """
     options = dict(implementation.options)
     net: torch.nn.Module = own
@@ -80,6 +83,7 @@ def plain(
 
 
 def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    """Measure one implementation."""
     measure.set_precision(implementation.precision)
     torch.manual_seed(0)
     net = pdd_fast.ConvNet(3, 10, case.size, case.width, case.depth).to(job.device)

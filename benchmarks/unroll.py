@@ -1,6 +1,4 @@
-"""One meta-gradient, measured: of the matching loss with respect to the images and the learning
-rate.
-"""
+"""Measure one meta-gradient of the matching loss with respect to images and learning rate."""
 
 from __future__ import annotations
 
@@ -19,12 +17,13 @@ from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
 
-_TRUTH = "truth.pt"  # in the case's folder
+_TRUTH = "truth.pt"  # in the case's scratch folder
 
 
 def unrolled(problem: Problem, **options: Any) -> Iteration:
-    """The installed package by its public differentiable unroll; with ``engine="autograd"`` on a
-    module that it does not know.
+    """Compute the gradients with the package's public differentiable unroll.
+
+    With ``engine="autograd"`` the network is a module that the package does not know.
     """
     net = problem.net if options.get("engine") == "autograd" else problem.own
     assert net is not None
@@ -56,10 +55,11 @@ def matching(
     memory: str = "recompute",
     convolution: str = "auto",
 ) -> Iteration:
-    """The installed package's whole iteration. Its inputs come from the CPU every time, as in a
-    run; baselines have theirs.
+    """Compute the gradients with the package's whole iteration.
 
-    At rest and with momentum 0 the velocities after an iteration are the gradients.
+    Its inputs come from the CPU every time, as in a run; the baselines' inputs are on the device.
+    With momentum 0 and a momentum buffer of zeros, the buffers after an iteration are the
+    gradients.
     """
     assert problem.own is not None
     engine = engines.choose(problem.own, precision=precision, convolution=convolution)
@@ -85,7 +85,7 @@ def matching(
     made = {problem.steps: prepared(problem.steps)}
 
     def iterate() -> Gradients:
-        if problem.steps not in made:  # warming up
+        if problem.steps not in made:  # during the warm-up
             made[problem.steps] = prepared(problem.steps)
         step, inputs = made[problem.steps]
         found = step(state, inputs).state
@@ -107,9 +107,10 @@ def prepared(implementation: Implementation, problem: Problem) -> Iteration:
 
 
 def warm_up(problem: Problem, iterate: Iteration, keeps: bool = False) -> None:
-    """Libraries choose kernels, compilers compile, graphs are captured. On a CPU two steps have all
-    of that behind, but where activations are kept: the memory for those of each step is mapped in
-    the first iteration and used in all.
+    """Run until libraries have chosen kernels, compilers have compiled and graphs are captured.
+
+    On a CPU two steps complete all of this. If activations are saved, a full iteration is needed:
+    the first one maps the memory for every step's activations, and all later ones use it.
     """
     if problem.images.is_cuda:
         iterate()
@@ -124,13 +125,16 @@ def warm_up(problem: Problem, iterate: Iteration, keeps: bool = False) -> None:
 
 
 def problem_of(case: Case, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Return the problem of a case."""
     return Problem.draw(
         case.batch, case.steps, case.size, case.width, case.depth, device, dtype, case.augment
     )
 
 
 def write_truth(case: Case, job: Job) -> dict[str, Any]:
-    """Keeps the gradients in float64, by torch.func: without the package, and a step's memory at a
+    """Save the float64 gradients for comparison.
+
+    torch.func computes them, independently of the package and with the memory of one step at a
     time.
     """
     found = baselines.functional(problem_of(case, job.device, torch.float64))()
@@ -139,8 +143,9 @@ def write_truth(case: Case, job: Job) -> dict[str, Any]:
 
 
 def errors(found: Gradients, truth: Gradients) -> dict[str, float | None]:
-    """Relative errors of both gradients, and the cosine of the angle between the images' gradient
-    and the true one. None for what is not finite.
+    """Return both gradients' relative errors, and the cosine similarity of the images' gradient.
+
+    A value that is not finite becomes None.
     """
     return measure.image_errors(found[0], truth[0]) | {
         "rate": measure.relative_error(found[1], truth[1])
@@ -148,6 +153,7 @@ def errors(found: Gradients, truth: Gradients) -> dict[str, float | None]:
 
 
 def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, Any]:
+    """Measure one implementation."""
     measure.set_precision(implementation.precision)
     problem = problem_of(case, job.device, torch.float32)
     if implementation.options.get("function") in ("functional", "compiled"):

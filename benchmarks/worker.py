@@ -1,8 +1,7 @@
-"""One measurement in a process of its own: ``python -P -m pdd_fast.benchmarks.worker '{"case": ...,
-...}'``.
+"""Run one measurement: ``python -P -m pdd_fast.benchmarks.worker '{"case": ..., ...}'``.
 
-Prints one JSON object: what was measured, or what kept it from that. Other errors end the process
-with their traceback.
+The program prints one JSON object: the result, or the reason why there is none. Other errors end
+the process with their traceback.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.ops._native import MissingKernelsWarning
 from pdd_fast.training.cuda_graphs import CaptureWarning
 
-SLOWER = (
-    MissingKernelsWarning,
-    CaptureWarning,
-)  # the package does something slower: not what was to be measured
+# Warnings that the package computes something more slowly than what is to be measured.
+SLOWER = (MissingKernelsWarning, CaptureWarning)
 MODULES = {
     "unroll": "unroll",
     "gradient-matching": "gradient_matching",
@@ -39,9 +36,7 @@ MODULES = {
 
 
 def work(case: Case, name: str, job: Job) -> dict[str, Any]:
-    """The measurement called ``name``: of an implementation, of the machine's rates, or of the true
-    gradient.
-    """
+    """Measure ``name``: an implementation, the machine's rates, or the true gradient."""
     every = implementations.implementations(case, job.device.type)
     if name == FLOOR:
         from pdd_fast.benchmarks.roofline import measured
@@ -57,7 +52,7 @@ def work(case: Case, name: str, job: Job) -> dict[str, Any]:
 
 
 def answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``call`` measures, or why it cannot."""
+    """Return the result of ``call``, or why it failed."""
     with warnings.catch_warnings():
         for warning in SLOWER:
             warnings.simplefilter("error", warning)
@@ -73,6 +68,7 @@ def answered(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argument: str) -> None:
+    """Measure as the JSON object ``argument`` says, and print the result."""
     told = json.loads(argument)
     job = Job(torch.device(told["device"]), Path(told["scratch"]), told["threads"])
     if job.threads:

@@ -1,13 +1,14 @@
-"""Everything that can be checked on a machine with a GPU, in one command and one report.
+"""Run every check that needs a machine with a GPU, and write one report.
 
-    make gpu-check OUT=report            # or: python tools/gpu_check.py --out report
+    python tools/gpu_check.py --out report    # or: make gpu-check OUT=report
 
-Builds and installs this checkout into the running Python, runs the tests on the GPU, the kernels
-under compute-sanitizer, and the benchmarks. OUT/report.md and OUT/report.json hold the machine, the
-versions, the commit and what came of every step. They are written anew after each, so that a
-machine that is lost takes one step with it. The exit status is 0 where every step was green, 1
-where one was not, 2 where there is no GPU or no nvcc, 130 after an interrupt (make turns each of
-the last three into its own 2).
+The program builds and installs this checkout into the running Python. It runs the tests on the GPU,
+the kernels under compute-sanitizer, and the benchmarks. OUT/report.md and OUT/report.json hold the
+machine, the versions, the commit and the outcome of every step. They are rewritten after each step,
+so that a lost machine costs only the step in progress.
+
+Exit status: 0 if every step passed, 1 if one did not, 2 if there is no GPU or no nvcc, 130 after an
+interrupt (make turns each of the last three into its own 2).
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ from typing import Any, NoReturn
 from steps import Report, Step, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(
-    str(ROOT / "benchmarks")
-)  # for machine.py, which answers before the package is installed
+# For machine.py, which works before the package is installed.
+sys.path.append(str(ROOT / "benchmarks"))
 
 DRIVER = ROOT / "tools" / "sanitizer_driver.py"
-# -P: the working directory holds the sources, which have no compiled kernels; what is installed has
-# to come first.
+# -P: the working directory holds the sources without compiled kernels; the installed package must
+# come first.
 PYTHON = [sys.executable, "-P"]
 COMMAND_LINE = [*PYTHON, "-c", "from pdd_fast.cli.main import main; main()"]
 CLEAN = {"racecheck": r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)"}
@@ -44,12 +44,13 @@ SEEN = {
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: that of CUDA_HOME, on PATH, or of the toolkit whose nvcc is on
-    PATH.
+    """Return the path of a program of the CUDA toolkit.
+
+    The search order is CUDA_HOME, PATH, and the toolkit whose nvcc is on PATH.
     """
 
     def within(toolkit: Path) -> str | None:
-        # compute-sanitizer has a folder of its own, and not in every toolkit a link to it in bin.
+        # compute-sanitizer has its own folder, and not every toolkit links it from bin.
         places = (toolkit / "bin" / name, toolkit / name / name)
         return next(
             (str(path) for path in places if path.is_file() and os.access(path, os.X_OK)), None
@@ -61,12 +62,11 @@ def find_tool(name: str) -> str | None:
 
 
 def sanitizer_steps(program: str | None) -> list[Step]:
-    """Every operator under every tool; and planted mistakes, without which "0 errors" could mean
-    that nobody looked.
+    """Return steps that run every operator under every tool, and steps with planted errors.
 
-    Without torch's cache of memory every tensor is an allocation of its own, whose end memcheck
-    knows, and none holds what an earlier one has left. The filter leaves torch's own kernels alone,
-    of which there are thousands.
+    The planted errors show that the tools detect anything at all. Without torch's memory cache
+    every tensor is a separate allocation: memcheck knows its end, and no tensor holds an earlier
+    one's values. The filter excludes torch's own kernels, which number in the thousands.
     """
     missing = "" if program else "compute-sanitizer is not on PATH, in CUDA_HOME or beside nvcc"
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -87,8 +87,10 @@ def sanitizer_steps(program: str | None) -> list[Step]:
 
 
 def benchmark_steps(out: Path) -> list[Step]:
-    """Two rounds where launches matter most; one, of five iterations each, where compiling would
-    eat the time.
+    """Return the benchmark steps.
+
+    Cases dominated by launches run two rounds. Cases that would spend their time compiling run one
+    round of five iterations each.
     """
 
     def step(case: str, limit: float, *arguments: str) -> Step:
@@ -116,7 +118,10 @@ def benchmark_steps(out: Path) -> list[Step]:
 
 
 def build_step(facts: dict[str, Any]) -> Step:
-    """For this GPU alone, unless others are asked for: six architectures take six times as long."""
+    """Return the step that builds for this GPU alone, unless PDD_FAST_CUDA_ARCHS names others.
+
+    Six architectures take six times as long.
+    """
     environment = {"PDD_FAST_CUDA": "1"}
     if "PDD_FAST_CUDA_ARCHS" not in os.environ:
         environment["PDD_FAST_CUDA_ARCHS"] = str(facts["compute_capability"]).replace(".", "")
@@ -125,6 +130,7 @@ def build_step(facts: dict[str, Any]) -> Step:
 
 
 def pytest_step(name: str, which: str, limit: float) -> Step:
+    """Return a step that runs the tests that --gpu=``which`` selects."""
     pytest = [
         "-m",
         "pytest",
@@ -142,7 +148,7 @@ def pytest_step(name: str, which: str, limit: float) -> Step:
 
 
 def all_steps(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
-    """What is done, in order: what the rest stands on first."""
+    """Return the steps in order; each one depends only on earlier ones."""
     env = [*COMMAND_LINE, "env", "--json"]
     return [
         *([] if args.skip_build else [build_step(facts)]),
@@ -155,7 +161,10 @@ def all_steps(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
 
 
 def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> list[Step]:
-    """The steps that --only and --skip leave; a name stands for all steps that begin with it."""
+    """Return the steps that --only and --skip leave.
+
+    A name selects all steps that start with it.
+    """
     for name in [*only, *skip]:
         if not any(step.name.startswith(name) for step in steps):
             refuse(
@@ -167,12 +176,13 @@ def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> l
 
 
 def refuse(sentence: str) -> NoReturn:
+    """Print an error and exit with status 2."""
     print(f"gpu-check: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 
 def preflight(args: argparse.Namespace) -> dict[str, Any]:
-    """What is known of the machine; ends with a sentence where the check makes no sense."""
+    """Return facts about the machine; exit with an error if the check cannot run."""
     from machine import ask, said
 
     facts = ask(with_gpu=True)
@@ -188,7 +198,7 @@ def preflight(args: argparse.Namespace) -> dict[str, Any]:
             "there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or pass "
             "--skip-build"
         )
-    # What was installed before is about to be replaced; the records of the benchmarks say what they
+    # The previous installation is about to be replaced; the benchmarks' records describe what they
     # measured.
     kept = {
         key: value
@@ -204,13 +214,14 @@ def preflight(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def version() -> str:
-    """The version of the sources, read without importing them."""
+    """Return the version of the sources without importing them."""
     text = (ROOT / "pdd_fast" / "_version.py").read_text(encoding="utf-8")
     found = re.search(r'__version__ = "(.+)"', text)
     return f"pdd-fast {found[1]}" if found else "unknown"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the argument parser."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -244,24 +255,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    """Turn a signal into KeyboardInterrupt."""
     raise KeyboardInterrupt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the check and return the exit status."""
     args = parser().parse_args(arguments)
     args.out = args.out.resolve()
-    for number in (
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # what a terminal or a scheduler that goes away sends
+    # A terminal or a scheduler sends these when it goes away.
+    for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     facts = preflight(args)
-    os.environ["PDD_FAST_COMMIT"] = facts["commit"]  # what is built and measured changes no longer
+    os.environ["PDD_FAST_COMMIT"] = facts["commit"]  # the sources do not change from here on
     steps = chosen(all_steps(args, facts), args.only, args.skip)
     args.out.mkdir(parents=True, exist_ok=True)
-    for left in args.out.glob(
-        "bench-*/bench.json"
-    ):  # by an earlier check; a benchmark replaces no other's record
+    # An earlier check may have left records, and a benchmark replaces no record.
+    for left in args.out.glob("bench-*/bench.json"):
         left.unlink()
     os.chdir(ROOT)
     report = Report("GPU check", facts, [], args.out)

@@ -1,12 +1,12 @@
-"""Registers, shared memory and spills of every CUDA kernel, from the compiler's report; the table
-in docs/kernels.md.
+"""List registers, shared memory and spills of every CUDA kernel for docs/kernels.md.
 
-    python tools/kernel_report.py            # compiles, writes the table
-    python tools/kernel_report.py --check    # writes nothing; fails where the table is old
+    python tools/kernel_report.py            # compiles and writes the table
+    python tools/kernel_report.py --check    # writes nothing; fails if the table is outdated
 
-Both fail where a kernel spills registers or keeps an array in local memory.
+Both commands fail if a kernel spills registers or keeps an array in local memory.
 
-Needs nvcc and no GPU. The table is that of sm_90; sm_80 and sm_100 are held to the same rule.
+The program needs nvcc but no GPU. The table is for sm_90; sm_80 and sm_100 must satisfy the same
+rule.
 """
 
 from __future__ import annotations
@@ -39,16 +39,19 @@ TYPES = {"f": "float32", "d": "float64", "N3pdd8bfloat16E": "bfloat16", "N3pdd7f
 
 @dataclass(frozen=True)
 class Kernel:
+    """Resources of one kernel."""
+
     name: str
     type: str
-    numbers: tuple[int, ...]  # template arguments: numbers of a pack, windows kept
+    numbers: tuple[int, ...]  # template arguments: elements per pack, windows kept in registers
     registers: int
     shared: int  # bytes, static
     stack: int  # bytes
-    spills: int  # bytes, stores and loads
+    spills: int  # bytes, stores and loads together
 
     @property
     def row(self) -> str:
+        """Return the kernel's row of the table."""
         pack = f"{self.numbers[0]}" if self.numbers else ""
         kept = f"{self.numbers[1]}" if len(self.numbers) > 1 else ""
         return (
@@ -58,8 +61,9 @@ class Kernel:
 
 
 def demangled(symbol: str) -> tuple[str, str, tuple[int, ...]]:
-    """Name, type and numbers of a kernel from its symbol, e.g.
-    ..22norm_relu_pool_kernelIN3pdd8bfloat16ELi8ELi2EE..
+    """Return a kernel's name, type and numbers, from its symbol.
+
+    An example is ..22norm_relu_pool_kernelIN3pdd8bfloat16ELi8ELi2EE..
     """
     match = re.search(r"\d([a-z_]+)_kernelI(.+?)EEv", symbol)
     if match is None:
@@ -67,9 +71,8 @@ def demangled(symbol: str) -> tuple[str, str, tuple[int, ...]]:
     name, arguments = match.groups()
     numbers = tuple(int(number) for number in re.findall(r"Li(\d+)E?", arguments))
     letter = arguments.split("Li")[0]
-    if letter.startswith(
-        "NS"
-    ):  # N S <substitution> _ <length and name>: the namespace has occurred before
+    # N S <substitution> _ <length and name>: the namespace occurred before.
+    if letter.startswith("NS"):
         letter = "N3pdd" + re.sub(r"^NS\d*_", "", letter)
     found = TYPES.get(letter) or TYPES.get(letter + "E")
     if found is None:
@@ -78,7 +81,7 @@ def demangled(symbol: str) -> tuple[str, str, tuple[int, ...]]:
 
 
 def parsed(report: str) -> list[Kernel]:
-    """The kernels in what ``ptxas -v`` printed."""
+    """Return the kernels in the output of ``ptxas -v``."""
     kernels = []
     for part in re.split(r"Compiling entry function '", report)[1:]:
         name, kind, numbers = demangled(part.split("'")[0])
@@ -102,6 +105,7 @@ def parsed(report: str) -> list[Kernel]:
 
 
 def report_of(source: Path, architecture: str) -> list[Kernel]:
+    """Compile a source for an architecture and return its kernels."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "nvcc",
@@ -118,6 +122,7 @@ def report_of(source: Path, architecture: str) -> list[Kernel]:
 
 
 def table(kernels: list[Kernel], compiler: str) -> str:
+    """Return the table in Markdown."""
     order = list(TYPES.values())
     lines = [
         f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the "
@@ -132,11 +137,13 @@ def table(kernels: list[Kernel], compiler: str) -> str:
 
 
 def replaced(page: str, content: str) -> str:
+    """Return the page with the text between its two marks replaced."""
     before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}"
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -175,7 +182,7 @@ def main() -> None:
     new = replaced(page, table(shown, compiler))
     if not args.check:
         PAGE.write_text(new, encoding="utf-8")
-    elif f"nvcc {compiler}," in page and new != page:  # another compiler's registers are no mistake
+    elif f"nvcc {compiler}," in page and new != page:  # another compiler's registers are no error
         sys.exit(f"{PAGE.relative_to(ROOT)} is not up to date; run python tools/kernel_report.py")
     print(f"{len(shown)} kernels, no spills, no local memory for sm_{', sm_'.join(ARCHITECTURES)}")
 

@@ -1,10 +1,9 @@
-"""Runs every operator of tests/support/cases.py once on every sample input: a short program for
-compute-sanitizer.
+"""Run every operator of tests/support/cases.py once per sample input, under compute-sanitizer.
 
-Inputs are made on the CPU and copied to the GPU as they lie in memory, so that no other kernel than
-ours runs on them: compute-sanitizer is told to look at ours alone, and would not see who else had
-written. Prints how many calls it made. ``--plant`` makes a mistake instead, which the tool of that
-name has to see.
+Inputs are created on the CPU and copied to the GPU with their memory layout, so that no kernels but
+the package's run on them. compute-sanitizer checks only these kernels and would not see writes by
+others. The program prints its number of calls. ``--plant`` makes an error instead, which the tool
+of that name must detect.
 """
 
 from __future__ import annotations
@@ -20,22 +19,20 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-# The tests hold results to the reference; this only notices that a kernel did not do its work at
-# all. bfloat16: 2^-8.
+# The tests compare results with the reference; this check only detects a kernel that did not do its
+# work. bfloat16: 2^-8.
 TOLERANCE = 1e-2
 
 
 def as_it_lies(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device`` with its strides and all of its memory; .to() would pack a slice."""
+    """Copy ``tensor`` with its strides and all of its memory; .to() would pack a slice."""
     count = tensor.untyped_storage().nbytes() // tensor.element_size()
     whole = tensor.as_strided((count,), (1,), 0).to(device)
     return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
-    """Every operator with each of its sample inputs in float32, and in bfloat16 where it takes
-    that.
-    """
+    """Yield every operator with each sample input in float32, and in bfloat16 if accepted."""
     import cases
 
     for operator in cases.OPERATORS:
@@ -46,7 +43,11 @@ def calls() -> Iterator[tuple[Any, tuple[Any, ...]]]:
 
 
 def run(device: torch.device) -> int:
-    """Calls everything; how often. Raises ArithmeticError where a result is far from the CPU's."""
+    """Run every call and return their number.
+
+    Raises:
+        ArithmeticError: a result is far from the CPU's.
+    """
     from cases import relative_error
 
     count = 0
@@ -62,21 +63,23 @@ def run(device: torch.device) -> int:
 
 
 def parts(value: Any) -> tuple[Tensor, ...]:
+    """Return the results as a tuple."""
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 def plant(tool: str, device: torch.device) -> None:
-    """A call that reads beyond its input (memcheck), or an input that nobody wrote (initcheck)."""
+    """Read beyond an input (memcheck), or read an uninitialized one (initcheck)."""
     from pdd_fast.ops.cross_entropy import cross_entropy
 
     logits = torch.empty(64, 10, device=device)
     if tool == "memcheck":
-        logits.untyped_storage().resize_(64)  # bytes of the 2560 that the shape goes on promising
+        logits.untyped_storage().resize_(64)  # bytes; the shape still claims 2560
     cross_entropy(logits, as_it_lies(torch.arange(64) % 10, device))
     torch.cuda.synchronize(device)
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
-"""Make pages of the site from other files: settings, the root's Markdown, measurements' records.
+"""Create pages of the site from settings, the root's Markdown files and benchmark records.
 
-mkdocs loads this file as a hook (mkdocs.yml). The sources stay where people and tests read them;
-the site gives them an address, and links that fit it.
+mkdocs loads this file as a hook (mkdocs.yml). The sources stay where people and tests read them.
+The site gives them addresses, and this module rewrites links accordingly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, get_args
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-# Pages of the repository's root, and of the site by the same names.
+# Pages of the repository's root, which have the same names on the site.
 COPIES = {
     f"{name.upper()}.md": f"{name}.md"
     for name in ("contributing", "changelog", "release", "security")
@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Drop the roles of Sphinx that docstrings name, such as :func:, from the text."""
+    """Remove Sphinx roles of docstrings, such as :func:, from the text."""
     return re.sub(r":(?:func|class|meth|mod|data|attr):(?=<code>)", "", html)
 
 

@@ -1,7 +1,7 @@
-"""Runs a list of steps, each a process with a time limit, and keeps a report of what came of them.
+"""Run a list of steps, each a process with a time limit, and keep a report of their outcomes.
 
-The report is written before and after every step, so that a machine that is lost takes nothing with
-it but the step it was in.
+The report is written before and after every step, so that a lost machine costs only the step in
+progress.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHOWN = 20  # last lines of a step's log in the report, where it is not green
-PATIENCE = 10  # seconds to end in, once asked
+SHOWN = 20  # last lines of a step's log that the report shows if it is not green
+PATIENCE = 10  # seconds to wait after a signal
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is run and what makes it green."""
+    """A command and its conditions for success."""
 
     name: str
     command: Sequence[str]
     limit: float  # seconds
-    says: str = ""  # regular expressions, one a line, that its output has to match
-    any_status: bool = False  # the output alone decides: for a program that is meant to fail
-    missing: str = ""  # why it cannot be run; it counts as not green
+    says: str = ""  # regular expressions, one per line, that the output must match
+    any_status: bool = False  # only the output decides: for a program that must fail
+    missing: str = ""  # why the step cannot run; it counts as not green
     environment: dict[str, str] = field(default_factory=dict)
-    tables: bool = False  # the Markdown tables of its output go into the report
+    tables: bool = False  # copy the Markdown tables of the output into the report
 
 
 @dataclass
 class Result:
-    """What came of a step."""
+    """Outcome of a step."""
 
     name: str
     outcome: str = "not run"  # ok, failed, timed out, not found, interrupted, running
@@ -49,12 +49,13 @@ class Result:
 
     @property
     def green(self) -> bool:
+        """Return whether the step passed."""
         return self.outcome == "ok"
 
 
 @dataclass
 class Report:
-    """Everything that is written down; ``facts`` are about the machine and the sources."""
+    """Contents of the report; ``facts`` describe the machine and the sources."""
 
     title: str
     facts: dict[str, Any]
@@ -64,16 +65,18 @@ class Report:
 
     @property
     def green(self) -> bool:
+        """Return whether every step passed."""
         return bool(self.results) and all(result.green for result in self.results)
 
     def write(self) -> None:
-        """report.json and report.md, each whole or not at all."""
+        """Write report.json and report.md, each atomically."""
         record = {"title": self.title, "green": self.green, "facts": self.facts}
         record |= {"steps": [asdict(result) for result in self.results]}
         _replace(self.folder / "report.json", json.dumps(record, indent=1) + "\n")
         _replace(self.folder / "report.md", self.markdown())
 
     def markdown(self) -> str:
+        """Return the report in Markdown."""
         lines = [f"# {self.title}: {'green' if self.green else 'NOT green'}", ""]
         lines += [
             "| | |",
@@ -112,7 +115,7 @@ def _text(path: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a step and all that it started, which is its own process group."""
+    """End a step's process group."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sent)
@@ -124,8 +127,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def tables_in(log: str) -> str:
-    """The Markdown tables of a log, their captions ("step-b20-w32-s32: one training step: ...") and
-    conclusions.
+    """Return the Markdown tables of a log, with captions and conclusions.
+
+    A caption looks like "step-b20-w32-s32: one training step: ...".
     """
     kept = re.compile(r"\||[a-z][a-z0-9-]*: (one|DSA)\b|Best exact alternative")
     lines = [line for line in log.splitlines() if kept.match(line)]
@@ -141,9 +145,7 @@ def tables_in(log: str) -> str:
 
 
 def run(step: Step, result: Result, log: Path, limit: float) -> None:
-    """Runs one step for at most ``limit`` seconds and fills in its result, also where it is
-    interrupted.
-    """
+    """Run one step for at most ``limit`` seconds and fill in its result, even if interrupted."""
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -176,8 +178,9 @@ def run_all(
     budget: float,
     tell: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Runs the steps in order until ``budget`` seconds are over. One that fails does not keep the
-    next from running.
+    """Run the steps in order for at most ``budget`` seconds.
+
+    A failed step does not prevent the next ones.
     """
     end = time.monotonic() + budget
     report.results[:] = [Result(step.name, limit=step.limit) for step in steps]
@@ -200,7 +203,7 @@ def run_all(
             except OSError as error:
                 result.outcome, result.note = "failed", str(error)
             finally:
-                if result.outcome == "running":  # interrupted before there was anything to wait for
+                if result.outcome == "running":  # interrupted before its process started
                     result.outcome = "interrupted"
                 if result.outcome == "timed out" and left < step.limit:
                     result.note = f"the {budget:g} seconds were over"

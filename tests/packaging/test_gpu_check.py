@@ -180,7 +180,7 @@ def test_every_program_that_is_run_exists() -> None:
 
 
 def test_every_benchmark_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
-    from pdd_fast.benchmarks import contenders
+    from pdd_fast.benchmarks import implementations
     from pdd_fast.benchmarks.cases import parse
     from pdd_fast.cli.bench import command
 
@@ -189,8 +189,8 @@ def test_every_benchmark_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
         asked = command.make_context("bench", arguments).params
         (name,) = asked["named"]
         assert asked["device"] == "cuda"
-        every = contenders.contenders(parse(name), "cuda")
-        contenders.check([every], asked["contender"], asked["without"])
+        every = implementations.implementations(parse(name), "cuda")
+        implementations.check([every], asked["implementation"], asked["without"])
         assert asked["limit"] < step.limit
 
 
