@@ -22,9 +22,10 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.evaluation.evaluate import evaluate_run
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import distilled_set
 
 Phase = tuple[Tensor, Tensor, float, int]  # images, labels, learning rate, steps
 
@@ -90,7 +91,7 @@ def prepared(
         return lambda: plain(
             RunContext.prepare(run.settings), union, implementation.options["channels_last"]
         )
-    union.distilled(ctx).save(run.distilled_file)
+    distilled_set(union, ctx).save(run.distilled_file)
     return lambda: evaluate_run(run)
 
 

@@ -18,8 +18,9 @@ from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import empty_union
 from pdd_fast.settings import resolve
 from pdd_fast.storage.run import Run
 
@@ -105,7 +106,7 @@ def ready(
 def real_union(ctx: RunContext, stages: int) -> UnionSet:
     """Return a union of real images, with as many images as ``stages`` stages create."""
     groups = ctx.random_real_rows(ctx.settings.ipc_by_stage, "initial images")
-    union = UnionSet.empty(ctx)
+    union = empty_union(ctx)
     for rows in groups[:stages]:
         union = union.extended(
             ctx.train.images[rows], ctx.train.labels[rows], ctx.settings.inner_lr

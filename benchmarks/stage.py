@@ -24,11 +24,12 @@ from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.methods.mtt.method import TrajectoryMatchingSettings
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import distilled_set
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import list_trajectories
 
@@ -149,7 +150,7 @@ def before_the_stage(run: Run, ctx: RunContext) -> UnionSet:
     """Create the state before the second stage: experts, and real images as the first stage's."""
     make_experts(run)
     union = real_union(ctx, 1)
-    union.distilled(ctx).save(run.stage_file(1))
+    distilled_set(union, ctx).save(run.stage_file(1))
     return union
 
 

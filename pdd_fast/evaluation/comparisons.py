@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.evaluation.schedule import Phase
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
 from pdd_fast.progressive.soft_labels import soft_labels
-from pdd_fast.progressive.union import UnionSet, misfit
+from pdd_fast.progressive.union import load_union, misfit, union_of
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import Reporter
 from pdd_fast.storage.distilled import load_distilled, preprocessing
@@ -125,7 +126,7 @@ def comparisons(
     Raises:
         UsageError: The run's files do not fit its data, or ``against`` does not.
     """
-    union, settings = UnionSet.load(run.distilled_file, ctx), ctx.settings
+    union, settings = load_union(run.distilled_file, ctx), ctx.settings
     other = _other(against, ctx) if against is not None else None
     sgd, labels = ctx.synthetic_sgd, settings.labels
     steps = [settings.union_epochs * sgd.steps_per_epoch(size) for size in union.sizes]
@@ -164,7 +165,7 @@ def _other(path: Path, ctx: RunContext) -> tuple[UnionSet, str]:
         raise UsageError(f"--against must name a run with {wanted}, got {path} with {found}")
     # Sets written before 0.1 do not name the kind of their labels.
     kind = other.metadata.get("labels", "hard" if other.labels.dim() == 1 else "soft")
-    return UnionSet.of(other, ctx), kind
+    return union_of(other, ctx), kind
 
 
 def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:

@@ -6,19 +6,25 @@ docs/method.md, "Another method", adds one step by step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
+import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pdd_fast.data import Split
-from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.augmentation.dsa import DSA
+from pdd_fast.data import Normalization, Split
+from pdd_fast.data.union_set import UnionSet
+from pdd_fast.engines import Engine
+from pdd_fast.networks.parameters import initial_parameters
+from pdd_fast.runtime import seeds
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import MethodSettings, Settings, numbers
 from pdd_fast.storage.trajectories import Trajectory
+from pdd_fast.training.sgd import TrainState
 
 
 class ImageSgdSettings(MethodSettings):
@@ -55,32 +61,84 @@ class ImageSgdSettings(MethodSettings):
         return numbers("stage_lr_img", self.stage_lr_img)[stage - 1]
 
 
+class NetworkSgd(Protocol):
+    """SGD that trains start networks, side by side, on augmented batches."""
+
+    def weights(self, labels: Tensor) -> Tensor:
+        """Return ``labels`` as weights [n, classes]."""
+        ...
+
+    def step(
+        self,
+        train_state: TrainState,
+        images: Tensor,
+        weights: Tensor,
+        rows: Sequence[Tensor],
+        lr: float,
+        generators: Sequence[torch.Generator],
+    ) -> None:
+        """Train every network on its own ``rows`` of ``images`` and ``weights``."""
+        ...
+
+
+class StartNetworks(Protocol):
+    """Networks that a stage's images are matched on, trained on every earlier union in turn."""
+
+    @property
+    def sgd(self) -> NetworkSgd:
+        """The SGD that trains them."""
+        ...
+
+    def parameters(self, iteration: int) -> Tensor:
+        """Return the parameters [P] of the network that ``iteration`` takes."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageProblem:
     """One stage of progressive distillation, everything on the run's device."""
 
-    ctx: RunContext  # configuration, data, network, augmentation, and where draws come from
     stage: int  # 1-based
-    rows: Tensor | None  # of bench.train, the real examples that the stage is made from; None: all
+    settings: Settings  # the run's; the method's own are BaseMethod.settings
+    train: Split  # the run's real examples
+    rows: Tensor | None  # of train, the examples that the stage is made from; None: all
     # of the earlier stages, frozen; empty where stages are not conditioned on one another
     union: UnionSet
     trajectories: list[Trajectory]  # none where the method does without
     images: Tensor  # [n, C, H, W] that the stage's start from, of real ones, as they are stored
-    # [n], or probabilities [n, classes], which are learned or not as the configuration says
-    labels: Tensor
-
-    @property
-    def settings(self) -> Settings:
-        return self.ctx.settings
+    labels: Tensor  # [n], or probabilities [n, classes], which are learned where labels=learned
+    engine: Engine  # of the run's network
+    dsa: DSA  # the run's augmentation
+    normalization: Normalization  # of the images
+    num_classes: int
+    device: torch.device
+    side_by_side: int  # networks that are trained at once
+    # Makes the stage's start networks, from their number (0: a new one for every iteration) and
+    # the probability of CutMix.
+    start_networks: Callable[[int, float], StartNetworks]
 
     @cached_property
     def real(self) -> Split:
         """The real examples that the stage is made from; a copy where they are not all."""
-        train = self.ctx.train
         if self.rows is None:
-            return train
-        rows = self.rows.to(self.ctx.device)
-        return Split(train.images[rows], train.labels[rows])
+            return self.train
+        rows = self.rows.to(self.device)
+        return Split(self.train.images[rows], self.train.labels[rows])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image, pixels."""
+        H, W = self.images.shape[2:]
+        return H, W
+
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """Return a generator whose values depend on the run's seed and on ``purpose`` alone."""
+        return seeds.generator(self.settings.seed, *purpose)
+
+    def initial_parameters(self, *purpose: str | int) -> Tensor:
+        """Return freshly drawn parameters [P] of the network."""
+        seed = seeds.derive(self.settings.seed, *purpose, "parameters")
+        return initial_parameters(self.engine.net, seed)
 
 
 class BaseMethod(ABC):

@@ -15,7 +15,6 @@ from torch import Tensor
 from pdd_fast.augmentation.dsa import augment
 from pdd_fast.augmentation.multi_formation import decode, decode_labels
 from pdd_fast.methods.base import BaseMethod, ImageSgdSettings, StageProblem
-from pdd_fast.progressive.start_networks import StartNetworks
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError
 from pdd_fast.settings import MethodSettings, Settings
@@ -80,7 +79,7 @@ class ClassMatching(BaseMethod):
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
         own = self.settings
-        self.starts = StartNetworks(problem.ctx, problem.union, own.start_networks, own.cutmix)
+        self.starts = problem.start_networks(own.start_networks, own.cutmix)
         self.batches = ClassBatches(problem, self.settings)
         pixels = self.batches.pixels(problem.images)
         # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
@@ -109,7 +108,7 @@ class ClassMatching(BaseMethod):
             f"real_batch (now {own.real_batch}), synthetic_batch (now {own.synthetic_batch}) or "
             f"width (now {self.problem.settings.width})"
         )
-        with device_memory.explained(self.problem.ctx.device, where, lower):
+        with device_memory.explained(self.problem.device, where, lower):
             return self.iterate()
 
     def finish(self, loss: float, pixels: Tensor, momentum_buffer: Tensor) -> dict[str, float]:
@@ -151,14 +150,13 @@ class ClassBatches:
     """
 
     def __init__(self, problem: StageProblem, settings: ClassMatchingSettings) -> None:
-        ctx = problem.ctx
         self._settings = settings
-        self._ctx, self._real = ctx, problem.real
-        self._normalization, self._factor = ctx.data.normalization, ctx.settings.factor
+        self._problem, self._real = problem, problem.real
+        self._normalization, self._factor = problem.normalization, problem.settings.factor
         self._frozen, frozen_labels = problem.union.up_to()
         labels = torch.cat([frozen_labels, decode_labels(problem.labels, self._factor)]).cpu()
         real_labels = problem.real.labels.cpu()
-        classes = range(ctx.data.num_classes)
+        classes = range(problem.num_classes)
         self._rows = [(labels == c).nonzero().flatten() for c in classes]
         self._real_rows = [(real_labels == c).nonzero().flatten() for c in classes]
 
@@ -182,7 +180,7 @@ class ClassBatches:
         settings, frozen = self._settings, self._frozen
         real = [_some(rows, settings.real_batch, generator) for rows in self._real_rows]
         synthetic = [_some(rows, settings.synthetic_batch, generator) for rows in self._rows]
-        shared = self._ctx.dsa.sample(len(real), self._ctx.data.image_size, generator)
+        shared = self._problem.dsa.sample(len(real), self._problem.image_size, generator)
         index = torch.cat(synthetic)
         own = index >= len(frozen)
         # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy

@@ -37,12 +37,12 @@ class DistributionMatching(ClassMatching):
     settings: DistributionMatchingSettings
 
     def iterate(self) -> dict[str, float]:
-        settings, ctx = self.settings, self.problem.ctx
-        generator = ctx.generator("matching", self.problem.stage, self.iteration)
-        load_parameters(ctx.engine.net, self.starts.parameters(self.iteration))
+        settings, problem = self.settings, self.problem
+        generator = problem.generator("matching", problem.stage, self.iteration)
+        load_parameters(problem.engine.net, self.starts.parameters(self.iteration))
         leaf = self.done.pixels.detach().requires_grad_()
         real, synthetic = self.batches.drawn(leaf, generator)
-        with precision.computing_in(ctx.engine.precision, ctx.device):
+        with precision.computing_in(problem.engine.precision, problem.device):
             with torch.no_grad():
                 targets = torch.stack([self._mean_features(images) for images in real])
             means = torch.stack([self._mean_features(each.images) for each in synthetic])
@@ -55,10 +55,10 @@ class DistributionMatching(ClassMatching):
 
     def _mean_features(self, images: Tensor) -> Tensor:
         """The mean over ``images`` of what the classifier would get [features]."""
-        ctx = self.problem.ctx
-        rounded = precision.storage(ctx.engine.precision, images.dtype) != images.dtype
-        with torch.autocast(ctx.device.type, torch.bfloat16, enabled=rounded):
+        problem = self.problem
+        rounded = precision.storage(problem.engine.precision, images.dtype) != images.dtype
+        with torch.autocast(problem.device.type, torch.bfloat16, enabled=rounded):
             features = images
-            for block in ctx.engine.net.blocks:  # type: ignore[union-attr]
+            for block in problem.engine.net.blocks:  # type: ignore[union-attr]
                 features = block(features)
         return features.to(images.dtype).flatten(1).mean(0)

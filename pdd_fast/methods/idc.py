@@ -17,7 +17,6 @@ from pdd_fast.functional.gradient_distance import (
 )
 from pdd_fast.methods.base import StageProblem
 from pdd_fast.methods.class_matching import ClassMatching, ClassMatchingSettings
-from pdd_fast.progressive.start_networks import NetworkSgd
 from pdd_fast.runtime.choices import Distance
 from pdd_fast.training.sgd import TrainState
 
@@ -76,16 +75,15 @@ class GradientMatching(ClassMatching):
 
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
-        ctx = problem.ctx
-        self._distance = GradientDistance(ctx.engine.net, self.settings.distance)
-        self._sgd = NetworkSgd(ctx, self.settings.cutmix)
+        self._distance = GradientDistance(problem.engine.net, self.settings.distance)
+        self._sgd = self.starts.sgd
         self._real_weights = self._sgd.weights(problem.real.labels)
 
     def iterate(self) -> dict[str, float]:
         problem, settings = self.problem, self.settings
-        generator = problem.ctx.generator("matching", problem.stage, self.iteration)
+        generator = problem.generator("matching", problem.stage, self.iteration)
         train_state = TrainState.start(self.starts.parameters(self.iteration)[None])
-        stays = settings.momentum**problem.ctx.data.num_classes
+        stays = settings.momentum**problem.num_classes
         length = self.lr_img * (1 - stays) / (1 - settings.momentum)
         _, pixels, momentum_buffer = self.done
         losses = []
@@ -101,7 +99,7 @@ class GradientMatching(ClassMatching):
         self, theta: Tensor, pixels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The distance, summed over classes [], and its gradient with respect to ``pixels``."""
-        engine = self.problem.ctx.engine
+        engine = self.problem.engine
         leaf = pixels.detach().requires_grad_()
         real, synthetic = self.batches.drawn(leaf, generator)
         labels = [

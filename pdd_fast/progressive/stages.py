@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pdd_fast.augmentation.multi_formation import combine
 from pdd_fast.data import require_images_per_class
-from pdd_fast.methods import METHODS, BaseMethod, StageProblem
+from pdd_fast.data.union_set import UnionSet
+from pdd_fast.methods import METHODS, BaseMethod
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import (
     ensure_experts,
@@ -26,8 +27,9 @@ from pdd_fast.progressive.experts import (
     stored_experts,
 )
 from pdd_fast.progressive.filters import FILTERS, Examples
+from pdd_fast.progressive.problem import stage_problem
 from pdd_fast.progressive.soft_labels import soft_labels
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import distilled_set, empty_union, load_union
 from pdd_fast.runtime.devices import peak_memory
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter, Task
@@ -63,10 +65,10 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         require_images_per_class(ctx.train, settings.ipc, ctx.data.classes, each=settings.factor**2)
         if recorded or settings.filter == "forgetting" or settings.labels != "hard":
             ensure_experts(run, ctx, reporter)
-        union, examples = UnionSet.empty(ctx), FILTERS[settings.filter](run, ctx, reporter)
+        union, examples = empty_union(ctx), FILTERS[settings.filter](run, ctx, reporter)
         for stage in range(1, settings.stages + 1):
             if run.stage_file(stage).exists():
-                union = UnionSet.load(run.stage_file(stage), ctx)
+                union = load_union(run.stage_file(stage), ctx)
                 continue
             trajectories = list[Trajectory]()
             if recorded:
@@ -74,9 +76,9 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
                     transition(run, ctx, union, examples, reporter)
                 trajectories = _trajectories(run, stage)
             union = _run_stage(run, ctx, union, trajectories, examples, reporter)
-            union.distilled(ctx).save(run.stage_file(stage))
+            distilled_set(union, ctx).save(run.stage_file(stage))
             run.checkpoint_file(stage).unlink(missing_ok=True)
-        distilled = union.distilled(ctx)
+        distilled = distilled_set(union, ctx)
         distilled.save(run.distilled_file)
         return distilled
 
@@ -202,9 +204,9 @@ def _run_stage(
     """
     settings, stage = ctx.settings, union.stages + 1
     images, labels = _initial(run, ctx, examples.initial_rows(stage))
-    conditions = union if settings.conditioning == "on" else UnionSet.empty(ctx)
+    conditions = union if settings.conditioning == "on" else empty_union(ctx)
     method = METHODS[settings.method.name](
-        StageProblem(ctx, stage, examples.rows(stage), conditions, trajectories, images, labels)
+        stage_problem(ctx, stage, examples.rows(stage), conditions, trajectories, images, labels)
     )
     best = _resume(run, stage, method)
     run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)

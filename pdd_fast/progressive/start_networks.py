@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pdd_fast.augmentation.dsa import augment
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.union import UnionSet
 from pdd_fast.training.sgd import TrainState, sgd_update
 
 
@@ -107,7 +107,7 @@ class StartNetworks:
         self, ctx: RunContext, union: UnionSet, pool: int = 0, cutmix: float = 0.0
     ) -> None:
         self._ctx, self._union, self._pool = ctx, union, pool
-        self._sgd = NetworkSgd(ctx, cutmix)
+        self.sgd = NetworkSgd(ctx, cutmix)
         self._made: dict[int, Tensor] = {}
 
     def parameters(self, iteration: int) -> Tensor:
@@ -130,7 +130,7 @@ class StartNetworks:
         train_state = ctx.initial_state("start network", group)
         for stage in range(1, union.stages + 1):
             images, labels = union.up_to(stage)
-            weights, lr = self._sgd.weights(labels), union.lrs[stage - 1]
+            weights, lr = self.sgd.weights(labels), union.lrs[stage - 1]
             generators = [ctx.generator("start network", number, stage) for number in group]
             train_state.momentum_buffer.zero_()  # an optimizer of its own for every union
             for epoch in range(settings.transition_epochs):
@@ -143,5 +143,5 @@ class StartNetworks:
                 passed = (6 * epoch) // settings.transition_epochs  # sixths
                 now = lr * 0.2 ** ((passed >= 4) + (passed >= 5))
                 for rows in zip(*orders, strict=True):
-                    self._sgd.step(train_state, images, weights, rows, now, generators)
+                    self.sgd.step(train_state, images, weights, rows, now, generators)
         return list(train_state.theta.unbind())

@@ -35,6 +35,7 @@ from pdd_fast.benchmarks.plain_dsa import DRAWS_OF, PlainAugment, PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
 from pdd_fast.evaluation.evaluate import evaluate_run
+from pdd_fast.progressive.union import distilled_set
 from pdd_fast.storage.trajectories import list_trajectories
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
@@ -311,7 +312,7 @@ def test_a_plain_evaluation_takes_the_courses_and_steps_of_the_packages(tmp_path
     job, case = Job(torch.device("cpu"), tmp_path), parse("evaluate-w4-e3")
     run, ctx = evaluation.begin(case, job, tmp_path)
     union = evaluation.real_union(ctx, 2)
-    union.distilled(ctx).save(run.distilled_file)
+    distilled_set(union, ctx).save(run.distilled_file)
     ours = evaluate_run(run).model_dump()
     schedules = evaluation.schedules(ctx, union)
     assert [[phase[3] for phase in schedule] for schedule in schedules] == [

@@ -22,7 +22,7 @@ from pdd_fast.data.whitening import Whitening
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import load_union
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_tensors, save_tensors
 from pdd_fast.settings import from_dict, resolve
@@ -287,7 +287,7 @@ def test_a_stage_of_other_images_is_refused(white: Run, tmp_path: Path) -> None:
         UsageError,
         match=r"must hold images with normalization none .* got normalization by mean 0\.5",
     ):
-        UnionSet.load(tmp_path / "set", ctx)
+        load_union(tmp_path / "set", ctx)
 
 
 def test_a_damaged_set_is_named(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
 from pdd_fast.progressive.soft_labels import soft_labels
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import load_union
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import resolve
 from pdd_fast.storage.evaluation import Evaluation
@@ -142,7 +142,7 @@ def test_other_networks_are_trained_as_a_loop_of_torchs_would(
 ) -> None:
     """ConvNet by the path of any module gives ConvNet's own numbers, up to rounding."""
     ctx = RunContext.prepare(run.settings)
-    union = UnionSet.load(run.distilled_file, ctx)
+    union = load_union(run.distilled_file, ctx)
     (phases,) = comparisons.InOrder(union, "hard", evaluation["steps"]).schedules(range(2))
     net = ctx.engine.net
     monkey = pytest.MonkeyPatch()

@@ -20,8 +20,9 @@ from pdd_fast.methods import METHODS, BaseMethod, StageProblem, register
 from pdd_fast.methods.class_matching import ClassMatching
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
+from pdd_fast.progressive.problem import stage_problem
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import empty_union
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.settings import Settings, resolve
 from pdd_fast.storage.run import Run
@@ -47,14 +48,14 @@ def settings(base: str, **changes: Any) -> Settings:
 def problem(base: str, stage: int = 2, **changes: Any) -> StageProblem:
     """A stage after one of real images."""
     ctx = RunContext.prepare(settings(base, **changes))
-    union, groups = UnionSet.empty(ctx), ctx.random_real_rows(ctx.settings.real_by_stage, "test")
+    union, groups = empty_union(ctx), ctx.random_real_rows(ctx.settings.real_by_stage, "test")
     each = ctx.settings.factor**2
     for rows in groups[: stage - 1]:
         images = combine(ctx.train.images[rows.view(-1, each).T.flatten()], ctx.settings.factor)
         union = union.extended(images, torch.arange(10, device=ctx.device), 0.1)
     rows = groups[stage - 1].view(-1, each).T
     images = combine(ctx.train.images[rows.flatten()], ctx.settings.factor)
-    return StageProblem(ctx, stage, None, union, [], images, ctx.train.labels[rows[0]])
+    return stage_problem(ctx, stage, None, union, [], images, ctx.train.labels[rows[0]])
 
 
 @pytest.fixture(params=["idc", "dm"])
@@ -281,7 +282,7 @@ def reference_batches(
     class.
     """
     work, config, own = method.problem, method.problem.settings, method.settings
-    normalized = work.ctx.data.normalization.apply(pixels)
+    normalized = work.normalization.apply(pixels)
     seen = torch.cat([decode(work.union.images, config.factor), decode(normalized, config.factor)])
     labels = torch.cat([torch.arange(10).repeat(4)] * work.stage)
     chosen = []
@@ -290,7 +291,7 @@ def reference_batches(
         chosen.append(
             [r[torch.randperm(len(r), generator=draw)[:most]] if len(r) > most else r for r in rows]
         )
-    one = work.ctx.dsa.sample(10, 8, draw)
+    one = work.dsa.sample(10, 8, draw)
     return tuple(  # type: ignore[return-value]
         [
             pdd_fast.augment(images[rows], one[torch.full((len(rows),), c)])
@@ -313,7 +314,7 @@ def test_idc_is_its_published_loop_class_after_class(distance: str, mode: str) -
     assert isinstance(method, ClassMatching)
     pixels = method.done.pixels.clone().requires_grad_()
     optimizer = torch.optim.SGD([pixels], lr=1e-3, momentum=method.settings.momentum)
-    draw, net = work.ctx.generator("matching", 2, 0), work.ctx.engine.net
+    draw, net = work.generator("matching", 2, 0), work.engine.net
     pdd_fast.load_parameters(net, method.starts.parameters(0))
     parameters = [p for p in net.parameters() if p.dim() > (2 if distance == "squared" else 1)]
     losses = []
@@ -365,7 +366,7 @@ def test_the_network_is_trained_on_real_images_between_the_updates(
 
     monkeypatch.setattr(type(method), "_matched", matched)
     method.step()
-    ctx = method.problem.ctx
+    ctx = method.problem
     losses = [
         float(F.cross_entropy(ctx.engine.logits(t, ctx.train.images), ctx.train.labels))
         for t in seen
@@ -381,7 +382,7 @@ def test_an_iteration_whose_draw_has_no_image_of_the_stage_leaves_it_where_it_is
     method = METHODS["idc"](work)
     assert isinstance(method, ClassMatching)
     start = method.done.pixels
-    drawn = method.batches.drawn(start, work.ctx.generator("matching", 2, 0))[1]
+    drawn = method.batches.drawn(start, work.generator("matching", 2, 0))[1]
     method.step()
     moved = (method.done.pixels != start).flatten(1).any(1).tolist()
     assert moved == [len(each.learned) > 0 for each in drawn]
@@ -390,7 +391,7 @@ def test_an_iteration_whose_draw_has_no_image_of_the_stage_leaves_it_where_it_is
 
 def test_images_of_earlier_stages_get_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     method, asked = METHODS["idc"](problem("idc", inner_loops=1)), list[int]()
-    engine = type(method.problem.ctx.engine)
+    engine = type(method.problem.engine)
     original = engine.dual
 
     def dual(*args: Any, rows: Tensor | None = None, **options: Any) -> Any:
@@ -430,11 +431,11 @@ def test_dm_follows_the_means_of_features() -> None:
     work = problem("dm", lr_img=1e-3)
     method = METHODS["dm"](work)
     assert isinstance(method, ClassMatching)
-    pixels, net = method.done.pixels.clone().requires_grad_(), work.ctx.engine.net
+    pixels, net = method.done.pixels.clone().requires_grad_(), work.engine.net
     pdd_fast.load_parameters(net, method.starts.parameters(0))
     total = pixels.new_zeros(())
     for real, synthetic in zip(
-        *reference_batches(method, pixels, work.ctx.generator("matching", 2, 0)), strict=True
+        *reference_batches(method, pixels, work.generator("matching", 2, 0)), strict=True
     ):
         features = [
             torch.flatten(torch.nn.Sequential(*net.blocks)(x), 1).mean(0) for x in (real, synthetic)

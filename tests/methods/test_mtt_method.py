@@ -17,13 +17,14 @@ from torch import Tensor
 from pdd_fast import engines
 from pdd_fast.data import ImageData, Split
 from pdd_fast.data.normalization import Normalization
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.methods import StageProblem, TrajectoryMatching
 from pdd_fast.methods.mtt import method as trajectory
 from pdd_fast.methods.mtt.method import RollbackWarning
 from pdd_fast.methods.mtt.step import MatchingResult, MatchingStep
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.problem import stage_problem
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.settings import Settings
@@ -71,7 +72,7 @@ def problem(
     union = UnionSet(
         case.frozen, case.labels[:frozen], torch.ones(frozen, dtype=torch.int64), [0.1]
     )
-    return StageProblem(ctx, 2, None, union, list_trajectories(folder), learned, learned_labels)
+    return stage_problem(ctx, 2, None, union, list_trajectories(folder), learned, learned_labels)
 
 
 def states_of(method: TrajectoryMatching, iterations: int) -> list[dict[str, Tensor]]:

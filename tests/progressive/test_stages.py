@@ -15,7 +15,7 @@ from pdd_fast.networks.parameters import load_parameters
 from pdd_fast.progressive import stages as progressive
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.stages import distill
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import load_union
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import list_trajectories
 from pdd_fast.training.sgd import TrainState, accuracies
@@ -123,7 +123,7 @@ def test_transitions_are_chained_and_trained_on_the_union(finished: tuple[Run, i
     run, _ = finished
     ctx = RunContext.prepare(run.settings)
     for stage, before in ((2, run.experts_dir), (3, run.stage_trajectories_dir(2))):
-        union = UnionSet.load(run.stage_file(stage - 1), ctx)
+        union = load_union(run.stage_file(stage - 1), ctx)
         for k, trajectory in enumerate(list_trajectories(run.stage_trajectories_dir(stage))):
             assert trajectory.epochs == run.settings.transition_real_epochs == 4
             train_state = TrainState.start(list_trajectories(before)[k].checkpoint(0)[None])
@@ -147,7 +147,7 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
     """Each of the three by itself, with its own draws, and none changed by having judged."""
     run, _ = finished
     ctx = RunContext.prepare(run.settings.changed(eval_networks=3, side_by_side=together))
-    unions = [UnionSet.load(run.stage_file(stage), ctx) for stage in (1, 2, 3)]
+    unions = [load_union(run.stage_file(stage), ctx) for stage in (1, 2, 3)]
     selection = progressive._Selection(ctx, unions[1])
     expected = []
     for j in range(3):

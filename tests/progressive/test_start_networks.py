@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import pdd_fast
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.start_networks import NetworkSgd, StartNetworks, cutmix_batch
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import empty_union
 from pdd_fast.settings import resolve
 from pdd_fast.training.sgd import TrainState
 
@@ -26,7 +27,7 @@ def ctx(**changes: Any) -> RunContext:
 
 
 def grown(workbench: RunContext, stages: int) -> UnionSet:
-    union = UnionSet.empty(workbench)
+    union = empty_union(workbench)
     for rows in workbench.random_real_rows((1,) * stages, "test"):
         union = union.extended(workbench.train.images[rows], workbench.train.labels[rows], 0.1)
     return union
@@ -79,7 +80,7 @@ def test_networks_were_trained_on_every_earlier_union_and_know_it() -> None:
     images, labels = union.up_to()
     losses = []
     for number in (0, 1):
-        for through in (UnionSet.empty(work), union):
+        for through in (empty_union(work), union):
             theta = StartNetworks(work, through).parameters(number)
             losses.append(float(F.cross_entropy(work.engine.logits(theta, images), labels)))
     assert losses[1] < 0.7 * losses[0]

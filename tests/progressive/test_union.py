@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pdd_fast import __version__
+from pdd_fast.data.union_set import UnionSet
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.union import UnionSet
+from pdd_fast.progressive.union import distilled_set, empty_union, load_union
 from pdd_fast.settings import resolve
 from pdd_fast.storage.distilled import load_distilled
 
@@ -25,7 +26,7 @@ def ctx() -> RunContext:
 
 def grown(ctx: RunContext, stages: int, lrs: tuple[float, ...] = (0.05, 0.1, 0.2)) -> UnionSet:
     """Stage s holds s images of every class, each filled with s."""
-    union = UnionSet.empty(ctx)
+    union = empty_union(ctx)
     for stage in range(1, stages + 1):
         labels = torch.arange(10).repeat_interleave(stage)
         union = union.extended(
@@ -35,7 +36,7 @@ def grown(ctx: RunContext, stages: int, lrs: tuple[float, ...] = (0.05, 0.1, 0.2
 
 
 def test_an_empty_union_has_the_shape_of_the_data(ctx: RunContext) -> None:
-    union = UnionSet.empty(ctx)
+    union = empty_union(ctx)
     assert union.images.shape == (0, 1, 8, 8)
     assert union.labels.dtype == union.stage.dtype == torch.int64
     assert (union.stages, union.lrs) == (0, [])
@@ -92,13 +93,13 @@ def test_probabilities_may_be_added_as_labels(ctx: RunContext) -> None:
     soft = UnionSet(torch.zeros(0, 1, 8, 8), torch.zeros(0, 10), torch.zeros(0, dtype=torch.int64))
     union = soft.extended(torch.zeros(4, 1, 8, 8), torch.full((4, 10), 0.1), 0.1)
     assert union.stage.tolist() == [1] * 4
-    assert union.distilled(ctx).union(1).labels.shape == (4, 10)
+    assert distilled_set(union, ctx).union(1).labels.shape == (4, 10)
 
 
 def test_a_stored_union_is_loaded_as_it_was(tmp_path: Path, ctx: RunContext) -> None:
     union = grown(ctx, 2, lrs=(0.5, 0.25))
-    union.distilled(ctx).save(tmp_path / "u")
-    found = UnionSet.load(tmp_path / "u", ctx)
+    distilled_set(union, ctx).save(tmp_path / "u")
+    found = load_union(tmp_path / "u", ctx)
     assert found.lrs == [0.5, 0.25]
     for name in ("images", "labels", "stage"):
         assert torch.equal(getattr(found, name), getattr(union, name))
@@ -106,21 +107,21 @@ def test_a_stored_union_is_loaded_as_it_was(tmp_path: Path, ctx: RunContext) -> 
 
 
 def test_what_is_stored_does_not_depend_on_interruptions(tmp_path: Path, ctx: RunContext) -> None:
-    grown(ctx, 3).distilled(ctx).save(tmp_path / "whole")
-    grown(ctx, 1).distilled(ctx).save(tmp_path / "stage")
-    resumed = UnionSet.load(tmp_path / "stage", ctx)
+    distilled_set(grown(ctx, 3), ctx).save(tmp_path / "whole")
+    distilled_set(grown(ctx, 1), ctx).save(tmp_path / "stage")
+    resumed = load_union(tmp_path / "stage", ctx)
     for stage in (2, 3):
         labels = torch.arange(10).repeat_interleave(stage)
         resumed = resumed.extended(
             torch.full((len(labels), 1, 8, 8), float(stage)), labels, (0.1, 0.2)[stage - 2]
         )
-        resumed.distilled(ctx).save(tmp_path / "stage")
-        resumed = UnionSet.load(tmp_path / "stage", ctx)
+        distilled_set(resumed, ctx).save(tmp_path / "stage")
+        resumed = load_union(tmp_path / "stage", ctx)
     assert (tmp_path / "stage").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_a_distilled_set_says_what_someone_else_needs(tmp_path: Path, ctx: RunContext) -> None:
-    grown(ctx, 2).distilled(ctx).save(tmp_path / "u")
+    distilled_set(grown(ctx, 2), ctx).save(tmp_path / "u")
     found = load_distilled(tmp_path / "u")
     assert found.normalization == ctx.data.normalization
     assert found.metadata == {

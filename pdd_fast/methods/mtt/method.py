@@ -210,7 +210,7 @@ class TrajectoryMatching(BaseMethod):
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
         own, settings = self.settings, problem.settings
-        ctx, images = problem.ctx, problem.images
+        images = problem.images
         self._total = len(problem.union.labels) + len(problem.labels)
         self._batch = min(own.inner_batch or len(problem.labels), self._total)
         device_memory.require(
@@ -223,11 +223,11 @@ class TrajectoryMatching(BaseMethod):
         self._ahead: tuple[int, MatchingInputs] | None = (
             None  # the inputs of an iteration, made while a GPU was busy
         )
-        drawn = ctx.dsa.sample(
-            1, self._image_size, torch.Generator()
+        drawn = problem.dsa.sample(
+            1, self.problem.image_size, torch.Generator()
         )  # what every draw has in common
         self._step = MatchingStep(
-            ctx.engine,
+            problem.engine,
             torch.cat([problem.union.labels, problem.labels]),
             problem.union.images,
             steps=own.inner_steps,
@@ -243,7 +243,7 @@ class TrajectoryMatching(BaseMethod):
             learn_labels=learned is not None,
             trajectories_per_step=own.trajectories_per_step,
             max_grad_norm=own.max_grad_norm,
-            graph=settings.graph != "off" and can_capture(ctx.engine, images.device),
+            graph=settings.graph != "off" and can_capture(problem.engine, images.device),
         )
 
     @property
@@ -268,11 +268,6 @@ class TrajectoryMatching(BaseMethod):
     def _lr_img(self) -> float:
         return self.settings.lr_img_at(self.problem.stage)
 
-    @property
-    def _image_size(self) -> tuple[int, int]:
-        H, W = self.problem.images.shape[2:]
-        return H, W
-
     def _memory_limit(self) -> int | None:
         """Bytes that kept activations may take: of the whole device, not of what is free at the
         moment. Steps that are kept and steps that are made again round differently, and a run gives
@@ -291,12 +286,10 @@ class TrajectoryMatching(BaseMethod):
         shape = PassShape.of(problem.images, self._batch)
         steps = [shape] * own.inner_steps
         return matching_bytes(
-            problem.ctx.engine,
+            problem.engine,
             shape,
             steps=own.inner_steps,
-            kept=kept_steps(
-                "matching", problem.ctx.engine, steps, own.memory, self._memory_limit()
-            ),
+            kept=kept_steps("matching", problem.engine, steps, own.memory, self._memory_limit()),
             learned=len(problem.labels),
             frozen=len(problem.union.labels),
         )
@@ -354,10 +347,7 @@ class TrajectoryMatching(BaseMethod):
 
     def _inputs(self, iteration: int) -> MatchingInputs:
         problem, own = self.problem, self.settings
-        generator, dsa = (
-            problem.ctx.generator("matching", problem.stage, iteration),
-            problem.ctx.dsa,
-        )
+        generator, dsa = (problem.generator("matching", problem.stage, iteration), problem.dsa)
         pairs, batches, drawn = [], [], []
         for _ in range(own.trajectories_per_step):
             trajectory = problem.trajectories[self._integer(len(problem.trajectories), generator)]
@@ -366,7 +356,9 @@ class TrajectoryMatching(BaseMethod):
             steps = self._batches(generator)
             batches.append(torch.stack(steps))
             if dsa.operations:
-                drawn += [dsa.sample(self._batch, self._image_size, generator) for _ in steps]
+                drawn += [
+                    dsa.sample(self._batch, self.problem.image_size, generator) for _ in steps
+                ]
         aug_params = PackedAugmentParameters.of(drawn) if drawn else None
         if own.trajectories_per_step == 1:
             return MatchingInputs(*pairs[0], batches[0], aug_params)
