@@ -320,6 +320,11 @@ def method_settings(name: str) -> type[MethodSettings]:
         UsageError: there is no such method here.
         ValueError: the method has a setting that is the run's.
     """
+    if not METHODS:
+        raise UsageError(
+            "no method is installed: the package's entry points are missing; install pdd-fast again "
+            "with `pip install .`"
+        )
     if name not in METHODS:
         raise UsageError(f"method must be {' or '.join(METHODS)}, got {name!r}")
     found: type[MethodSettings] = METHODS[name].Settings

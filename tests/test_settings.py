@@ -17,7 +17,7 @@ from pdd_fast import recipes
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.ops.dsa import OPERATIONS
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.runtime.registry import METHODS
+from pdd_fast.runtime.registry import METHODS, Registry
 from pdd_fast.settings import Settings, choices, default, from_dict, method_settings, resolve
 
 # Every setting with the method that it is tried with: the run's with mtt, a method's with its own.
@@ -684,3 +684,11 @@ def test_a_file_from_before_methods_had_settings_of_their_own_is_read() -> None:
     assert (idc.method.name, value(idc, "real_batch"), value(idc, "momentum")) == ("idc", 7, 0.25)
     elsewhere = from_dict(stored | {"base": "elsewhere"})
     assert (elsewhere.method.name, value(elsewhere, "max_grad_norm")) == ("elsewhere", 3.0)
+
+
+def test_an_installation_without_entry_points_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pdd_fast.settings.METHODS", Registry("pdd_fast.no_such_group"))
+    with pytest.raises(UsageError, match=r"no method is installed: .* install pdd-fast again"):
+        resolve("digits")
