@@ -322,8 +322,8 @@ def method_settings(name: str) -> type[MethodSettings]:
     """
     if not METHODS:
         raise UsageError(
-            "no method is installed: the package's entry points are missing; install pdd-fast again "
-            "with `pip install .`"
+            "no method is installed: the entry points of the package are missing; install pdd-fast "
+            "again with `pip install .`"
         )
     if name not in METHODS:
         raise UsageError(f"method must be {' or '.join(METHODS)}, got {name!r}")
