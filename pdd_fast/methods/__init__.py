@@ -23,10 +23,16 @@ __all__ = [
 
 
 def register(name: str, method: type[BaseMethod]) -> None:
-    """Make ``method=name`` mean ``method``, in this process. An installed package names its methods
-    by entry points in the group pdd_fast.methods instead.
+    """Register ``method`` under ``name`` in this process, for the setting ``method=name``.
+
+    An installed package registers its methods by entry points of the group pdd_fast.methods
+    instead.
+
+    Args:
+        name: The value of the setting ``method``.
+        method: The method's class.
 
     Raises:
-        ValueError: the name is another method's.
+        ValueError: The name belongs to another method.
     """
     METHODS.register(name, method)

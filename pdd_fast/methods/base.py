@@ -1,4 +1,4 @@
-"""Base methods: what one is given by a stage of progressive distillation, and what it gives back.
+"""Interface of methods: what a stage of progressive distillation gives one and gets back.
 
 docs/method.md, "Another method", adds one step by step.
 """
@@ -28,7 +28,7 @@ from pdd_fast.training.sgd import TrainState
 
 
 class ImageSgdSettings(MethodSettings):
-    """Settings of a method that moves its images by SGD with momentum."""
+    """Settings of a method that updates its images by SGD with momentum."""
 
     lr_img: float = Field(1.0, ge=0, description="Learning rate of the images.")
     stage_lr_img: str = Field(
@@ -48,6 +48,7 @@ class ImageSgdSettings(MethodSettings):
         return text
 
     def check_run(self, run: Settings) -> None:
+        """Raise UsageError unless ``stage_lr_img`` is empty or has a number for every stage."""
         if self.stage_lr_img and len(numbers("stage_lr_img", self.stage_lr_img)) != run.stages:
             raise UsageError(
                 f"stage_lr_img must hold a number for each of the stages ({run.stages}), got "
@@ -62,7 +63,7 @@ class ImageSgdSettings(MethodSettings):
 
 
 class NetworkSgd(Protocol):
-    """SGD that trains start networks, side by side, on augmented batches."""
+    """SGD that trains start networks in parallel on augmented batches."""
 
     def weights(self, labels: Tensor) -> Tensor:
         """Return ``labels`` as weights [n, classes]."""
@@ -82,7 +83,7 @@ class NetworkSgd(Protocol):
 
 
 class StartNetworks(Protocol):
-    """Networks that a stage's images are matched on, trained on every earlier union in turn."""
+    """Networks that a stage matches its images on, trained on every earlier union in turn."""
 
     @property
     def sgd(self) -> NetworkSgd:
@@ -90,36 +91,36 @@ class StartNetworks(Protocol):
         ...
 
     def parameters(self, iteration: int) -> Tensor:
-        """Return the parameters [P] of the network that ``iteration`` takes."""
+        """Return the parameters [P] of the start network of ``iteration``."""
         ...
 
 
 @dataclass(frozen=True)
 class StageProblem:
-    """One stage of progressive distillation, everything on the run's device."""
+    """Inputs of a method in one stage of progressive distillation, on the run's device."""
 
     stage: int  # 1-based
-    settings: Settings  # the run's; the method's own are BaseMethod.settings
-    train: Split  # the run's real examples
-    rows: Tensor | None  # of train, the examples that the stage is made from; None: all
-    # of the earlier stages, frozen; empty where stages are not conditioned on one another
+    settings: Settings  # of the run; BaseMethod.settings holds the method's own
+    train: Split  # the run's real training images
+    rows: Tensor | None  # rows of train that the stage is distilled from; None: all
+    # Frozen images of the earlier stages; empty if conditioning is off.
     union: UnionSet
-    trajectories: list[Trajectory]  # none where the method does without
-    images: Tensor  # [n, C, H, W] that the stage's start from, of real ones, as they are stored
-    labels: Tensor  # [n], or probabilities [n, classes], which are learned where labels=learned
+    trajectories: list[Trajectory]  # empty if the method needs none
+    images: Tensor  # [n, C, H, W] initial images of the stage, made of real ones, as stored
+    labels: Tensor  # [n], or probabilities [n, classes], which labels=learned optimizes
     engine: Engine  # of the run's network
     dsa: DSA  # the run's augmentation
     normalization: Normalization  # of the images
     num_classes: int
     device: torch.device
-    side_by_side: int  # networks that are trained at once
-    # Makes the stage's start networks, from their number (0: a new one for every iteration) and
+    side_by_side: int  # number of networks to train in parallel
+    # Makes the stage's start networks from their number (0: a new one for every iteration) and
     # the probability of CutMix.
     start_networks: Callable[[int, float], StartNetworks]
 
     @cached_property
     def real(self) -> Split:
-        """The real examples that the stage is made from; a copy where they are not all."""
+        """Real images that the stage is distilled from: ``train``, or a copy of its ``rows``."""
         if self.rows is None:
             return self.train
         rows = self.rows.to(self.device)
@@ -127,33 +128,35 @@ class StageProblem:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of an image, pixels."""
+        """Height and width of an image in pixels."""
         H, W = self.images.shape[2:]
         return H, W
 
     def generator(self, *purpose: str | int) -> torch.Generator:
-        """Return a generator whose values depend on the run's seed and on ``purpose`` alone."""
+        """Return a generator whose values depend only on the run's seed and on ``purpose``."""
         return seeds.generator(self.settings.seed, *purpose)
 
     def initial_parameters(self, *purpose: str | int) -> Tensor:
-        """Return freshly drawn parameters [P] of the network."""
+        """Return initial parameters [P], which depend only on the run's seed and ``purpose``."""
         seed = seeds.derive(self.settings.seed, *purpose, "parameters")
         return initial_parameters(self.engine.net, seed)
 
 
 class BaseMethod(ABC):
-    """A way to learn a stage's images, one iteration at a time.
+    """Base class of methods, which learn the images of a stage one iteration at a time.
 
-    Everything random in an iteration derives from the run's seed, the stage and the iteration's
-    number (``problem.bench.generator(...)``), so that :meth:`state` is all that a continued run
-    needs.
+    Random values of an iteration depend only on the run's seed, the stage and the iteration's
+    number (:meth:`StageProblem.generator`). A continued run therefore needs :meth:`state` alone.
+
+    Args:
+        problem: The stage's inputs.
     """
 
-    Settings: ClassVar[type[MethodSettings]] = MethodSettings  # the method's own settings
-    # Whether the run trains experts, and its stages have transitions.
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings  # class of the method's settings
+    # Whether the run trains experts and its stages have transitions.
     needs_trajectories: ClassVar[bool] = False
 
-    settings: MethodSettings  # those of this run, an instance of Settings
+    settings: MethodSettings  # of this run, an instance of Settings
 
     def __init__(self, problem: StageProblem) -> None:
         self.problem = problem
@@ -162,36 +165,42 @@ class BaseMethod(ABC):
     @property
     @abstractmethod
     def iteration(self) -> int:
-        """Iterations done."""
+        """Number of iterations done."""
 
     @property
     @abstractmethod
     def images(self) -> Tensor:
-        """The stage's images as they are now [n, C, H, W], as they are stored."""
+        """Current images of the stage [n, C, H, W], as a distilled set stores them."""
 
     @property
     def labels(self) -> Tensor:
-        """Their labels as they are now, [n] or [n, classes]."""
+        """Current labels of the stage, [n] or [n, classes]."""
         return self.problem.labels
 
     @property
     def learning_rate(self) -> float:
-        """The rate with which networks are to be trained on the images."""
+        """Learning rate for training networks on the images."""
         return self.problem.settings.inner_lr
 
     @abstractmethod
     def step(self) -> dict[str, float]:
-        """One iteration. Its numbers, "loss" among them. Until it returns, :meth:`state` is that of
-        before.
+        """Run one iteration.
+
+        :meth:`state` changes only when the iteration is complete, so that an interrupt loses
+        nothing.
+
+        Returns:
+            Values to report, "loss" among them.
 
         Raises:
-            RunError: the loss or the images left the range in which going on makes sense.
+            RunError: The method diverged, for example because the loss or the images are not
+                finite.
         """
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`load_state` needs to go on with the same bits, on the CPU."""
+        """Return what :meth:`load_state` needs to continue with the same bits, on the CPU."""
 
     @abstractmethod
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Goes on from what :meth:`state` gave, in this process or an earlier one."""
+        """Restore a state that :meth:`state` returned in this process or an earlier one."""

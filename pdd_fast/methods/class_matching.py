@@ -1,5 +1,6 @@
-"""Methods that learn pixels in [0, 1] by comparing synthetic with real images of a class, without
-trajectories.
+"""Class matching: learn pixels in [0, 1] by comparing real and synthetic images per class.
+
+IDC and DM build on it. It needs no trajectories.
 """
 
 from __future__ import annotations
@@ -44,33 +45,38 @@ class ClassMatchingSettings(ImageSgdSettings):
     )
 
     def check_run(self, run: Settings) -> None:
-        """Check the run's settings.
+        """Raise UsageError unless the run has hard labels, no whitening and no learned filter.
 
-        Such a method has no experts, whose predictions soft labels are, and no transitions, which
-        the filter asks what is learned; it works on pixels in [0, 1].
+        Class matching trains no experts, whose predictions are the soft labels. It has no
+        transitions, whose networks the filter "learned" asks which images they have learned. Its
+        pixels lie in [0, 1], which excludes whitening.
         """
         super().check_run(run)
         self.require(run, labels=("hard",), whitening=("none",), filter=("none", "forgetting"))
 
 
 class Learned(NamedTuple):
-    """All that such a method is. Never written to: an iteration gives a new one."""
+    """Immutable state of a method; every iteration makes a new one."""
 
     iteration: Tensor  # []
-    pixels: Tensor  # [n, C, H, W] as they are stored
+    pixels: Tensor  # [n, C, H, W] in [0, 1], multi-formation images not decoded
     momentum_buffer: Tensor  # [n, C, H, W]
 
 
 class Synthetic(NamedTuple):
-    """A class's synthetic images, as networks see them."""
+    """Synthetic images of one class, decoded and augmented."""
 
     images: Tensor  # [b, C, H, W]
-    learned: Tensor  # int64, which of them are this stage's
+    learned: Tensor  # int64, rows of images that belong to this stage
 
 
 class ClassMatching(BaseMethod):
-    """What they have in common: start networks, batches of every class, and what is kept. Each has
-    its own :meth:`iterate`.
+    """Base class of IDC and DM: start networks, batches of every class, and the state.
+
+    A subclass implements :meth:`iterate`.
+
+    Args:
+        problem: The stage's inputs.
     """
 
     Settings: ClassVar[type[MethodSettings]] = ClassMatchingSettings
@@ -82,27 +88,31 @@ class ClassMatching(BaseMethod):
         self.starts = problem.start_networks(own.start_networks, own.cutmix)
         self.batches = ClassBatches(problem, self.settings)
         pixels = self.batches.pixels(problem.images)
-        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
-        # one.
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half an
+        # update.
         self.done = Learned(torch.tensor(0, device="cpu"), pixels, torch.zeros_like(pixels))
 
     @property
     def iteration(self) -> int:
+        """Number of iterations done."""
         return int(self.done.iteration)
 
     @property
     def images(self) -> Tensor:
+        """Current images of the stage [n, C, H, W], as a distilled set stores them."""
         return self.batches.images(self.done.pixels)
 
     @property
     def lr_img(self) -> float:
+        """Learning rate of the images in this stage."""
         return self.settings.lr_img_at(self.problem.stage)
 
     @abstractmethod
     def iterate(self) -> dict[str, float]:
-        """An iteration, which ends with :meth:`finish`."""
+        """Run one iteration and return the result of :meth:`finish`."""
 
     def step(self) -> dict[str, float]:
+        """Run :meth:`iterate`; an out-of-memory error names the settings to lower."""
         own, where = self.settings, f"stage {self.problem.stage}, iteration {self.iteration + 1}"
         lower = (
             f"real_batch (now {own.real_batch}), synthetic_batch (now {own.synthetic_batch}) or "
@@ -112,10 +122,18 @@ class ClassMatching(BaseMethod):
             return self.iterate()
 
     def finish(self, loss: float, pixels: Tensor, momentum_buffer: Tensor) -> dict[str, float]:
-        """Ends an iteration: what it learned is what is there from now on.
+        """Make the pixels, clamped to [0, 1], and the momentum buffer the new state.
+
+        Args:
+            loss: The iteration's matching loss.
+            pixels: [n, C, H, W].
+            momentum_buffer: [n, C, H, W].
+
+        Returns:
+            Values to report: "loss".
 
         Raises:
-            RunError: not all of it is finite.
+            RunError: The loss or a pixel is not finite.
         """
         number = self.iteration + 1
         if not math.isfinite(loss) or not bool(pixels.isfinite().all()):
@@ -124,8 +142,8 @@ class ClassMatching(BaseMethod):
                 f"and the images are no "
                 f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
             )
-        # As they come back from a file: in another order of memory products are summed in another
-        # order.
+        # Contiguous, as tensors read from a checkpoint are: another memory layout would change the
+        # order of summation, and a continued run would round differently.
         self.done = Learned(
             torch.tensor(number, device="cpu"),
             pixels.clamp(0, 1).contiguous(),
@@ -134,19 +152,25 @@ class ClassMatching(BaseMethod):
         return {"loss": loss}
 
     def state(self) -> dict[str, Tensor]:
+        """Return the state on the CPU; see :meth:`BaseMethod.state`."""
         return {name: tensor.cpu() for name, tensor in self.done._asdict().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore a state; see :meth:`BaseMethod.load_state`."""
         device = self.done.pixels.device
         learned = (state[name].to(device) for name in ("pixels", "momentum_buffer"))
         self.done = Learned(state["iteration"], *learned)
 
 
 class ClassBatches:
-    """Draws, for every class, real images and synthetic ones of the whole union, augmented alike.
+    """Sampler of a real and a synthetic batch for every class, with the same augmentation.
 
-    Within a class every image gets the same augmentation, as in the published codes of DSA, DM and
-    IDC: what is compared is then the images' content.
+    All images of a class share their augmentation parameters, as in the published codes of DSA, DM
+    and IDC. The comparison then depends on the content of the images alone.
+
+    Args:
+        problem: The stage's inputs.
+        settings: The batch sizes.
     """
 
     def __init__(self, problem: StageProblem, settings: ClassMatchingSettings) -> None:
@@ -161,21 +185,26 @@ class ClassBatches:
         self._real_rows = [(real_labels == c).nonzero().flatten() for c in classes]
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Normalized ``images`` [n, C, H, W] as pixels in [0, 1]."""
+        """Return normalized ``images`` [n, C, H, W] as pixels in [0, 1]."""
         return self._normalization.invert(images).clamp(0, 1)
 
     def images(self, pixels: Tensor) -> Tensor:
-        """``pixels`` [n, C, H, W] as a distilled set stores them; differentiable."""
+        """Return ``pixels`` [n, C, H, W] as a distilled set stores them; differentiable."""
         return self._normalization.apply(pixels)
 
     def drawn(
         self, pixels: Tensor, generator: torch.Generator
     ) -> tuple[list[Tensor], list[Synthetic]]:
-        """For every class ``real_batch`` real images [b, C, H, W] and at most ``synthetic_batch``
-        synthetic ones, enlarged and of all stages so far; the latter differentiable with respect to
-        ``pixels`` of this stage's.
+        """Sample an augmented batch of real and one of synthetic images for every class.
 
-        Real ones are as many as there are where a class has fewer.
+        Args:
+            pixels: [n, C, H, W], the images of this stage.
+            generator: Source of the random values.
+
+        Returns:
+            For every class ``real_batch`` real images [b, C, H, W], or all if there are fewer; and
+            at most ``synthetic_batch`` decoded synthetic images of all stages so far,
+            differentiable with respect to ``pixels``.
         """
         settings, frozen = self._settings, self._frozen
         real = [_some(rows, settings.real_batch, generator) for rows in self._real_rows]
@@ -183,8 +212,8 @@ class ClassBatches:
         shared = self._problem.dsa.sample(len(real), self._problem.image_size, generator)
         index = torch.cat(synthetic)
         own = index >= len(frozen)
-        # Chosen first: the earlier stages' images are many, and to put all in one tensor would copy
-        # them every time.
+        # Rows are selected before they are put together: concatenating the whole union would copy
+        # the earlier stages' images in every iteration.
         learned = decode(self.images(pixels), self._factor)[
             (index[own] - len(frozen)).to(pixels.device)
         ]

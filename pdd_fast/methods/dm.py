@@ -1,4 +1,4 @@
-"""Matching distributions (DM; Zhao and Bilen, WACV 2023, arXiv 2110.04181), in stages."""
+"""Distribution matching (DM; Zhao and Bilen, WACV 2023, arXiv 2110.04181), in stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdd_fast.runtime import precision
 
 
 class DistributionMatchingSettings(ClassMatchingSettings):
-    """Settings of DM. No published run of it in stages is known."""
+    """Settings of DM; no published run of DM in stages is known."""
 
     run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {"iterations": 2000, "transition_epochs": 200}
@@ -26,17 +26,18 @@ class DistributionMatchingSettings(ClassMatchingSettings):
 
 
 class DistributionMatching(ClassMatching):
-    """DM as a method: in a network's last features real and synthetic images of a class have
-    the same mean.
+    """Method that matches the mean last-layer features of real and synthetic images per class.
 
-    The network of an iteration is freshly drawn and, which is what makes stages of it, was trained
-    through the earlier unions; the mean is that of all stages' images.
+    Every iteration takes a start network: freshly initialized, then trained on the earlier unions.
+    This conditions a stage on the stages before it. The synthetic mean includes the images of all
+    stages so far.
     """
 
     Settings = DistributionMatchingSettings
     settings: DistributionMatchingSettings
 
     def iterate(self) -> dict[str, float]:
+        """Run one iteration: one SGD update of the images on the squared distance of the means."""
         settings, problem = self.settings, self.problem
         generator = problem.generator("matching", problem.stage, self.iteration)
         load_parameters(problem.engine.net, self.starts.parameters(self.iteration))
@@ -54,7 +55,7 @@ class DistributionMatching(ClassMatching):
         )
 
     def _mean_features(self, images: Tensor) -> Tensor:
-        """The mean over ``images`` of what the classifier would get [features]."""
+        """Return the mean over ``images`` of the classifier's inputs [features]."""
         problem = self.problem
         rounded = precision.storage(problem.engine.precision, images.dtype) != images.dtype
         with torch.autocast(problem.device.type, torch.bfloat16, enabled=rounded):

@@ -1,4 +1,4 @@
-"""Matching gradients (IDC; Kim et al., ICML 2022, arXiv 2205.14959), as PDD runs it in stages."""
+"""Gradient matching (IDC; Kim et al., ICML 2022, arXiv 2205.14959), in PDD's stages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from pdd_fast.training.sgd import TrainState
 
 
 class GradientMatchingSettings(ClassMatchingSettings):
-    """Settings of IDC. Defaults are those of its published runs at 10 images a class: the images'
-    learning rate for trajectories would drive pixels to 0 and 1, where nothing says that it went
-    wrong.
+    """Settings of IDC; defaults are those of its published runs at 10 images per class.
+
+    MTT's learning rate of the images would drive pixels to 0 and 1. No error would report this,
+    because the pixels stay finite.
     """
 
     run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
@@ -56,18 +57,18 @@ class GradientMatchingSettings(ClassMatchingSettings):
 
 
 class GradientMatching(ClassMatching):
-    """IDC as a method.
+    """Method that matches the parameter gradients of real and synthetic images per class.
 
-    An iteration takes a network that was trained through the earlier unions and ``inner_loops``
-    times does two things: it moves the images along the gradient of the distance, summed over
-    classes, between the network's gradients on real and on synthetic images of a class; and it
+    Every iteration takes a start network, trained on the earlier unions, and repeats two updates
+    ``inner_loops`` times. The first is an SGD update of the images on the distance between the
+    network's gradients on real and on synthetic images of a class, summed over classes. The second
     trains the network on ``network_images`` real images. Pixels are clamped to [0, 1] after every
     iteration.
 
-    The published code gives the classes their turns one after another, and momentum moves all
-    images in each. Images of a class are in no other class's distance. So from one turn of theirs
-    to the next they move by lr·v·(1 − mᶜ)/(1 − m) with C classes, and mᶜ of their velocity v stays:
-    here that is done at once, for all classes.
+    The published code updates the classes one after another, and every update applies momentum to
+    all images. Images of a class affect no other class's distance. With C classes, momentum m and
+    momentum buffer v, an image therefore moves by lr·v·(1 − mᶜ)/(1 − m) between two updates of its
+    class, and the buffer decays to mᶜ·v. Here one update does this for all classes at once.
     """
 
     Settings = GradientMatchingSettings
@@ -80,6 +81,7 @@ class GradientMatching(ClassMatching):
         self._real_weights = self._sgd.weights(problem.real.labels)
 
     def iterate(self) -> dict[str, float]:
+        """Run one iteration: ``inner_loops`` updates of the images and of the network."""
         problem, settings = self.problem, self.settings
         generator = problem.generator("matching", problem.stage, self.iteration)
         train_state = TrainState.start(self.starts.parameters(self.iteration)[None])
@@ -98,7 +100,7 @@ class GradientMatching(ClassMatching):
     def _matched(
         self, theta: Tensor, pixels: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """The distance, summed over classes [], and its gradient with respect to ``pixels``."""
+        """Return the distance, summed over classes [], and its gradient for ``pixels``."""
         engine = self.problem.engine
         leaf = pixels.detach().requires_grad_()
         real, synthetic = self.batches.drawn(leaf, generator)
@@ -116,7 +118,7 @@ class GradientMatching(ClassMatching):
             )
             for target, x, y in zip(targets, synthetic, labels[1], strict=True)
         ]
-        # Where a class's draw has none of this stage's images there is nothing to follow.
+        # A class whose batch holds no image of this stage contributes no gradient.
         followed = [(x, each) for x, each in zip(synthetic, found, strict=True) if len(x.learned)]
         if followed:
             parts = [x.images[x.learned] for x, _ in followed]
@@ -126,7 +128,7 @@ class GradientMatching(ClassMatching):
         return torch.stack([each.loss for each in found]).sum(), gradient
 
     def _train(self, train_state: TrainState, generator: torch.Generator) -> None:
-        """The network on ``network_images`` real images, in steps of ``union_batch``."""
+        """Train the network on ``network_images`` real images, in steps of ``union_batch``."""
         problem, settings = self.problem, self.settings
         if not settings.network_images:
             return

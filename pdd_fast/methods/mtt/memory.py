@@ -1,7 +1,7 @@
 """Estimate the memory of one iteration of trajectory matching from shapes alone.
 
-:meth:`pdd_fast.engines.Engine.working_bytes` knows what a pass takes; this module adds the tensors
-around it. tests/training/test_memory.py holds the sums to what a process takes, within a quarter.
+:meth:`pdd_fast.engines.Engine.working_bytes` estimates a pass; this module adds the tensors around
+it. tests/training/test_memory.py requires the sum to lie within a quarter of a process's real peak.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from pdd_fast.networks.parameters import parameter_count
 def matching_bytes(
     engine: Engine, shape: PassShape, *, steps: int, kept: int, learned: int, frozen: int = 0
 ) -> int:
-    """Peak of one iteration of trajectory matching
-    (:class:`pdd_fast.methods.mtt.step.MatchingStep`).
+    """Return the peak number of bytes of one iteration of trajectory matching.
 
-    What the kept steps keep and what a dual pass works in, with a batch before it; (N + 1)P for the
-    path and 6P beside it; the union's images, two gradients, and six times the learned images for
-    the state. On a GPU frozen images have a gradient too.
+    The sum for :class:`pdd_fast.methods.mtt.step.MatchingStep` has these parts: the saved
+    activations and the working memory of a dual pass; an augmented batch; (N + 1)P elements for
+    the path and 6P for other parameter vectors; the union's images; two gradients of the images;
+    and six times the learned images for the states. On a GPU the gradients include the frozen
+    images.
 
     Args:
-        shape: of a batch of an inner step.
-        steps: N.
-        kept: how many of them keep their activations.
-        learned, frozen: images of the union.
+        engine: Engine of the run's network.
+        shape: Shape of the batch of an inner step.
+        steps: N, number of inner steps.
+        kept: Number of steps that save their activations.
+        learned: Number of learned images.
+        frozen: Number of frozen images in the union.
     """
-    # Where some steps are kept and some are not, the last kept one or the first that is made again
-    # is the peak.
+    # If only some steps save their activations, the peak is at the last of them or at the first
+    # step that is recomputed.
     passes = (
         kept * engine.kept_bytes(shape) + engine.working_bytes(shape, dual=True, kept=True)
         if kept

@@ -1,5 +1,6 @@
-"""Matching training trajectories (MTT; Cazenavette et al., CVPR 2022, arXiv 2203.11932, equation 2
-and algorithm 1).
+"""Trajectory matching (MTT; Cazenavette et al., CVPR 2022, arXiv 2203.11932).
+
+The loss is their equation 2, the procedure their algorithm 1.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from pdd_fast.runtime.choices import Memory
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.settings import Settings
 
-# Iterations between the states that are kept to go back to. Of the two kept the older is taken:
-# where images stop being finite, those of the last few iterations are mostly on their way there.
+# Iterations between two rollback points. Two are stored, and a rollback takes the older: when
+# images stop being finite, those of the last few iterations have usually begun to diverge.
 _ANCHOR = 20
 
 
 class TrajectoryMatchingSettings(ImageSgdSettings):
-    """Settings of MTT. Defaults are those of PDD for CIFAR-10 at 10 images per class."""
+    """Settings of MTT; defaults are those of PDD for CIFAR-10 at 10 images per class."""
 
     inner_steps: int = Field(50, ge=1, description="SGD steps that an iteration unrolls, N.")
     expert_epochs: int = Field(
@@ -93,9 +94,11 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
 
     @property
     def trajectory_epochs(self) -> int:
+        """Number of epochs that a trajectory must have."""
         return self.max_start_epoch + self.expert_epochs
 
     def check_run(self, run: Settings) -> None:
+        """Raise UsageError if the run uses multi-formation or its experts train too briefly."""
         super().check_run(run)
         self.require(run, factor=(1,))
         if self.trajectory_epochs > run.expert_train_epochs:
@@ -106,11 +109,11 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
 
 
 class RollbackWarning(UserWarning):
-    """Images were set back to earlier ones, and the steps halved."""
+    """Warning that the images were rolled back and the step size halved."""
 
 
 class _Point(NamedTuple):
-    """What is learned, without its velocities."""
+    """Learned tensors without their momentum buffers."""
 
     images: Tensor  # [n, C, H, W]
     lr: Tensor  # []
@@ -118,29 +121,32 @@ class _Point(NamedTuple):
 
     @classmethod
     def of(cls, state: MatchingState) -> _Point:
+        """Return the learned tensors of ``state``."""
         return cls(state.images, state.lr, state.logits)
 
     def at_rest(self) -> MatchingState:
+        """Return a state with these tensors and zero momentum buffers."""
         return MatchingState(*(t for tensor in self for t in (tensor, torch.zeros_like(tensor))))
 
 
 class _Progress(NamedTuple):
-    """All that :class:`TrajectoryMatching` is. Never written to."""
+    """Immutable state of :class:`TrajectoryMatching`."""
 
     iteration: int
     state: MatchingState
-    average: _Point  # over iterations, all but the rate, which is the last
-    halvings: int  # of the rates of the update, so far
-    older: _Point  # to go back to, of _ANCHOR to 2 * _ANCHOR iterations ago
-    newer: _Point
+    average: _Point  # EMA over iterations; lr is not averaged and is that of state
+    halvings: int  # number of times that the step size was halved
+    older: _Point  # rollback point, _ANCHOR to 2 * _ANCHOR iterations old
+    newer: _Point  # the next rollback point
 
     @classmethod
     def start(cls, state: MatchingState) -> _Progress:
+        """Return the progress before the first iteration."""
         point = _Point.of(state)
         return cls(0, state, point, 0, point, point)
 
     def rolled_back(self) -> _Progress:
-        """At rest at the older images, with steps of half the length."""
+        """Return the progress at the older point, at rest and with half the step size."""
         return self._replace(
             state=self.older.at_rest(),
             average=self.older,
@@ -149,7 +155,7 @@ class _Progress(NamedTuple):
         )
 
     def followed_by(self, state: MatchingState, decay: float) -> _Progress:
-        """After an iteration that gave ``state``; ``decay`` of the average stays in it."""
+        """Return the progress after an iteration that returned ``state``, with this EMA decay."""
         iteration, point = self.iteration + 1, _Point.of(state)
         average = point
         if decay:
@@ -163,12 +169,13 @@ class _Progress(NamedTuple):
         return _Progress(iteration, state, average, self.halvings, older, newer)
 
     def tensors(self) -> dict[str, Tensor]:
+        """Return all fields as tensors by name, for a checkpoint."""
         found = {
             "iteration": torch.tensor(self.iteration, device="cpu"),
             "halvings": torch.tensor(self.halvings, device="cpu"),
         }
         found |= self.state._asdict()
-        # Without averaging that is the state itself, which need not be stored twice.
+        # Without averaging, the average is the state itself and is not stored twice.
         own_average = [] if self.average.images is self.state.images else ["average"]
         for name in (*own_average, "older", "newer"):
             found |= {
@@ -178,6 +185,7 @@ class _Progress(NamedTuple):
 
     @classmethod
     def of_tensors(cls, tensors: dict[str, Tensor]) -> _Progress:
+        """Return the progress that :meth:`tensors` described."""
         state = MatchingState(*(tensors[name] for name in MatchingState._fields))
 
         def point(name: str) -> _Point:
@@ -195,11 +203,16 @@ class _Progress(NamedTuple):
 
 
 class TrajectoryMatching(BaseMethod):
-    """MTT as a method: images, inner rate and, on request, labels by SGD with momentum on the
-    matching loss.
+    """Method that matches training trajectories.
+
+    SGD with momentum on the matching loss updates the images, the inner learning rate and, if
+    labels=learned, the labels.
+
+    Args:
+        problem: The stage's inputs.
 
     Raises:
-        UsageError: an iteration would take more memory than the GPU has.
+        UsageError: An iteration would take more memory than the GPU has.
     """
 
     Settings = TrajectoryMatchingSettings
@@ -216,16 +229,14 @@ class TrajectoryMatching(BaseMethod):
         device_memory.require(
             images.device, self._bytes(), f"stage {problem.stage}: an iteration", self._lower()
         )
-        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half of
-        # one.
+        # Replaced as a whole at the end of an iteration, so that an interrupt never leaves half an
+        # update.
         learned = problem.labels if settings.labels == "learned" else None
         self._done = _Progress.start(MatchingState.start(images, settings.inner_lr, learned))
-        self._ahead: tuple[int, MatchingInputs] | None = (
-            None  # the inputs of an iteration, made while a GPU was busy
-        )
-        drawn = problem.dsa.sample(
-            1, self.problem.image_size, torch.Generator()
-        )  # what every draw has in common
+        # An iteration's inputs, prepared while the GPU was busy.
+        self._ahead: tuple[int, MatchingInputs] | None = None
+        # The number of operations and the cutout size are the same in every sample.
+        drawn = problem.dsa.sample(1, self.problem.image_size, torch.Generator())
         self._step = MatchingStep(
             problem.engine,
             torch.cat([problem.union.labels, problem.labels]),
@@ -248,20 +259,24 @@ class TrajectoryMatching(BaseMethod):
 
     @property
     def iteration(self) -> int:
+        """Number of iterations done."""
         return self._done.iteration
 
     @property
     def images(self) -> Tensor:
+        """Current images of the stage [n, C, H, W], averaged if ``ema_decay`` is not 0."""
         return self._done.average.images
 
     @property
     def labels(self) -> Tensor:
+        """Current labels of the stage, [n] or [n, classes]; learned ones averaged as the images."""
         if self.problem.settings.labels != "learned":
             return self.problem.labels
         return self._done.average.logits.softmax(1)
 
     @property
     def learning_rate(self) -> float:
+        """Learned inner learning rate."""
         return float(self._done.state.lr)
 
     @property
@@ -269,9 +284,11 @@ class TrajectoryMatching(BaseMethod):
         return self.settings.lr_img_at(self.problem.stage)
 
     def _memory_limit(self) -> int | None:
-        """Bytes that kept activations may take: of the whole device, not of what is free at the
-        moment. Steps that are kept and steps that are made again round differently, and a run gives
-        the same bits whatever else runs.
+        """Return the limit of saved activations in bytes; None unless memory=auto.
+
+        The default is a share of the device's total memory, not of the memory that is free at the
+        moment. Saved and recomputed activations round differently, and a run must give the same
+        bits whatever else runs on the device.
         """
         own = self.settings
         if own.memory != "auto":
@@ -281,7 +298,7 @@ class TrajectoryMatching(BaseMethod):
         return device_memory.total(self.problem.images.device) // 2
 
     def _bytes(self) -> int:
-        """What an iteration takes at its peak."""
+        """Return the estimated peak number of bytes of an iteration."""
         problem, own = self.problem, self.settings
         shape = PassShape.of(problem.images, self._batch)
         steps = [shape] * own.inner_steps
@@ -295,7 +312,7 @@ class TrajectoryMatching(BaseMethod):
         )
 
     def _lower(self) -> str:
-        """What makes an iteration take less, the most effective last."""
+        """Return advice that lowers the memory of an iteration, the most effective last."""
         own, settings = self.settings, self.problem.settings
         batch, width = f"inner_batch (now {self._batch})", f"width (now {settings.width})"
         if own.memory == "auto":
@@ -308,6 +325,14 @@ class TrajectoryMatching(BaseMethod):
         )
 
     def step(self) -> dict[str, float]:
+        """Run one iteration; roll back and halve the step size as often as it diverges.
+
+        Returns:
+            Values to report: "loss", "inner_lr", and after a rollback "halvings".
+
+        Raises:
+            RunError: The iteration diverged after ``max_rollbacks`` rollbacks.
+        """
         done, own = self._done, self.settings
         iteration = done.iteration
         if self._ahead is None or self._ahead[0] != iteration:
@@ -338,14 +363,16 @@ class TrajectoryMatching(BaseMethod):
         return values | ({"halvings": done.halvings} if done.halvings else {})
 
     def _look_ahead(self) -> None:
-        """Makes the next iteration's inputs. What goes wrong with them goes wrong again when they
-        are needed.
+        """Prepare the next iteration's inputs.
+
+        Errors are suppressed: they occur again when the inputs are needed.
         """
         following = self.iteration + 1
         with suppress(Exception):
             self._ahead = (following, self._inputs(following))
 
     def _inputs(self, iteration: int) -> MatchingInputs:
+        """Sample trajectories, batches and augmentation parameters of ``iteration``."""
         problem, own = self.problem, self.settings
         generator, dsa = (problem.generator("matching", problem.stage, iteration), problem.dsa)
         pairs, batches, drawn = [], [], []
@@ -366,7 +393,7 @@ class TrajectoryMatching(BaseMethod):
         return MatchingInputs(starts, targets, torch.stack(batches), aug_params)
 
     def _wrong(self, result: MatchingResult) -> tuple[str, str] | None:
-        """What is wrong with an iteration, and what to make smaller; None where all is well."""
+        """Return how an iteration diverged and the settings to lower; None if it did not."""
         own, settings = self.settings, self.problem.settings
         lr_img, lr_lr = f"lr_img (now {self._lr_img:g})", f"lr_lr (now {own.lr_lr:g})"
         if not math.isfinite(result.loss) or not result.finite:
@@ -383,8 +410,10 @@ class TrajectoryMatching(BaseMethod):
         return None
 
     def _batches(self, generator: torch.Generator) -> list[Tensor]:
-        """N batches: the union in random order, again and again, in whole batches of the stage's
-        own size.
+        """Sample the N batches of an iteration as rows of the union.
+
+        Every pass over the union has a new random order. The rest that does not fill a batch is
+        dropped.
         """
         size, steps = self._batch, self.settings.inner_steps
         batches: list[Tensor] = []
@@ -395,12 +424,15 @@ class TrajectoryMatching(BaseMethod):
 
     @staticmethod
     def _integer(bound: int, generator: torch.Generator) -> int:
+        """Return a random integer in [0, bound)."""
         return int(torch.randint(bound, (), generator=generator, device="cpu"))
 
     def state(self) -> dict[str, Tensor]:
+        """Return the state on the CPU; see :meth:`BaseMethod.state`."""
         return {name: tensor.cpu() for name, tensor in self._done.tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore a state; see :meth:`BaseMethod.load_state`."""
         self._done = _Progress.of_tensors(
             {name: tensor.to(self.images.device) for name, tensor in state.items()}
         )

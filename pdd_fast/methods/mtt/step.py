@@ -1,8 +1,8 @@
-"""One iteration of trajectory matching as one function on tensors that stay where they are, so that
-it can be a graph.
+"""One iteration of trajectory matching on tensors with fixed addresses, as a CUDA graph needs.
 
-The mathematics is that of ``trajectory_matching_loss(unroll(...))`` differentiated by autograd, and
-so are the bits; here λ_N is written down, and nothing on the way asks the device for a number.
+The result has the same bits as ``trajectory_matching_loss(unroll(...))`` differentiated by
+autograd. Here the gradient λ_N of the loss is written out, and no step waits for a value from the
+device.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pdd_fast.ops.dsa import DRAWS, NOTHING
 from pdd_fast.runtime.errors import require
 from pdd_fast.training.cuda_graphs import Backend, Replay, Upload
 
-# Of a class's probability where learning starts. The gradient of a logit is proportional to it:
-# from 0 it would stay 0.
+# Smallest initial probability of a class. The gradient of a logit is proportional to the
+# probability, so that a probability of 0 would stay 0.
 _SMALLEST = 1e-6
 
 
@@ -35,21 +35,23 @@ _require = partial(require, "MatchingStep")
 
 
 class MatchingState(NamedTuple):
-    """What an iteration changes. Never written to: an iteration gives a new one."""
+    """Immutable state of the optimization; every iteration makes a new one."""
 
     images: Tensor  # [n, C, H, W]
     images_momentum_buffer: Tensor  # [n, C, H, W]
     lr: Tensor  # [] inner learning rate
     lr_momentum_buffer: Tensor  # []
-    logits: (
-        Tensor  # [n, classes], whose softmax the labels are; [0, 0] where labels are not learned
-    )
+    logits: Tensor  # [n, classes]; the labels are their softmax; [0, 0] if labels are not learned
     logits_momentum_buffer: Tensor
 
     @classmethod
     def start(cls, images: Tensor, lr: float, labels: Tensor | None = None) -> MatchingState:
-        """At rest at ``images`` [n, C, H, W], ``lr`` and, where they are learned, ``labels`` [n,
-        classes], which are probabilities.
+        """Return the initial state, with zero momentum buffers.
+
+        Args:
+            images: [n, C, H, W].
+            lr: The inner learning rate.
+            labels: Probabilities [n, classes]; None if labels are not learned.
         """
         first = torch.tensor(lr, dtype=images.dtype, device=images.device)
         logits = images.new_empty(0, 0) if labels is None else labels.clamp_min(_SMALLEST).log()
@@ -58,33 +60,35 @@ class MatchingState(NamedTuple):
 
     @property
     def labels(self) -> Tensor:
-        """The learned labels: probabilities [n, classes]."""
+        """Learned labels: probabilities [n, classes]."""
         return self.logits.softmax(1)
 
 
 class MatchingInputs(NamedTuple):
-    """What an iteration draws; on the CPU."""
+    """Random inputs of an iteration, on the CPU."""
 
-    start: Tensor  # [P] θ_0; of K trajectories, K > 1, [K, P]
+    start: Tensor  # [P] θ_0, or [K, P] of K > 1 trajectories
     target: Tensor  # [P] θ_T, or [K, P]
-    batches: (
-        Tensor  # int64 [N, b], or [K, N, b], rows of the frozen images followed by the learned ones
-    )
-    aug_params: (
-        PackedAugmentParameters | None
-    )  # of K·N·b images, batch after batch, as PackedDraws.of gives them
+    # int64 [N, b] or [K, N, b], rows of the frozen images followed by the learned ones
+    batches: Tensor
+    # of K·N·b images, batch after batch, as PackedAugmentParameters.of returns them
+    aug_params: PackedAugmentParameters | None
 
 
 class MatchingResult(NamedTuple):
+    """Result of an iteration."""
+
     state: MatchingState
-    loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖², before the update; the mean of K
-    lr: float  # the new state's
-    finite: bool  # whether all of the new state's images and logits are
+    loss: float  # ‖θ_N−θ_T‖²/‖θ_0−θ_T‖² before the update, the mean over K trajectories
+    lr: float  # inner learning rate of the new state
+    finite: bool  # whether all images and logits of the new state are finite
 
 
 def can_capture(engine: Engine, device: torch.device) -> bool:
-    """Whether an iteration can be a CUDA graph: autograd's engine asks for random states, the
-    plain-torch operators for numbers of the device.
+    """Return whether an iteration can be captured as a CUDA graph.
+
+    The autograd engine reads random states, and the plain-torch operators read values from the
+    device. Neither can be captured.
     """
     return (
         device.type == "cuda"
@@ -94,33 +98,37 @@ def can_capture(engine: Engine, device: torch.device) -> bool:
 
 
 class MatchingStep:
-    """One iteration of MTT: N inner steps forward, N back, and an SGD update with momentum of
-    images and rate.
+    """One iteration of MTT: N inner steps, their adjoint, and an SGD update with momentum.
+
+    The update changes the images, the inner learning rate and, on request, the labels' logits.
 
     Args:
-        engine: of the network, on the device of the images.
-        labels: int64 [m + n] or weights [m + n, classes], of the frozen images and then of the
+        engine: Engine of the network, on the device of the images.
+        labels: int64 [m + n] or weights [m + n, classes], of the frozen images followed by the
             learned ones.
-        frozen_images: [m, C, H, W], m may be 0; their type and device are those of everything else.
+        frozen_images: [m, C, H, W]; m may be 0. They fix the type and the device.
         steps: N, at least 1.
         batch: b, images of an inner step, at most m + n.
-        operations: k, the most operations that any draw applies; 0: no augmentation.
-        cutout: height and width of what the operation cutout blanks, pixels.
-        memory, memory_limit: as for :func:`pdd_fast.unroll`; how many steps keep their activations
-            is settled here and for good.
-        lr_img, lr_lr, lr_label, momentum: of the update; the rates are those of the images, of the
-            inner rate and of learned labels' logits.
-        learn_labels: the labels of the learned images are learned too. ``labels`` has to be weights
-            then, whose last n rows are not read: the state has them.
-        trajectories: K, whose mean gradient an update takes.
-        clip: largest norm of the images' gradient, which is scaled down to it; 0: any.
-        graph: one launch from the second call on (:class:`pdd_fast.training.cuda_graphs.Replay`);
-            no effect on CPU.
-        backend: how a graph is captured; for tests.
+        operations: k, the largest number of operations of an augmentation; 0: no augmentation.
+        cutout: Height and width in pixels of the square that the operation cutout blanks.
+        memory: As for :func:`pdd_fast.unroll`. The number of steps that save their activations is
+            fixed here.
+        memory_limit: As for :func:`pdd_fast.unroll`.
+        lr_img: Learning rate of the images.
+        lr_lr: Learning rate of the inner learning rate.
+        lr_label: Learning rate of the labels' logits.
+        momentum: Momentum of all three.
+        learn_labels: Whether the labels of the learned images are learned. ``labels`` must then be
+            weights. Their last n rows are not read, because the state holds them.
+        trajectories_per_step: K; an update takes the mean gradient over K trajectories.
+        max_grad_norm: Largest norm of the images' gradient; a longer one is scaled down. 0: any.
+        graph: Whether to replay a CUDA graph from the second call on
+            (:class:`pdd_fast.training.cuda_graphs.Replay`). No effect on the CPU.
+        backend: Backend of the capture, for tests.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what it must be and
-            what it is.
+        ValueError, TypeError: An argument does not fit. The message names the argument, the
+            requirement and the value.
     """
 
     def __init__(
@@ -230,9 +238,9 @@ class MatchingStep:
         self._shape, self._operations, self._cutout = (*several, steps, batch), operations, cutout
         self._lrs = torch.tensor([lr_img, lr_lr, lr_label], dtype=torch.float64, device="cpu")
         self._replay = Replay(partial(_iterate, self._buffers), device, graph, backend=backend)
-        # How many rows of a batch are frozen changes from batch to batch. Where shapes have to
-        # stay, frozen images get a gradient too, which nobody reads: some 3 % of the operations at
-        # width 128. On CUDA also without a graph, so that both give the same bits.
+        # The number of frozen rows differs from batch to batch. A graph needs fixed shapes, so it
+        # computes the unused gradient of the frozen images too: some 3 % of the operations at
+        # width 128. CUDA does so also without a graph, so that both give the same bits.
         self._skips_frozen = frozen > 0 and device.type != "cuda" and not self._replay.captures
 
     def __call__(
@@ -242,15 +250,21 @@ class MatchingStep:
         meanwhile: Callable[[], None] | None = None,
         shorter: float = 1.0,
     ) -> MatchingResult:
-        """The iteration from ``state``, which is left as it is, so that nothing is lost where it is
-        interrupted.
+        """Run one iteration and return the new state.
+
+        ``state`` is not changed, so that an interrupt loses nothing.
 
         Args:
-            meanwhile: what the host does while a GPU is at work.
-            shorter: factor of all rates of the update.
+            state: The state before the iteration.
+            inputs: The random inputs of the iteration.
+            meanwhile: Work for the CPU while the GPU computes.
+            shorter: Factor of all learning rates of the update.
+
+        Returns:
+            The new state, the loss before the update, and checks of the new state.
 
         Raises:
-            ValueError: an input does not fit what the constructor was told, or an index is out of
+            ValueError: An input does not fit the constructor's arguments, or an index is out of
                 range.
         """
         buffers = self._buffers
@@ -270,12 +284,13 @@ class MatchingStep:
         self._replay()
         if meanwhile is not None:
             meanwhile()
-        loss, lr, finite = buffers.numbers.tolist()  # the only wait of an iteration
+        loss, lr, finite = buffers.numbers.tolist()  # the only synchronization of an iteration
         return MatchingResult(
             MatchingState(*(tensor.clone() for tensor in buffers.new)), loss, lr, finite == 1
         )
 
     def _write(self, inputs: MatchingInputs, lrs: Tensor) -> None:
+        """Check ``inputs`` and copy them to their fixed addresses on the device."""
         batch, steps = self._shape[-1], math.prod(self._shape[:-1])
         total = len(self._buffers.images)
         batches = inputs.batches
@@ -327,25 +342,26 @@ class MatchingStep:
 
 @dataclass
 class _Buffers:
-    """What :func:`_iterate` reads and writes."""
+    """Tensors that :func:`_iterate` reads and writes, at fixed addresses."""
 
     specs: list[UnrollSpec]  # K
-    # [m + n] or [m + n, classes]; where they are learned the last n rows are written every time
+    # [m + n] or [m + n, classes]; if labels are learned, every iteration writes the last n rows
     labels: Tensor
     start: Tensor  # [K, P]
     target: Tensor  # [K, P]
-    images: Tensor  # [m + n, C, H, W], the frozen ones written once
+    images: Tensor  # [m + n, C, H, W]; the frozen images are written once
     frozen: int  # m
     old: MatchingState
     new: MatchingState
-    numbers: Tensor  # float64 [3], as MatchingResult has them after the state
-    lrs: Tensor  # [3], of the images, of the inner rate and of the logits
+    numbers: Tensor  # float64 [3]: loss, lr and finite of MatchingResult
+    lrs: Tensor  # [3], learning rates of the images, the inner learning rate and the logits
     momentum: float
     max_grad_norm: float
     learn_labels: bool
 
 
 def _empty_state(images: Tensor, logits: Tensor) -> MatchingState:
+    """Return an uninitialized state with the shapes of ``images`` and ``logits``."""
     lr = images.new_empty(())
     return MatchingState(
         *(torch.empty_like(like) for like in (images, images, lr, lr, logits, logits))
@@ -354,6 +370,7 @@ def _empty_state(images: Tensor, logits: Tensor) -> MatchingState:
 
 @torch.no_grad()
 def _iterate(b: _Buffers) -> None:
+    """Run one iteration from ``b.old`` to ``b.new``."""
     old, new = b.old, b.new
     b.images[b.frozen :] = old.images
     if b.learn_labels:
@@ -380,8 +397,10 @@ def _iterate(b: _Buffers) -> None:
 
 
 def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of trajectory k: the loss [], its gradient with respect to the learned images, the sum of the
-    slopes [], and the gradient with respect to the logits ([0, 0] where labels are not learned).
+    """Return the loss [] of trajectory k and its derivatives.
+
+    These are the gradient with respect to the learned images, the sum of the slopes [], and the
+    gradient with respect to the logits ([0, 0] if labels are not learned).
     """
     spec, start, target = b.specs[k], b.start[k], b.target[k]
     alphas = b.old.lr.expand(len(spec.batches))
