@@ -1,6 +1,6 @@
-"""The run's own settings, and how defaults, a recipe and what a person gives become one object.
+"""Settings of a run, and how defaults, a recipe and explicit settings become one object.
 
-A method's settings stand beside the method; they are found by its name (docs/method.md).
+A method's settings are defined beside the method and found by its name (docs/method.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pdd_fast.runtime.registry import METHODS
 N = TypeVar("N", int, float)
 
 DEFAULT_METHOD = "mtt"
-# The first setting of each group, and the group's title.
+# First setting of each group, and the title of the group.
 GROUPS = {
     "dataset": "Run",
     "validation_fraction": "Data",
@@ -31,7 +31,7 @@ GROUPS = {
     "eval_every": "Training on synthetic images: selection, transition, evaluation",
     "device": "Device",
 }
-# Settings of runs from before 0.1, and their names now.
+# Names of settings before 0.1, and their names now.
 _RENAMED = {
     "base": "method",
     "select": "selection_split",
@@ -44,30 +44,34 @@ _RENAMED = {
 
 
 class MethodSettings(SettingsModel):
-    """Base of a method's own settings."""
+    """Base class of a method's own settings."""
 
-    # Defaults of the run's settings that are others with this method.
+    # Per-method defaults of the run's settings.
     run_defaults: ClassVar[Mapping[str, Any]] = {}
 
     name: str = Field("", description="Method that learns the images of a stage.")
 
     @property
     def trajectory_epochs(self) -> int:
-        """The last epoch of a trajectory that the method reads; 0 where it reads none."""
+        """Return the last epoch of a trajectory that the method reads, or 0 if it reads none."""
         return 0
 
     def check_run(self, run: Settings) -> None:
-        """Check the run's settings against the method; :meth:`require` says most of it.
+        """Check the run's settings against the method; :meth:`require` suffices for most checks.
 
         Raises:
-            UsageError: the method cannot be used in such a run.
+            UsageError: The method cannot be used with these settings.
         """
 
     def require(self, run: Settings, **allowed: tuple[Any, ...]) -> None:
-        """Require each setting of ``run`` that is named to be one of the values given for it.
+        """Require each named setting of ``run`` to have one of the values allowed for it.
+
+        Args:
+            run: Settings of the run.
+            **allowed: Allowed values by the name of the setting.
 
         Raises:
-            UsageError: one of them is not.
+            UsageError: A setting has another value.
         """
         for key, values in allowed.items():
             if getattr(run, key) not in values:
@@ -82,14 +86,18 @@ class MethodSettings(SettingsModel):
 
 
 class UnknownMethodSettings(MethodSettings):
-    """Settings of a method that is not registered here: a run of it can still be looked at."""
+    """Settings of a method that is not registered here.
+
+    With them, a run of such a method can still be inspected.
+    """
 
     model_config = ConfigDict(extra="allow")
 
 
 class Settings(SettingsModel):
-    """Settings of a run. Defaults are those of PDD on trajectory matching for CIFAR-10 at 10 images
-    per class.
+    """Settings of a run.
+
+    Defaults are those of PDD with trajectory matching for CIFAR-10 at 10 images per class.
     """
 
     dataset: str = Field(
@@ -239,7 +247,7 @@ class Settings(SettingsModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.factor > 1 and self.labels != "hard":
-            # Experts judge the whole image, which is no label of the several images in it.
+            # Experts predict one label for the whole image, which does not fit the images in it.
             raise UsageError(f"factor must be 1 where labels are {self.labels}, got {self.factor}")
         self.method.check_run(self)
         shares = self.ipc_by_stage
@@ -262,8 +270,9 @@ class Settings(SettingsModel):
 
     @property
     def ipc_by_stage(self) -> tuple[int, ...]:
-        """Images per class that each stage adds; the earlier stages take what does not divide
-        evenly.
+        """Return the images per class that each stage adds.
+
+        Without ``stage_ipc`` they are split evenly, and the earlier stages take the remainder.
         """
         if self.stage_ipc:
             return _split(self.stage_ipc)
@@ -272,20 +281,22 @@ class Settings(SettingsModel):
 
     @property
     def real_by_stage(self) -> tuple[int, ...]:
-        """Real images per class that each stage's images start from: one for each that a stored
-        image holds.
+        """Return the real images per class that each stage's images start from.
+
+        A stored image starts from ``factor``² real ones.
         """
         return tuple(images * self.factor**2 for images in self.ipc_by_stage)
 
     @property
     def transition_real_epochs(self) -> int:
-        """Real epochs that are recorded after a transition (published code: one more than matching
-        can reach).
+        """Return the number of real epochs that are recorded after a transition.
+
+        As in the published code, it is one more than matching can reach.
         """
         return self.method.trajectory_epochs + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all settings, those of the method as ``method``, which :func:`from_dict` reads."""
+        """Return all settings in the form that :func:`from_dict` reads."""
         return self.model_dump()
 
     def flat(self) -> dict[str, Any]:
@@ -293,10 +304,10 @@ class Settings(SettingsModel):
         return self.to_dict() | {"method": self.method.name} | self.method.own()
 
     def changed(self, **changes: Any) -> Settings:
-        """Return these settings with ``changes``, by flat names; checked.
+        """Return a checked copy of these settings with ``changes``, by flat names.
 
         Raises:
-            UsageError: an unknown setting, or a value that is not allowed.
+            UsageError: A setting is unknown, or a value is not allowed.
         """
         return _build(self.flat() | changes, any_method=True)
 
@@ -307,7 +318,7 @@ def default(setting: str) -> Any:
 
 
 def choices(setting: str) -> tuple[str, ...]:
-    """Return the names that a setting of the run is one of; imports no method."""
+    """Return the allowed names of a setting of the run, without importing a method."""
     if setting == "method":
         return tuple(METHODS)
     return get_args(Settings.model_fields[setting].annotation)
@@ -317,8 +328,8 @@ def method_settings(name: str) -> type[MethodSettings]:
     """Return the class of the settings of method ``name``.
 
     Raises:
-        UsageError: there is no such method here.
-        ValueError: the method has a setting that is the run's.
+        UsageError: There is no such method here.
+        ValueError: The method has a setting with the name of a run's setting.
     """
     if not METHODS:
         raise UsageError(
@@ -337,20 +348,21 @@ def method_settings(name: str) -> type[MethodSettings]:
 
 
 def resolve(recipe: str | None = None, **settings: Any) -> Settings:
-    """Defaults, then the recipe, then ``settings`` by flat names; checked. Strings are converted to
-    a setting's type.
+    """Return the checked settings that follow from defaults, a recipe and explicit settings.
 
-    A recipe is for its method. Without ``recipe``, the one named like the dataset is taken
-    where there is one, and for another method than mtt the one named like both (digits-idc).
-    ``stages`` and ``ipc`` follow from ``stage_ipc`` where that is among ``settings`` and they are
-    not.
+    Explicit settings override the recipe, and the recipe overrides the defaults. Strings are
+    converted to the type of the setting. An explicit ``stage_ipc`` also sets ``stages`` and
+    ``ipc``, unless they are explicit too.
 
     Args:
-        recipe: a name of :func:`pdd_fast.recipes.names`, or a TOML file: a path that ends in .toml
-            or holds a slash.
+        recipe: Name from :func:`pdd_fast.recipes.names`, or a TOML file: a path that ends in .toml
+            or contains a slash. A recipe is for one method. None: the recipe named after the
+            dataset, or, for a method other than mtt, after both (digits-idc), if it exists.
+        **settings: Explicit settings by flat names.
 
     Raises:
-        UsageError: an unknown setting (with the nearest name), or a value that is not allowed.
+        UsageError: A setting is unknown, or a value is not allowed. The message about an unknown
+            setting gives the nearest name.
     """
     dataset, method = (str(settings.get(key, default(key))) for key in ("dataset", "method"))
     own = dataset if method == DEFAULT_METHOD else f"{dataset}-{method}"
@@ -363,7 +375,7 @@ def resolve(recipe: str | None = None, **settings: Any) -> Settings:
             f"--recipe list shows others"
         )
     merged = {**method_settings(of_recipe["method"]).run_defaults, **of_recipe, **settings}
-    # The split says how many stages and images there are, where nobody else does.
+    # The split determines the number of stages and images, unless they are explicit.
     if settings.get("stage_ipc"):
         split = _split(str(settings["stage_ipc"]))
         for key, value in (("stages", len(split)), ("ipc", sum(split))):
@@ -373,8 +385,10 @@ def resolve(recipe: str | None = None, **settings: Any) -> Settings:
 
 
 def from_dict(stored: Mapping[str, Any]) -> Settings:
-    """Settings as :meth:`Settings.to_dict` gave them, or as files held them before methods had
-    their own; checked again. The method may be one that is not registered here.
+    """Return checked settings from the result of :meth:`Settings.to_dict`.
+
+    Files from before methods had their own settings are accepted too. The method may be one that is
+    not registered here.
     """
     if isinstance(stored.get("method"), Mapping):
         own = dict(stored["method"])
@@ -389,20 +403,21 @@ def from_dict(stored: Mapping[str, Any]) -> Settings:
 
 
 def absolute(settings: Settings) -> Settings:
-    """``settings`` with paths that hold from any working directory, so that a run can be continued
-    from another one.
+    """Return ``settings`` with absolute paths.
+
+    The run can then be continued from any working directory.
     """
     dataset = settings.dataset
     changes: dict[str, Any] = {"dataset": paths.absolute_dataset(dataset)}
     if settings.experts_from:
         changes["experts_from"] = paths.absolute(settings.experts_from)
-    if dataset != default("dataset") and not dataset.startswith(paths.FOLDER):  # torchvision's
+    if dataset != default("dataset") and not dataset.startswith(paths.FOLDER):  # of torchvision
         changes["data_dir"] = paths.absolute(settings.data_dir)
     return settings.changed(**changes)
 
 
 def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
-    """Numbers joined by commas; none where ``read`` refuses one of them."""
+    """Return the comma-separated numbers in ``text``, or () if ``read`` refuses one."""
     try:
         return tuple(read(part.strip()) for part in text.split(","))
     except (ValueError, OverflowError):
@@ -410,10 +425,10 @@ def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
 
 
 def numbers(setting: str, text: str) -> tuple[float, ...]:
-    """Return the numbers from 0 on that ``text`` joins by commas.
+    """Return the comma-separated non-negative numbers in ``text``.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: The text contains something else.
     """
     found = listed(text, float)
     if not found or not all(math.isfinite(number) and number >= 0 for number in found):
@@ -425,7 +440,7 @@ def numbers(setting: str, text: str) -> tuple[float, ...]:
 
 
 def _split(text: str) -> tuple[int, ...]:
-    """The numbers of ``stage_ipc``."""
+    """Return the numbers in ``stage_ipc``."""
     found = listed(text, whole_number)
     if not found or min(found) < 1:
         raise UsageError(
@@ -436,7 +451,7 @@ def _split(text: str) -> tuple[int, ...]:
 
 
 def _build(flat: Mapping[str, Any], any_method: bool = False) -> Settings:
-    """Settings from flat names; each is the run's or the method's."""
+    """Return checked settings from flat names, each of which is the run's or the method's."""
     name = str(flat.get("method", DEFAULT_METHOD))
     rest = {key: value for key, value in flat.items() if key != "method"}
     run = {key: rest.pop(key) for key in Settings.model_fields if key in rest}
@@ -472,10 +487,10 @@ def _own_names(method: str) -> list[str]:
 
 
 def _of_recipe(recipe: str) -> dict[str, Any]:
-    """Return the settings of a recipe by flat names, ``method`` among them.
+    """Return the settings of a recipe by flat names, including ``method``.
 
     Raises:
-        UsageError: there is no such recipe, or a setting stands in the wrong table.
+        UsageError: There is no such recipe, or a setting is in the wrong table.
     """
     run = recipes.load(recipe)
     own = run.pop("method", {})

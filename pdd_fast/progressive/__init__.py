@@ -1,0 +1,1 @@
+"""Stages of progressive dataset distillation, for any method."""

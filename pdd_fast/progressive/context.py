@@ -1,6 +1,4 @@
-"""What every part of a run works with: data, network, augmentation and device, set up once from its
-configuration.
-"""
+"""Run context: data, network, augmentation and device, prepared once from the settings."""
 
 from __future__ import annotations
 
@@ -28,33 +26,39 @@ from pdd_fast.storage.run import Run
 from pdd_fast.training.memory import training_bytes
 from pdd_fast.training.sgd import Sgd, TrainState
 
-# Of networks trained side by side on a GPU. A step of 16 of width 128 on 256 images of 32×32 is 1.2
-# TFLOP, milliseconds on any of them: launches no longer count, and more networks would only make an
-# interruption lose more.
+# Maximum number of networks to train in parallel on a GPU. A step of 16 networks of width 128 on
+# 256 images of 32×32 takes 1.2 TFLOP, which is milliseconds on any GPU. Launch overhead no longer
+# matters then, and with more networks an interruption would only lose more work.
 _MOST_SIDE_BY_SIDE = 16
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """Everything on ``device``; nothing here changes while a run goes on."""
+    """Data, network, augmentation and device of a run.
+
+    A context is immutable. All its tensors lie on ``device``.
+    """
 
     settings: Settings
     device: torch.device
     data: ImageData
     engine: engines.Engine
     dsa: DSA
-    side_by_side: int  # networks that are trained at once
+    side_by_side: int  # number of networks to train in parallel
 
     @classmethod
     def prepare(cls, settings: Settings, folder: Path | None = None) -> RunContext:
-        """Loads the data, builds the network, and sets the process's number of threads where the
-        configuration has one.
+        """Load the data, build the network, and return the run context.
+
+        If the settings give a number of threads, this also sets it for the process.
 
         Args:
-            folder: of the run, where the whitening is kept once it was fitted.
+            settings: Settings of the run.
+            folder: Run directory, in which the whitening is saved once it is fitted. None: do not
+                save it.
 
         Raises:
-            UsageError: data are missing or do not fit the configuration, or the device cannot be
+            UsageError: The data are missing or do not fit the settings, or the device cannot be
                 used.
         """
         where = resolve_device(settings.device)
@@ -79,7 +83,7 @@ class RunContext:
             raise UsageError(
                 f"factor must be at most {side} for images of {side} pixels, got {settings.factor}"
             )
-        with torch.device("cpu"):  # whatever the caller's default device is
+        with torch.device("cpu"):  # The caller may have set another default device.
             net = ConvNet(
                 images.in_channels,
                 images.num_classes,
@@ -99,16 +103,18 @@ class RunContext:
     def of_run(
         cls, run: Run, settings: Settings | None = None, to_judge: bool = False
     ) -> RunContext:
-        """:meth:`prepare` for a run, whose data must be those that it was begun with, wherever they
-        lie now.
+        """Return the context of a run, and check that its data are those it was begun with.
+
+        The data may lie in another folder than before.
 
         Args:
-            config: in place of the run's own.
-            to_judge: the run is finished: nothing in it is written, and its images may lie in
-                another order.
+            run: Run to prepare.
+            settings: Settings to use instead of the run's own.
+            to_judge: Whether the run is finished and is only evaluated. Nothing is written to it
+                then, and its images may be in another order.
 
         Raises:
-            UsageError: as :meth:`prepare`; or the data are others.
+            UsageError: As in :meth:`prepare`, or the data differ.
         """
         ctx = cls.prepare(settings or run.settings, run.path)
         if reason := difference(run.data, identity(ctx.data), in_order=not to_judge):
@@ -123,17 +129,17 @@ class RunContext:
 
     @property
     def train(self) -> Split:
-        """What experts and transitions are trained on and real images are taken from."""
+        """Return the split for training experts and transitions and for taking real images."""
         return self.data.full_train if self.settings.selection_split == "test" else self.data.train
 
     @property
     def selection_split(self) -> Split:
-        """What the best images are chosen by."""
+        """Return the split by which the best images are chosen."""
         return self.data.test if self.settings.selection_split == "test" else self.data.validation
 
     @property
     def network(self) -> dict[str, Any]:
-        """The network in words, for the files that hold its weights or images made for it."""
+        """Return the description of the network that files with weights or images store."""
         return {
             "name": "ConvNet",
             "in_channels": self.data.in_channels,
@@ -144,31 +150,37 @@ class RunContext:
         }
 
     def groups(self, count: int) -> list[range]:
-        """The numbers below ``count`` in groups that are trained side by side: always the same,
-        because networks in a group of another size are rounded differently.
+        """Split the numbers below ``count`` into groups of networks that train in parallel.
+
+        The groups are always the same, because the size of a group changes rounding.
         """
         size = self.side_by_side
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
     def seed(self, *purpose: str | int) -> int:
+        """Return the seed for ``purpose``, derived from the run's seed."""
         return seeds.derive(self.settings.seed, *purpose)
 
     def generator(self, *purpose: str | int) -> torch.Generator:
+        """Return a new generator for ``purpose``, derived from the run's seed."""
         return seeds.generator(self.settings.seed, *purpose)
 
     def initial_parameters(self, *purpose: str | int) -> Tensor:
-        """Freshly drawn parameters [P]."""
+        """Return randomly initialized parameters [P]."""
         return initial_parameters(self.engine.net, self.seed(*purpose, "parameters"))
 
     def initial_state(self, purpose: str, numbers: Sequence[int]) -> TrainState:
-        """Freshly drawn networks at rest, each by its own number."""
+        """Return randomly initialized networks with zero momentum buffers.
+
+        The parameters of each network depend on its own number alone.
+        """
         return TrainState.start(
             torch.stack([self.initial_parameters(purpose, number) for number in numbers])
         )
 
     @property
     def real_sgd(self) -> Sgd:
-        """How networks are trained on real data."""
+        """Return the SGD that trains networks on real data."""
         settings = self.settings
         return Sgd(
             self.engine,
@@ -180,7 +192,10 @@ class RunContext:
 
     @property
     def synthetic_sgd(self) -> Sgd:
-        """How networks are trained on a union: transition, selection and evaluation alike."""
+        """Return the SGD that trains networks on a union.
+
+        Transition, selection and evaluation use the same one.
+        """
         settings = self.settings
         momentum, decay = settings.union_momentum, settings.union_weight_decay
         return Sgd(
@@ -201,15 +216,19 @@ class RunContext:
         epochs: int,
         generators: Sequence[torch.Generator],
     ) -> None:
-        """``epochs`` epochs of :attr:`synthetic_sgd` at ``lr``, a tenth of it in the second
-        half."""
+        """Train networks on a union with :attr:`synthetic_sgd`, in place.
+
+        The learning rate is ``lr`` in the first half of the ``epochs`` epochs, and a tenth of it in
+        the second half.
+        """
         sgd = self.synthetic_sgd
         steps = epochs * sgd.steps_per_epoch(len(images))
         sgd.run(train_state, images, labels, lr, steps, generators)
 
     def random_real_rows(self, per_class: Sequence[int], *purpose: str | int) -> list[Tensor]:
-        """For every group of ``per_class`` images a class: rows of :attr:`train`, class by class,
-        no image twice.
+        """Return disjoint random groups of rows of :attr:`train`.
+
+        Group i holds ``per_class[i]`` images of each class, class by class. No image occurs twice.
         """
         generator = self.generator(*purpose)
         groups: list[list[Tensor]] = [[] for _ in per_class]
@@ -224,25 +243,26 @@ class RunContext:
 
 
 def _whitening_file(folder: Path) -> Path:
-    """Return where the whitening of a run is kept: also in its distilled sets, for a run that has
-    lost the file.
+    """Return the file that holds a run's whitening.
+
+    If the run has lost the file, one of its distilled sets holds the whitening too.
     """
     names = ("whitening.safetensors", "distilled.safetensors", "stage-1/distilled.safetensors")
     return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def _fitting(settings: Settings, net: ConvNet, engine: engines.Engine, device: torch.device) -> int:
-    """How many networks to train side by side where nobody said.
+    """Choose the default number of networks to train in parallel.
 
-    1 on the CPU, where it pays for images as small as digits alone: a step of four took 0.6 of
-    their time one by one at width 32 on 8×8, 1.0 at width 128 on 32×32, and 1.7 at width 32 on
-    32×32 (one thread).
+    It is 1 on the CPU, where parallel training pays off only for images as small as digits. A step
+    of four networks took 0.6 times the time of four single steps at width 32 on 8×8, 1.0 times at
+    width 128 on 32×32, and 1.7 times at width 32 on 32×32 (one thread).
     """
     batch = max(settings.expert_batch, settings.union_batch)
     shape = engines.PassShape(batch, (net.in_channels, *net.image_size), torch.float32, device)
     size = training_bytes(engine, shape)
-    # Libraries count a tensor's numbers in 32 bits: 16 networks of width 128 on 256 images of 64×64
-    # are one too many.
+    # Libraries count a tensor's elements in signed 32-bit integers. The 2^31 elements of 16
+    # networks of width 128 on 256 images of 64×64 are one too many.
     largest = batch * settings.width * math.prod(net.image_size)
     return device_memory.largest_group(
         size, device, max(1, min(_MOST_SIDE_BY_SIDE, (2**31 - 1) // largest))

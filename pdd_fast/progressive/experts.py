@@ -1,5 +1,7 @@
-"""Training trajectories on real data: the experts, and those that start from networks trained on a
-union.
+"""Record training trajectories on real data.
+
+Experts start from random initialization. The trajectories of a transition start from networks that
+were trained on a union.
 """
 
 from __future__ import annotations
@@ -38,17 +40,19 @@ from pdd_fast.training.sgd import Loop, TrainState, accuracies
 
 
 def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
-    """Trains the experts that ``run`` still lacks; goes on with one that was interrupted.
+    """Train the experts that ``run`` still lacks.
+
+    Interrupted experts continue where they stopped.
 
     Raises:
-        UsageError: the data cannot be loaded, or stored experts do not fit.
+        UsageError: The data cannot be loaded, or stored experts do not fit.
     """
     with run.lock():
         ensure_experts(run, RunContext.of_run(run), reporter)
 
 
 def ensure_experts(run: Run, ctx: RunContext, reporter: Reporter) -> None:
-    """:func:`make_experts` for a run that is locked and set up already."""
+    """Do the work of :func:`make_experts` for a run that is already locked and prepared."""
     if ctx.settings.experts_from:
         for trajectory in stored_experts(run):
             _check_serves(trajectory, ctx)
@@ -66,10 +70,10 @@ def ensure_experts(run: Run, ctx: RunContext, reporter: Reporter) -> None:
 
 
 def stored_experts(run: Run) -> list[Trajectory]:
-    """The experts of ``run``, once they are there: its own, or those that it was told to take.
+    """Return the experts of ``run``: its own, or those in the folder ``experts_from``.
 
     Raises:
-        UsageError: there are none, or fewer than were asked for.
+        UsageError: There are none, or fewer than ``num_experts``.
     """
     settings = run.settings
     if not settings.experts_from:
@@ -99,18 +103,26 @@ def record_trajectories(
     title: str,
     rows: Tensor | None = None,
 ) -> None:
-    """Trains one network per expert on real data (``rows`` of ``ctx.train``, on the CPU, or all of
-    it), keeping the weights of every epoch.
+    """Train one network per expert on real data, and record its parameters after every epoch.
 
-    Networks are trained side by side, in groups that are always the same, from ``start(group)`` [K,
-    P]. Epoch e of network k draws from a generator of its own, so an interrupted group goes on with
-    the same bits. Where some of a group are finished and others are not, all are trained, and the
-    missing ones written.
+    Networks train in parallel, in groups that are always the same. Each epoch of each network has a
+    generator of its own, so an interrupted group continues with the same bits. If only some
+    trajectories of a group are finished, the whole group is trained again and only the missing ones
+    are written.
+
+    Args:
+        ctx: Run context.
+        folder: Folder of the trajectories.
+        start: Returns the start networks [K, P] of a group.
+        epochs: Number of epochs per trajectory.
+        purpose: Purpose of the generators, which the files record too.
+        reporter: Receives the progress.
+        title: Title in progress and error messages.
+        rows: Rows of ``ctx.train`` to train on, on the CPU. None: all.
 
     Raises:
-        UsageError: a trajectory that is there already is of another network, length or dataset, or
-            not finite.
-        RunError: a network diverges.
+        UsageError: A stored trajectory has another network, length or dataset, or is not finite.
+        RunError: A network diverged.
     """
     settings, train = ctx.settings, ctx.train
     groups, there = ctx.groups(settings.num_experts), set[int]()
@@ -122,7 +134,7 @@ def record_trajectories(
             there.add(k)
     for group in groups:
         if there.issuperset(group):
-            _forget(folder, group)  # where a kill came between the last two writes
+            _forget(folder, group)  # A kill may have come between the last two writes.
     if len(there) == settings.num_experts:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +148,7 @@ def record_trajectories(
             checkpoints, train_state = _unfinished(ctx, folder, group) or _begin(start(group))
             _require_converging(checkpoints[-1], group, len(checkpoints) - 1, title, settings)
             task.advance((len(checkpoints) - 1) * len(missing))
-            # Not a copy of these rows: easy examples are most of a set.
+            # Indices, not a copy of the images: the easy examples are most of a dataset.
             own_rows = None if rows is None else rows.expand(len(group), -1)
             loop = Loop(ctx.real_sgd, train_state, train.images, train.labels, rows=own_rows)
             saved = time.monotonic()
@@ -153,7 +165,7 @@ def record_trajectories(
                         {"momentum_buffer": train_state.momentum_buffer},
                     )
                     saved = time.monotonic()
-            del loop  # and the memory of its graphs, before the next group's start is trained
+            del loop  # Free the memory of its graphs before the next group's start is trained.
             reached = accuracies(
                 ctx.engine,
                 train_state.theta,
@@ -167,15 +179,16 @@ def record_trajectories(
                     trajectory_path(folder, k), own, _metadata(ctx, k, purpose, reached[place])
                 )
                 task.advance(0, accuracy=reached[place])
-            _forget(folder, group)  # only now: what is missing of a group is made from it
+            _forget(folder, group)  # Not earlier: a group's missing trajectories continue from it.
 
 
 def keep_starts(
     ctx: RunContext, folder: Path, start: Callable[[range], Tensor], reporter: Reporter, title: str
 ) -> None:
-    """Makes the starts that trajectories in ``folder`` still lack, by ``start(group)`` [K, P], and
-    keeps those of each group as trajectories of no epoch yet, from which
-    :func:`record_trajectories` goes on.
+    """Make and save the start networks that trajectories in ``folder`` still lack.
+
+    ``start(group)`` returns the start networks [K, P] of a group. They are saved as trajectories of
+    zero epochs, from which :func:`record_trajectories` continues.
     """
     settings, groups = ctx.settings, ctx.groups(ctx.settings.num_experts)
     missing = [
@@ -198,10 +211,10 @@ def keep_starts(
 
 
 def stored_start(ctx: RunContext, folder: Path, k: int) -> Tensor:
-    """Weights [P] from which trajectory ``k`` in ``folder`` starts, finished or not.
+    """Return the start network [P] of trajectory ``k`` in ``folder``, finished or not.
 
     Raises:
-        UsageError: they are not there.
+        UsageError: There is no such start network.
     """
     if trajectory_path(folder, k).exists():
         return Trajectory(trajectory_path(folder, k)).checkpoint(0)
@@ -224,23 +237,25 @@ def _metadata(ctx: RunContext, k: int, purpose: str, reached: float) -> dict[str
 
 
 def _in_words(numbers: Sequence[int]) -> int | str:
-    """Networks as people count them: 3, or "1-8"."""
+    """Return the numbers of a range of networks, counted from 1: 3, or "1-8"."""
     first, last = numbers[0] + 1, numbers[-1] + 1
     return first if first == last else f"{first}-{last}"
 
 
 def _forget(folder: Path, group: range) -> None:
-    for k in (
-        group
-    ):  # the first one's is the group's; the others may have been left by groups of another size
+    # The group's own file is that of its first network. Groups of another size may have left files
+    # of the others.
+    for k in group:
         partial_path(folder, k).unlink(missing_ok=True)
 
 
 def _require_converging(
     theta: Tensor, group: range, epoch: int, title: str, settings: Settings
 ) -> None:
-    """Raises RunError where a network of ``group``, at ``theta`` [K, P] after ``epoch`` epochs, is
-    no longer finite: all that follows would be NaN, and be blamed on the images.
+    """Raise RunError if a network of ``group`` is no longer finite.
+
+    ``theta`` [K, P] holds the networks after ``epoch`` epochs. Without this check, all later
+    results would be NaN, and the images would be blamed.
     """
     for k, own in zip(group, theta, strict=True):
         if not is_finite(own):
@@ -257,19 +272,23 @@ def _require_converging(
 
 
 def _check_finite(trajectory: Trajectory, settings: Settings) -> None:
-    """Raises UsageError at the first checkpoint that is not finite, of those that the run can come
-    to read: else an iteration might draw it after hours.
+    """Raise UsageError if a checkpoint that the run may read is not finite.
+
+    Without this check, an iteration might read such a checkpoint only after hours.
     """
     last = (
         trajectory.epochs if settings.filter == "forgetting" else settings.method.trajectory_epochs
     )
-    epochs = [*range(last + 1), trajectory.epochs]  # the last one gives soft labels
+    epochs = [*range(last + 1), trajectory.epochs]  # The last checkpoint gives soft labels.
     for epoch in epochs if settings.labels != "hard" else epochs[:-1]:
         trajectory.checkpoint(epoch)
 
 
 def _check_serves(trajectory: Trajectory, ctx: RunContext) -> None:
-    """Of an expert from elsewhere. MTT's files do not say what data they were trained on."""
+    """Raise UsageError if an expert from elsewhere does not fit the run.
+
+    MTT's files do not record the data that they were trained on.
+    """
     metadata, reach = trajectory.metadata, ctx.settings.method.trajectory_epochs
     if reason := difference(metadata, identity(ctx.data)):
         raise UsageError(f"{trajectory.path}: data must be the run's, got {reason}")
@@ -290,8 +309,9 @@ def _check_serves(trajectory: Trajectory, ctx: RunContext) -> None:
 
 
 def _made_of_pixels(metadata: dict[str, Any], ctx: RunContext) -> dict[str, tuple[Any, Any]]:
-    """Return pairs for :func:`_require_same`: how the images of a trajectory that says so were made
-    of pixels.
+    """Return pairs for :func:`_require_same` that tell how images were made from pixels.
+
+    There are none for a trajectory that does not record it.
     """
     if "whitening" not in metadata:
         return {}
@@ -307,7 +327,7 @@ def _made_of_pixels(metadata: dict[str, Any], ctx: RunContext) -> dict[str, tupl
     if "normalization" in metadata:
         stored = Normalization.from_dict(metadata["normalization"])
         found, same = str(stored), stored.is_close(wanted)
-    else:  # Earlier versions took fitted constants alone, and whitened what they had normalized.
+    else:  # Earlier versions used only fitted constants, and normalized before whitening.
         found = "by constants fitted to the images"
         found += (
             ", which earlier versions whitened then; train them again"
@@ -333,7 +353,7 @@ def _check_fits(trajectory: Trajectory, ctx: RunContext, epochs: int) -> None:
 
 
 def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
-    """Raises UsageError at the first of ``pairs`` in which what was found is not what is wanted."""
+    """Raise UsageError at the first of ``pairs`` in which the found value is not the wanted one."""
     for name, (found, wanted) in pairs.items():
         if found != wanted:
             raise UsageError(
@@ -345,15 +365,17 @@ def _require_same(trajectory: Trajectory, **pairs: tuple[Any, Any]) -> None:
 def _unfinished(
     ctx: RunContext, folder: Path, group: range
 ) -> tuple[list[Tensor], TrainState] | None:
-    """Checkpoints [K, P] so far (on the CPU) and the networks in training (on the device), where
-    they are kept.
+    """Return the saved checkpoints [K, P] and training state of an interrupted group.
+
+    The checkpoints lie on the CPU, and the training state on the device. None: nothing usable is
+    saved.
     """
     partial = read_partial(folder, group[0])
     if partial is None:
         return None
     checkpoints, state = partial
-    momentum_buffer = state.get("momentum_buffer", state.get("velocity"))  # its name before 0.1
-    # Work of a group of another size (on another device, say) is no beginning of this one's.
+    momentum_buffer = state.get("momentum_buffer", state.get("velocity"))  # the name before 0.1
+    # A group of another size (e.g., from another device) cannot be continued as this one.
     if momentum_buffer is None or checkpoints[-1].shape != momentum_buffer.shape:
         return None
     if checkpoints[-1].shape[:-1] != (len(group),):
@@ -364,6 +386,6 @@ def _unfinished(
 
 
 def _begin(theta: Tensor) -> tuple[list[Tensor], TrainState]:
-    """The same as :func:`_unfinished` of networks that start at ``theta`` [K, P]."""
+    """Return the same as :func:`_unfinished`, for networks that start at ``theta`` [K, P]."""
     train_state = TrainState.start(theta)
     return [train_state.theta.to("cpu", copy=True)], train_state

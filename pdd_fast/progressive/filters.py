@@ -1,17 +1,18 @@
-"""Which real examples a stage is made from: easy ones first, harder ones later (Chen et al., ICLR
-2024).
+"""Select the real examples of each stage: easy ones first, harder ones later.
 
-With ``filter=forgetting`` by how often networks forget them. An example is forgotten at an epoch
-after which a network gets it wrong that got it right an epoch before (Toneva et al., ICLR 2019,
-arXiv 1812.05159). Stage s takes the examples of scores in [w(s − 1), ws), the last stage all from
-there on.
+The idea is that of Chen et al., ICLR 2024.
 
-With ``filter=learned`` by what the earlier stages have taught. A stage drops the examples that all
-networks get right from which its trajectories start, those that were trained on the earlier stages'
-images; the first stage drops none.
+``filter=forgetting`` selects by how often networks forget an example. A network forgets an example
+at an epoch after which it misclassifies the example, although it was right one epoch before (Toneva
+et al., ICLR 2019, arXiv 1812.05159). Stage s uses scores in [(s − 1)·w, s·w), with w the width of a
+band; the last stage has no upper bound.
 
-Everything of a stage is made from its examples: the images it starts from, and the real epochs of
-the trajectories that it matches.
+``filter=learned`` drops the examples that the earlier stages have taught. An example is dropped if
+all start networks of the stage's trajectories classify it correctly. These networks were trained on
+the images of the earlier stages. The first stage drops none.
+
+Everything in a stage is made from its examples: its initial images, and the real epochs of the
+trajectories that it matches.
 """
 
 from __future__ import annotations
@@ -36,21 +37,23 @@ from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory
 from pdd_fast.training.sgd import logits_in_parts
 
-# Of every class a stage has at least so many examples; where a filter leaves fewer, those nearest
-# to staying join.
+# Minimum per class, topped up with the closest rejected examples.
 _FEWEST = 10
 
 
 def gets_right(engine: Engine, theta: Tensor, split: Split) -> Tensor:
-    """Which examples the network at ``theta`` [P] puts in their class, bool [n] on the CPU."""
+    """Return which examples the network ``theta`` [P] classifies correctly, bool [n] on the CPU."""
     return (logits_in_parts(engine, theta, split.images).argmax(1) == split.labels).cpu()
 
 
 def times_forgotten(
     engine: Engine, trajectory: Trajectory, split: Split, device: torch.device
 ) -> Tensor:
-    """How often the network of ``trajectory`` forgot each example, float32 [n] on the CPU; as often
-    as it had epochs, which is more than any, where it never got it right.
+    """Return how often the network of ``trajectory`` forgot each example.
+
+    Returns:
+        Counts, float32 [n] on the CPU. An example that was never classified correctly gets the
+        number of epochs, which no count exceeds.
     """
     count, before = (
         torch.zeros(len(split), device="cpu"),
@@ -68,8 +71,9 @@ def times_forgotten(
 def forgetting_scores(
     ctx: RunContext, experts: Sequence[Trajectory], file: Path, reporter: Reporter
 ) -> Tensor:
-    """The mean over all experts of :func:`times_forgotten`, [n] of the examples of ``ctx.train``;
-    kept in ``file``, errors as :func:`_summed`.
+    """Return the mean of :func:`times_forgotten` over all experts, [n] for ``ctx.train``.
+
+    The scores are saved in ``file``. The errors are those of :func:`_summed`.
     """
 
     def each(number: int) -> Tensor:
@@ -82,8 +86,10 @@ def forgetting_scores(
 def times_learned(
     ctx: RunContext, start: Callable[[int], Tensor], networks: int, file: Path, reporter: Reporter
 ) -> Tensor:
-    """How many of the ``networks`` at ``start(number)`` [P] get each example of ``ctx.train``
-    right, float64 [n]; kept in ``file``, errors as :func:`_summed`.
+    """Return how many networks classify each example of ``ctx.train`` correctly, float64 [n].
+
+    ``start(number)`` returns the parameters [P] of a network. The counts are saved in ``file``. The
+    errors are those of :func:`_summed`.
     """
 
     def each(number: int) -> Tensor:
@@ -100,14 +106,18 @@ def _summed(
     title: str,
     reporter: Reporter,
 ) -> Tensor:
-    """The sum over networks of ``each(number)``, [n] of the examples of ``ctx.train``, as float64
-    [n].
+    """Return the sum of ``each(number)`` over all networks, float64 [n] for ``ctx.train``.
 
     Args:
-        file: where it is kept, network by network, so that no work is lost.
+        ctx: Run context.
+        each: Returns the values [n] of a network.
+        networks: Number of networks.
+        file: File that saves the sum after every network, so that no work is lost.
+        title: Title in the progress.
+        reporter: Receives the progress.
 
     Raises:
-        UsageError: what is kept is of other examples or networks.
+        UsageError: The file is for other examples or networks.
     """
     split, total, done = (
         ctx.train,
@@ -139,9 +149,10 @@ def _summed(
 def band(
     scores: Tensor, labels: Tensor, stage: int, stages: int, width: float, least: int
 ) -> Tensor:
-    """The examples of a stage, bool [n]: of scores in [width·(stage − 1), width·stage), in the last
-    stage all from there on, and in classes with fewer than ``least`` of them as many more as are
-    missing, by how far off they are.
+    """Return which examples belong to a stage by their forgetting scores, bool [n].
+
+    Stage s uses scores in [(s − 1)·width, s·width); the last stage has no upper bound. A class with
+    fewer than ``least`` examples is topped up with the closest rejected ones.
     """
     low, high = width * (stage - 1), float("inf") if stage == stages else width * stage
     inside = (scores >= low) & (scores < high)
@@ -149,16 +160,20 @@ def band(
 
 
 def unlearned(right: Tensor, networks: int, labels: Tensor, least: int) -> Tensor:
-    """The examples that not all of ``networks`` get right, bool [n], of how many get each right,
-    [n]; in classes with fewer than ``least`` of them as many more as are missing. Those are right
-    for all networks alike: the first rows.
+    """Return which examples not all networks classify correctly, bool [n].
+
+    ``right`` [n] counts the networks that classify each example correctly. A class with fewer than
+    ``least`` examples is topped up with its first rows, because all rejected examples have the same
+    count.
     """
     return _filled(right < networks, right, labels, least)
 
 
 def _filled(inside: Tensor, distance: Tensor, labels: Tensor, least: int) -> Tensor:
-    """``inside``, bool [n], and in classes with fewer than ``least`` of them as many more as are
-    missing, the least ``distance`` [n] first, and of equals the first rows.
+    """Return ``inside`` [n], with at least ``least`` examples per class.
+
+    A smaller class is topped up with the examples of the smallest ``distance`` [n]. Ties are broken
+    in favor of the earlier row.
     """
     inside = inside.clone()
     for label in labels.unique().tolist():
@@ -172,7 +187,7 @@ def _filled(inside: Tensor, distance: Tensor, labels: Tensor, least: int) -> Ten
 
 
 def stage_bands(ctx: RunContext, scores: Tensor) -> list[Tensor]:
-    """The examples of every stage, bool [n] each."""
+    """Return which examples belong to each stage, bool [n] per stage."""
     settings, labels, least = ctx.settings, ctx.train.labels.cpu(), _least(ctx)
     return [
         band(scores, labels, stage, settings.stages, settings.filter_band, least)
@@ -181,15 +196,18 @@ def stage_bands(ctx: RunContext, scores: Tensor) -> list[Tensor]:
 
 
 def _least(ctx: RunContext) -> int:
-    """Examples that a stage has of every class, at least: enough for images that no other stage
-    starts from.
+    """Return the minimum number of examples per class in a stage.
+
+    It is enough for initial images that no other stage uses.
     """
     return max(_FEWEST, sum(ctx.settings.real_by_stage))
 
 
 def initial_rows(ctx: RunContext, bands: Sequence[Tensor]) -> list[Tensor]:
-    """For every stage that has a band here, from the first on: rows of ``ctx.train`` to start
-    from, class by class, out of its band; no image twice.
+    """Return the rows of ``ctx.train`` for the initial images of the stages that have a band.
+
+    ``bands`` holds one band per stage, from the first stage on. The rows of a stage come from its
+    band, class by class. No image occurs twice.
     """
     labels, found = ctx.train.labels.cpu(), []
     free = torch.ones(len(labels), dtype=torch.bool, device="cpu")
@@ -206,12 +224,13 @@ def initial_rows(ctx: RunContext, bands: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Examples(ABC):
-    """The real examples of ``ctx.train`` that stages are made from. Asked stage by stage, because
-    a stage's may follow from what those before it have made; the answer is the same however often a
-    run was interrupted.
+    """Real examples of ``ctx.train`` that stages are made from.
+
+    The methods are called stage by stage, because the examples of a stage may depend on the results
+    of the earlier stages. Interruptions of a run do not change them.
     """
 
-    # Whether a stage's examples can be told only when the starts of its trajectories are there.
+    # Whether the examples of a stage depend on the start networks of its trajectories.
     follow_from_starts = False
 
     def __init__(self, run: Run, ctx: RunContext, reporter: Reporter) -> None:
@@ -219,47 +238,50 @@ class Examples(ABC):
 
     @abstractmethod
     def rows(self, stage: int) -> Tensor | None:
-        """Rows of ``ctx.train`` that ``stage`` is made from, on the CPU; None where these are
-        all.
-        """
+        """Return the rows of ``ctx.train`` that ``stage`` uses, on the CPU; None means all."""
 
     @abstractmethod
     def initial_rows(self, stage: int) -> Tensor:
-        """Rows of ``ctx.train`` that the images of ``stage`` start from, class by class; no image
-        in two stages.
+        """Return the rows of ``ctx.train`` for the initial images of ``stage``, class by class.
+
+        No image occurs in two stages.
         """
 
 
 class AllExamples(Examples):
-    """Every stage is made from all."""
+    """All examples in every stage."""
 
     def rows(self, stage: int) -> None:
-        return None
+        """Return None, which means all rows."""
+        return None  # noqa: RET501 - the value has a meaning
 
     def initial_rows(self, stage: int) -> Tensor:
+        """Return random rows of ``ctx.train``, class by class."""
         return self._ctx.random_real_rows(self._ctx.settings.real_by_stage, "initial images")[
             stage - 1
         ]
 
 
 class FilteredExamples(Examples):
-    """Every stage is made from those that :meth:`inside` tells."""
+    """Examples that :meth:`inside` selects."""
 
     @abstractmethod
     def inside(self, stage: int) -> Tensor:
-        """Which of ``ctx.train`` the examples of ``stage`` are, bool [n] on the CPU."""
+        """Return which examples of ``ctx.train`` belong to ``stage``, bool [n] on the CPU."""
 
     def rows(self, stage: int) -> Tensor:
+        """Return the selected rows of ``ctx.train``, on the CPU."""
         return self.inside(stage).nonzero().flatten()
 
     def initial_rows(self, stage: int) -> Tensor:
+        """Return random rows among the selected ones, class by class."""
         return initial_rows(self._ctx, [self.inside(earlier) for earlier in range(1, stage + 1)])[
             -1
         ]
 
 
 class ForgottenExamples(FilteredExamples):
-    """By bands of forgetting scores."""
+    """Examples selected by bands of forgetting scores."""
 
     @cached_property
     def _bands(self) -> list[Tensor]:
@@ -269,15 +291,17 @@ class ForgottenExamples(FilteredExamples):
         )
 
     def inside(self, stage: int) -> Tensor:
+        """Return which examples lie in the band of ``stage``, bool [n] on the CPU."""
         return self._bands[stage - 1]
 
 
 class UnlearnedExamples(FilteredExamples):
-    """Those that not all starts of a stage's trajectories get right."""
+    """Examples that not all start networks of a stage's trajectories classify correctly."""
 
     follow_from_starts = True
 
     def inside(self, stage: int) -> Tensor:
+        """Return which examples are not learned yet, bool [n] on the CPU."""
         run, ctx = self._run, self._ctx
         if stage == 1:
             return torch.ones(len(ctx.train), dtype=torch.bool, device="cpu")

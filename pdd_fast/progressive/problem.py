@@ -1,4 +1,4 @@
-"""Make what a stage gives its method from the run context."""
+"""Build the problem that a stage gives its method from the run context."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stage_problem(
     images: Tensor,
     labels: Tensor,
 ) -> StageProblem:
-    """Return the problem of ``stage``, with the fields of :class:`StageProblem` by their names."""
+    """Return the problem of ``stage``; :class:`StageProblem` describes its fields."""
     return StageProblem(
         stage=stage,
         settings=ctx.settings,

@@ -1,4 +1,4 @@
-"""Soft labels: what trained networks say of real images."""
+"""Compute soft labels: the experts' mean predictions on real images."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from pdd_fast.training.sgd import logits_in_parts
 
 
 def soft_labels(engine: Engine, experts: Sequence[Trajectory], images: Tensor) -> Tensor:
-    """What the ``experts``, each after its last epoch, make of ``images`` [n, C, H, W]: the mean of
-    their probabilities [n, classes], of the type and on the device of the images.
+    """Return the mean predicted probabilities of ``experts`` on ``images``.
 
-    The mean of several is nearer to right than one network's word, and costs next to nothing beside
-    training them.
+    Each expert predicts with its parameters after the last epoch. The mean of several experts is
+    more accurate than one prediction, and costs little beside training them.
+
+    Args:
+        engine: Engine of the network.
+        experts: Trajectories of the experts, at least one.
+        images: [n, C, H, W].
+
+    Returns:
+        Probabilities [n, classes], with the type and device of ``images``.
 
     Raises:
-        ValueError: there are no experts.
+        ValueError: There are no experts.
     """
     total: Tensor | None = None
     for expert in experts:

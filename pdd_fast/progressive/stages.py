@@ -1,9 +1,9 @@
-"""The stages of progressive dataset distillation (Chen et al., ICLR 2024, arXiv 2310.06982),
-whatever the method.
+"""Run the stages of progressive dataset distillation, with any method.
 
-Everything random derives from the run's seed and from what it is drawn for
-(pdd_fast.runtime.seeds), so the state of a run is what lies in its directory: a run that was killed
-goes on with the same bits.
+The algorithm is that of Chen et al., ICLR 2024 (arXiv 2310.06982).
+
+Random values depend only on the run's seed and on their purpose (pdd_fast.runtime.seeds). The state
+of a run is therefore what lies in its directory, and a killed run continues with the same bits.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ from pdd_fast.training.sgd import TrainState, accuracies
 
 
 def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
-    """Everything of ``run`` that is not there yet: experts, stages, ``distilled.safetensors``.
+    """Make what ``run`` still lacks, and return the distilled set.
+
+    A run consists of experts, stages and ``distilled.safetensors``.
 
     Raises:
-        UsageError: data are missing or too few; the configuration does not fit them; its base
-            method is unknown here.
-        RunError: the optimization left the range in which going on makes sense. What was computed
-            is kept.
+        UsageError: Data are missing or too few, the settings do not fit them, or the method is not
+            registered.
+        RunError: The optimization left the range in which it can continue. The results so far are
+            saved.
     """
     with run.lock():
         settings = run.settings
@@ -84,14 +86,18 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
 
 
 def _records(settings: Settings, stage: int) -> bool:
-    """Whether a stage matches trajectories of its own: on other examples than the experts', or from
-    other starts.
+    """Return whether a stage matches trajectories of its own.
+
+    It does if its examples or its start networks differ from those of the experts.
     """
     return settings.filter == "forgetting" or (stage > 1 and settings.conditioning == "on")
 
 
 def _trajectories(run: Run, stage: int) -> list[Trajectory]:
-    """What stage ``stage`` matches; of stage 0, whose networks have seen nothing, the experts."""
+    """Return the trajectories that ``stage`` matches.
+
+    For stage 0, whose networks are untrained, these are the experts.
+    """
     if stage == 0 or not _records(run.settings, stage):
         return stored_experts(run)
     return list_trajectories(run.stage_trajectories_dir(stage))
@@ -100,9 +106,11 @@ def _trajectories(run: Run, stage: int) -> list[Trajectory]:
 def transition(
     run: Run, ctx: RunContext, union: UnionSet, examples: Examples, reporter: Reporter
 ) -> None:
-    """Trajectories for the stage after ``union``: each start network is trained on the union, where
-    there is one, and then, recorded, on the stage's real ``examples``. Starts are chained: they are
-    those of the stage before, trained further.
+    """Record the trajectories for the stage after ``union``.
+
+    If there is a union to build on, each start network is first trained on it. The network is then
+    trained on the stage's real ``examples``, and this part is recorded. Start networks are chained:
+    those of a stage are those of the stage before, trained further.
     """
     settings, stage = ctx.settings, union.stages + 1
     conditioned = settings.conditioning == "on" and union.stages > 0
@@ -138,19 +146,21 @@ def transition(
 
 @dataclass(frozen=True)
 class _Best:
-    """The images that selection liked most so far."""
+    """Images with the highest selection accuracy so far."""
 
     images: Tensor
     labels: Tensor
     lr: float
     accuracy: float  # percent, mean over the selection networks
     iteration: int
-    judged: int  # the iteration that was judged last, whether it was better or not
+    judged: int  # last iteration that was judged, whether it was better or not
 
 
 class _Selection:
-    """Judges a stage's images as the final evaluation will: networks that were trained through the
-    earlier unions are trained on this one and scored on the selection split.
+    """Scores of a stage's images, computed as in the final evaluation.
+
+    Networks that were trained on the earlier unions are trained on the current one and scored on
+    the selection split.
     """
 
     def __init__(self, ctx: RunContext, union: UnionSet) -> None:
@@ -199,8 +209,9 @@ def _run_stage(
     examples: Examples,
     reporter: Reporter,
 ) -> UnionSet:
-    """Learns the images of the stage after ``union`` from ``examples``, matching ``trajectories``
-    where the method does.
+    """Learn the images of the stage after ``union``, and return the extended union.
+
+    The images are made from ``examples``. The method matches ``trajectories`` if it needs them.
     """
     settings, stage = ctx.settings, union.stages + 1
     images, labels = _initial(run, ctx, examples.initial_rows(stage))
@@ -211,7 +222,7 @@ def _run_stage(
     best = _resume(run, stage, method)
     run.truncate_metrics(stage, method.iteration, -1 if best is None else best.judged)
     selection = _Selection(ctx, union)
-    row: dict[str, Any] = {}  # of metrics.jsonl, the last iteration's
+    row: dict[str, Any] = {}  # line of metrics.jsonl for the last iteration
     try:
         with reporter.task(
             f"stage {stage}/{settings.stages}",
@@ -239,8 +250,8 @@ def _run_stage(
                     saved = time.monotonic()
     except BaseException:
         _checkpoint(run, stage, method, best)
-        # An interrupt may come between an iteration, which the checkpoint holds, and its line, or
-        # just after the line.
+        # An interrupt may come before or after the line of an iteration is written. The checkpoint
+        # holds the iteration in both cases.
         if row and row not in run.metrics.read():
             run.metrics.append(**row)
         raise
@@ -249,11 +260,13 @@ def _run_stage(
 
 
 def _initial(run: Run, ctx: RunContext, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Images as they are stored, which hold the real ones in ``rows`` of ``ctx.train`` (so many
-    of each class, class by class), and their labels.
+    """Return the initial images of a stage as they are stored, and their labels.
+
+    ``rows`` of ``ctx.train`` has the same number of real images in each class, class by class. A
+    stored image holds ``factor``² of them.
     """
     settings, each = ctx.settings, ctx.settings.factor**2
-    groups = rows.view(-1, each).T  # [each, n]: of every stored image what its cells hold
+    groups = rows.view(-1, each).T  # [each, n], one row per cell of a stored image
     images, labels = (
         combine(ctx.train.images[groups.flatten()], settings.factor),
         ctx.train.labels[groups[0]],
@@ -302,7 +315,10 @@ def _checkpoint(run: Run, stage: int, method: BaseMethod, best: _Best | None) ->
 
 
 def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
-    """Brings ``method`` to where an earlier process left it; the best images of then."""
+    """Restore ``method`` from the stage's checkpoint, and return the best images so far.
+
+    The result is None if there are none.
+    """
     loaded = run.load_checkpoint(stage)
     if loaded is None:
         return None

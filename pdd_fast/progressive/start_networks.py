@@ -1,9 +1,9 @@
-"""Networks that a stage's images are matched on: freshly drawn, then trained on every earlier union
-in turn.
+"""Train the start networks on which a stage's images are matched.
 
-As IDC's and PDD's published codes train them: SGD, the rate cut to a fifth after two and after five
-sixths of each union's steps, and CutMix (Yun et al., ICCV 2019, arXiv 1905.04899) in some of the
-steps.
+A start network is randomly initialized and then trained on every earlier union in turn, as in the
+published code of IDC and PDD. It uses SGD. The learning rate is cut to a fifth after two thirds and
+again after five sixths of the epochs on each union. Some steps use CutMix (Yun et al., ICCV 2019,
+arXiv 1905.04899).
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from pdd_fast.training.sgd import TrainState, sgd_update
 def cutmix_batch(
     images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """``images`` [b, C, H, W] with one box of each replaced by that of another image of the batch,
-    and ``labels`` [b, classes] mixed by the area that is left. The box is the same for all, its
-    share of the image uniform in [0, 1] before it is cut at the border.
+    """Return a batch mixed by CutMix: images [b, C, H, W] and labels [b, classes].
+
+    A box of each image is replaced with that of another image in the batch, and the labels are
+    mixed by the remaining area. All images have the same box. Its share of the image is uniform in
+    [0, 1] before it is clipped at the border.
     """
     H, W = images.shape[2:]
     side = float((1 - torch.rand((), generator=generator, device="cpu")).sqrt())
@@ -46,18 +48,20 @@ def cutmix_batch(
 
 
 class NetworkSgd:
-    """SGD of K networks on augmented batches, some of them mixed; ``union_momentum`` and
-    ``union_weight_decay``.
+    """SGD of K networks on augmented batches, some of which are mixed by CutMix.
+
+    The momentum is ``union_momentum``, and the weight decay is ``union_weight_decay``.
 
     Args:
-        cutmix: probability that a step mixes its batch.
+        ctx: Run context.
+        cutmix: Probability that a step mixes a network's batch.
     """
 
     def __init__(self, ctx: RunContext, cutmix: float = 0.0) -> None:
         self._ctx, self._cutmix = ctx, cutmix
 
     def weights(self, labels: Tensor) -> Tensor:
-        """``labels`` as weights [n, classes], which is what mixing gives."""
+        """Return ``labels`` as weights [n, classes], the form that CutMix mixes."""
         if labels.dim() == 2:
             return labels
         return F.one_hot(labels, self._ctx.data.num_classes).to(self._ctx.train.images.dtype)
@@ -71,8 +75,9 @@ class NetworkSgd:
         lr: float,
         generators: Sequence[torch.Generator],
     ) -> None:
-        """A step of every network on its own ``rows`` of ``images`` [n, C, H, W] and ``weights``
-        [n, classes].
+        """Update every network with a step on its own ``rows`` of the images, in place.
+
+        ``images`` has shape [n, C, H, W], and ``weights`` has shape [n, classes].
         """
         settings, batches = self._ctx.settings, list[tuple[Tensor, Tensor]]()
         for own, generator in zip(rows, generators, strict=True):
@@ -94,13 +99,16 @@ class NetworkSgd:
 
 
 class StartNetworks:
-    """The start networks of a stage: number i has been trained on U_1, ..., U_{s-1}, whichever
-    stage asks for it.
+    """Start networks of stage s.
+
+    Network i is trained on U_1, ..., U_{s-1}. Its random values on a union are the same in every
+    stage.
 
     Args:
-        union: of the earlier stages.
-        pool: number of networks, taken in turn; 0: a new one for every iteration.
-        cutmix: probability that a training step mixes its batch.
+        ctx: Run context.
+        union: Union of the earlier stages.
+        pool: Number of networks, used in turn. 0: a new network in every iteration.
+        cutmix: Probability that a training step mixes a network's batch.
     """
 
     def __init__(
@@ -111,8 +119,9 @@ class StartNetworks:
         self._made: dict[int, Tensor] = {}
 
     def parameters(self, iteration: int) -> Tensor:
-        """[P] of the network that ``iteration`` takes, on the run's device. Networks are trained in
-        groups, ahead.
+        """Return the parameters [P] of the network for ``iteration``, on the run's device.
+
+        Networks are trained in groups, ahead of their use.
         """
         pool = self._pool
         number = iteration % pool if pool else iteration
@@ -121,7 +130,7 @@ class StartNetworks:
             first = number - number % size
             group = range(first, min(first + size, pool) if pool else first + size)
             if not pool:
-                self._made.clear()  # no iteration comes back to these
+                self._made.clear()  # Later iterations do not use these.
             self._made |= zip(group, self._trained(group), strict=True)
         return self._made[number]
 
@@ -132,7 +141,7 @@ class StartNetworks:
             images, labels = union.up_to(stage)
             weights, lr = self.sgd.weights(labels), union.lrs[stage - 1]
             generators = [ctx.generator("start network", number, stage) for number in group]
-            train_state.momentum_buffer.zero_()  # an optimizer of its own for every union
+            train_state.momentum_buffer.zero_()  # Every union starts with a new optimizer.
             for epoch in range(settings.transition_epochs):
                 orders = [
                     torch.randperm(len(images), generator=generator, device="cpu").split(
@@ -140,7 +149,7 @@ class StartNetworks:
                     )
                     for generator in generators
                 ]
-                passed = (6 * epoch) // settings.transition_epochs  # sixths
+                passed = (6 * epoch) // settings.transition_epochs  # in sixths
                 now = lr * 0.2 ** ((passed >= 4) + (passed >= 5))
                 for rows in zip(*orders, strict=True):
                     self.sgd.step(train_state, images, weights, rows, now, generators)

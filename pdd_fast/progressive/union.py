@@ -1,4 +1,4 @@
-"""Make the union of a run's stages from files, and files from it."""
+"""Load the union of a run's stages from files, and convert it for saving."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pdd_fast.storage.distilled import DistilledSet, labels_outside, load_distil
 
 
 def misfit(stored: DistilledSet, ctx: RunContext) -> str:
-    """Say what of ``stored`` does not fit the data of ``ctx``, e.g. the shape of an image; ""
-    where all does.
+    """Return how ``stored`` does not fit the data of ``ctx``, e.g. by the shape of an image.
+
+    The result is empty if everything fits.
     """
     shape, expected = tuple(stored.images.shape[1:]), tuple(ctx.data.test.images.shape[1:])
     name = stored.metadata.get("data", "unknown data")
@@ -28,6 +29,7 @@ def misfit(stored: DistilledSet, ctx: RunContext) -> str:
 
 
 def empty_union(ctx: RunContext) -> UnionSet:
+    """Return the union of no stages."""
     train = ctx.train
     none, labels = train.labels[:0].clone(), train.labels[:0].clone()
     if ctx.settings.labels != "hard":
@@ -36,11 +38,11 @@ def empty_union(ctx: RunContext) -> UnionSet:
 
 
 def load_union(path: Path, ctx: RunContext) -> UnionSet:
-    """Return the union in a file of the run that ``ctx`` is of.
+    """Return the union in a file of the run that ``ctx`` belongs to.
 
     Raises:
-        UsageError: it is missing or damaged, or its images were made of other data than the
-            run's, or in another way than the run's data are now.
+        UsageError: The file is missing or damaged, or its images were made from other data or with
+            other preprocessing than the run has now.
     """
     stored = load_distilled(path)
     if reason := misfit(stored, ctx):
@@ -56,13 +58,16 @@ def load_union(path: Path, ctx: RunContext) -> UnionSet:
 
 
 def union_of(stored: DistilledSet, ctx: RunContext) -> UnionSet:
-    """What ``stored`` holds, on the device of ``ctx``."""
+    """Return the union in ``stored``, on the device of ``ctx``."""
     images, labels, stage = (t.to(ctx.device) for t in (stored.images, stored.labels, stored.stage))
     return UnionSet(images, labels, stage, stored.learning_rates.tolist(), stored.factor)
 
 
 def distilled_set(union: UnionSet, ctx: RunContext) -> DistilledSet:
-    """As it is stored: nothing in it depends on when or how often a run was interrupted."""
+    """Return ``union`` in the form that is saved.
+
+    Nothing in it depends on the time or on interruptions of the run.
+    """
     settings = ctx.settings
     return DistilledSet(
         images=union.images.cpu(),

@@ -1,4 +1,7 @@
-"""Names that a setting and the code behind it both know, written once; imports no torch."""
+"""Names that a setting and the code behind it share, defined once.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ Augmentation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
 Convolution = Literal["auto", "direct", "winograd"]
-# csrc/ops/convnet/params.h numbers them alike.
+# The order is the numbering in csrc/ops/convnet/params.h.
 CONVOLUTIONS: tuple[str, ...] = get_args(Convolution)
 
 Distance = Literal["squared", "cosine"]

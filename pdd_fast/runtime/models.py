@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pdd_fast.runtime.errors import UsageError, nearest
 
 M = TypeVar("M", bound="SettingsModel")
-_BOUNDS = {  # pydantic's error and the limit in its context -> the requirement
+_BOUNDS = {  # pydantic's error type -> key of the limit in its context, requirement
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
     "less_than": ("lt", "below"),
@@ -21,7 +21,10 @@ _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text"}
 
 
 class SettingsModel(BaseModel):
-    """An immutable group of settings. Values may be text, as a command line has them."""
+    """Immutable group of settings.
+
+    Values may be text, as on a command line.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=False
@@ -30,7 +33,7 @@ class SettingsModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _convert(cls, value: Any, info: ValidationInfo) -> Any:
-        """Convert text to a number; refuse what the type of the setting does not allow."""
+        """Convert text to a number, and refuse values that the setting's type does not allow."""
         field = cls.model_fields.get(str(info.field_name))
         kind = field.annotation if field is not None else None
         if get_origin(kind) is Literal and all(isinstance(name, str) for name in get_args(kind)):
@@ -50,14 +53,14 @@ class SettingsModel(BaseModel):
 
 
 def whole_number(value: Any) -> int:
-    """Return ``value`` as an int; "1e3" is one.
+    """Return ``value`` as an int; text such as "1e3" is converted.
 
     Raises:
-        TypeError, ValueError, OverflowError: it is not a whole number.
+        TypeError, ValueError, OverflowError: The value is not a whole number.
     """
     if isinstance(value, str):
         try:
-            # Not by way of float, in which whole numbers are exact up to 2^53 only.
+            # A conversion through float would be exact only up to 2^53.
             return int(value)
         except ValueError:
             value = float(value)
@@ -70,7 +73,7 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
     """Return ``model(**values)``.
 
     Raises:
-        UsageError: a value is not allowed.
+        UsageError: A value is not allowed.
     """
     try:
         return model(**values)
@@ -79,7 +82,7 @@ def checked(model: type[M], values: Mapping[str, Any]) -> M:
 
 
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the first problem of ``error`` as a sentence."""
+    """Return the first problem in ``error`` as a sentence."""
     first = error.errors(include_url=False)[0]
     name, value = ".".join(map(str, first["loc"])), first["input"]
     kind, context = first["type"], first.get("ctx", {})

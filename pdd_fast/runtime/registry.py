@@ -1,4 +1,4 @@
-"""Classes by name: those of installed packages, by their entry points, and this process's own."""
+"""Classes by name, from the entry points of installed packages and from this process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 
 class Registry(Mapping[str, type[Any]]):
-    """Names are listed without an import; a class is imported when it is asked for.
+    """Mapping from names to classes.
+
+    Listing the names imports nothing. A class is imported when it is looked up.
 
     Args:
-        group: of the entry points, e.g. "pdd_fast.methods".
+        group: Group of the entry points, e.g. "pdd_fast.methods".
     """
 
     def __init__(self, group: str) -> None:
@@ -21,7 +23,7 @@ class Registry(Mapping[str, type[Any]]):
 
     @cached_property
     def _installed(self) -> dict[str, EntryPoint]:
-        # This package's own come first, and nobody else's takes the place of one of them.
+        # This package's own entries come first, so that no other package can replace them.
         found: dict[str, EntryPoint] = {}
         for entry in sorted(entry_points(group=self.group), key=_order):
             found.setdefault(entry.name, entry)
@@ -43,10 +45,10 @@ class Registry(Mapping[str, type[Any]]):
         return name in self._installed or name in self._added
 
     def register(self, name: str, cls: type[Any]) -> None:
-        """Make ``name`` mean ``cls``, in this process.
+        """Register ``cls`` under ``name`` in this process.
 
         Raises:
-            ValueError: the name is another class's.
+            ValueError: The name belongs to another class.
         """
         if name in self and self[name] is not cls:
             raise ValueError(
@@ -55,7 +57,7 @@ class Registry(Mapping[str, type[Any]]):
         self._added[name] = cls
 
     def unregister(self, name: str) -> None:
-        """Take back what :meth:`register` did."""
+        """Undo :meth:`register`."""
         del self._added[name]
 
 

@@ -1,4 +1,4 @@
-"""A run directory: what was asked, what was made, and what an interrupted run needs to go on."""
+"""Run directory: settings, results, and the state that an interrupted run continues from."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from pdd_fast.storage.evaluation import Evaluation
 
 
 def default_run_dir(settings: Settings) -> Path:
-    """Where a run goes that was not told where."""
+    """Return the directory of a run for which none was given."""
     return Path("runs") / default_name(settings)
 
 
 def default_name(settings: Settings, stages: bool = True) -> str:
-    """What a run is about, in a folder's name; of several runs without ``stages`` and seed."""
+    """Return the default name of a run's folder.
+
+    Without ``stages``, the name omits the stages and the seed, so that several runs share it.
+    """
     name = re.sub(r"[^A-Za-z0-9]+", "-", settings.dataset).strip("-") + f"-ipc{settings.ipc}"
     method = settings.method.name
     name += f"-{method}" if method != configuration.DEFAULT_METHOD else ""
@@ -43,27 +46,34 @@ def default_name(settings: Settings, stages: bool = True) -> str:
 
 
 def _stored_settings(stored: dict[str, Any]) -> Any:
-    """Return the settings in a config.json; before methods had their own, its "config"."""
+    """Return the settings in a config.json.
+
+    They are under "config" in files from before methods had their own settings.
+    """
     return stored.get("settings", stored.get("config"))
 
 
 class Metrics:
-    """metrics.jsonl: one object a line."""
+    """The file metrics.jsonl, with one object per line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def append(self, **values: Any) -> None:
+        """Append ``values`` as one line."""
         line = json.dumps(values) + "\n"
         with self._path.open("a+b") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # torn by a kill: this line must not be lost with it
+                if file.read(1) != b"\n":  # A kill cut off the last line.
                     line = "\n" + line
             file.write(line.encode())
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; one that a kill tore is left out."""
+        """Return all whole lines.
+
+        A line that was cut off when the process was killed is skipped.
+        """
         rows = []
         if self._path.exists():
             for line in self._path.read_text(encoding="utf-8").splitlines():
@@ -71,7 +81,7 @@ class Metrics:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if "held_out_accuracy" in row:  # its name before 0.1
+                if "held_out_accuracy" in row:  # the name before 0.1
                     row["selection_accuracy"] = row.pop("held_out_accuracy")
                 rows.append(row)
         return rows
@@ -86,11 +96,13 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, settings: Settings) -> Run:
-        """A new run directory with its config.json, in which paths are absolute: it is opened from
-        anywhere.
+        """Create a run directory with its config.json.
+
+        The paths in config.json are absolute, so that the run can be opened from any working
+        directory.
 
         Raises:
-            UsageError: something is there already.
+            UsageError: The path exists and is not an empty folder.
         """
         path = expanded(path)
         if (path / "config.json").exists():
@@ -112,10 +124,10 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run directory.
+        """Open an existing run directory.
 
         Raises:
-            UsageError: it is none, or its settings cannot be read.
+            UsageError: The path is not a run directory, or its settings cannot be read.
         """
         path = expanded(path)
         if not (path / "config.json").is_file():
@@ -131,8 +143,10 @@ class Run:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The data that the run was begun with (:func:`pdd_fast.data.fingerprint.identity`); of
-        runs that did not note them, the name.
+        """Return the identity of the data that the run was begun with.
+
+        The keys are those of :func:`pdd_fast.data.fingerprint.identity`. For a run that did not
+        record the identity, only the name of the dataset is known.
         """
         stored = read_json(self.path / "config.json")
         noted = stored.get("data")
@@ -143,17 +157,17 @@ class Run:
         )
 
     def note_data(self, identity: dict[str, Any]) -> None:
-        """Writes into config.json what data the run is begun with, unless it is there."""
+        """Write the identity of the run's data into config.json, unless it is there already."""
         stored = read_json(self.path / "config.json")
         if "data" not in stored:
             write_json(self.path / "config.json", stored | {"data": identity})
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other processes out while the block runs (:mod:`pdd_fast.runtime.locks`).
+        """Lock out other processes while the block runs (:mod:`pdd_fast.runtime.locks`).
 
         Raises:
-            UsageError: another process works in this directory.
+            UsageError: Another process works in this directory.
         """
         with locked(self.path):
             yield
@@ -162,46 +176,57 @@ class Run:
 
     @property
     def experts_dir(self) -> Path:
+        """Return the folder of the experts' trajectories."""
         return self.path / "experts"
 
     def stage_dir(self, stage: int) -> Path:
+        """Return the folder of a stage."""
         return self.path / f"stage-{stage}"
 
     def stage_trajectories_dir(self, stage: int) -> Path:
+        """Return the folder of the trajectories that a stage matches."""
         return self.stage_dir(stage) / "trajectories"
 
     def stage_file(self, stage: int) -> Path:
-        """The union of stages 1..``stage``, once stage ``stage`` is finished."""
+        """Return the file of the union of stages 1..``stage``, which a finished stage writes."""
         return self.stage_dir(stage) / "distilled.safetensors"
 
     def checkpoint_file(self, stage: int) -> Path:
+        """Return the file of an unfinished stage's checkpoint."""
         return self.stage_dir(stage) / "checkpoint.safetensors"
 
     @property
     def forgetting_file(self) -> Path:
+        """Return the file of the forgetting scores."""
         return self.path / "forgetting.safetensors"
 
     def learned_file(self, stage: int) -> Path:
+        """Return the file of the counts by which a stage drops learned examples."""
         return self.stage_dir(stage) / "learned.safetensors"
 
     @property
     def distilled_file(self) -> Path:
+        """Return the file of the distilled set, written when all stages are finished."""
         return self.path / "distilled.safetensors"
 
     @property
     def metrics_file(self) -> Path:
+        """Return the file of the metrics."""
         return self.path / "metrics.jsonl"
 
     @property
     def evaluation_file(self) -> Path:
+        """Return the file of the evaluation."""
         return self.path / "evaluation.json"
 
     @property
     def images_file(self) -> Path:
+        """Return the file of the image grid."""
         return self.path / "images.png"
 
     @property
     def accuracy_file(self) -> Path:
+        """Return the file of the accuracy plot."""
         return self.path / "accuracy.png"
 
     # ---- content ----
@@ -209,15 +234,19 @@ class Run:
     def save_checkpoint(
         self, stage: int, tensors: dict[str, Tensor], state: dict[str, Any]
     ) -> None:
+        """Save the checkpoint of a stage."""
         save_tensors(self.checkpoint_file(stage), tensors, state)
 
     def load_checkpoint(self, stage: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the tensors and the state in a stage's checkpoint, or None if there is none."""
         path = self.checkpoint_file(stage)
         return read_tensors(path) if path.exists() else None
 
     def truncate_metrics(self, stage: int, iteration: int, judged: int) -> None:
-        """Drops what a continued run measures again: all after ``iteration`` of ``stage``, and the
-        selection accuracies after its iteration ``judged``.
+        """Drop the lines that a continued run writes again.
+
+        These are all lines after ``iteration`` of ``stage``, and the selection accuracies after its
+        iteration ``judged``.
         """
 
         def is_kept(row: dict[str, Any]) -> bool:
