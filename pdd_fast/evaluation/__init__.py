@@ -1,0 +1,1 @@
+"""Union evaluation, comparisons, ablations and plots."""

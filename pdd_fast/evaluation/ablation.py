@@ -1,8 +1,8 @@
-"""Ablations: the same recipe with other numbers of stages, with and without conditioning and the
-filter, over seeds.
+"""Ablations of the number of stages, conditioning and the filter, over several seeds.
 
-Every variant of a seed is learned from the same experts and judged by the same number of SGD steps.
-All are ordinary runs in folders of their own, so an interrupted ablation goes on where it was.
+All variants of a seed use the same experts and are evaluated with the same number of SGD steps.
+Every variant is an ordinary run in its own folder, so an interrupted ablation continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ from pdd_fast.storage.run import Run
 
 @dataclass(frozen=True)
 class Variant:
+    """One combination of the settings that an ablation varies."""
+
     stages: int
-    conditioning: str  # of Settings.conditioning
-    filter: str  # of Settings.filter
+    conditioning: str  # as Settings.conditioning
+    filter: str  # as Settings.filter
 
     @property
     def name(self) -> str:
+        """Name of the variant in ablation.json."""
         words = ["1 stage" if self.stages == 1 else f"{self.stages} stages"]
         words += ["no conditioning"] if self.conditioning == "off" else []
         words += [] if self.filter == "none" else [f"{self.filter} filter"]
@@ -45,10 +48,11 @@ class Variant:
 
     @property
     def folder(self) -> str:
+        """Name of the variant's run directory."""
         return self.name.replace(", ", "-").replace(" ", "-")
 
     def of(self, settings: Settings) -> Settings:
-        """``config`` made this variant; checked."""
+        """Return ``settings`` changed to this variant, and checked."""
         return settings.changed(
             stages=self.stages, conditioning=self.conditioning, filter=self.filter
         )
@@ -57,9 +61,18 @@ class Variant:
 def variants(
     stages: Sequence[int], conditioning: Sequence[str], filters: Sequence[str]
 ) -> list[Variant]:
-    """All combinations that differ and can be. A single stage has nothing to be conditioned on, and
-    with ``filter=learned`` no networks before it that could have learned anything: it is as
-    without. Without conditioning that filter is none.
+    """Return all valid combinations, each once.
+
+    A single stage cannot be without conditioning. With ``filter=learned`` it equals one without a
+    filter, because no earlier networks have learned anything. That filter requires conditioning.
+
+    Args:
+        stages: Numbers of stages.
+        conditioning: Values of Settings.conditioning.
+        filters: Values of Settings.filter.
+
+    Raises:
+        UsageError: No combination is valid.
     """
     found = [
         Variant(s, c, "none" if (s, f) == (1, "learned") else f)
@@ -82,30 +95,36 @@ def ablate(
     folder: Path,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Runs and judges every variant at every seed; writes ablation.json and ablation.png in
-    ``folder``.
+    """Distill and evaluate every variant at every seed; write ablation.json and ablation.png.
+
+    Args:
+        settings: The settings that all variants share.
+        chosen: The variants.
+        seeds: The seeds.
+        folder: Folder for the files and for the runs of all variants.
+        reporter: Receives the progress.
 
     Returns:
-        the content of ablation.json. ``accuracy`` has a row for every seed: the final test accuracy
-        in percent, mean over the repeats of that seed's evaluation; ``ci95`` is over seeds.
-        "random" are as many random real images, in as many stages as the first variant has, with
-        labels of the variants' kind.
+        The content of ablation.json. ``accuracy`` has one entry per seed: the final test accuracy
+        (%), the mean over the repeats of that seed's evaluation. ``ci95`` is over seeds. The result
+        "random" is that of equally many random real images, in the stages of the first variant and
+        with the variants' kind of labels.
 
     Raises:
-        UsageError: a variant's settings cannot be, or a folder holds another run.
+        UsageError: A variant's settings are invalid, or a folder holds another run.
     """
     if settings.stage_ipc or getattr(settings.method, "stage_lr_img", ""):
         raise UsageError(
             "stage_ipc and stage_lr_img must not be given: the number of stages is what varies"
         )
-    all_settings = [variant.of(settings) for variant in chosen]  # all checked before any work
+    all_settings = [variant.of(settings) for variant in chosen]  # checked before any work
     classes = load(settings.dataset, settings.data_dir, settings.validation_fraction).num_classes
     found: dict[str, list[float]] = {variant.name: [] for variant in chosen}
     random: list[float] = []
     steps = 0
     for seed in seeds:
         first: Path | None = None
-        experts: Path | None = None  # of the first run that has some
+        experts: Path | None = None  # of the first run that has experts
         for variant, each in zip(chosen, all_settings, strict=True):
             path = folder / f"seed-{seed}" / variant.folder
             own = each.changed(seed=seed, union_epochs=_epochs(each, all_settings, classes))
@@ -152,8 +171,9 @@ def ablate(
 
 
 def _epochs(settings: Settings, all_settings: Sequence[Settings], classes: int) -> int:
-    """Epochs on each union with which a variant takes as many steps in all, up to rounding, as the
-    longest one.
+    """Return the epochs per union that give a variant as many SGD steps as the longest one.
+
+    The numbers of steps agree up to rounding.
     """
 
     def batches(c: Settings) -> int:
@@ -166,6 +186,11 @@ def _epochs(settings: Settings, all_settings: Sequence[Settings], classes: int) 
 
 
 def _run(path: Path, settings: Settings) -> Run:
+    """Return the run in ``path``, new or continued.
+
+    Raises:
+        UsageError: ``path`` holds a run with other settings.
+    """
     if not (path / "config.json").exists():
         return Run.create(path, settings)
     run = Run.open(path)
@@ -176,8 +201,13 @@ def _run(path: Path, settings: Settings) -> Run:
 
 @default_style()
 def plot(content: dict[str, Any], path: Path) -> None:
-    """Writes a PNG: final accuracy over the number of stages, a line for each combination of the
-    other switches.
+    """Draw the final accuracy over the number of stages into a PNG.
+
+    Each combination of conditioning and filter has a line.
+
+    Args:
+        content: The content of ablation.json.
+        path: The file to write.
     """
     figure = new_figure(figsize=(6.4, 4.2), dpi=150)
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""What a distilled set is compared with; every comparison takes the same number of SGD steps."""
+"""Baselines of a distilled set; every comparison takes the same number of SGD steps."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pdd_fast.storage.distilled import load_distilled, preprocessing
 from pdd_fast.storage.run import Run
 from pdd_fast.storage.trajectories import Trajectory
 
-# Results of networks that train on one set from the first step. They are comparable with the others
-# at the end only, after as many steps and as many images.
+# Results of networks that train on one set from the first step. Only their final accuracies are
+# comparable with the others, after equally many steps and on equally many images.
 ALONE = ("last-union", "one-stage", "against")
 
 
@@ -44,7 +44,10 @@ class Comparison(Protocol):
 
 @dataclass(frozen=True)
 class InOrder:
-    """U_1, then U_2, ..., each at its stage's learning rate; the momentum is carried over."""
+    """Training on U_1, then U_2, ..., each at its stage's learning rate.
+
+    The momentum buffer is carried over.
+    """
 
     union: UnionSet
     labels: str
@@ -63,12 +66,12 @@ class InOrder:
 
 @dataclass(frozen=True)
 class RandomReal:
-    """As many random real images, other ones in every repeat, in as many stages."""
+    """Training on equally many random real images and stages; every repeat has other images."""
 
     name: str
     labels: str
     ctx: RunContext
-    real_labels: Tensor  # [n] or [n, classes], of ctx.train
+    real_labels: Tensor  # labels of ctx.train, [n] or [n, classes]
     steps: list[int]
 
     def schedules(self, group: range) -> list[list[Phase]]:
@@ -84,7 +87,7 @@ class RandomReal:
 
 @dataclass(frozen=True)
 class Alone:
-    """The last union of a set from the first step on, at its last learning rate."""
+    """Training on a set's last union from the first step, at its last learning rate."""
 
     name: str
     labels: str
@@ -92,14 +95,14 @@ class Alone:
     steps: list[int]
 
     def schedules(self, group: range) -> list[list[Phase]]:
-        """Return one schedule of one phase, tested after as many steps as the others."""
+        """Return one schedule of one phase, tested after as many steps as the other results."""
         stops = list(accumulate(self.steps))
         return [[Phase(*self.union.up_to(), self.union.lrs[-1], stops[-1], stops)]]
 
 
 @dataclass(frozen=True)
 class Subsets:
-    """At every stage another fresh network, trained on that stage's images alone."""
+    """Training of a fresh network for every stage, on that stage's images alone."""
 
     union: UnionSet
     labels: str
@@ -117,11 +120,14 @@ class Subsets:
 def comparisons(
     run: Run, ctx: RunContext, against: Path | None, subsets: bool, reporter: Reporter
 ) -> list[Comparison]:
-    """Return what to measure for a finished run, "pdd" first.
+    """Return the comparisons of a finished run, "pdd" first.
 
     Args:
+        run: The run.
+        ctx: Its context.
         against: Another run directory or distilled set on the same data.
         subsets: Add :class:`Subsets`.
+        reporter: Told if "random-soft" is left out.
 
     Raises:
         UsageError: The run's files do not fit its data, or ``against`` does not.
@@ -147,7 +153,7 @@ def comparisons(
 
 
 def random_rows(ctx: RunContext, repeat: int) -> list[Tensor]:
-    """Return the random real images of a repeat: for each stage its rows of ``ctx.train``."""
+    """Return the rows of ``ctx.train`` that a repeat uses as random real images, by stage."""
     return ctx.random_real_rows(ctx.settings.ipc_by_stage, "random images", repeat)
 
 
@@ -163,12 +169,13 @@ def _other(path: Path, ctx: RunContext) -> tuple[UnionSet, str]:
         wanted, found = preprocessing(ctx.data), preprocessing(other)
         found = found if found != wanted else f"{found}, but fitted to other images"
         raise UsageError(f"--against must name a run with {wanted}, got {path} with {found}")
-    # Sets written before 0.1 do not name the kind of their labels.
+    # Sets written before 0.1 do not record the kind of their labels.
     kind = other.metadata.get("labels", "hard" if other.labels.dim() == 1 else "soft")
     return union_of(other, ctx), kind
 
 
 def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
+    """Return the run's experts; report if they are missing and return none."""
     try:
         return stored_experts(run)
     except UsageError as error:  # a run may be shared without them
@@ -177,7 +184,7 @@ def _experts(run: Run, reporter: Reporter) -> list[Trajectory]:
 
 
 def _soft(ctx: RunContext, experts: list[Trajectory]) -> Tensor:
-    """Return soft labels [n, classes] of ``ctx.train``; zero for images that no repeat draws."""
+    """Return soft labels [n, classes] of ``ctx.train``; zero for images that no repeat uses."""
     repeats = range(ctx.settings.repeats)
     rows = torch.cat([row for repeat in repeats for row in random_rows(ctx, repeat)]).unique()
     labels = ctx.train.images.new_zeros(len(ctx.train), ctx.data.num_classes)

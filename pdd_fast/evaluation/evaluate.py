@@ -1,4 +1,4 @@
-"""Union evaluation: train fresh networks on a distilled set and on what it is compared with."""
+"""Union evaluation: train fresh networks on a distilled set and on its baselines."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate the distilled set of a finished run and write evaluation.json.
 
-    Every result takes the same number of SGD steps and, repeat by repeat, the same initial
-    networks:
+    All results take the same number of SGD steps. In each repeat they start from the same initial
+    network:
 
-    - "pdd": U_1, then U_2, ..., each at its stage's learned rate, momentum carried over;
-    - "random": as many random real images, other ones in every repeat, in as many stages, at the
-      learning rate that learning started from;
-    - "random-soft", if the run's labels are not hard and its experts are still there: the same
-      images, labeled with the experts' mean predictions;
-    - "last-union": U_S alone from the start, at the last stage's rate;
-    - "one-stage" (or "against"): the last union of the run ``against``, at its last rate;
-    - "subsets", on request: at every stage another fresh network, trained on that stage's images.
+    - "pdd": U_1, then U_2, ..., each at its stage's learned learning rate, with the momentum buffer
+      carried over;
+    - "random": equally many random real images in equally many stages, other images in every
+      repeat, at the initial value of the learned learning rate;
+    - "random-soft", if the run's labels are not hard and its experts still exist: the same images,
+      labeled with the experts' mean predictions;
+    - "last-union": U_S alone from the first step, at the last stage's learning rate;
+    - "one-stage" (or "against"): the last union of the run ``against``, at its last learning rate;
+    - "subsets", on request: a fresh network for every stage, trained on that stage's images.
 
-    Accuracies are percent of the test images. Accuracies with hard and with other labels must not
-    be compared: soft labels lift random images too. So ``paired`` compares "pdd" only with results
-    of the same kind.
+    Accuracies are percentages of the test images. Accuracies with hard and with other labels must
+    not be compared, because soft labels raise the accuracy of random images too. ``paired``
+    therefore compares "pdd" only with results of the same kind.
 
     Args:
         run: The run.
         reporter: Receives the progress.
-        repeats: Fresh networks of each result. Default: the run's setting.
+        repeats: Number of fresh networks of each result. Default: the run's setting.
         against: Another run directory or distilled set on the same data.
         networks: Names of :data:`pdd_fast.networks.zoo.TITLES`; each is measured on every result.
         subsets: Add the result "subsets".
@@ -68,7 +69,7 @@ def evaluate_run(
     settings = run.settings.changed(repeats=repeats) if repeats else run.settings
     ctx = RunContext.of_run(run, settings, to_judge=True)
     chosen = comparisons(run, ctx, against, subsets, reporter)
-    for network in networks:  # Fail before any work if one cannot be built.
+    for network in networks:  # fail before any work if one cannot be built
         fresh_module(ctx, network, 0)
     scores: dict[tuple[str, str], list[list[float]]] = {
         (network, each.name): [] for network in networks for each in chosen
@@ -106,6 +107,7 @@ def evaluate_run(
 
 
 def _protocol(ctx: RunContext, pdd: InOrder, against: Path | None) -> Protocol:
+    """Return the conditions that all results of the evaluation share."""
     settings, data = ctx.settings, ctx.data
     return Protocol(
         name="union in order",

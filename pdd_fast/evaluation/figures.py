@@ -1,6 +1,4 @@
-"""Figures that come out the same whatever matplotlib's environment says, and whose failure fails
-nothing else.
-"""
+"""Figures that do not depend on matplotlib's environment, and whose failure is only a warning."""
 
 from __future__ import annotations
 
@@ -16,20 +14,22 @@ from typing import TYPE_CHECKING, Any
 from pdd_fast.runtime.errors import PddFastWarning, first_line
 from pdd_fast.runtime.files import atomic_path
 
-if (
-    TYPE_CHECKING
-):  # importing matplotlib can fail, and a run does not need it before its work is done
+# Importing matplotlib can fail, and a run does not need it before its work is done.
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_settings = threading.RLock()  # matplotlib's are global
+_settings = threading.RLock()  # matplotlib's settings are global
 
 
 def attempt(path: Path, draw: Callable[[Path], object]) -> list[Path]:
-    """Draw a figure into ``path``; where that fails, warn.
+    """Draw a figure into ``path``; warn if that fails.
+
+    Args:
+        path: The file to write.
+        draw: Writes the figure; returns False if there is nothing to draw.
 
     Returns:
-        ``[path]``, or nothing where it failed or ``draw`` returned False because there is nothing
-        to draw.
+        ``[path]``; empty if drawing failed or there is nothing to draw.
     """
     try:
         drawn = draw(path)
@@ -43,17 +43,16 @@ def attempt(path: Path, draw: Callable[[Path], object]) -> list[Path]:
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Give matplotlib its own defaults within the block, or within each call of the function that
-    this decorates.
+    """Use matplotlib's own defaults within the block, or within calls of the decorated function.
 
-    MPLBACKEND and matplotlibrc do not count: a notebook's shell names a backend that another Python
-    may lack, and then ``import matplotlib`` raises ValueError; a matplotlibrc may ask for LaTeX.
+    MPLBACKEND and matplotlibrc have no effect. A notebook's shell sets MPLBACKEND to a backend that
+    another Python may lack, and ``import matplotlib`` then raises ValueError. A matplotlibrc may
+    require LaTeX.
     """
     matplotlib = _matplotlib()
     with _settings, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # the default font lacks some alphabets; a box stands there
+        # The default font lacks some alphabets and shows boxes in their place.
+        warnings.filterwarnings("ignore", message="Glyph")
         kept = {
             k: v
             for k, v in matplotlib.rcParamsDefault.items()
@@ -64,8 +63,9 @@ def default_style() -> Iterator[None]:
 
 
 def _matplotlib() -> Any:
-    """matplotlib, whatever MPLBACKEND holds; where it is valid it still counts for the figures of
-    others.
+    """Import matplotlib whatever MPLBACKEND holds, and return it.
+
+    A valid MPLBACKEND still applies to figures of other code.
     """
     if "matplotlib" in sys.modules:
         return sys.modules["matplotlib"]
@@ -82,8 +82,13 @@ def _matplotlib() -> Any:
 
 
 def new_figure(**options: Any) -> Figure:
-    """A figure on an Agg canvas, which needs no display; to be called within
-    :func:`default_style`."""
+    """Return a figure on an Agg canvas, which needs no display.
+
+    Call it within :func:`default_style`.
+
+    Args:
+        **options: Arguments of matplotlib's Figure.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,7 +98,7 @@ def new_figure(**options: Any) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path, **options: Any) -> None:
-    """Write a PNG; equal content gives equal bytes."""
+    """Write ``figure`` as a PNG; equal content gives equal bytes."""
     with atomic_path(path) as temporary:
-        # No date and no version among the metadata: equal content gives equal bytes.
+        # Without matplotlib's version in the metadata, which would change the bytes.
         figure.savefig(temporary, format="png", metadata={"Software": None}, **options)

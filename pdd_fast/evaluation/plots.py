@@ -1,4 +1,4 @@
-"""What a person would rather look at: the distilled images, and accuracy over the stages."""
+"""Plots of a run: the distilled images, and accuracy over the stages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pdd_fast.storage.distilled import DistilledSet
 from pdd_fast.storage.evaluation import Evaluation, Result
 
 MOST_CLASSES = 20  # rows of a grid, so that an image stays large enough to see
-MOST_COLUMNS = 50  # of a stage
-MOST_COLUMNS_IN_ALL = 400  # matplotlib draws no picture wider than 2^16 dots, which is 970 images
-MOST_TICKS = 12  # of the accuracies' axis
+MOST_COLUMNS = 50  # per stage
+MOST_COLUMNS_IN_ALL = 400  # matplotlib draws at most 2^16 dots in width, which is 970 images
+MOST_TICKS = 12  # on the axis of images per class
 _COLORS = {
     "pdd": "#0b6e99",
     "random": "#8a8a8a",
@@ -39,7 +39,7 @@ _LABELS = {
 
 @default_style()
 def image_grid(distilled: DistilledSet, path: Path) -> None:
-    """Writes a PNG with one panel per stage: a row per class, a column per image."""
+    """Draw the images into a PNG with a panel per stage, a row per class and a column per image."""
     pixels = distilled.pixels().permute(0, 2, 3, 1).numpy()  # [n, H, W, C]
     labels = distilled.labels if distilled.labels.dim() == 1 else distilled.labels.argmax(1)
     names = distilled.metadata.get("classes") or [str(k) for k in range(int(labels.max()) + 1)]
@@ -51,11 +51,11 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
     ]
     columns = [min(most, count) for count in counts]
     H, W, C = pixels.shape[1:]
-    inches = 0.45  # of one image
+    inches = 0.45  # width of one image
     width, height = inches * sum(columns) + 0.15 * len(columns) + 1.4, inches * shown * H / W + 0.9
     figure = new_figure(figsize=(max(width, 4.0), height), dpi=150, layout="compressed")
-    # In dots and not in images, because the lines between images are fewer by one: every panel then
-    # has one scale.
+    # Widths in pixels, not in images: n images have n - 1 separating lines, so that widths in
+    # images would give panels different scales.
     panels = figure.subplots(
         1, len(columns), squeeze=False, width_ratios=[n * (W + 1) - 1 for n in columns]
     )[0]
@@ -78,7 +78,7 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
         panel.set_yticks([])
         for spine in panel.spines.values():
             spine.set_visible(False)
-    # Folder names become class names: a $ in them is no mathematics.
+    # Class names may be folder names, in which a $ does not start mathematics.
     middles = [k * (H + 1) + H / 2 for k in range(shown)]
     panels[0].set_yticks(
         middles, [readable(str(n)) for n in names[:shown]], fontsize=8, parse_math=False
@@ -96,7 +96,7 @@ def image_grid(distilled: DistilledSet, path: Path) -> None:
 def accuracy_plot(evaluation: Evaluation, path: Path) -> None:
     """Draw test accuracy over images per class into a PNG.
 
-    Each kind of network and of labels has a panel, and each result a curve with bars of one
+    Each kind of network and of labels has a panel. Each result has a curve with error bars of one
     standard deviation.
     """
     groups = evaluation.comparable()
@@ -108,6 +108,7 @@ def accuracy_plot(evaluation: Evaluation, path: Path) -> None:
 
 
 def _curves(axes: Any, evaluation: Evaluation, results: list[Result], kind: str) -> None:
+    """Draw the curves of ``results`` into a panel whose title starts with ``kind``."""
     protocol = evaluation.protocol
     images = protocol.images_per_class
     for result in results:
@@ -127,7 +128,7 @@ def _curves(axes: Any, evaluation: Evaluation, results: list[Result], kind: str)
     repeats, data = len(results[0].seeds), readable(protocol.data)
     axes.set_xlabel("images per class")
     axes.set_ylabel("test accuracy, %")
-    # The labels of 20 stages would overlap; the last stage always has one.
+    # Labels of 20 stages would overlap. The last stage always has one.
     axes.set_xticks(images[::-1][:: -(-len(images) // MOST_TICKS)])
     axes.set_title(
         f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation.steps)} SGD steps "

@@ -1,4 +1,4 @@
-"""Train fresh networks through a schedule of image sets and test them on the way."""
+"""Train fresh networks on a schedule of image sets and test them in between."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from pdd_fast.training.sgd import accuracies
 
 
 class Phase(NamedTuple):
-    """A set that networks are trained on before the next one."""
+    """Training on one image set, as a part of a schedule."""
 
     images: Tensor  # [n, C, H, W]
     labels: Tensor  # [n], or weights [n, classes]
     lr: float
     steps: int
-    stops: list[int]  # step counts after which to test
+    stops: list[int]  # numbers of steps after which to test
     rows: Tensor | None = None  # int64 [K, m] on the CPU, each network's images; None: all
 
 
 def follow(network: str, ctx: RunContext, schedule: list[Phase], group: range) -> list[list[float]]:
-    """Train a fresh network for each repeat in ``group`` through ``schedule``.
+    """Train a fresh network for each repeat in ``group`` on ``schedule`` and test it.
 
     Args:
         network: A name of :data:`pdd_fast.networks.zoo.TITLES`. The ConvNet trains on the run's
-            engine; others train one after another with torch's own optimizer and autograd.
+            engine; others train one after another with torch's optimizer and autograd.
+        ctx: The run's context.
+        schedule: The phases, in order.
+        group: The repeats to train.
 
     Returns:
-        For each network its test accuracy, percent, at every stop.
+        For each network its test accuracy (%) at every stop.
     """
     if network == "convnet":
         return _follow_convnet(ctx, schedule, group)
@@ -46,7 +49,7 @@ def fresh_module(ctx: RunContext, network: str, repeat: int) -> nn.Module:
     """Return the untrained network of a repeat, the same on every device."""
     data, settings = ctx.data, ctx.settings
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        # torch.manual_seed would change the GPUs' states too.
+        # torch.manual_seed would also change the random states of GPUs.
         torch.default_generator.manual_seed(ctx.seed("evaluation", repeat, "parameters", network))
         net = build(
             network,
@@ -60,6 +63,7 @@ def fresh_module(ctx: RunContext, network: str, repeat: int) -> nn.Module:
 
 
 def _follow_convnet(ctx: RunContext, schedule: list[Phase], group: range) -> list[list[float]]:
+    """Train the networks of a group in parallel on the run's engine; see :func:`follow`."""
     train_state, test = ctx.initial_state("evaluation", group), ctx.data.test
     scores: list[list[float]] = [[] for _ in group]
     for number, phase in enumerate(schedule):
@@ -84,6 +88,15 @@ def _follow_convnet(ctx: RunContext, schedule: list[Phase], group: range) -> lis
 def _follow_module(
     network: str, ctx: RunContext, schedule: list[Phase], place: int, repeat: int
 ) -> list[float]:
+    """Train one network with torch's optimizer and return its accuracies; see :func:`follow`.
+
+    Args:
+        network: A name of :data:`pdd_fast.networks.zoo.TITLES`.
+        ctx: The run's context.
+        schedule: The phases, in order.
+        place: Index of the repeat in its group, by which ``Phase.rows`` is indexed.
+        repeat: The repeat, which fixes the random values.
+    """
     net, sgd, test = fresh_module(ctx, network, repeat), ctx.synthetic_sgd, ctx.data.test
     scores = list[float]()
     optimizer = torch.optim.SGD(
@@ -93,7 +106,7 @@ def _follow_module(
         every = torch.arange(len(phase.images), device="cpu")
         rows = every if phase.rows is None else phase.rows[place]
         generator, size = ctx.generator("evaluation", repeat, number), ctx.data.image_size
-        # The learning rates end first, so that no batch is drawn beyond them.
+        # The learning rates come first, so that zip samples no batch beyond their end.
         steps = zip(
             sgd.lrs(phase.lr, phase.steps), _batches(rows, sgd.batch, generator), strict=False
         )

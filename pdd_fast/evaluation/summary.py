@@ -10,10 +10,13 @@ from pdd_fast.storage.evaluation import Pair, Result
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Return half of the mean's 95 % confidence interval (Student's t); None for one value."""
+    """Return half the width of the mean's 95% confidence interval (Student's t).
+
+    One value has no interval: None.
+    """
     if len(values) < 2:
         return None
-    from scipy.stats import t as student  # a second to import
+    from scipy.stats import t as student  # takes a second to import
 
     quantile = float(student.ppf(0.975, len(values) - 1))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
@@ -22,7 +25,7 @@ def half_width(values: Sequence[float]) -> float | None:
 def summarize(
     name: str, labels: str, network: str, seeds: list[int], scores: list[list[float]]
 ) -> Result:
-    """Return the result of ``scores``, percent, by repeat and stage."""
+    """Return the result with means and intervals of ``scores`` (%), one row per repeat."""
     stages = list(zip(*scores, strict=True))
     return Result(
         name=name,
@@ -37,7 +40,7 @@ def summarize(
 
 
 def compare(one: Result, other: Result) -> Pair:
-    """Return the difference of the final accuracies of two results, repeat by repeat."""
+    """Return the paired difference of the final accuracies of two results."""
     differences = [a[-1] - b[-1] for a, b in zip(one.accuracy, other.accuracy, strict=True)]
     return Pair(
         network=one.network,
