@@ -1,1 +1,1 @@
-"""The command line: wiring only. Installed as pdd_fast.cli."""
+"""Command line without mathematics, installed as pdd_fast.cli."""

@@ -1,4 +1,4 @@
-"""pdd-fast ablate"""
+"""The command ``pdd-fast ablate``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def command(
     All variants of a seed share their experts and are judged by as many SGD steps. The same call
     goes on where an interrupted one stopped.
     """
-    # Any number of stages will do here: each variant has its own.
+    # Each variant sets its own number of stages; 1 stands for it here.
     settings = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))
     combined = _numbers(stages), _names("conditioning", conditioning), _names("filter", filters)
 
@@ -59,6 +59,7 @@ def command(
 
 
 def _numbers(text: str) -> tuple[int, ...]:
+    """Return the numbers of stages in the value of --stages."""
     found = listed(text, int)
     if not found or min(found) < 1:
         raise UsageError(
@@ -68,6 +69,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _names(setting: str, text: str) -> list[str]:
+    """Return the values of ``setting`` in the value of its flag."""
     found = [part.strip() for part in text.split(",")]
     for name in found:
         if name not in choices(setting):

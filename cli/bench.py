@@ -1,4 +1,4 @@
-"""pdd-fast bench"""
+"""The command ``pdd-fast bench``."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def command(
 
 
 def _list() -> None:
-    """Every case that a suite lists, once, with the suites that list it."""
+    """Print the suites, then every case once with the suites that contain it."""
     for name, suite in SUITES.items():
         print(f"{name}: {len(suite.cases)} cases, {suite.rounds} rounds; {suite.what}")
     print()
@@ -136,6 +136,7 @@ def _list() -> None:
 
 
 def _files(folder: Path) -> list[Path]:
+    """Return the files that the benchmark wrote."""
     return [
         path for name in ("bench.json", "bench.md", "bench.png") if (path := folder / name).exists()
     ]

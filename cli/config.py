@@ -1,4 +1,4 @@
-"""pdd-fast config"""
+"""The command ``pdd-fast config``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def command(as_schema: bool, **options: Any) -> None:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return all settings as a recipe, with a comment beside each."""
+    """Return all settings as a recipe in TOML, each with a comment."""
     lines = ["# Settings of pdd-fast, for --recipe FILE.toml."]
     for name in Settings.model_fields:
         if name in GROUPS:
@@ -40,21 +40,26 @@ def to_toml(settings: Settings) -> str:
 
 
 def _line(model: SettingsModel, name: str) -> str:
+    """Return the line of one setting, with its description as a comment."""
     field = type(model).model_fields[name]
     comment = f"  # {field.description}" if field.description else ""
     return f"{name} = {_value(getattr(model, name))}{comment}"
 
 
 def _value(value: Any) -> str:
-    """Return a value in TOML, which JSON's notation of text, numbers and lists is but for DEL."""
+    """Return a value in TOML.
+
+    JSON's notation of text, numbers and lists is valid TOML, except for the character DEL.
+    """
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of recipes: the run's settings, and as ``method`` one of the methods
-    with its own.
+    """Return the JSON Schema of recipes.
+
+    It has the run's settings; ``method`` is one of the methods with its own settings.
     """
     found = Settings.model_json_schema()
     definitions: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""pdd-fast distill"""
+"""The command ``pdd-fast distill``."""
 
 from __future__ import annotations
 
@@ -55,11 +55,19 @@ def command(resume: bool, **options: Any) -> None:
 
 @contextmanager
 def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
-    """The run that the flags ask for, new or continued, to work on inside the block.
+    """Yield the run that the flags describe, new or continued.
 
-    Where the block fails or is interrupted, the error says in ``continue_with`` how to go on. Where
-    it fails before anything was made, the new run goes away instead, so that the corrected call
-    does not find it in its place.
+    If the block fails or is interrupted, the error's ``continue_with`` holds the command that
+    continues the run. If it fails before anything was written, a new run is removed instead, so
+    that the corrected call can create it again.
+
+    Args:
+        command: Name of the command, for ``continue_with``.
+        resume: Whether to continue a run.
+        **options: Values of the flags.
+
+    Raises:
+        UsageError: The run cannot be created or continued.
     """
     run = _start(resume, **options)
     try:
@@ -67,7 +75,7 @@ def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
     except BaseException as error:
         if resume or isinstance(error, KeyboardInterrupt) or not _removed(run):
             again = ["pdd-fast", command, "--resume", "--run-dir", str(run.path)]
-            if resume:  # a new run has these in its configuration
+            if resume:  # a new run has them in its configuration
                 for key, value in given_settings(options).items():
                     again += ["--set", f"{key}={value}"] if is_free(key, value) else []
             error.continue_with = shlex.join(again)  # type: ignore[attr-defined]
@@ -75,9 +83,7 @@ def begun(command: str, resume: bool, **options: Any) -> Iterator[Any]:
 
 
 def _removed(run: Any) -> bool:
-    """Removes a run that nothing was made in, unless another process took it up; whether it is
-    gone.
-    """
+    """Remove a run without results, unless another process uses it; return whether it is gone."""
     from pdd_fast.runtime.locks import LOCK, OWNER
 
     with suppress(UsageError, OSError), run.lock():
@@ -85,13 +91,13 @@ def _removed(run: Any) -> bool:
         if all(
             entry.name in ("config.json", LOCK) or entry.name.startswith(OWNER) for entry in files
         ):
-            shutil.rmtree(
-                run.path, ignore_errors=True
-            )  # leaves "." and a link to a folder, emptied or not
+            # rmtree empties "." but cannot remove it, and does not follow a link to a folder.
+            shutil.rmtree(run.path, ignore_errors=True)
     return not (run.path / "config.json").exists()
 
 
 def _start(resume: bool, run_dir: Path | None, **options: Any) -> Any:
+    """Return the run that the flags describe, new or continued."""
     from pdd_fast.storage.run import Run, default_run_dir
 
     if not resume:

@@ -1,4 +1,4 @@
-"""pdd-fast env"""
+"""The command ``pdd-fast env``."""
 
 from __future__ import annotations
 
@@ -45,10 +45,12 @@ def command(as_json: bool) -> None:
 
 
 def _record() -> Any:
+    """Return the record that the build wrote."""
     return json.loads((resources.files("pdd_fast") / "_build.json").read_text(encoding="utf-8"))
 
 
 def _built(advice: list[str]) -> dict[str, str]:
+    """Return the details of the build; add to ``advice`` what to fix, as the functions below do."""
     try:
         record = _record()
         cpu, cuda = record["cpu"], record["cuda"]
@@ -75,13 +77,15 @@ def _built(advice: list[str]) -> dict[str, str]:
 
 
 def _fails(error: Exception) -> str:
-    """What an import that fails says; releases that do not fit each other fail in all kinds of
-    ways.
+    """Return the first line of a failed import's error.
+
+    Incompatible releases raise errors of many types, not ImportError alone.
     """
     return f"fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def _torch(facts: dict[str, dict[str, str]], advice: list[str]) -> Any:
+    """Add the details of torch and of the GPUs to ``facts``; return torch, or None."""
     try:
         import torch
     except Exception as error:
@@ -101,6 +105,7 @@ def _torch(facts: dict[str, dict[str, str]], advice: list[str]) -> Any:
 
 
 def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) -> None:
+    """Add to ``facts`` whether the compiled kernels load and what they can do."""
     from pdd_fast.ops import _native
 
     for device in ("cpu", "cuda"):
@@ -126,8 +131,10 @@ def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) ->
 
 
 def _architectures(torch: Any, advice: list[str]) -> None:
-    """Whether the kernels run on every GPU: machine code of the same major version, or PTX of an
-    older one.
+    """Advise a rebuild for every GPU that the CUDA kernels do not run on.
+
+    A GPU runs machine code of its own major version, and PTX, if they are not newer than the GPU.
+    The build makes PTX for its newest architecture.
     """
     try:
         built = _record()["cuda"]["archs"]
@@ -145,6 +152,7 @@ def _architectures(torch: Any, advice: list[str]) -> None:
 
 
 def _torchvision(facts: dict[str, dict[str, str]], advice: list[str]) -> None:
+    """Add the version of torchvision to ``facts``."""
     try:
         import torchvision
 

@@ -1,4 +1,4 @@
-"""pdd-fast evaluate"""
+"""The command ``pdd-fast evaluate``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pdd-fast experts"""
+"""The command ``pdd-fast experts``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def command(resume: bool, **options: Any) -> None:
 
         make_experts(run, progress.reporter())
         found = stored_experts(run)
-    # MTT's files do not say.
+    # Files in MTT's format do not hold it.
     reached = [
         t.metadata["selection_accuracy"] for t in found if "selection_accuracy" in t.metadata
     ]

@@ -1,4 +1,4 @@
-"""pdd-fast export"""
+"""The command ``pdd-fast export``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entry point: finds commands, and turns every error into one sentence and an exit status."""
+"""Entry point: find the command, and turn every error into one sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import click
 from pdd_fast._version import __version__, commit
 from pdd_fast.runtime.errors import PddFastError
 
-COMMANDS = {  # name -> what --help says; a command's module is imported when the command is run
+COMMANDS = {  # name -> help text; a command's module is imported when the command runs
     "distill": "Distill a dataset in stages, judge it, draw it.",
     "experts": "Train and store expert trajectories.",
     "evaluate": "Train fresh networks on a run's unions and report their test accuracy.",
@@ -33,19 +33,19 @@ COMMANDS = {  # name -> what --help says; a command's module is imported when th
     "env": "What was built, what was found, what to do about it.",
 }
 _SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-)  # CUDA's words, and those of torch's CPU allocator
+# Messages of CUDA and of torch's CPU allocator.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class LazyGroup(click.Group):
-    """Imports a command's module only when it is needed, so that --help answers at once."""
+    """Group that imports a command's module only when it is needed, so that --help is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, in the order of --help."""
         return list(COMMANDS)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments; without any, print the help on stderr and exit with 2."""
         if not args:
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
@@ -54,6 +54,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that ``args`` name; suggest a similar name if there is none."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             close = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
@@ -62,19 +63,22 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import and return the command ``name``; None if there is none."""
         if name not in COMMANDS:
             return None
         return import_module(f"pdd_fast.cli.{name}").command
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an interrupt becomes click.Abort with the interrupt as its cause."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            # click would write to stderr, which may be a terminal that is gone, and lose the
-            # interrupt to an OSError.
+            # Click would write to stderr. If its terminal is gone, an OSError would replace the
+            # interrupt.
             raise click.Abort from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from ``COMMANDS``, without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -88,11 +92,11 @@ def group() -> None:
 
 
 class _Signaled(KeyboardInterrupt):
-    """A signal that asks the process to end, on the same way out as Ctrl-C."""
+    """Signal that asks the process to end, handled like Ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.exit_status = 128 + number  # as shells have it
+        self.exit_status = 128 + number  # as in shells
 
 
 def _raise(number: int, frame: Any) -> None:
@@ -101,11 +105,10 @@ def _raise(number: int, frame: Any) -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP where the terminal goes away, end the block as Ctrl-C does.
+    """Let SIGTERM, and SIGHUP of a closed terminal, end the block as Ctrl-C does.
 
-    A signal that the caller ignores stays ignored (nohup), and one that is not Python's stays with
-    its handler. Only the main thread may set handlers; in another one the process keeps what it
-    has.
+    A signal that the caller ignores stays ignored (nohup), and one whose handler is not Python's
+    keeps its handler. Only the main thread may set handlers; in other threads nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -124,10 +127,10 @@ def _signals() -> Iterator[None]:
 
 @contextmanager
 def _warnings() -> Iterator[None]:
-    """Show our own warnings as sentences, without a line of source.
+    """Show the package's own warnings as sentences, without a line of source.
 
-    Of threads that overlap, the last to leave would restore what the first had put in place: the
-        main one alone does.
+    Only the main thread replaces warnings.showwarning. If threads did so at the same time, the last
+    one to leave would restore the replacement of another.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -148,15 +151,20 @@ def _warnings() -> Iterator[None]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 the work failed, 2 the call was wrong, 128 + n ended
-    by signal n.
+    """Run the command line and exit.
+
+    The exit status is 0 on success, 1 if the work failed, 2 if the call was wrong, and 128 + n if
+    signal n ended the process.
+
+    Args:
+        arguments: The arguments; None: those of the process.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the caller has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            # A table's ± must not end a run of hours where the terminal's encoding lacks it.
+            # An encoding without ± must not end a run of hours when it prints its table.
             stream.reconfigure(errors="replace")
     sys.exit(run(arguments))
 
@@ -164,16 +172,17 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Do what :func:`main` does without leaving the process; return the exit status.
 
-    Any thread may call it. Signal handlers are as before once it returns.
+    Any thread may call it. It restores the signal handlers before it returns.
     """
     try:
         with _signals(), _warnings():
             return _run(arguments)
-    except _Signaled as error:  # between the last line of the work and the return
+    except _Signaled as error:  # after the work has ended, before the return
         return error.exit_status
 
 
 def _run(arguments: list[str] | None) -> int:
+    """Run the command line; print every error as one sentence and return the exit status."""
     try:
         return group.main(arguments, prog_name="pdd-fast", standalone_mode=False) or 0
     except click.exceptions.Exit as error:
@@ -202,10 +211,10 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _wrong_call(error: click.ClickException) -> str:
-    """click's message of up to three sentences and a usage, as one."""
+    """Return Click's message, which has up to three sentences and a usage, as one sentence."""
     sentence = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
-    if isinstance(error, click.NoSuchOption):  # whose message differs from release to release
+    if isinstance(error, click.NoSuchOption):  # its message differs between releases
         close = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
         sentence = f"no such option {error.option_name}{close}"
     sentence = sentence[:1].lower() + sentence[1:]
@@ -217,24 +226,26 @@ def _wrong_call(error: click.ClickException) -> str:
 
 
 def _hint(error: BaseException) -> str:
-    """How to go on, where a command has said so (:func:`pdd_fast.cli.distill.begun`)."""
+    """Return how to continue, if :func:`pdd_fast.cli.distill.begun` noted it on the error."""
     command = getattr(error, "continue_with", None)
     return f"; continue with: {command}" if command else ""
 
 
 def _line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say(sentence: str, status: int = 1) -> int:
-    with suppress(
-        OSError, ValueError
-    ):  # the terminal is gone, or the stream is closed: the status still counts
+    """Print a sentence on stderr and return ``status``."""
+    # If the terminal is gone or the stream is closed, the status still counts.
+    with suppress(OSError, ValueError):
         click.echo(f"pdd-fast: {sentence}", err=True)
     return status
 
 
 def _internal(error: Exception) -> int:
+    """Report an unexpected error, with its traceback in a file; return the exit status."""
     if os.environ.get("PDD_FAST_TRACEBACK") == "1":
         traceback.print_exception(error)
         return 1

@@ -1,4 +1,4 @@
-"""Flags that several commands share, and how they become settings."""
+"""Flags that several commands share, and their conversion to settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from pdd_fast.settings import Settings, absolute, choices, default, resolve
 
 
 class PathOption(click.Path):
-    """A path in which a leading ~ stands for the home directory: shells expand it in a word of its
-    own alone, not in --run-dir=~/runs.
+    """Path whose leading ~ stands for the home directory.
+
+    Shells expand it only at the start of a word, not in --run-dir=~/runs.
+
+    Args:
+        file_okay: Whether the path may be a file.
     """
 
     def __init__(self, file_okay: bool = True) -> None:
         super().__init__(file_okay=file_okay, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the value as an expanded Path."""
         return super().convert(expanded(value), param, ctx)
 
 
@@ -43,9 +48,9 @@ _FLAGS = (
     "data_dir",
     "selection_split",
 )
-# What a continued run may be given anew, because its results do not depend on it, or (device,
-# side_by_side, memory) in rounding alone: a run that stopped for want of memory must be able to go
-# on.
+# Settings that a continued run may change. Results do not depend on them, or differ by rounding
+# only (device, side_by_side, memory, memory_limit): a run that ran out of memory must be able to
+# continue.
 _FREE = (
     "device",
     "data_dir",
@@ -58,35 +63,39 @@ _FREE = (
 
 
 def is_free(key: str, value: Any) -> bool:
-    """Whether a continued run may be given this: also another folder of its data, which are
-    compared when they are read.
+    """Return whether a continued run may set ``key`` to ``value``.
+
+    Besides the free settings this may be another folder of the dataset. The data are compared when
+    they are read.
     """
     return key in _FREE or (key == "dataset" and str(value).startswith(FOLDER))
 
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the flags that describe a run."""
+    """Add the flags that describe a run."""
     run_dir = click.option("--run-dir", type=PATH, default=None, help="[default: runs/DATA-ipc...]")
     return _described(_json(run_dir(command)), _FLAGS)
 
 
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the flags that describe a run, but for its folder."""
+    """Add the flags that describe a run, except its folder."""
     return _described(command, _FLAGS)
 
 
 def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the flags that describe what all runs of an ablation have in common."""
+    """Add the flags that all runs of an ablation share."""
     own = [flag for flag in _FLAGS if flag not in ("stages", "stage_ipc", "seed")]
     return _described(_json(command), own)
 
 
 def _json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the flag --json."""
     text = "One JSON object on stdout, for machines."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
 def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable[..., Any]:
+    """Add a flag for each of ``settings``, and --recipe and --set."""
     decorators = [
         click.option(
             f"--{setting.replace('_', '-')}",
@@ -120,12 +129,13 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
 
 
 def _kind(setting: str) -> Any:
-    """Return the type of a flag, as click has it."""
+    """Return the Click type of a setting's flag."""
     names = choices(setting)
     return click.Choice(names) if names else Settings.model_fields[setting].annotation
 
 
 def _help(setting: str) -> str:
+    """Return the help text of a setting's flag, with its default."""
     value, text = default(setting), Settings.model_fields[setting].description or ""
     if setting == "method":
         text = "Method that learns the images of a stage."
@@ -133,7 +143,7 @@ def _help(setting: str) -> str:
 
 
 def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) -> str | None:
-    """Names the recipes and ends, where that was asked for."""
+    """Print the recipes and exit if ``name`` is "list"; otherwise return ``name``."""
     if name == "list":
         names = recipes.names()
         width = max(map(len, names))
@@ -144,7 +154,14 @@ def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) 
 
 
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were asked for on the command line, --set among them."""
+    """Return the settings given on the command line, including those of --set.
+
+    Args:
+        options: Values of the flags.
+
+    Raises:
+        UsageError: --set is malformed, or a setting is given twice.
+    """
     settings = {setting: options[setting] for setting in _FLAGS if options.get(setting) is not None}
     for assignment in options.get("assignments", ()):
         key, equals, value = (part.strip() for part in assignment.partition("="))
@@ -156,16 +173,19 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def configuration(options: dict[str, Any]) -> Settings:
-    """Defaults, recipe and flags."""
+    """Return the settings from defaults, recipe and flags; later ones override earlier ones."""
     return resolve(options.get("recipe"), **given_settings(options))
 
 
 def continued(stored: Settings, options: dict[str, Any]) -> Settings:
-    """The settings of a run that is continued: its own, but for where to compute and where the
-    data lie.
+    """Return the settings of a continued run: its own, with changes of free settings.
+
+    Args:
+        stored: The run's settings.
+        options: Values of the flags.
 
     Raises:
-        UsageError: a flag asks for another result than the run's.
+        UsageError: A flag would change the run's results.
     """
     if options.get("recipe") is not None:
         raise UsageError("--recipe must not be given with --resume: the run keeps its own settings")

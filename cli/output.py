@@ -1,4 +1,4 @@
-"""The one place that writes: progress and remarks to stderr, results to stdout."""
+"""Output of commands: results go to stdout, progress and messages to stderr."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from pdd_fast.cli.progress import _is_terminal
 if TYPE_CHECKING:
     from pdd_fast.storage.evaluation import Evaluation, Result
 
-_PLAIN_WIDTH = (
-    100  # columns of a table that does not go to a terminal, unless COLUMNS says otherwise
-)
-_LEAST_TABLE_WIDTH = 60  # columns; in fewer a table becomes rows
+_PLAIN_WIDTH = 100  # columns of a table outside a terminal, unless COLUMNS is set
+_LEAST_TABLE_WIDTH = 60  # columns; a narrower terminal shows lines instead of a table
 
 
 def print_json(content: Any) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     print(json.dumps(content), flush=True)
 
 
 def _console(plain_width: int = _PLAIN_WIDTH) -> Console:
-    """For results: a terminal, or text that is ``plain_width`` columns wide where COLUMNS does not
-    say otherwise.
+    """Return the console for results.
+
+    Outside a terminal it is COLUMNS wide, or ``plain_width`` if that is not set.
     """
     if _is_terminal(sys.stdout):
         return Console(force_jupyter=False)
@@ -42,17 +41,19 @@ def _console(plain_width: int = _PLAIN_WIDTH) -> Console:
 
 
 def _print_line(text: str, indent: str = "") -> None:
-    """A line; on a terminal as many as it takes, broken between words."""
+    """Print a line; a terminal that is too narrow gets several, broken between words."""
     width = _console(plain_width=10**6).width
     for line in textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent + "  "):
         print(line)
 
 
 def _print_table(columns: list[str], rows: list[list[str]], left: int) -> None:
-    """A table; where it would not fit, or in a narrow terminal, a few lines for each row.
+    """Print a table, or a few lines per row if the table does not fit.
 
     Args:
-        left: columns that name a row and head its lines; a single one is aligned as text.
+        columns: Names of the columns.
+        rows: Cells of each row.
+        left: Number of columns that name a row and head its lines. A single one is aligned as text.
     """
     table = Table()
     for k, name in enumerate(columns):
@@ -86,13 +87,14 @@ def print_evaluation(evaluation: Evaluation) -> None:
 
 
 def _print_results(evaluation: Evaluation, results: list[Result], kind: str) -> None:
+    """Print the table of one group of results, whose title ends with ``kind``."""
     from pdd_fast.evaluation.comparisons import ALONE
 
     protocol = evaluation.protocol
     repeats = len(results[0].seeds)
     networks = "1 fresh network" if repeats == 1 else f"{repeats} fresh networks"
     _print_line(f"Test accuracy on {protocol.data}, percent, mean ± std over {networks}{kind}")
-    # Stages run downwards: there may be any number of them, and the table must fit 80 columns.
+    # Stages are rows, because their number is not limited and the table must fit 80 columns.
     table = []
     rows = zip(protocol.images_per_class, evaluation.steps, strict=True)
     for stage, (images, steps) in enumerate(rows):
@@ -108,7 +110,7 @@ def _print_results(evaluation: Evaluation, results: list[Result], kind: str) -> 
 
 
 def print_ablation(content: dict[str, Any]) -> None:
-    """A row for each variant."""
+    """Print a table of an ablation with a row for each variant."""
     seeds = len(content["seeds"])
     of = "1 seed" if seeds == 1 else f"mean and 95 % interval over {seeds} seeds"
     _print_line(f"Test accuracy on {content['data']} after {content['steps']} steps, percent, {of}")
@@ -123,13 +125,13 @@ def print_ablation(content: dict[str, Any]) -> None:
 
 
 def print_files(paths: list[Path]) -> None:
-    """The files that a command made, one a line."""
+    """Print the files that a command wrote, one per line."""
     for path in paths:
         print(path)
 
 
 def print_facts(facts: dict[str, dict[str, str]]) -> None:
-    """Sections of name and value."""
+    """Print sections of names and values."""
     for section, entries in facts.items():
         print(section)
         width = max(map(len, entries), default=0)

@@ -28,32 +28,38 @@ if TYPE_CHECKING:
     pass
 
 
-_LEAST_VALUES_WIDTH = 12  # columns of a bar's line that are left for values, or none are shown
+_LEAST_VALUES_WIDTH = 12  # columns; values are hidden if a bar's line has fewer left
 
 
-_SPEED_SECONDS = 600.0  # a bar's speed is that of so long; an iteration may take minutes
+_SPEED_SECONDS = 600.0  # window of a bar's speed; an iteration may take minutes
 
 
-_PLAIN_SECONDS = 10.0  # between two lines of one task where there is no terminal
+_PLAIN_SECONDS = 10.0  # between two lines of one task outside a terminal
 
 
-_NOTEBOOK_SECONDS = 1.0  # between two states of a notebook's line; each is a message to the browser
+_NOTEBOOK_SECONDS = 1.0  # between two updates of a notebook's line; each is a browser message
 
 
 def reporter() -> Reporter:
-    """Bars on a terminal, one line that changes in a notebook, a line now and then elsewhere."""
+    """Return the reporter for stderr.
+
+    It shows bars on a terminal, one line per task in a notebook, and occasional lines elsewhere.
+    """
     if _is_notebook(sys.stderr):
         return NotebookReporter()
     return BarReporter() if _is_terminal(sys.stderr) else LineReporter()
 
 
 def _is_notebook(stream: Any) -> bool:
-    """Whether a stream is shown below a notebook's cell, by ipykernel (Jupyter, VS Code, Colab)."""
+    """Return whether ipykernel (Jupyter, VS Code, Colab) shows the stream below a cell."""
     return any(kind.__module__.partition(".")[0] == "ipykernel" for kind in type(stream).__mro__)
 
 
 def _is_terminal(stream: Any) -> bool:
-    """Streams that others put in place may lack isatty, be closed, or be None."""
+    """Return whether the stream is a terminal.
+
+    Streams that other code installed may lack isatty, be closed, or be None.
+    """
     try:
         return not _is_notebook(stream) and bool(stream.isatty())
     except (AttributeError, ValueError):
@@ -61,29 +67,34 @@ def _is_terminal(stream: Any) -> bool:
 
 
 class _Progress:
-    """stderr, whose failure is not the run's: the terminal may be gone, the pipe's reader too."""
+    """Stream to stderr that ignores errors: a closed terminal or pipe must not end a run."""
 
     def __init__(self) -> None:
         self._stream: Any = sys.stderr
         self.encoding = getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
+        """Write ``text`` if possible."""
         with suppress(OSError, ValueError, AttributeError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream if possible."""
         with suppress(OSError, ValueError, AttributeError):
             self._stream.flush()
 
     def isatty(self) -> bool:
+        """Return whether the stream is a terminal."""
         return _is_terminal(self._stream)
 
     def fileno(self) -> int:
+        """Return the stream's file descriptor."""
         return int(self._stream.fileno())
 
 
 def _values(values: dict[str, Any]) -> str:
+    """Return reported values as one line of text."""
     return "  ".join(
         f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in values.items()
@@ -91,6 +102,7 @@ def _values(values: dict[str, Any]) -> str:
 
 
 def _duration(seconds: float) -> str:
+    """Return a duration in hours and minutes, minutes and seconds, or seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -99,27 +111,28 @@ def _duration(seconds: float) -> str:
 
 
 class _SecondsColumn(TextColumn):
-    """Seconds per unit of work."""
+    """Column of the seconds per unit of work."""
 
     def __init__(self) -> None:
         super().__init__("")
 
     def render(self, task: RichTask) -> Text:
+        """Return the column's text for ``task``."""
         if not task.speed:
             return Text("")
         return Text(f"{1 / task.speed:.3g} s/{task.fields['unit']}", style="dim")
 
 
 class _FittingProgress(Progress):
-    """Bars of one line each: in a narrow terminal the less important columns are left out, and
-    values are cut.
+    """Progress bars of one line each.
+
+    A narrow terminal hides the less important columns and truncates values.
     """
 
     def __init__(self, console: Console) -> None:
-        self._terminal = console  # rich asks for the columns before it has set its own
-        self._widths = [
-            Column(no_wrap=True, overflow="ellipsis") for _ in range(2)
-        ]  # of the name and the values
+        self._terminal = console  # rich reads the columns before it sets its own console
+        # Columns of the name and of the values.
+        self._widths = [Column(no_wrap=True, overflow="ellipsis") for _ in range(2)]
         name, values = (
             TextColumn(text, markup=False, table_column=column)
             for text, column in zip(
@@ -137,20 +150,21 @@ class _FittingProgress(Progress):
         super().__init__(*self._all, console=console, speed_estimate_period=_SPEED_SECONDS)
 
     def make_tasks_table(self, tasks: Iterable[RichTask]) -> Table:
+        """Return the table of ``tasks`` with the columns that fit."""
         tasks = list(tasks)
         self.columns = self._fitting(tasks)
         return super().make_tasks_table(tasks)
 
     def _fitting(self, tasks: list[RichTask]) -> tuple[ProgressColumn, ...]:
-        """The columns that there is room for."""
+        """Return the columns that fit the terminal."""
         name, bar, count, speed, left, values = self._all
         room = self._terminal.width
         chosen: list[ProgressColumn] = []
-        for each in (count, name, left, speed, bar):  # the most important first
+        for each in (count, name, left, speed, bar):  # most important first
             width = (
                 24 if each is bar else max((cell_len(str(each(task))) for task in tasks), default=0)
             )
-            if each is name:  # a name may be cut; a number would become another one
+            if each is name:  # a name may be truncated; a truncated number would be wrong
                 self._widths[0].max_width = width = max(1, min(width, room - 1))
             if width < room:
                 chosen.append(each)
@@ -162,14 +176,15 @@ class _FittingProgress(Progress):
 
 
 class BarReporter(Reporter):
-    """Progress bars by rich."""
+    """Reporter that shows progress bars."""
 
     def __init__(self) -> None:
-        # Not rich's own way of showing things in a notebook, which needs ipywidgets.
+        # rich's own notebook output needs ipywidgets.
         self._console = Console(file=cast(TextIO, _Progress()), force_jupyter=False)
 
     @contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        """Yield a task that is shown as a bar."""
         with _FittingProgress(self._console) as progress:
             number = progress.add_task(name, total=total, completed=done, unit=unit, shown="")
             shown: dict[str, Any] = {}
@@ -182,16 +197,18 @@ class BarReporter(Reporter):
             yield Bar()
 
     def message(self, text: str) -> None:
+        """Print a message above the bars."""
         self._console.print(text, highlight=False, markup=False)
 
 
 class LineReporter(Reporter):
-    """Plain lines, without control characters, for files and pipes."""
+    """Reporter that prints plain lines without control characters, for files and pipes."""
 
     _seconds = _PLAIN_SECONDS
 
     @contextmanager
     def task(self, name: str, total: int, unit: str, done: int = 0) -> Iterator[Task]:
+        """Yield a task whose progress is printed every few seconds and at its end."""
         began, seconds_apart = time.monotonic(), self._seconds
         last = began
         state: dict[str, Any] = {"done": done}
@@ -226,28 +243,30 @@ class LineReporter(Reporter):
             self._end()
 
     def _line(self, text: str) -> None:
-        """How far a task is."""
+        """Show the progress of a task."""
         self.message(text)
 
     def _end(self) -> None:
-        """A task has ended, well or not."""
+        """Handle the end of a task, successful or not."""
 
     def message(self, text: str) -> None:
+        """Print a message."""
         print(text, file=_Progress(), flush=True)
 
 
 class NotebookReporter(LineReporter):
-    """A line for each task that is written over as it goes on: a run of hours leaves a dozen lines
-    below its cell.
+    """Reporter that overwrites one line per task.
+
+    A run of hours therefore leaves a dozen lines below its cell.
     """
 
     _seconds = _NOTEBOOK_SECONDS
 
     def __init__(self) -> None:
-        self._width = 0  # of what the open line shows
+        self._width = 0  # characters on the open line
 
     def _line(self, text: str) -> None:
-        # A shorter text leaves the end of a longer one standing.
+        # A shorter text would leave the end of a longer one visible.
         print("\r" + text.ljust(self._width), end="", file=_Progress(), flush=True)
         self._width = len(text)
 
@@ -257,5 +276,6 @@ class NotebookReporter(LineReporter):
         self._width = 0
 
     def message(self, text: str) -> None:
+        """Print a message on a new line."""
         self._end()
         super().message(text)

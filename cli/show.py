@@ -1,4 +1,4 @@
-"""pdd-fast show"""
+"""The command ``pdd-fast show``."""
 
 from __future__ import annotations
 
@@ -49,16 +49,14 @@ def command(run_dir: Path, as_json: bool) -> None:
 
 
 def draw_plots(run: Any) -> list[Path]:
-    """Write the pictures that there is something to draw for; return the paths of those that did
-    not fail.
-    """
+    """Write the plots that the run has data for; return the paths of those that succeeded."""
     from pdd_fast.evaluation.figures import attempt
 
     return [path for file, picture in _pictures(run).items() for path in attempt(file, picture)]
 
 
 def _pictures(run: Any) -> dict[Path, Callable[[Path], object]]:
-    """Return the pictures that the run has data for, each with the function that draws it."""
+    """Return the plots that the run has data for, each path with the function that draws it."""
     from pdd_fast.evaluation.plots import accuracy_plot, image_grid
     from pdd_fast.storage.distilled import load_distilled
 
