@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -23,10 +23,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pdd_fast.runtime.progress import Reporter, Task
-
-if TYPE_CHECKING:
-    pass
-
 
 _LEAST_VALUES_WIDTH = 12  # columns; values are hidden if a bar's line has fewer left
 
