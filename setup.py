@@ -242,7 +242,7 @@ def decide() -> Plan:
     if not supports(cxx, "-std=c++17"):
         sys.exit(
             f"pdd-fast: a C++17 compiler is needed to build, but {cxx} does not compile; set CXX "
-            f"to another"
+            "to another"
         )
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     # All levels or the baseline alone, as the binding requires: gcc supports x86-64-v3 from release
@@ -284,7 +284,7 @@ def decide() -> Plan:
         unknown = [arch for arch in archs if arch.rstrip("af") not in known]
         if unknown:
             sys.exit(
-                f"pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows "
+                "pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows "
                 f"({', '.join(known)}), got "
                 f"{', '.join(unknown)}"
             )

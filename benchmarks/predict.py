@@ -185,7 +185,7 @@ def rows(n: int, steps: int) -> list[str]:
         seconds = work.seconds(precision, graph)
         lines.append(
             f"| {n} × {steps} | {name} | {work.launches * steps} | {work.bytes * steps / 1e9:.1f} "
-            f"| "
+            "| "
             f"{work.operations * steps / 1e12:.2f} | {seconds * steps * 1e3:.0f} | "
             f"{seconds / base:.1f} |"
         )

@@ -66,9 +66,9 @@ def _built(advice: list[str]) -> dict[str, str]:
         if record.get("nvcc_error"):
             advice.append(
                 f"nvcc was found but does not compile ({record['nvcc_error']}): install a gcc "
-                f"that it supports and set "
+                "that it supports and set "
                 f"NVCC_CCBIN to it, then {_REBUILD}; if no CUDA kernels are wanted, install with "
-                f"PDD_FAST_CUDA=0 set"
+                "PDD_FAST_CUDA=0 set"
             )
     except (OSError, ValueError, KeyError, TypeError):
         advice.append(f"the record of the build is missing: {_REBUILD}")
@@ -118,14 +118,14 @@ def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) ->
         facts[f"{device.upper()} kernels"] = {"library": str(_native.load_error(device))}
         if device == "cpu":
             advice.append(
-                f"the CPU kernels are missing and the slower reference runs in their place: "
+                "the CPU kernels are missing and the slower reference runs in their place: "
                 f"{_REBUILD}"
             )
         elif torch.cuda.is_available() and not any(
             sentence.startswith("nvcc was found") for sentence in advice
         ):
             advice.append(
-                f"a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then "
+                "a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then "
                 f"{_REBUILD}"
             )
 

@@ -264,7 +264,7 @@ class Settings(SettingsModel):
         if self.stages > self.ipc:
             raise UsageError(
                 f"stages must be at most ipc ({self.ipc}), got {self.stages}: a stage adds an "
-                f"image a class"
+                "image a class"
             )
         return self
 
@@ -342,7 +342,7 @@ def method_settings(name: str) -> type[MethodSettings]:
     if both := sorted(set(found.model_fields) & set(Settings.model_fields)):
         raise ValueError(
             f"{found.__name__} must have settings of its own, got {' and '.join(both)}, which the "
-            f"run has; give another default in run_defaults"
+            "run has; give another default in run_defaults"
         )
     return found
 
@@ -372,7 +372,7 @@ def resolve(recipe: str | None = None, **settings: Any) -> Settings:
     if "method" in settings and method != of_recipe["method"]:
         raise UsageError(
             f"method must be {of_recipe['method']} as in the recipe {recipe}, got {method}; "
-            f"--recipe list shows others"
+            "--recipe list shows others"
         )
     merged = {**method_settings(of_recipe["method"]).run_defaults, **of_recipe, **settings}
     # The split determines the number of stages and images, unless they are explicit.
@@ -444,7 +444,7 @@ def _split(text: str) -> tuple[int, ...]:
     found = listed(text, whole_number)
     if not found or min(found) < 1:
         raise UsageError(
-            f"stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got "
+            "stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got "
             f"{text!r}"
         )
     return found

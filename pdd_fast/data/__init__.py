@@ -110,7 +110,7 @@ def _constants(name: str, pixels: Pixels) -> Normalization:
     if found is None:
         raise UsageError(
             f"normalization must be fitted for {name}, which has no published constants, got "
-            f"published"
+            "published"
         )
     return found
 
@@ -148,7 +148,7 @@ def _whitened(
     if kept.epsilon != epsilon:
         raise UsageError(
             f"whitening_epsilon must be {kept.epsilon:g} as in {file}, got {epsilon:g}; choose "
-            f"another --run-dir"
+            "another --run-dir"
         )
     # An earlier version wrote the file, and its runs continue as they began.
     if "normalization" not in metadata:

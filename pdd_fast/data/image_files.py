@@ -118,7 +118,7 @@ def _open(path: Path) -> _Decoded:
     if upright.mode[0] in "IF":
         raise UsageError(
             f"{path} must have 8 or 16 bits per channel, got Pillow's mode {upright.mode!r}; "
-            f"convert the images first"
+            "convert the images first"
         )
     return _Decoded(upright, several, highest)
 
@@ -214,7 +214,7 @@ class _Decoder:
             (width, height), (w, h) = self.size, found.image.size
             raise UsageError(
                 f"{path} must be {width}x{height} pixels like the first image, got {w}x{h}; "
-                f"resize the images first"
+                "resize the images first"
             )
         if found.several:
             self.several[i] = True

@@ -176,7 +176,7 @@ def _images(folder: Path, files: Iterator[Path], texts: list[Path]) -> list[Path
         found = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(counts.items()))
         raise UsageError(
             f"{folder} must hold images that Pillow can read, got {found}, e.g. {odd[0].name}; "
-            f"convert these files, for example to PNG, or move them away"
+            "convert these files, for example to PNG, or move them away"
         )
     return images
 
@@ -291,7 +291,7 @@ def _annotated_part(folder: Path, annotations: Path, classes: tuple[str, ...]) -
     if unnamed and all(path.exists() for path in part.files):
         raise UsageError(
             f"{annotations} must name every image, got none for {unnamed[0]} ({len(unnamed)} in "
-            f"all)"
+            "all)"
         )
     return part
 

@@ -132,7 +132,7 @@ def _curves(axes: Any, evaluation: Evaluation, results: list[Result], kind: str)
     axes.set_xticks(images[::-1][:: -(-len(images) // MOST_TICKS)])
     axes.set_title(
         f"{kind}{data}: {repeats} fresh networks, the same {sum(evaluation.steps)} SGD steps "
-        f"for all",
+        "for all",
         fontsize=10,
         parse_math=False,
     )

@@ -58,7 +58,7 @@ class _Barrier(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{ctx.operator}: second derivatives must not be asked for, got a gradient through "
-            f"its gradient; where one "
+            "its gradient; where one "
             "is needed, differentiate plain torch operators with create_graph=True, within "
             "pdd_fast.networks.kernels.plain_torch()"
         )

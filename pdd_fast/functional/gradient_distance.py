@@ -75,7 +75,7 @@ class GradientDistance:
             bool(self._parts),
             "parameters",
             f"be such that the network has some (of {least} dimensions or more) that require "
-            f"gradients",
+            "gradients",
             repr(parameters),
         )
 

@@ -166,7 +166,7 @@ def kept_steps(
         if memory == "cache":
             raise ValueError(
                 f"{operator}: memory_limit must be None where memory is 'cache', got {limit}; use "
-                f"'auto'"
+                "'auto'"
             )
     if memory != "auto":
         return len(shapes) if memory == "cache" else 0

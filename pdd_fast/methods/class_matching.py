@@ -139,7 +139,7 @@ class ClassMatching(BaseMethod):
         if not math.isfinite(loss) or not bool(pixels.isfinite().all()):
             raise RunError(
                 f"stage {self.problem.stage}, iteration {number}: the matching loss is {loss:g} "
-                f"and the images are no "
+                "and the images are no "
                 f"longer finite; start again with a smaller lr_img (now {self.lr_img:g})"
             )
         # Contiguous, as tensors read from a checkpoint are: another memory layout would change the

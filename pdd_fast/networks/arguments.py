@@ -30,7 +30,7 @@ def require_plain_call(operator: str, tensors: Iterable[Any]) -> None:
     ):
         raise RuntimeError(
             f"{operator}: must be called outside of torch.func's transforms and of forward mode, "
-            f"got a call inside; differentiate with torch.autograd.grad or backward()"
+            "got a call inside; differentiate with torch.autograd.grad or backward()"
         )
 
 
@@ -106,7 +106,7 @@ def as_labels(operator: str, labels: Any, dtype: torch.dtype, name: str = "label
         raise ValueError(
             f"{operator}: {name} must be class indices [n], or weights [n, classes] of 2 classes "
             f"or more, got {shape}; pass {name}.squeeze(1).long() if the column holds class "
-            f"indices"
+            "indices"
         )
     if labels.dim() == 1 and labels.is_floating_point():
         whole = labels.detach()

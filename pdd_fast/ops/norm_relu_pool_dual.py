@@ -118,9 +118,8 @@ def norm_relu_pool_dual_reference(
 
 
 _norm_relu_pool_dual = operator(
-    "norm_relu_pool_dual(Tensor z, Tensor z_tangent, Tensor weight, Tensor weight_tangent, Tensor "
-    "bias,"
-    " Tensor bias_tangent, float eps, bool tangent_only) -> (Tensor, Tensor)",
+    "norm_relu_pool_dual(Tensor z, Tensor z_tangent, Tensor weight, Tensor weight_tangent, "
+    "Tensor bias, Tensor bias_tangent, float eps, bool tangent_only) -> (Tensor, Tensor)",
     check=_check_dual,
     allocate=_allocate_dual,
     kernel=_kernel_dual,
@@ -206,8 +205,17 @@ def _kernel_dual_backward(
     images = tuple(_dense(t) for t in (grad_out, grad_out_tangent, z, z_tangent))
     vectors = tuple(t.contiguous() for t in (weight, weight_tangent, bias))
     statistics = statistics.contiguous()
-    B, C, H, W = z.shape
-    grad_z, parts = _empty(z, B if tangent_only else 2 * B, H, W), _new(z, 2, B, C)
+    grad_z, parts = _allocate_dual_backward(
+        grad_out,
+        grad_out_tangent,
+        z,
+        z_tangent,
+        statistics,
+        weight,
+        weight_tangent,
+        bias,
+        tangent_only,
+    )
     _native.call(
         "norm_relu_pool_dual_backward",
         z,
@@ -215,7 +223,7 @@ def _kernel_dual_backward(
         *images,
         *statistics,
         *vectors,
-        None if tangent_only else grad_z[B:],
+        None if tangent_only else grad_z[len(z) :],
         grad_z,
         parts[0],
         parts[1],
@@ -256,10 +264,9 @@ def norm_relu_pool_dual_backward_reference(
 
 
 _norm_relu_pool_dual_backward = operator(
-    "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, Tensor "
-    "z_tangent,"
-    " Tensor statistics, Tensor weight, Tensor weight_tangent, Tensor bias, bool tangent_only)"
-    " -> (Tensor, Tensor)",
+    "norm_relu_pool_dual_backward(Tensor grad_out, Tensor grad_out_tangent, Tensor z, "
+    "Tensor z_tangent, Tensor statistics, Tensor weight, Tensor weight_tangent, "
+    "Tensor bias, bool tangent_only) -> (Tensor, Tensor)",
     check=_check_dual_backward,
     allocate=_allocate_dual_backward,
     kernel=_kernel_dual_backward,

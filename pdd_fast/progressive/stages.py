@@ -56,13 +56,13 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         if settings.method.name not in METHODS:
             raise UsageError(
                 f"method must be {' or '.join(METHODS)}, got {settings.method.name!r}; register it "
-                f"first"
+                "first"
             )
         ctx, recorded = RunContext.of_run(run), METHODS[settings.method.name].needs_trajectories
         if settings.filter == "learned" and not recorded:
             raise UsageError(
                 f"filter must be none or forgetting where method is {settings.method.name}, got "
-                f"learned"
+                "learned"
             )
         require_images_per_class(ctx.train, settings.ipc, ctx.data.classes, each=settings.factor**2)
         if recorded or settings.filter == "forgetting" or settings.labels != "hard":

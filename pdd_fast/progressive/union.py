@@ -50,9 +50,9 @@ def load_union(path: Path, ctx: RunContext) -> UnionSet:
     if not stored.is_seen_as(ctx.data):
         raise UsageError(
             f"{path} must hold images with {preprocessing(ctx.data)}, as the run's data are "
-            f"now, got "
+            "now, got "
             f"{preprocessing(stored)}; bring back the run's whitening.safetensors and data, "
-            f"or make the run again"
+            "or make the run again"
         )
     return union_of(stored, ctx)
 

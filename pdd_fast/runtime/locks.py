@@ -52,7 +52,7 @@ def locked(folder: Path) -> Iterator[None]:
             return
     warnings.warn(
         f"the file system of {folder} has no locks ({reason}): {OWNER}-* in it keeps other "
-        f"processes out",
+        "processes out",
         PddFastWarning,
         stacklevel=3,
     )

@@ -91,7 +91,7 @@ class DistilledSet:
         if not hard and not (labels.is_floating_point() and labels.dim() == 2):
             found = f"{labels.dtype} of shape {tuple(labels.shape)}"
             raise ValueError(
-                f"DistilledSet: labels must be int64 [n] or floating-point [n, classes], got "
+                "DistilledSet: labels must be int64 [n] or floating-point [n, classes], got "
                 f"{found}"
             )
         # One-hot rows of integers say no more than the class, so they become class indices.
@@ -240,7 +240,7 @@ def _check_normalized(images: Tensor) -> None:
         kind = "whole numbers from 0 on" if bool((images == images.round()).all()) else ""
     if kind:
         raise ValueError(
-            f"DistilledSet: images must be floating-point and normalized like the training data, "
+            "DistilledSet: images must be floating-point and normalized like the training data, "
             f"got {kind}; divide pixels by 255, then apply the normalization "
             "(Normalization.apply) and the whitening, if there is one"
         )
@@ -270,7 +270,7 @@ def labels_outside(labels: Tensor, classes: int | None) -> str:
     if low < -_SLACK or high > 1 + _SLACK:
         return (
             f"labels must be probabilities in [0, 1], got {low:.4g}..{high:.4g}; if they are "
-            f"logits, give their "
+            "logits, give their "
             'softmax (labels="logits" of read_mtt)'
         )
     return ""

@@ -112,7 +112,7 @@ def read_buffer(path: Path) -> list[BufferTrajectory]:
     ):
         raise UsageError(
             f"{path} is not a replay buffer: it must hold a list of trajectories of lists of "
-            f"tensors (or of state dicts)"
+            "tensors (or of state dicts)"
         )
     found = [
         BufferTrajectory(path, number, trajectory) for number, trajectory in enumerate(content)
@@ -133,7 +133,7 @@ def read_buffer(path: Path) -> list[BufferTrajectory]:
         if trajectory.epochs > 0 and first.data_ptr() == last.data_ptr():
             raise UsageError(
                 f"{path}: checkpoints of a trajectory must differ, got equal ones that share their "
-                f"memory; store copies"
+                "memory; store copies"
             )
     return found
 

@@ -30,7 +30,7 @@ SHAPES = [
 ]
 
 
-# Of the largest pixel. The reference is in float64, so float32 is held to the truth.
+# Tolerances relative to the largest pixel. The reference is computed in float64.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 

@@ -56,7 +56,7 @@ def by_autograd(p: Any, end: Any) -> tuple[Tensor, Tensor]:
 
 
 def textbook(p: Any) -> tuple[Tensor, Tensor]:
-    """What the package's own tests are held to."""
+    """Return the gradients of plain autograd, the reference of the package's own tests."""
     theta = p.start.clone().requires_grad_()
     return by_autograd(
         p, lambda images, rate: unroll(p.net, theta, images, p.labels, rate, p.index, p.draws)

@@ -93,7 +93,7 @@ def test_sets_are_compared_where_they_are_whitened_alike(white: Run, tmp_path: P
     with pytest.raises(
         UsageError,
         match=f"^--against must name a run with {whitened}, got .*plain with {constants} and "
-        f"without",
+        "without",
     ):
         evaluated(white, against=plain.path)
     with pytest.raises(

@@ -244,7 +244,7 @@ def test_with_nvcc_both_libraries_are_built(command: Any, tool: Tools, tmp_path:
 
 def test_the_build_needs_no_torch() -> None:
     program = (
-        f"import setuptools, sys; setuptools.setup = dict; sys.path.insert(0, "
+        "import setuptools, sys; setuptools.setup = dict; sys.path.insert(0, "
         f"{str(ROOT)!r}); import setup"
     )
     found = subprocess.run(

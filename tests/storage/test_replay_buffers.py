@@ -205,7 +205,7 @@ def test_a_checkpoint_that_is_not_finite_is_named(value: float, tmp_path: Path) 
         second.checkpoint(2)
     assert str(caught.value).startswith(
         f"{path}: trajectory 1: checkpoint 2 must be finite, got NaN or infinity: this network "
-        f"diverged in training; "
+        "diverged in training; "
     )
 
 
@@ -407,7 +407,7 @@ def test_experts_that_diverged_are_named_before_any_work(
     if seen:
         named = (
             f"replay_buffer_0.pt: trajectory 0: checkpoint {epoch} must be finite, got "
-            f"NaN or infinity"
+            "NaN or infinity"
         )
         assert named in refusal(content, buffers, **changes)
     else:

@@ -151,7 +151,7 @@ def test_the_first_trajectory_of_another_shape_is_named(
     store(tmp_path, 1)
     store(tmp_path, 2, epochs, parameters)
     message = (
-        f"/trajectory-002.safetensors must have 2 epochs of 3 parameters .* got "
+        "/trajectory-002.safetensors must have 2 epochs of 3 parameters .* got "
         f"{epochs} of {parameters}"
     )
     with pytest.raises(UsageError, match=message):

@@ -87,7 +87,7 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
     def _check(self) -> Self:
         if self.memory == "cache" and self.memory_limit:
             raise UsageError(
-                f"memory_limit must be 0 where memory is cache, which keeps everything, got "
+                "memory_limit must be 0 where memory is cache, which keeps everything, got "
                 f"{self.memory_limit:g}; set memory=auto"
             )
         return self
@@ -103,7 +103,7 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
         self.require(run, factor=(1,))
         if self.trajectory_epochs > run.expert_train_epochs:
             raise UsageError(
-                f"expert_train_epochs must be at least max_start_epoch + expert_epochs "
+                "expert_train_epochs must be at least max_start_epoch + expert_epochs "
                 f"({self.max_start_epoch} + {self.expert_epochs}), got {run.expert_train_epochs}"
             )
 
@@ -353,7 +353,7 @@ class TrajectoryMatching(BaseMethod):
             done, meanwhile = done.rolled_back(), None
             warnings.warn(
                 f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} "
-                f"iterations before, with "
+                "iterations before, with "
                 f"steps of 1/{2**done.halvings}",
                 RollbackWarning,
                 stacklevel=2,
