@@ -285,16 +285,14 @@ def decide() -> Plan:
         if unknown:
             sys.exit(
                 "pdd-fast: PDD_FAST_CUDA_ARCHS must name architectures that this nvcc knows "
-                f"({', '.join(known)}), got "
-                f"{', '.join(unknown)}"
+                f"({', '.join(known)}), got {', '.join(unknown)}"
             )
         plan.nvcc_error = nvcc_problem(nvcc, archs[0])
         if plan.nvcc_error is not None:
             if wanted == "1":
                 sys.exit(
                     f"pdd-fast: PDD_FAST_CUDA=1 but nvcc does not compile: {plan.nvcc_error}; "
-                    f"{PROBE_ADVICE}, or set "
-                    "PDD_FAST_CUDA=0 to build without CUDA"
+                    f"{PROBE_ADVICE}, or set PDD_FAST_CUDA=0 to build without CUDA"
                 )
             plan.cuda_reason = f"nvcc does not compile: {plan.nvcc_error}"
             return plan

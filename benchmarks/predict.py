@@ -184,10 +184,9 @@ def rows(n: int, steps: int) -> list[str]:
     for name, work, precision, graph in entries:
         seconds = work.seconds(precision, graph)
         lines.append(
-            f"| {n} × {steps} | {name} | {work.launches * steps} | {work.bytes * steps / 1e9:.1f} "
-            "| "
-            f"{work.operations * steps / 1e12:.2f} | {seconds * steps * 1e3:.0f} | "
-            f"{seconds / base:.1f} |"
+            f"| {n} × {steps} | {name} | {work.launches * steps} | "
+            f"{work.bytes * steps / 1e9:.1f} | {work.operations * steps / 1e12:.2f} | "
+            f"{seconds * steps * 1e3:.0f} | {seconds / base:.1f} |"
         )
     return lines
 

@@ -66,9 +66,8 @@ def _built(advice: list[str]) -> dict[str, str]:
         if record.get("nvcc_error"):
             advice.append(
                 f"nvcc was found but does not compile ({record['nvcc_error']}): install a gcc "
-                "that it supports and set "
-                f"NVCC_CCBIN to it, then {_REBUILD}; if no CUDA kernels are wanted, install with "
-                "PDD_FAST_CUDA=0 set"
+                f"that it supports and set NVCC_CCBIN to it, then {_REBUILD}; if no CUDA kernels "
+                "are wanted, install with PDD_FAST_CUDA=0 set"
             )
     except (OSError, ValueError, KeyError, TypeError):
         advice.append(f"the record of the build is missing: {_REBUILD}")

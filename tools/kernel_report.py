@@ -126,8 +126,7 @@ def table(kernels: list[Kernel], compiler: str) -> str:
     order = list(TYPES.values())
     lines = [
         f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the "
-        "windows that it holds in "
-        "registers (0: read again).",
+        "windows that it holds in registers (0: read again).",
         "",
         "| kernel | numbers | in a pack | kept | registers | shared bytes | spilled bytes |",
         "|---|---|---|---|---|---|---|",

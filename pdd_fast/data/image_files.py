@@ -264,8 +264,7 @@ class _Decoder:
         if chosen > 0:
             _warn(
                 f"{self.name}: transparent images are composed on {titles[chosen]}, because on "
-                f"{titles[0]} some vanish "
-                f"({vanishes[:, 0].sum()} of {len(rows)}), e.g. {first}"
+                f"{titles[0]} some vanish ({vanishes[:, 0].sum()} of {len(rows)}), e.g. {first}"
             )
             self.background = _BACKGROUNDS[titles[chosen]]
             self._decode(rows)

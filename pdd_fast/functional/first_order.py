@@ -58,7 +58,6 @@ class _Barrier(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(
             f"{ctx.operator}: second derivatives must not be asked for, got a gradient through "
-            "its gradient; where one "
-            "is needed, differentiate plain torch operators with create_graph=True, within "
-            "pdd_fast.networks.kernels.plain_torch()"
+            "its gradient; where one is needed, differentiate plain torch operators with "
+            "create_graph=True, within pdd_fast.networks.kernels.plain_torch()"
         )

@@ -192,9 +192,8 @@ def norm_relu_pool_backward_reference(
 
 
 _norm_relu_pool_backward = operator(
-    "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor weight, "
-    "Tensor bias)"
-    " -> (Tensor, Tensor)",
+    "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor "
+    "weight, Tensor bias) -> (Tensor, Tensor)",
     check=_check_backward,
     allocate=_allocate_backward,
     kernel=_kernel_backward,

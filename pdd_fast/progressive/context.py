@@ -120,8 +120,7 @@ class RunContext:
         if reason := difference(run.data, identity(ctx.data), in_order=not to_judge):
             raise UsageError(
                 f"dataset must be what {run.path} was begun with, got another in its place: "
-                f"{reason}; say with "
-                f"--dataset {FOLDER}DIR or --data-dir DIR where it lies now"
+                f"{reason}; say with --dataset {FOLDER}DIR or --data-dir DIR where it lies now"
             )
         if not to_judge:
             run.note_data(identity(ctx.data))

@@ -301,8 +301,7 @@ def _check_serves(trajectory: Trajectory, ctx: RunContext) -> None:
     if trajectory.epochs < reach:
         raise UsageError(
             f"{trajectory.path} must have at least max_start_epoch + expert_epochs epochs "
-            f"({reach}), got "
-            f"{trajectory.epochs}"
+            f"({reach}), got {trajectory.epochs}"
         )
     if isinstance(trajectory, BufferTrajectory):
         trajectory.require_fits(ctx.engine.net)

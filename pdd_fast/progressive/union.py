@@ -49,9 +49,8 @@ def load_union(path: Path, ctx: RunContext) -> UnionSet:
         raise UsageError(f"{path} must be for the run's data, got one for {reason}")
     if not stored.is_seen_as(ctx.data):
         raise UsageError(
-            f"{path} must hold images with {preprocessing(ctx.data)}, as the run's data are "
-            "now, got "
-            f"{preprocessing(stored)}; bring back the run's whitening.safetensors and data, "
+            f"{path} must hold images with {preprocessing(ctx.data)}, as the run's data are now, "
+            f"got {preprocessing(stored)}; bring back the run's whitening.safetensors and data, "
             "or make the run again"
         )
     return union_of(stored, ctx)

@@ -231,9 +231,8 @@ def test_what_a_table_says(answers: Any, tmp_path: Path) -> None:
     assert cells[9] == f"{5.35 / bound['9 F']:.2f} / {5.35 / bound['11 F']:.2f}"
     assert (
         "Best exact alternative in float32: torch.func, 5.25 s. ours, recompute, auto: 2.5 s, "
-        "2.10 times as fast with "
-        "1.00 of its new memory. ours, cache, auto: 1.25 s, 4.20 times as fast with 1.00 of its "
-        "new memory."
+        "2.10 times as fast with 1.00 of its new memory. ours, cache, auto: 1.25 s, 4.20 times "
+        "as fast with 1.00 of its new memory."
     ) in outcome.out
 
 
@@ -278,8 +277,7 @@ def test_when_ours_fails_the_status_is_1_and_the_rest_is_measured(
     assert outcome.status == 1
     assert outcome.err.endswith(
         "pdd-fast: these failed and should not have: step-b4-w4-s8: ours, direct; "
-        f"{tmp_path / 'bench.json'} has the "
-        "details\n"
+        f"{tmp_path / 'bench.json'} has the details\n"
     )
     results = record_in(tmp_path)["cases"]["step-b4-w4-s8"]["results"]
     assert results["ours, direct"]["details"] == "Traceback ..."

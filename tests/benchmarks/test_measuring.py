@@ -229,9 +229,8 @@ PROGRAMS = {
     "limit": LIMITED,
     "kill": "import os; os.kill(os.getpid(), 9)",
     "hang": (
-        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import "
-        "time; time.sleep(60)']); "
-        "time.sleep(60)"
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; "
+        "time.sleep(60)']); time.sleep(60)"
     ),
     "wrong": "raise ValueError('what went wrong')",
     "abort": (

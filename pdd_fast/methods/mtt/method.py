@@ -353,8 +353,7 @@ class TrajectoryMatching(BaseMethod):
             done, meanwhile = done.rolled_back(), None
             warnings.warn(
                 f"{where}: {wrong[0]}; going on from the images of {_ANCHOR} to {2 * _ANCHOR} "
-                "iterations before, with "
-                f"steps of 1/{2**done.halvings}",
+                f"iterations before, with steps of 1/{2**done.halvings}",
                 RollbackWarning,
                 stacklevel=2,
             )
