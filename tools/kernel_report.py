@@ -125,10 +125,11 @@ def table(kernels: list[Kernel], compiler: str) -> str:
     """Return the table in Markdown."""
     order = list(TYPES.values())
     lines = [
-        f"nvcc {compiler}, sm_{SHOWN}. A pack is what a thread reads at once; kept are the "
-        "windows that it holds in registers (0: read again).",
+        f"nvcc {compiler}, sm_{SHOWN}. A thread reads a pack at once, and keeps windows in "
+        "registers (0: reads again).",
         "",
-        "| kernel | numbers | in a pack | kept | registers | shared bytes | spilled bytes |",
+        "| kernel | type | elements per pack | windows kept | registers | shared bytes | "
+        "spilled bytes |",
         "|---|---|---|---|---|---|---|",
         *(k.row for k in sorted(kernels, key=lambda k: (k.name, order.index(k.type), k.numbers))),
     ]
