@@ -10,7 +10,8 @@ import click
 from pdd_fast.cli import output, progress
 from pdd_fast.cli.options import PATH, ablation_options, given_settings
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.settings import choices, listed, resolve
+from pdd_fast.runtime.models import listed
+from pdd_fast.settings import choices, resolve
 
 
 @click.command(name="ablate")

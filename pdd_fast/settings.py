@@ -5,22 +5,22 @@ A method's settings are defined beside the method and found by its name (docs/me
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
 
-from pydantic import ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from pdd_fast import recipes
 from pdd_fast.runtime import choices as names
 from pdd_fast.runtime import paths
-from pdd_fast.runtime.errors import UsageError, nearest
-from pdd_fast.runtime.models import SettingsModel, checked, whole_number
+from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.method_settings import DEFAULT_METHOD as DEFAULT_METHOD
+from pdd_fast.runtime.method_settings import MethodSettings as MethodSettings
+from pdd_fast.runtime.method_settings import own_settings, settings_class, upgraded
+from pdd_fast.runtime.models import SettingsModel, checked, whole_numbers
+from pdd_fast.runtime.models import numbers as numbers
 from pdd_fast.runtime.registry import METHODS
 
-N = TypeVar("N", int, float)
-
-DEFAULT_METHOD = "mtt"
 # First setting of each group, and the title of the group.
 GROUPS = {
     "dataset": "Run",
@@ -31,67 +31,6 @@ GROUPS = {
     "eval_every": "Training on synthetic images: selection, transition, evaluation",
     "device": "Device",
 }
-# Names of settings before 0.1, and their names now.
-_RENAMED = {
-    "base": "method",
-    "select": "selection_split",
-    "guard": "max_rollbacks",
-    "clip": "max_grad_norm",
-    "ema": "ema_decay",
-    "experts": "num_experts",
-    "trajectories": "trajectories_per_step",
-}
-
-
-class MethodSettings(SettingsModel):
-    """Base class of a method's own settings."""
-
-    # Per-method defaults of the run's settings.
-    run_defaults: ClassVar[Mapping[str, Any]] = {}
-
-    name: str = Field("", description="Method that learns the images of a stage.")
-
-    @property
-    def trajectory_epochs(self) -> int:
-        """Return the last epoch of a trajectory that the method reads, or 0 if it reads none."""
-        return 0
-
-    def check_run(self, run: Settings) -> None:
-        """Check the run's settings against the method; :meth:`require` suffices for most checks.
-
-        Raises:
-            UsageError: The method cannot be used with these settings.
-        """
-
-    def require(self, run: Settings, **allowed: tuple[Any, ...]) -> None:
-        """Require each named setting of ``run`` to have one of the values allowed for it.
-
-        Args:
-            run: Settings of the run.
-            **allowed: Allowed values by the name of the setting.
-
-        Raises:
-            UsageError: A setting has another value.
-        """
-        for key, values in allowed.items():
-            if getattr(run, key) not in values:
-                raise UsageError(
-                    f"{key} must be {' or '.join(map(str, values))} where method is {self.name}, "
-                    f"got {getattr(run, key)}"
-                )
-
-    def own(self) -> dict[str, Any]:
-        """Return the settings by name, without the method's name."""
-        return self.model_dump(exclude={"name"})
-
-
-class UnknownMethodSettings(MethodSettings):
-    """Settings of a method that is not registered here.
-
-    With them, a run of such a method can still be inspected.
-    """
-
-    model_config = ConfigDict(extra="allow")
 
 
 class Settings(SettingsModel):
@@ -109,13 +48,10 @@ class Settings(SettingsModel):
     stages: int = Field(5, ge=1, description="Number of stages.")
     ipc: int = Field(10, ge=1, description="Images per class, all stages together.")
     stage_ipc: str = Field(
-        "",
-        description="Images per class that each stage adds, as in 4,2,2,1,1; empty: split evenly.",
+        "", description="Images per class added by each stage, e.g. 4,2,2,1,1; empty: split evenly."
     )
     conditioning: Literal["on", "off"] = Field(
-        "on",
-        description="Whether a stage builds on the earlier ones (on), or each is made as the "
-        "first is (off).",
+        "on", description="Distill a stage given the earlier ones (on), or each on its own (off)."
     )
     seed: int = Field(0, ge=0, description="Seed of all random values.")
 
@@ -124,19 +60,17 @@ class Settings(SettingsModel):
     )
     normalization: names.Normalization = Field(
         "fitted",
-        description="Constants that normalize images without whitening: fitted to the data, or "
-        "published ones.",
+        description="Constants that normalize unwhitened images: fitted to the data or published.",
     )
     whitening: names.Whitening = Field(
-        "none", description="Whitening of the pixels, before anything else: none or zca."
+        "none", description="Whitening of the pixels, applied first: none or zca."
     )
     whitening_epsilon: float = Field(
-        0.1, gt=0, description="Number that zca adds to every eigenvalue of the covariance."
+        0.1, gt=0, description="Constant that zca adds to the covariance's eigenvalues."
     )
     selection_split: Literal["validation", "test"] = Field(
         "validation",
-        description="Split that the best images are chosen by: validation, or test as in the "
-        "papers.",
+        description="Split that selects the best images: validation, or test as in the papers.",
     )
     augment: str = Field(
         "color_crop_cutout_flip_scale_rotate",
@@ -144,27 +78,25 @@ class Settings(SettingsModel):
     )
     augment_mode: Literal["single", "multiple"] = Field(
         "single",
-        description="Whether an image gets one of the strategy's operations (single) or all of "
-        "them (multiple).",
+        description="Operations of the strategy per image: one (single) or all (multiple).",
     )
     filter: Literal["none", "forgetting", "learned"] = Field(
         "none",
-        description="Real examples of a stage: all (none), by how often experts forget them "
-        "(forgetting), or those that not every transition got right (learned).",
+        description="Real examples of a stage: all (none), those in its band of forgetting scores "
+        "(forgetting), or those that some transition has not learned (learned).",
     )
     filter_band: float = Field(
         10.0,
         gt=0,
         description="Width of a stage's band of forgetting scores; stage s uses scores in "
-        "[(s - 1) * band, s * band), the last stage all above.",
+        "[(s - 1) * band, s * band); the last stage has no upper bound.",
     )
     labels: names.Labels = Field(
         "hard",
-        description="Labels: classes (hard), the experts' predictions (soft), or learned from "
-        "there on (learned).",
+        description="Label type: hard, soft (expert predictions), learned (initialized from soft).",
     )
     factor: int = Field(
-        1, ge=1, description="Smaller images on each side of a stored one, enlarged for training."
+        1, ge=1, description="Multi-formation: a stored image holds factor x factor smaller ones."
     )
 
     width: int = Field(128, ge=1, description="Channels of the ConvNet's blocks.")
@@ -173,26 +105,28 @@ class Settings(SettingsModel):
     num_experts: int = Field(100, ge=1, description="Number of experts.")
     experts_from: str = Field(
         "",
-        description="Run or folder with trajectories, or with MTT's replay_buffer_*.pt, to take "
-        "experts from; empty: train them.",
+        description="Run or folder with experts: trajectories, or MTT's replay_buffer_*.pt; empty: "
+        "train experts.",
     )
-    expert_train_epochs: int = Field(50, ge=1, description="Epochs that an expert is trained.")
+    expert_train_epochs: int = Field(50, ge=1, description="Epochs of expert training.")
     expert_lr: float = Field(0.01, gt=0, description="Learning rate of experts.")
     expert_momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of experts.")
     expert_batch: int = Field(256, ge=1, description="Batch size of experts, images.")
 
     iterations: int = Field(5000, ge=0, description="Iterations of a stage.")
     inner_lr: float = Field(
-        0.01, gt=0, description="Learning rate on synthetic images; where it is learned, its start."
+        0.01,
+        gt=0,
+        description="Learning rate on synthetic images; the initial one if it is learned.",
     )
     engine: names.EngineName = Field(
-        "auto", description="Engine of the network's gradients; auto: fused where it can be."
+        "auto", description="Engine that computes gradients; auto: fused if the network allows it."
     )
 
     eval_every: int = Field(
         100, ge=0, description="Iterations between selections; 0: only at the end of a stage."
     )
-    eval_networks: int = Field(5, ge=1, description="Networks that a selection trains.")
+    eval_networks: int = Field(5, ge=1, description="Networks trained in each selection.")
     eval_epochs: int = Field(1000, ge=1, description="Epochs on each union in a selection.")
     transition_epochs: int = Field(
         1000, ge=1, description="Epochs on the union in a transition to the next stage."
@@ -215,14 +149,14 @@ class Settings(SettingsModel):
     side_by_side: int = Field(
         0,
         ge=0,
-        description="Networks trained at once; 0: 1 on the CPU, up to 16 on a GPU. Results "
-        "differ in rounding.",
+        description="Networks to train in parallel; 0: 1 on the CPU, up to 16 on a GPU. Results "
+        "differ by rounding.",
     )
     graph: Literal["auto", "off"] = Field(
-        "auto", description="Whether a GPU replays captured graphs of launches; the bits are equal."
+        "auto", description="CUDA graphs on a GPU: auto or off. Both give the same bits."
     )
     threads: int = Field(
-        0, ge=0, description="CPU threads; 0: torch's number. Results differ in rounding."
+        0, ge=0, description="CPU threads; 0: torch's default. Results differ by rounding."
     )
     checkpoint_seconds: float = Field(
         30.0, ge=0, description="Seconds between checkpoints of unfinished work."
@@ -275,7 +209,7 @@ class Settings(SettingsModel):
         Without ``stage_ipc`` they are split evenly, and the earlier stages take the remainder.
         """
         if self.stage_ipc:
-            return _split(self.stage_ipc)
+            return whole_numbers("stage_ipc", self.stage_ipc)
         share, extra = divmod(self.ipc, self.stages)
         return tuple(share + (stage < extra) for stage in range(self.stages))
 
@@ -331,20 +265,7 @@ def method_settings(name: str) -> type[MethodSettings]:
         UsageError: There is no such method here.
         ValueError: The method has a setting with the name of a run's setting.
     """
-    if not METHODS:
-        raise UsageError(
-            "no method is installed: the entry points of the package are missing; install pdd-fast "
-            "again with `pip install .`"
-        )
-    if name not in METHODS:
-        raise UsageError(f"method must be {' or '.join(METHODS)}, got {name!r}")
-    found: type[MethodSettings] = METHODS[name].Settings
-    if both := sorted(set(found.model_fields) & set(Settings.model_fields)):
-        raise ValueError(
-            f"{found.__name__} must have settings of its own, got {' and '.join(both)}, which the "
-            "run has; give another default in run_defaults"
-        )
-    return found
+    return settings_class(name, run_names=Settings.model_fields)
 
 
 def resolve(recipe: str | None = None, **settings: Any) -> Settings:
@@ -365,23 +286,22 @@ def resolve(recipe: str | None = None, **settings: Any) -> Settings:
             setting gives the nearest name.
     """
     dataset, method = (str(settings.get(key, default(key))) for key in ("dataset", "method"))
-    own = dataset if method == DEFAULT_METHOD else f"{dataset}-{method}"
-    if recipe is None and own in recipes.names():
-        recipe = own
-    of_recipe = _of_recipe(recipe) if recipe is not None else {"method": method}
+    if recipe is None:
+        recipe = recipes.named_after(dataset, method)
+    of_recipe = (
+        {"method": method} if recipe is None else recipes.flat(recipe, Settings.model_fields)
+    )
     if "method" in settings and method != of_recipe["method"]:
         raise UsageError(
             f"method must be {of_recipe['method']} as in the recipe {recipe}, got {method}; "
             "--recipe list shows others"
         )
-    merged = {**method_settings(of_recipe["method"]).run_defaults, **of_recipe, **settings}
-    # The split determines the number of stages and images, unless they are explicit.
+    counts: dict[str, int] = {}
     if settings.get("stage_ipc"):
-        split = _split(str(settings["stage_ipc"]))
-        for key, value in (("stages", len(split)), ("ipc", sum(split))):
-            if key not in settings:
-                merged[key] = value
-    return _build(merged)
+        split = whole_numbers("stage_ipc", str(settings["stage_ipc"]))
+        counts = {"stages": len(split), "ipc": sum(split)}
+    of_method = method_settings(of_recipe["method"]).run_defaults
+    return _build({**of_method, **of_recipe, **counts, **settings})
 
 
 def from_dict(stored: Mapping[str, Any]) -> Settings:
@@ -394,12 +314,7 @@ def from_dict(stored: Mapping[str, Any]) -> Settings:
         own = dict(stored["method"])
         name = own.pop("name", "")
         return _build({**stored, **own, "method": name}, any_method=True)
-    flat = {_RENAMED.get(key, key): value for key, value in stored.items()}
-    method = flat.get("method", DEFAULT_METHOD)
-    if method in METHODS:  # such files hold the settings of all methods
-        known = {"method", *Settings.model_fields, *_own_names(method)}
-        flat = {key: v for key, v in flat.items() if key in known or not _owners(key)}
-    return _build(flat, any_method=True)
+    return _build(upgraded(stored, Settings.model_fields), any_method=True)
 
 
 def absolute(settings: Settings) -> Settings:
@@ -416,95 +331,10 @@ def absolute(settings: Settings) -> Settings:
     return settings.changed(**changes)
 
 
-def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
-    """Return the comma-separated numbers in ``text``, or () if ``read`` refuses one."""
-    try:
-        return tuple(read(part.strip()) for part in text.split(","))
-    except (ValueError, OverflowError):
-        return ()
-
-
-def numbers(setting: str, text: str) -> tuple[float, ...]:
-    """Return the comma-separated non-negative numbers in ``text``.
-
-    Raises:
-        UsageError: The text contains something else.
-    """
-    found = listed(text, float)
-    if not found or not all(math.isfinite(number) and number >= 0 for number in found):
-        raise UsageError(
-            f"{setting} must be numbers from 0 on, joined by commas, as in 1000,500,500, got "
-            f"{text!r}"
-        )
-    return found
-
-
-def _split(text: str) -> tuple[int, ...]:
-    """Return the numbers in ``stage_ipc``."""
-    found = listed(text, whole_number)
-    if not found or min(found) < 1:
-        raise UsageError(
-            "stage_ipc must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got "
-            f"{text!r}"
-        )
-    return found
-
-
 def _build(flat: Mapping[str, Any], any_method: bool = False) -> Settings:
     """Return checked settings from flat names, each of which is the run's or the method's."""
-    name = str(flat.get("method", DEFAULT_METHOD))
-    rest = {key: value for key, value in flat.items() if key != "method"}
-    run = {key: rest.pop(key) for key in Settings.model_fields if key in rest}
-    if any_method and name not in METHODS:
-        return checked(Settings, run | {"method": UnknownMethodSettings(name=name, **rest)})
-    model = method_settings(name)
-    for key, value in rest.items():
-        if key not in model.model_fields or key == "name":
-            raise UsageError(_unknown(key, value, name))
-    return checked(Settings, run | {"method": checked(model, rest | {"name": name})})
-
-
-def _unknown(key: str, value: Any, method: str) -> str:
-    if key in _RENAMED:
-        return f"unknown setting {key!r}; it is called {_RENAMED[key]!r}"
-    if owners := _owners(key):
-        return (
-            f"{key} must be left out where method is {method}, got {value}; it is a setting of "
-            f"{' and '.join(owners)}"
-        )
-    known = ["method", *Settings.model_fields, *_own_names(method)]
-    others = [own for other in METHODS for own in _own_names(other)]
-    return f"unknown setting {key!r}{nearest(key, known) or nearest(key, others)}"
-
-
-def _owners(setting: str) -> list[str]:
-    """Return the methods that have a setting."""
-    return [name for name in METHODS if setting in _own_names(name)]
-
-
-def _own_names(method: str) -> list[str]:
-    return [name for name in method_settings(method).model_fields if name != "name"]
-
-
-def _of_recipe(recipe: str) -> dict[str, Any]:
-    """Return the settings of a recipe by flat names, including ``method``.
-
-    Raises:
-        UsageError: There is no such recipe, or a setting is in the wrong table.
-    """
-    run = recipes.load(recipe)
-    own = run.pop("method", {})
-    if not isinstance(own, dict):
-        raise UsageError(
-            f"recipe {recipe}: method must be a table with a name, as in [method] and "
-            f'name = "{own}", got {own!r}'
-        )
-    method = str(own.pop("name", DEFAULT_METHOD))
-    known = _own_names(method) if method in METHODS else []
-    for key in run:
-        if key in known:
-            raise UsageError(f"recipe {recipe}: {key} must be in the table [method]")
-    for key in own:
-        if key in Settings.model_fields:
-            raise UsageError(f"recipe {recipe}: {key} must be above the table [method]")
-    return {**run, **own, "method": method}
+    own = dict(flat)
+    name = str(own.pop("method", DEFAULT_METHOD))
+    run = {key: own.pop(key) for key in Settings.model_fields if key in own}
+    method = own_settings(name, own, Settings.model_fields, any_method)
+    return checked(Settings, run | {"method": method})

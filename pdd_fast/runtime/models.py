@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from pdd_fast.runtime.errors import UsageError, nearest
 
 M = TypeVar("M", bound="SettingsModel")
+N = TypeVar("N", int, float)
 _BOUNDS = {  # pydantic's error type -> key of the limit in its context, requirement
     "greater_than": ("gt", "above"),
     "greater_than_equal": ("ge", "at least"),
@@ -67,6 +69,44 @@ def whole_number(value: Any) -> int:
     if value != int(value):
         raise ValueError
     return int(value)
+
+
+def listed(text: str, read: Callable[[str], N]) -> tuple[N, ...]:
+    """Return the comma-separated numbers in ``text``, or () if ``read`` refuses one."""
+    try:
+        return tuple(read(part.strip()) for part in text.split(","))
+    except (ValueError, OverflowError):
+        return ()
+
+
+def numbers(setting: str, text: str) -> tuple[float, ...]:
+    """Return the comma-separated non-negative numbers in ``text``.
+
+    Raises:
+        UsageError: The text contains something else.
+    """
+    found = listed(text, float)
+    if not found or not all(math.isfinite(number) and number >= 0 for number in found):
+        raise UsageError(
+            f"{setting} must be numbers from 0 on, joined by commas, as in 1000,500,500, got "
+            f"{text!r}"
+        )
+    return found
+
+
+def whole_numbers(setting: str, text: str) -> tuple[int, ...]:
+    """Return the comma-separated positive whole numbers in ``text``.
+
+    Raises:
+        UsageError: The text contains something else.
+    """
+    found = listed(text, whole_number)
+    if not found or min(found) < 1:
+        raise UsageError(
+            f"{setting} must be whole numbers from 1 on, joined by commas, as in 4,2,2,1,1, got "
+            f"{text!r}"
+        )
+    return found
 
 
 def checked(model: type[M], values: Mapping[str, Any]) -> M:
