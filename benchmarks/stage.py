@@ -25,7 +25,7 @@ from pdd_fast.benchmarks.measure import Job
 from pdd_fast.benchmarks.plain_dsa import PlainDraws
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.data.union_set import UnionSet
-from pdd_fast.methods.mtt.method import TrajectoryMatchingSettings
+from pdd_fast.methods.mtt.settings import TrajectoryMatchingSettings
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import make_experts
 from pdd_fast.progressive.stages import distill

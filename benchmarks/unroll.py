@@ -15,7 +15,9 @@ from pdd_fast.benchmarks.baselines import Gradients, Iteration, Problem
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
+from pdd_fast.methods.mtt.inputs import MatchingInputs
+from pdd_fast.methods.mtt.settings import MatchingSettings
+from pdd_fast.methods.mtt.step import MatchingState, MatchingStep
 
 _TRUTH = "truth.pt"  # in the case's scratch folder
 
@@ -69,10 +71,7 @@ def matching(
     def prepared(steps: int) -> tuple[MatchingStep, MatchingInputs]:
         draws = PackedAugmentParameters.of(problem.draws[:steps]) if problem.draws else None
         batches = torch.stack(problem.batches[:steps])
-        step = MatchingStep(
-            engine,
-            problem.labels,
-            problem.images[:0],
+        settings = MatchingSettings(
             steps=steps,
             batch=batches.shape[1],
             memory=memory,
@@ -80,6 +79,7 @@ def matching(
             operations=len(draws.operations) if draws else 0,
             cutout=draws.cutout_size if draws else (0, 0),
         )
+        step = MatchingStep(engine, problem.labels, problem.images[:0], settings)
         return step, MatchingInputs(start, target, batches, draws)
 
     made = {problem.steps: prepared(problem.steps)}

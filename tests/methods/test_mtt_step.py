@@ -27,7 +27,9 @@ from recorder import Recorder
 
 import pdd_fast
 from pdd_fast.augmentation.parameters import PackedAugmentParameters
-from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
+from pdd_fast.methods.mtt.inputs import MatchingInputs
+from pdd_fast.methods.mtt.settings import MatchingSettings
+from pdd_fast.methods.mtt.step import MatchingState, MatchingStep
 from pdd_fast.training.cuda_graphs import CaptureWarning
 
 
@@ -213,19 +215,23 @@ def test_classes_cannot_be_learned() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "MatchingStep: steps must be at least 1, got 0"),
+        ({"steps": 0}, "MatchingSettings: steps must be at least 1, got 0"),
+        ({"batch": 0}, "MatchingSettings: batch must be at least 1, got 0"),
         ({"batch": 11}, r"MatchingStep: batch must lie in \[1, 10\], got 11"),
-        ({"memory": "disk"}, "MatchingStep: memory must be recompute or cache or auto, got 'disk'"),
+        (
+            {"memory": "disk"},
+            "MatchingSettings: memory must be recompute or cache or auto, got 'disk'",
+        ),
         (
             {"memory": "auto", "memory_limit": -1},
-            "MatchingStep: memory_limit must be at least 0, got -1",
+            "MatchingSettings: memory_limit must be at least 0, got -1",
         ),
-        ({"operations": -1}, "MatchingStep: operations must be at least 0, got -1"),
+        ({"operations": -1}, "MatchingSettings: operations must be at least 0, got -1"),
         (
             {"trajectories_per_step": 0},
-            "MatchingStep: trajectories_per_step must be at least 1, got 0",
+            "MatchingSettings: trajectories_per_step must be at least 1, got 0",
         ),
-        ({"max_grad_norm": -0.5}, "MatchingStep: max_grad_norm must be at least 0, got -0.5"),
+        ({"max_grad_norm": -0.5}, "MatchingSettings: max_grad_norm must be at least 0, got -0.5"),
     ],
 )
 def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
@@ -236,7 +242,7 @@ def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str)
 def test_there_must_be_something_to_learn() -> None:
     case = Case()
     with pytest.raises(ValueError, match="labels must be more than the 4 frozen images, got 4"):
-        MatchingStep(case.engine, case.labels[:4], case.frozen, steps=1, batch=1)
+        MatchingStep(case.engine, case.labels[:4], case.frozen, MatchingSettings(steps=1, batch=1))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ from pdd_fast import engines
 from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 from pdd_fast.engines import Engine, FusedEngine
 from pdd_fast.methods import TrajectoryMatching
-from pdd_fast.methods.mtt.step import MatchingInputs, MatchingResult, MatchingState, MatchingStep
+from pdd_fast.methods.mtt.inputs import MatchingInputs
+from pdd_fast.methods.mtt.settings import MatchingSettings
+from pdd_fast.methods.mtt.step import MatchingResult, MatchingState, MatchingStep
+from pdd_fast.training.cuda_graphs import Backend
 
 CPU = torch.device("cpu")
 
@@ -81,7 +84,7 @@ class Case:
             start, target, batches, PackedAugmentParameters.of(aug_params)
         ), aug_params
 
-    def step(self, **options: Any) -> MatchingStep:
+    def step(self, backend: Backend | None = None, **options: Any) -> MatchingStep:
         if self.dsa is not None:
             drawn = self.dsa.sample(1, SIZE, torch.Generator())
             options = {"operations": len(drawn.operations), "cutout": drawn.cutout_size} | options
@@ -91,7 +94,8 @@ class Case:
             "learn_labels": self.learns_labels,
         }
         options = {"steps": STEPS, "batch": BATCH} | memory | UPDATE | options
-        return MatchingStep(self.engine, self.labels, self.frozen, **options)
+        settings = MatchingSettings(**options)
+        return MatchingStep(self.engine, self.labels, self.frozen, settings, backend=backend)
 
     def first(self) -> MatchingState:
         own = self.labels[len(self.frozen) :] if self.learns_labels else None

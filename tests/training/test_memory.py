@@ -17,8 +17,10 @@ import torch
 
 from pdd_fast import ConvNet, engines
 from pdd_fast.engines import PassShape
+from pdd_fast.methods.mtt.inputs import MatchingInputs
 from pdd_fast.methods.mtt.memory import matching_bytes
-from pdd_fast.methods.mtt.step import MatchingInputs, MatchingState, MatchingStep
+from pdd_fast.methods.mtt.settings import MatchingSettings
+from pdd_fast.methods.mtt.step import MatchingState, MatchingStep
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime import host_memory as host
 from pdd_fast.runtime.errors import RunError, UsageError
@@ -193,10 +195,12 @@ def iterate(
         chosen,
         labels,
         torch.randn(frozen, 3, size, size, device=device),
-        steps=steps,
-        batch=batch,
-        memory=memory_mode,
-        memory_limit=keep * chosen.kept_bytes(on) if memory_mode == "auto" else None,
+        MatchingSettings(
+            steps=steps,
+            batch=batch,
+            memory=memory_mode,
+            memory_limit=keep * chosen.kept_bytes(on) if memory_mode == "auto" else None,
+        ),
     )
     start = torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
     batches = torch.stack([torch.randperm(frozen + images)[:batch] for _ in range(steps)])
