@@ -29,7 +29,8 @@ from pdd_fast.data import Split
 from pdd_fast.data.fingerprint import difference, identity
 from pdd_fast.engines import Engine
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.experts import stored_experts, stored_start
+from pdd_fast.progressive.experts import stored_experts
+from pdd_fast.progressive.recording import stored_start
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.files import read_tensors, save_tensors
 from pdd_fast.runtime.progress import Reporter

@@ -20,14 +20,10 @@ from pdd_fast.data import require_images_per_class
 from pdd_fast.data.union_set import UnionSet
 from pdd_fast.methods import METHODS, BaseMethod
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.experts import (
-    ensure_experts,
-    keep_starts,
-    record_trajectories,
-    stored_experts,
-)
+from pdd_fast.progressive.experts import ensure_experts, stored_experts
 from pdd_fast.progressive.filters import FILTERS, Examples
 from pdd_fast.progressive.problem import stage_problem
+from pdd_fast.progressive.recording import keep_starts, record_trajectories
 from pdd_fast.progressive.soft_labels import soft_labels
 from pdd_fast.progressive.union import distilled_set, empty_union, load_union
 from pdd_fast.runtime.devices import peak_memory

@@ -19,14 +19,10 @@ from experts_support import (
 )
 from torch import Tensor
 
-from pdd_fast.progressive import experts
+from pdd_fast.progressive import recording
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.experts import (
-    keep_starts,
-    make_experts,
-    record_trajectories,
-    stored_start,
-)
+from pdd_fast.progressive.experts import make_experts
+from pdd_fast.progressive.recording import keep_starts, record_trajectories, stored_start
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT
 from pdd_fast.settings import Settings
@@ -103,7 +99,7 @@ def test_a_stop_between_the_files_of_a_group_leaves_no_trace(
 ) -> None:
     run = Run.create(tmp_path / "run", grouped())
     count, times = 0, {}
-    write = experts.write_trajectory
+    write = recording.write_trajectory
 
     def stop(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
         nonlocal count
@@ -114,7 +110,7 @@ def test_a_stop_between_the_files_of_a_group_leaves_no_trace(
         times[path] = path.stat().st_mtime_ns
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "write_trajectory", stop)
+        patch.setattr(recording, "write_trajectory", stop)
         with pytest.raises(Interrupted):
             make_experts(run)
     assert list(run.experts_dir.glob("*.partial")) == [

@@ -23,9 +23,10 @@ from experts_support import (
 from torch import Tensor
 
 from pdd_fast.networks.parameters import flatten_parameters
-from pdd_fast.progressive import experts
+from pdd_fast.progressive import recording
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.experts import keep_starts, make_experts, record_trajectories
+from pdd_fast.progressive.experts import make_experts
+from pdd_fast.progressive.recording import keep_starts, record_trajectories
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.runtime.progress import SILENT
 from pdd_fast.storage.run import Run
@@ -106,7 +107,7 @@ def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
     def keep(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:
         written.append(checkpoints)
 
-    monkeypatch.setattr(experts, "write_trajectory", keep)
+    monkeypatch.setattr(recording, "write_trajectory", keep)
     starts = [starting(ctx)(range(k, k + 1)) for k in range(EXPERTS)]
     kept = [start.clone() for start in starts]
     record_trajectories(ctx, tmp_path, lambda group: starts[group[0]], EPOCHS, "expert", SILENT, "")
@@ -163,7 +164,7 @@ def test_some_rows_are_trained_on_as_a_set_of_their_own_and_not_copied(
         seen.append(images.data_ptr())
         return Loop(sgd, train_state, images, *rest, **options)
 
-    monkeypatch.setattr(experts, "Loop", spy)
+    monkeypatch.setattr(recording, "Loop", spy)
     record_trajectories(ctx, tmp_path, starting(ctx), 1, "expert", SILENT, "", rows)
     assert set(seen) == {ctx.train.images.data_ptr()}
     train_state = ctx.initial_state("expert", [0])
@@ -250,15 +251,15 @@ def test_work_is_saved_only_as_often_as_was_asked(
         now[0] += 0.2  # two readings an epoch, three where it is saved
         return now[0]
 
-    monkeypatch.setattr(experts, "time", SimpleNamespace(monotonic=tick))
+    monkeypatch.setattr(recording, "time", SimpleNamespace(monotonic=tick))
     saved: list[int] = []
-    write = experts.write_partial
+    write = recording.write_partial
 
     def remember(folder: Path, k: int, checkpoints: list[Tensor], state: dict[str, Tensor]) -> None:
         saved.append(len(checkpoints) - 1)
         write(folder, k, checkpoints, state)
 
-    monkeypatch.setattr(experts, "write_partial", remember)
+    monkeypatch.setattr(recording, "write_partial", remember)
     made(tmp_path / "often", configuration(num_experts=1))
     assert saved == [1, 2, 3]  # after the last epoch the trajectory itself is written
     saved.clear()

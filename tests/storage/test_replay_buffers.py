@@ -255,7 +255,7 @@ def test_the_first_experts_are_taken(buffers: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_experts": 3}, r"experts must be at most 2, as many as .* holds, got 3$"),
+        ({"num_experts": 3}, r"num_experts must be at most 2, as many as .* holds, got 3$"),
         (
             {"width": 5},
             r"replay_buffer_0\.pt: parameters must be \d+ as in the run's configuration, got \d+$",
