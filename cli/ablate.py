@@ -19,15 +19,24 @@ from pdd_fast.settings import choices, resolve
 @click.option(
     "--stages", default="1,2,5,10", help="Numbers of stages, joined by commas. [default: 1,2,5,10]"
 )
-@click.option("--conditioning", default="on,off", help="on, off, or both. [default: on,off]")
+@click.option(
+    "--conditioning", default="on,off", help="Conditioning: on, off, or both. [default: on,off]"
+)
 @click.option(
     "--filter",
     "filters",
     default="none",
-    help="none, forgetting, learned, or several. [default: none]",
+    help="Filters, joined by commas: none, forgetting, learned. [default: none]",
 )
-@click.option("--seeds", type=click.IntRange(1), default=3, help="Seeds 0, 1, ... [default: 3]")
-@click.option("--output", "folder", type=PATH, default=None, help="[default: ablation/DATA-ipc...]")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=3,
+    help="Number of seeds, counted from 0. [default: 3]",
+)
+@click.option(
+    "--output", "folder", type=PATH, default=None, help="Directory. [default: ablation/DATA-ipc...]"
+)
 def command(
     stages: str,
     conditioning: str,
@@ -37,10 +46,10 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Distill and judge with other numbers of stages, with and without conditioning and the filter.
+    """Compare numbers of stages, with and without conditioning and filters.
 
-    All variants of a seed share their experts and are judged by as many SGD steps. The same call
-    goes on where an interrupted one stopped.
+    Every variant is distilled and evaluated. All variants of a seed share their experts and take
+    the same number of SGD steps. The same call continues an interrupted ablation.
     """
     # Each variant sets its own number of stages; 1 stands for it here.
     settings = resolve(options["recipe"], **({"stages": 1} | given_settings(options)))

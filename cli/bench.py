@@ -20,7 +20,7 @@ from pdd_fast.runtime.errors import RunError
     type=click.Choice(list(SUITES)),
     default="quick",
     show_default=True,
-    help="Which cases.",
+    help="Cases to measure.",
 )
 @click.option(
     "--only",
@@ -28,41 +28,45 @@ from pdd_fast.runtime.errors import RunError
     metavar="PATTERN",
     help="Cases of the suite whose names match; may be repeated.",
 )
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Cases to leave out, likewise.")
+@click.option(
+    "--skip", multiple=True, metavar="PATTERN", help="Cases to leave out; may be repeated."
+)
 @click.option(
     "--case",
     "named",
     multiple=True,
     metavar="NAME",
-    help="A case by its name, in the suite's place.",
+    help="A case to measure instead of the suite; may be repeated.",
 )
 @click.option(
     "--implementation",
     multiple=True,
     metavar="TEXT",
-    help="Implementations whose names contain it; may be repeated.",
+    help="Implementations whose names contain TEXT; may be repeated.",
 )
 @click.option(
-    "--without", multiple=True, metavar="TEXT", help="Implementations to leave out, likewise."
+    "--without",
+    multiple=True,
+    metavar="TEXT",
+    help="Implementations to leave out; may be repeated.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(1),
     default=None,
-    help="Measurements of each. [default: the suite's]",
+    help="Measurements of each implementation. [default: the suite's]",
 )
 @click.option(
-    "--threads",
-    type=click.IntRange(1),
-    default=None,
-    help="Of the CPU. [default: as many as torch takes]",
+    "--threads", type=click.IntRange(1), default=None, help="CPU threads. [default: torch's]"
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device", default="auto", show_default=True, help="Device: auto, cpu, cuda or cuda:N."
+)
 @click.option(
     "--limit",
     type=click.FloatRange(0, min_open=True),
     default=None,
-    help="Seconds of one measurement. [default: the suite's]",
+    help="Time limit of one measurement, seconds. [default: the suite's]",
 )
 @click.option(
     "--output",
@@ -70,10 +74,12 @@ from pdd_fast.runtime.errors import RunError
     type=PathOption(file_okay=False),
     default=None,
     metavar="DIR",
-    help="Where bench.json, bench.md and bench.png go. [default: bench/TIME]",
+    help="Folder for bench.json, bench.md and bench.png. [default: bench/TIME]",
 )
-@click.option("--list", "listing", is_flag=True, help="Name the cases and end.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
+@click.option("--list", "listing", is_flag=True, help="List the cases and exit.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
 def command(
     suite: str,
     only: tuple[str, ...],
@@ -90,7 +96,7 @@ def command(
     """Measure speed, memory and gradient error against plain PyTorch.
 
     Every implementation runs in processes of its own, in turn. Results are written after every
-    measurement, so that Ctrl-C loses none. The quick suite takes about ten minutes on two cores.
+    measurement, so Ctrl-C loses none. The quick suite takes about ten minutes on two cores.
     """
     if listing:
         _list()
@@ -118,9 +124,7 @@ def command(
             output.print_files(_files(place))
     if bench.wrong:
         failed = "; ".join(bench.wrong)
-        raise RunError(
-            f"these failed and should not have: {failed}; {place / 'bench.json'} has the details"
-        )
+        raise RunError(f"unexpected failures: {failed}; {place / 'bench.json'} has the details")
 
 
 def _list() -> None:

@@ -14,11 +14,13 @@ from pdd_fast.settings import GROUPS, Settings, choices, method_settings
 
 @click.command(name="config")
 @config_options
-@click.option("--schema", "as_schema", is_flag=True, help="JSON Schema of all settings instead.")
+@click.option(
+    "--schema", "as_schema", is_flag=True, help="Print the JSON Schema of all settings instead."
+)
 def command(as_schema: bool, **options: Any) -> None:
     """Print the settings of a run as TOML, which --recipe FILE.toml takes back.
 
-    Defaults, recipe and flags are put together as for `pdd-fast distill`.
+    Defaults, recipe and flags are combined as for `pdd-fast distill`.
     """
     if as_schema:
         click.echo(json.dumps(schema(), indent=2))

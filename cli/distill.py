@@ -21,13 +21,13 @@ from pdd_fast.runtime.errors import UsageError
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on with the run in --run-dir, with the same bits as uninterrupted.",
+    help="Continue the run in --run-dir. The result has the bits of an uninterrupted run.",
 )
 def command(resume: bool, **options: Any) -> None:
-    """Distill a dataset in stages, judge it, draw it.
+    """Distill a dataset in stages, evaluate the result and draw it.
 
-    Trains the experts first if there are none. Ctrl-C (or a kill) leaves a run that --resume
-    continues.
+    The experts are trained first if there are none. After Ctrl-C or a kill, --resume continues the
+    run.
     """
     with begun("distill", resume, **options) as run:
         from pdd_fast.cli.show import draw_plots

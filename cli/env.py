@@ -19,9 +19,11 @@ _REBUILD = (
 
 
 @click.command(name="env")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
 def command(as_json: bool) -> None:
-    """What was built, what was found, and what to do about what is missing."""
+    """Show build and environment details and suggest fixes."""
     facts: dict[str, dict[str, str]] = {}
     advice: list[str] = []
     facts["pdd-fast"] = {

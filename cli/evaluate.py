@@ -12,30 +12,36 @@ from pdd_fast.cli.options import PATH, continued
 
 @click.command(name="evaluate")
 @click.argument("run_dir", metavar="RUN", type=PATH)
-@click.option("--repeats", type=int, default=None, help="Fresh networks. [default: the run's]")
+@click.option(
+    "--repeats", type=int, default=None, help="Number of fresh networks. [default: the run's]"
+)
 @click.option(
     "--against",
     type=PATH,
     default=None,
-    help="Another run on the same data, e.g. of one stage and the same --ipc.",
+    help="Another run on the same data to compare with, e.g. one stage with the same --ipc.",
 )
 @click.option(
     "--networks",
     default="convnet",
-    help="Of convnet, resnet18, resnet18-batchnorm, vgg11, alexnet, mlp, joined by commas. "
+    help="Networks, joined by commas: convnet, resnet18, resnet18-batchnorm, vgg11, alexnet, mlp. "
     "[default: convnet]",
 )
-@click.option("--subsets", is_flag=True, help="Also what each stage's images teach alone.")
-@click.option("--device", default=None, help="auto, cpu, cuda or cuda:N. [default: the run's]")
+@click.option("--subsets", is_flag=True, help="Also train on each stage's images alone.")
+@click.option(
+    "--device", default=None, help="Device: auto, cpu, cuda or cuda:N. [default: the run's]"
+)
 @click.option(
     "--dataset",
     default=None,
-    help="imagefolder:DIR, where the run's folder lies now. [default: as in the run]",
+    help="imagefolder:DIR, if the run's dataset has moved to DIR. [default: the run's]",
 )
 @click.option(
-    "--data-dir", default=None, help="Where torchvision's datasets lie. [default: as in the run]"
+    "--data-dir", default=None, help="Folder of torchvision's datasets. [default: the run's]"
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
 def command(
     run_dir: Path,
     repeats: int | None,
@@ -47,7 +53,8 @@ def command(
 ) -> None:
     """Train fresh networks through the unions of RUN and report their test accuracy stage by stage.
 
-    Beside it, with the same number of SGD steps: random real images and the last union alone.
+    The command compares them with random real images and with the last union alone, trained for the
+    same number of SGD steps.
     """
     from pdd_fast.cli.show import draw_plots
     from pdd_fast.evaluation.evaluate import evaluate_run

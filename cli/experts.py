@@ -13,11 +13,11 @@ from pdd_fast.cli.options import run_options
 
 @click.command(name="experts")
 @run_options
-@click.option("--resume", is_flag=True, help="Go on with the run in --run-dir.")
+@click.option("--resume", is_flag=True, help="Continue the run in --run-dir.")
 def command(resume: bool, **options: Any) -> None:
     """Train and store expert trajectories, and nothing else.
 
-    `pdd-fast distill --resume --run-dir DIR` goes on from there.
+    `pdd-fast distill --resume --run-dir DIR` continues the run.
     """
     with begun("experts", resume, **options) as run:
         from pdd_fast.progressive.experts import make_experts, stored_experts

@@ -22,15 +22,15 @@ from pdd_fast._version import __version__, commit
 from pdd_fast.runtime.errors import PddFastError
 
 COMMANDS = {  # name -> help text; a command's module is imported when the command runs
-    "distill": "Distill a dataset in stages, judge it, draw it.",
+    "distill": "Distill a dataset in stages, evaluate the result and draw it.",
     "experts": "Train and store expert trajectories.",
     "evaluate": "Train fresh networks on a run's unions and report their test accuracy.",
-    "ablate": "Distill with other numbers of stages, conditioned or not, and compare.",
+    "ablate": "Compare numbers of stages, with and without conditioning and filters.",
     "bench": "Measure speed, memory and gradient error against plain PyTorch.",
     "show": "Draw a run's images and accuracy, and print its table.",
-    "export": "Write a run's images as MTT's scripts store theirs.",
+    "export": "Write a run's images in the format of MTT's scripts.",
     "config": "Print the settings of a run as TOML, or their JSON Schema.",
-    "env": "What was built, what was found, what to do about it.",
+    "env": "Show build and environment details and suggest fixes.",
 }
 _SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"
 # Messages of CUDA and of torch's CPU allocator.
@@ -215,14 +215,23 @@ def _wrong_call(error: click.ClickException) -> str:
     sentence = error.format_message().rstrip(".")
     context = getattr(error, "ctx", None)
     if isinstance(error, click.NoSuchOption):  # its message differs between releases
-        close = f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
-        sentence = f"no such option {error.option_name}{close}"
+        sentence = f"no such option {error.option_name}{_instead(error)}"
     sentence = sentence[:1].lower() + sentence[1:]
     return (
         sentence
         if context is None or sentence.endswith("?")
         else f"{sentence}; see {context.command_path} --help"
     )
+
+
+def _instead(error: click.NoSuchOption) -> str:
+    """Return the option to use instead of an unknown one, as the end of a sentence."""
+    from pdd_fast.cli.options import renamed
+
+    known = error.ctx.command.params if error.ctx is not None else []
+    if now := renamed(error.option_name, [name for option in known for name in option.opts]):
+        return f"; use {now}"
+    return f"; did you mean {error.possibilities[0]}?" if error.possibilities else ""
 
 
 def _hint(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import click
 
 from pdd_fast import recipes
 from pdd_fast.runtime.errors import UsageError
+from pdd_fast.runtime.method_settings import RENAMED
 from pdd_fast.runtime.paths import FOLDER, expanded
 from pdd_fast.settings import Settings, absolute, choices, default, resolve
 
@@ -48,6 +49,9 @@ _FLAGS = (
     "data_dir",
     "selection_split",
 )
+_OPTIONS = [f"--{setting.replace('_', '-')}" for setting in _FLAGS]
+# Options before 0.1 that set no setting, and their names now; RENAMED has those that do.
+_RENAMED_OPTIONS = {"contender": "implementation"}
 # Settings that a continued run may change. Results do not depend on them, or differ by rounding
 # only (device, side_by_side, memory, memory_limit): a run that ran out of memory must be able to
 # continue.
@@ -73,7 +77,9 @@ def is_free(key: str, value: Any) -> bool:
 
 def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that describe a run."""
-    run_dir = click.option("--run-dir", type=PATH, default=None, help="[default: runs/DATA-ipc...]")
+    run_dir = click.option(
+        "--run-dir", type=PATH, default=None, help="Run directory. [default: runs/DATA-ipc...]"
+    )
     return _described(_json(run_dir(command)), _FLAGS)
 
 
@@ -90,7 +96,7 @@ def ablation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _json(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flag --json."""
-    text = "One JSON object on stdout, for machines."
+    text = "Print one JSON object on stdout instead of text."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
@@ -98,13 +104,15 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
     """Add a flag for each of ``settings``, and --recipe and --set."""
     decorators = [
         click.option(
-            f"--{setting.replace('_', '-')}",
+            option,
             setting,
             type=_kind(setting),
+            metavar=f"[{'|'.join(choices(setting))}]" if setting == "method" else None,
             default=None,
             help=_help(setting),
         )
-        for setting in settings
+        for setting, option in zip(_FLAGS, _OPTIONS, strict=True)
+        if setting in settings
     ]
     decorators += [
         click.option(
@@ -112,7 +120,7 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
             default=None,
             callback=_list_recipes,
             is_eager=True,
-            help="Settings by the name of a recipe (list shows them) or from FILE.toml. "
+            help="Recipe with settings: a name (list prints them) or FILE.toml. "
             "[default: the dataset's]",
         ),
         click.option(
@@ -120,7 +128,7 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
             "assignments",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Any setting; may be repeated.",
+            help="Set any setting, overriding the recipe; may be repeated.",
         ),
     ]
     for decorator in reversed(decorators):
@@ -130,6 +138,8 @@ def _described(command: Callable[..., Any], settings: Sequence[str]) -> Callable
 
 def _kind(setting: str) -> Any:
     """Return the Click type of a setting's flag."""
+    if setting == "method":
+        return str  # click.Choice would refuse a method that is registered after this import
     names = choices(setting)
     return click.Choice(names) if names else Settings.model_fields[setting].annotation
 
@@ -153,6 +163,20 @@ def _list_recipes(context: click.Context, _: click.Parameter, name: str | None) 
     return name
 
 
+def renamed(name: str, options: Container[str]) -> str:
+    """Return what an option or setting from before 0.1 is called now, or "".
+
+    Args:
+        name: The option or setting.
+        options: The options of the command, e.g. "--method".
+    """
+    now = (RENAMED | _RENAMED_OPTIONS).get(name.lstrip("-").replace("-", "_"), "")
+    option = f"--{now.replace('_', '-')}"
+    if now and option in options:
+        return option
+    return f"--set {now}=VALUE" if now and "--set" in options else ""
+
+
 def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     """Return the settings given on the command line, including those of --set.
 
@@ -167,6 +191,8 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
         key, equals, value = (part.strip() for part in assignment.partition("="))
         if not equals or not key:
             raise UsageError(f"--set must have the form KEY=VALUE, got {assignment!r}")
+        if now := renamed(key, _OPTIONS):
+            raise UsageError(f"unknown setting {key!r}; it is called {RENAMED[key]!r}: use {now}")
         if str(settings.setdefault(key, value)) != value:
             raise UsageError(f"{key} is given twice: {settings[key]} and {value}")
     return settings

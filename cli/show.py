@@ -16,7 +16,9 @@ from pdd_fast.runtime.errors import RunError, UsageError
 
 @click.command(name="show")
 @click.argument("run_dir", metavar="RUN", type=PATH)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, for machines.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
 def command(run_dir: Path, as_json: bool) -> None:
     """Draw the images and the accuracy of RUN, and print its table. RUN may be unfinished."""
     from pdd_fast.storage.run import Run

@@ -276,7 +276,7 @@ def test_when_ours_fails_the_status_is_1_and_the_rest_is_measured(
     outcome = bench(tmp_path, "--case", "step-b4-w4-s8")
     assert outcome.status == 1
     assert outcome.err.endswith(
-        "pdd-fast: these failed and should not have: step-b4-w4-s8: ours, direct; "
+        "pdd-fast: unexpected failures: step-b4-w4-s8: ours, direct; "
         f"{tmp_path / 'bench.json'} has the details\n"
     )
     results = record_in(tmp_path)["cases"]["step-b4-w4-s8"]["results"]

@@ -25,6 +25,28 @@ WRONG = {  # what is wrong: arguments, and what the sentence has to name
     "unknown command like no other": (["xyz"], ["'xyz'", *cli.COMMANDS]),
     "unknown flag of the group": (["--verbos"], ["--verbos"]),
     "unknown flag": (["distill", "--dataste", "digits"], ["--dataste", "did you mean --dataset"]),
+    "flag of before 0.1": (["distill", "--base", "idc"], ["option --base; use --method; "]),
+    "flag of before 0.1, ablate": (
+        ["ablate", "--select", "test"],
+        ["option --select; use --selection-split; "],
+    ),
+    "flag of before 0.1, bench": (
+        ["bench", "--contender", "ours"],
+        ["option --contender; use --implementation; "],
+    ),
+    "flag of before 0.1, which is none now": (
+        ["distill", "--guard", "3"],
+        ["option --guard; use --set max_rollbacks=VALUE; "],
+    ),
+    "flag of before 0.1 of another command": (["evaluate", "nowhere", "--base", "idc"], ["--base"]),
+    "setting of before 0.1 with a flag": (
+        ["distill", "--set", "base=idc"],
+        ["unknown setting 'base'; it is called 'method': use --method"],
+    ),
+    "setting of before 0.1": (
+        ["distill", "--set", "guard=3"],
+        ["unknown setting 'guard'; it is called 'max_rollbacks'"],
+    ),
     "flag without its value": (["distill", "--stages"], ["--stages"]),
     "not a number": (["distill", "--stages", "many"], ["--stages", "'many'"]),
     "not a choice": (

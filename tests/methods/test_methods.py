@@ -1,8 +1,7 @@
-"""Base methods without trajectories, and that others can be added: stages, resume, evaluation."""
+"""Methods without trajectories: stages, resume, evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast.augmentation.multi_formation import combine, decode
-from pdd_fast.methods import METHODS, BaseMethod, StageProblem, register
+from pdd_fast.methods import METHODS, StageProblem
 from pdd_fast.methods.class_matching import ClassMatching
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.experts import stored_experts
@@ -61,103 +60,6 @@ def problem(base: str, stage: int = 2, **changes: Any) -> StageProblem:
 @pytest.fixture(params=["idc", "dm"])
 def base(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-# ---- a method of one's own ----
-
-
-class Shrinking(BaseMethod):
-    """Images lose a tenth of themselves in every iteration."""
-
-    def __init__(self, problem: StageProblem) -> None:
-        super().__init__(problem)
-        self._done = (0, problem.images)
-
-    @property
-    def iteration(self) -> int:
-        return self._done[0]
-
-    @property
-    def images(self) -> Tensor:
-        return self._done[1]
-
-    def step(self) -> dict[str, float]:
-        self._done = (self.iteration + 1, 0.9 * self.images)
-        return {"loss": float(self.images.square().mean())}
-
-    def state(self) -> dict[str, Tensor]:
-        return {"iteration": torch.tensor(self.iteration), "images": self.images}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        self._done = (int(state["iteration"]), state["images"])
-
-
-@pytest.fixture
-def shrinking() -> Iterator[None]:
-    register("shrinking", Shrinking)
-    yield
-    METHODS.unregister("shrinking")
-
-
-@pytest.mark.usefixtures("shrinking")
-def test_a_method_of_ones_own_runs_through_stages_resume_and_evaluation(tmp_path: Path) -> None:
-    config = settings("shrinking", factor=1, eval_every=0, checkpoint_seconds=0)
-    whole, counter = Run.create(tmp_path / "whole", config), Stopper()
-    found = distill(whole, counter)
-    ctx = RunContext.prepare(config)
-    for stage, rows in enumerate(ctx.random_real_rows((1, 1, 1), "initial images"), start=1):
-        torch.testing.assert_close(found.subset(stage).images, ctx.train.images[rows] * 0.9**4)
-    assert found.metadata["method"] == "shrinking"
-    assert found.learning_rates.tolist() == pytest.approx([0.02] * 3)
-    assert not whole.experts_dir.exists()
-    stopped = stopped_and_continued(tmp_path / "stopped", config, counter.count // 2)
-    assert bytes_of(stopped) == bytes_of(whole)
-    names = [result["name"] for result in evaluated(whole)["results"]]
-    assert names == ["pdd", "random", "last-union"]
-
-
-@pytest.mark.usefixtures("shrinking")
-def test_a_name_means_one_method() -> None:
-    register("shrinking", Shrinking)
-    with pytest.raises(ValueError, match="name must be new, got 'idc', which is GradientMatching"):
-        register("idc", Shrinking)
-    with pytest.raises(
-        UsageError, match="method must be dm or idc or mtt or shrinking, got 'nope'"
-    ):
-        resolve(method="nope")
-
-
-@pytest.mark.usefixtures("shrinking")
-def test_looking_at_a_run_needs_no_method_and_going_on_says_so(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", settings("shrinking", factor=1, stages=1))
-    distill(run)
-    METHODS.unregister("shrinking")
-    try:
-        again = Run.open(run.path)
-        assert evaluated(again)["stages"] == 1
-        with pytest.raises(
-            UsageError, match="method must be dm or idc or mtt, got 'shrinking'; register it first"
-        ):
-            distill(again)
-    finally:
-        register("shrinking", Shrinking)
-
-
-@pytest.mark.usefixtures("shrinking")
-@pytest.mark.parametrize("labels", ["soft", "hard"])
-def test_what_needs_experts_gets_them_and_what_needs_transitions_is_refused(
-    tmp_path: Path, labels: str
-) -> None:
-    run = Run.create(tmp_path / "run", settings("shrinking", factor=1, stages=1, labels=labels))
-    distill(run)
-    assert run.experts_dir.exists() == (labels == "soft")
-    refused = Run.create(tmp_path / "refused", settings("shrinking", factor=1, filter="learned"))
-    with pytest.raises(
-        UsageError, match="filter must be none or forgetting where method is shrinking, got learned"
-    ):
-        distill(refused)
-    with pytest.raises(UsageError, match="factor must be 1 where labels are soft, got 2"):
-        settings("shrinking", factor=2, labels="soft")
 
 
 def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, base: str) -> None:
