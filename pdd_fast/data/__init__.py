@@ -157,5 +157,5 @@ def _whitened(
         return Normalization.from_dict(metadata["normalization"]), kept
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{file} is not a whitening: its normalization is damaged ({error!r})"
+            f"{file} is not a whitening file: its normalization is damaged ({error!r})"
         ) from error

@@ -257,9 +257,9 @@ class _Decoder:
         chosen = next((k for k in range(len(titles)) if not vanishes[:, k].any()), None)
         if chosen is None:
             raise UsageError(
-                f"{self.name}: transparent images must show something on {', '.join(titles[:-1])} "
-                f"or {titles[-1]}, got some that vanish on each of them, on {titles[0]} e.g. "
-                f"{first}; compose the images first"
+                f"{self.name}: transparent images must be visible on {', '.join(titles[:-1])} "
+                f"or {titles[-1]}, got some that vanish on each, e.g. {first} on {titles[0]}; "
+                "compose the images first"
             )
         if chosen > 0:
             _warn(
@@ -273,7 +273,7 @@ class _Decoder:
         if self.several:
             first = self.files[min(self.several)]
             _warn(
-                f"{self.name}: the first frame is used of images with several frames "
+                f"{self.name}: only the first frame of images with several frames is used "
                 f"({len(self.several)}), e.g. {first}"
             )
         if self.highest:

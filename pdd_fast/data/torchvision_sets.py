@@ -46,8 +46,8 @@ def _load(kind: Any, name: str, data_dir: str, train: bool) -> Any:
     except Exception as error:
         argument = f"split={split['split']!r}" if name == "svhn" else f"train={train}"
         raise UsageError(
-            f"dataset {name!r} was not found whole in {data_dir!r} ({first_line(error)}); choose "
-            "another --data-dir, or fetch it once with "
+            f"dataset {name!r} is missing or incomplete in {data_dir!r} ({first_line(error)}); "
+            "choose another --data-dir, or download it once with "
             f"torchvision.datasets.{kind.__name__}({data_dir!r}, {argument}, download=True)"
         ) from error
 

@@ -202,7 +202,7 @@ class Whitening:
         try:
             found = cls.of_tensors(tensors)
         except (KeyError, ValueError) as error:
-            raise UsageError(f"{path} is not a whitening: {error}") from error
+            raise UsageError(f"{path} is not a whitening file: {error}") from error
         if found is None:
-            raise UsageError(f"{path} is not a whitening: it holds no tensor 'whitening_mean'")
+            raise UsageError(f"{path} is not a whitening file: it holds no tensor 'whitening_mean'")
         return found, metadata

@@ -115,7 +115,7 @@ def ablate(
     """
     if settings.stage_ipc or getattr(settings.method, "stage_lr_img", ""):
         raise UsageError(
-            "stage_ipc and stage_lr_img must not be given: the number of stages is what varies"
+            "stage_ipc and stage_lr_img must not be given: an ablation varies the number of stages"
         )
     all_settings = [variant.of(settings) for variant in chosen]  # checked before any work
     classes = load(settings.dataset, settings.data_dir, settings.validation_fraction).num_classes
@@ -233,11 +233,10 @@ def plot(content: dict[str, Any], path: Path) -> None:
     axes.axhline(random["mean"], color="#8a8a8a", linestyle="--", label="random real images")
     axes.set_xticks(sorted({result["stages"] for result in results}))
     axes.set_xlabel("stages")
-    axes.set_ylabel("test accuracy in the end, %")
-    what = (
-        f"{readable(content['data'])}, {content['ipc']} images a class, {content['labels']} labels"
-    )
-    axes.set_title(f"{what}, {len(content['seeds'])} seeds", fontsize=10, parse_math=False)
+    axes.set_ylabel("final test accuracy, %")
+    what = f"{readable(content['data'])}, {content['ipc']} images per class"
+    what += f", {content['labels']} labels, {len(content['seeds'])} seeds"
+    axes.set_title(what, fontsize=10, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     for side in ("top", "right"):

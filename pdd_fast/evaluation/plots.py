@@ -27,7 +27,7 @@ _COLORS = {
     "subsets": "#2f8f5b",
 }
 _LABELS = {
-    "pdd": "union, stage after stage",
+    "pdd": "unions in order",
     "random": "random real images",
     "random-soft": "random real images",
     "last-union": "last union alone",

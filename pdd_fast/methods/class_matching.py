@@ -24,24 +24,17 @@ from pdd_fast.settings import MethodSettings, Settings
 class ClassMatchingSettings(ImageSgdSettings):
     """Settings that IDC and DM share."""
 
-    real_batch: int = Field(
-        64, ge=1, description="Real images of a class that synthetic ones are matched to."
-    )
+    real_batch: int = Field(64, ge=1, description="Real images per class in a batch.")
     synthetic_batch: int = Field(
-        128,
-        ge=1,
-        description="Most synthetic images of a class in a batch, of the whole union and enlarged.",
+        128, ge=1, description="Maximum number of decoded synthetic images per class in a batch."
     )
     start_networks: int = Field(
         0,
         ge=0,
-        description="Start networks of a stage, taken in turn; 0: a new one for every iteration.",
+        description="Start networks of a stage, used in turn; 0: a new one for every iteration.",
     )
     cutmix: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="Probability that a training step of a start network mixes its images.",
+        0.5, ge=0, le=1, description="Probability of CutMix in a training step of a start network."
     )
 
     def check_run(self, run: Settings) -> None:

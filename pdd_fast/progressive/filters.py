@@ -96,7 +96,7 @@ def times_learned(
     def each(number: int) -> Tensor:
         return gets_right(ctx.engine, start(number).to(ctx.device), ctx.train)
 
-    return _summed(ctx, each, networks, file, "what is learned", reporter)
+    return _summed(ctx, each, networks, file, "learned examples", reporter)
 
 
 def _summed(

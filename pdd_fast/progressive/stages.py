@@ -326,7 +326,7 @@ def _resume(run: Run, stage: int, method: BaseMethod) -> _Best | None:
     except KeyError as error:
         file = run.checkpoint_file(stage)
         raise UsageError(
-            f"{file} must hold {error}, but another version wrote it; remove it to begin stage "
+            f"{file} must hold {error}, got a file of another version; remove it to begin stage "
             f"{stage} again"
         ) from error
     if "best.images" not in tensors:

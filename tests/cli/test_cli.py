@@ -70,7 +70,7 @@ def test_recipes_are_listed_by_name_and_by_what_they_are_for() -> None:
     assert (outcome.status, outcome.err) == (0, "")
     lines = dict(line.split(maxsplit=1) for line in outcome.out.splitlines())
     assert list(lines) == recipes.names()
-    assert lines["cifar10-ipc50"].startswith("CIFAR-10, 50 images a class in 5 stages")
+    assert lines["cifar10-ipc50"].startswith("CIFAR-10, 50 images per class in 5 stages")
     assert call("experts", "--recipe", "list").out == outcome.out
 
 

@@ -85,7 +85,7 @@ def test_icons_that_vanish_on_every_background_are_refused(tmp_path: Path) -> No
     icons(tmp_path, (0, 0, 0), (255, 255, 255), (128, 128, 128))
     with pytest.raises(
         UsageError,
-        match=r"must show something on white, black or gray, got .* on white e\.g\. .*1\.png",
+        match=r"must be visible on white, black or gray, got .*, e\.g\. .*1\.png on white; ",
     ):
         read_folder(str(tmp_path))
 
@@ -197,7 +197,8 @@ def test_of_several_frames_the_first_is_taken_with_a_word(tmp_path: Path, kind: 
     )
     with pytest.warns(
         PddFastWarning,
-        match=rf"the first frame is used of images with several frames \(1\), e\.g\. .*z\.{kind}",
+        match=r"only the first frame of images with several frames is used \(1\), "
+        rf"e\.g\. .*z\.{kind}",
     ):
         found = read_folder(str(tmp_path))
     assert found.test[2, :, 3, 3].tolist() == [250, 0, 0]

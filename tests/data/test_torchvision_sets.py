@@ -226,7 +226,8 @@ def test_a_damaged_file_is_named_with_the_call_that_fetches_it(
     images = write_mnist(tmp_path, "MNIST") / "t10k-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-100] if content is None else content)
     with pytest.raises(
-        UsageError, match=f"'mnist' was not found whole in '{tmp_path}'.*train=False, download=True"
+        UsageError,
+        match=f"'mnist' is missing or incomplete in '{tmp_path}'.*train=False, download=True",
     ):
         data.load("mnist", str(tmp_path))
 
@@ -258,7 +259,7 @@ def test_missing_files_are_answered_with_the_call_that_fetches_them(
     datasets: Any, tmp_path: Path, name: str
 ) -> None:
     with pytest.raises(
-        UsageError, match=f"'{name}' was not found whole in '{tmp_path}'.*--data-dir"
+        UsageError, match=f"'{name}' is missing or incomplete in '{tmp_path}'.*--data-dir"
     ) as caught:
         data.load(name, str(tmp_path))
     call = re.search(

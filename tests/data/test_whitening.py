@@ -182,22 +182,24 @@ def test_what_is_kept_has_to_fit(tmp_path: Path) -> None:
     ):
         data.load("digits", whitening="zca", keep_whitening=file)
     save_tensors(file, {"mean": torch.zeros(1)}, {})
-    with pytest.raises(UsageError, match="is not a whitening: it holds no tensor 'whitening_mean'"):
+    with pytest.raises(
+        UsageError, match="is not a whitening file: it holds no tensor 'whitening_mean'"
+    ):
         data.load("digits", whitening="zca", keep_whitening=file)
     save_tensors(file, {"whitening_mean": torch.zeros(1)}, {})
-    with pytest.raises(UsageError, match="is not a whitening"):
+    with pytest.raises(UsageError, match="is not a whitening file"):
         data.load("digits", whitening="zca", keep_whitening=file)
     save_tensors(
         file,
         Whitening.fit(torch.rand(9, 1, 8, 8)).tensors(),
         {"data": "digits", "normalization": {"std": 1}},
     )
-    with pytest.raises(UsageError, match="is not a whitening: its normalization is damaged"):
+    with pytest.raises(UsageError, match="is not a whitening file: its normalization is damaged"):
         data.load("digits", whitening="zca", keep_whitening=file)
     tensors = Whitening.fit(torch.rand(9, 1, 8, 8)).tensors() | {"whitening_epsilon": torch.ones(2)}
     save_tensors(file, tensors, {"data": "digits"})
     with pytest.raises(
-        UsageError, match=r"is not a whitening: .*epsilon must be one number, got shape \(2,\)"
+        UsageError, match=r"is not a whitening file: .*epsilon must be one number, got shape \(2,\)"
     ):
         data.load("digits", whitening="zca", keep_whitening=file)
     with pytest.raises(UsageError, match="whitening must be none or zca, got 'pca'"):

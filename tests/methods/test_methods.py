@@ -72,7 +72,8 @@ def test_a_checkpoint_of_another_version_is_named(tmp_path: Path, base: str) -> 
     before = run.checkpoint_file(1).read_bytes()
     with pytest.raises(
         UsageError,
-        match=r"checkpoint.safetensors must hold 'momentum_buffer', but another version wrote it",
+        match=r"checkpoint.safetensors must hold 'momentum_buffer', got a file of another version; "
+        "remove it to begin stage 1 again",
     ):
         distill(Run.open(run.path))
     assert run.checkpoint_file(1).read_bytes() == before
