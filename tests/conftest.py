@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 from hypothesis import settings
 
 from pdd_fast.ops import _native, convnet
@@ -66,6 +67,13 @@ def engine(request: pytest.FixtureRequest) -> str:
         return request.param
     request.getfixturevalue("composed")
     return "fused"
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Run Python programs in processes of their own, without the seconds of importing torch."""
+    with Forks.started() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

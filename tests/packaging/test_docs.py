@@ -16,12 +16,13 @@ from pathlib import Path
 import click
 import pytest
 import tiny
+from forks import Forks
 
 import pdd_fast
 from pdd_fast.cli.main import group
 from pdd_fast.cli.options import configuration
 from pdd_fast.progressive.stages import distill
-from pdd_fast.settings import resolve
+from pdd_fast.settings import method_settings, resolve
 from pdd_fast.storage.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,15 @@ EVERY_GUIDE = pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.s
 
 
 def blocks(page: Path, language: str) -> list[str]:
+    return [code for found, _, code in every_block(page) if found == language]
+
+
+def every_block(page: Path) -> list[tuple[str, str, str]]:
+    """Language, title and content of the blocks of a page."""
     return re.findall(
-        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        r'^```(\w*)(?: title="([^"\n]+)")?\n(.*?)^```',
+        page.read_text(encoding="utf-8"),
+        re.MULTILINE | re.DOTALL,
     )
 
 
@@ -76,10 +84,8 @@ EXAMPLES = [
 ]
 
 
-def run_example(code: str, folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True
-    )
+def run_example(forks: Forks, code: str, folder: Path) -> None:
+    result = forks.python(code, folder=folder)
     assert result.returncode == 0, result.stderr
     # An example that shows what it prints shows it in comments.
     for shown in re.findall(r"print\(.*\)\s+# (.*)", code):
@@ -87,8 +93,8 @@ def run_example(code: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("code", EXAMPLES)
-def test_examples_run(code: str, folder: Path) -> None:
-    run_example(code, folder)
+def test_examples_run(forks: Forks, code: str, folder: Path) -> None:
+    run_example(forks, code, folder)
 
 
 def test_blocks_are_found_whatever_their_place_in_the_docs() -> None:
@@ -105,17 +111,20 @@ def test_blocks_are_found_whatever_their_place_in_the_docs() -> None:
 
 @EVERY_GUIDE
 @pytest.mark.slow  # continuous integration runs them once: together they distill seven small sets
-def test_a_guide_runs_from_its_first_line_to_its_last(guide: Path, tmp_path: Path) -> None:
+def test_a_guide_runs_from_its_first_line_to_its_last(
+    forks: Forks, guide: Path, tmp_path: Path
+) -> None:
     """Run its commands and code in order; a setting that it does not name is the tests'."""
-    found = re.findall(
-        r"^```(sh|python)\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
     paths = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    for language, code in found:
-        if language == "python":
-            run_example(code, tmp_path)
+    for language, title, code in every_block(guide):
+        if title:  # a file, which a command runs later
+            (tmp_path / title).write_text(code, encoding="utf-8")
             continue
-        script = "set -e\n" + "\n".join(map(smaller, code.splitlines()))
+        if language == "python":
+            run_example(forks, code, tmp_path)
+        if language != "sh":
+            continue
+        script = "set -e\n" + "\n".join(map(smaller, code.replace("\\\n", " ").splitlines()))
         result = subprocess.run(
             ["bash", "-c", script],
             cwd=tmp_path,
@@ -128,9 +137,11 @@ def test_a_guide_runs_from_its_first_line_to_its_last(guide: Path, tmp_path: Pat
 
 def smaller(line: str) -> str:
     """Return a command that distills with the tests' settings, but for those that it names."""
-    if not line.startswith("pdd-fast distill"):
+    if not re.match(r"(pdd-fast|python \w+\.py) distill", line):
         return line
     given = {"dataset", "stages", "ipc", *re.findall(r"--set (\w+)=", line)}
+    if "--method" in line:  # the tests' settings of trajectory matching are not its own
+        given |= {*method_settings("mtt").model_fields}
     flags = [
         f"--set {key}={shlex.quote(str(value))}"
         for key, value in tiny.SETTINGS.items()
@@ -198,7 +209,9 @@ def test_commands_have_the_options_and_settings_that_they_name(page: Path) -> No
 
 @EVERY_PAGE
 def test_settings_that_are_named_exist(page: Path) -> None:
-    known = {"NAME", *resolve().flat(), *resolve(method="idc").flat()}
-    named = re.findall(r"--set (\w+)=", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    own = re.findall(r"^ +(\w+): \w+ = Field\(", text, re.MULTILINE)  # of the page's methods
+    known = {"NAME", *own, *resolve().flat(), *resolve(method="idc").flat()}
+    named = re.findall(r"--set (\w+)=", text)
     unknown = [name for name in named if name not in known]
     assert not unknown

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import Forks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = ["meta_gradient", "own_dataset", "own_method", "train_on_distilled"]
@@ -21,22 +19,16 @@ PRINTS = {  # in the last line of each
 }
 
 
-def run(folder: Path, *arguments: str) -> list[str]:
-    """Run Python in ``folder``; return the lines on stdout."""
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-    )
+def run(forks: Forks, folder: Path, program: str | Path) -> list[str]:
+    """Run a file, or code, in ``folder``; return the lines on stdout."""
+    result = forks.python(program, folder=folder, environment={"MPLBACKEND": "Agg"})
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_script_runs_and_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
-    lines = run(tmp_path, str(EXAMPLES / f"{name}.py"))
+def test_a_script_runs_and_leaves_nothing_behind(forks: Forks, name: str, tmp_path: Path) -> None:
+    lines = run(forks, tmp_path, EXAMPLES / f"{name}.py")
     assert PRINTS[name] in lines[-1]
     assert not list(tmp_path.iterdir())
 
@@ -54,9 +46,11 @@ def cells() -> list[dict[str, Any]]:
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
-def test_the_code_of_the_notebook_runs(cells: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_code_of_the_notebook_runs(
+    forks: Forks, cells: list[dict[str, Any]], tmp_path: Path
+) -> None:
     code = "\n".join("".join(cell["source"]) for cell in cells)
-    lines = run(tmp_path, "-c", code)
+    lines = run(forks, tmp_path, code)
     assert "DistilledSet(digits: 40 images of 1×8×8 in 2 stages)" in lines
     assert lines[-1].startswith("(40, 1, 8, 8) ")
 
