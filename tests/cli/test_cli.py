@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -403,3 +404,28 @@ def test_show_takes_a_run_with_one_stage_of_three(run: Path) -> None:
     assert (outcome.status, outcome.err) == (0, "")
     assert outcome.out == f"{run} has not been evaluated yet\n{run / 'images.png'}\n"
     assert one_object(call("show", run, "--json").out)["evaluation"] is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "imported", "spins"),
+    [
+        ({}, False, "3000"),
+        ({"GOMP_SPINCOUNT": "7"}, False, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, False, None),
+        ({}, True, None),
+    ],
+)
+def test_idle_threads_of_torch_sleep_soon_unless_the_environment_or_the_process_decided(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], imported: bool, spins: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that the environment is restored afterwards
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not imported:
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
