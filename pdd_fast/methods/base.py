@@ -6,7 +6,7 @@ docs/method.md, "Another method", adds one step by step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol
@@ -24,7 +24,7 @@ from pdd_fast.runtime import seeds
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.settings import MethodSettings, Settings, numbers
 from pdd_fast.storage.trajectories import Trajectory
-from pdd_fast.training.sgd import TrainState
+from pdd_fast.training.sgd import Sgd
 
 
 class ImageSgdSettings(MethodSettings):
@@ -62,32 +62,12 @@ class ImageSgdSettings(MethodSettings):
         return numbers("stage_lr_img", self.stage_lr_img)[stage - 1]
 
 
-class NetworkSgd(Protocol):
-    """SGD that trains start networks in parallel on augmented batches."""
-
-    def weights(self, labels: Tensor) -> Tensor:
-        """Return ``labels`` as weights [n, classes]."""
-        ...
-
-    def step(
-        self,
-        train_state: TrainState,
-        images: Tensor,
-        weights: Tensor,
-        rows: Sequence[Tensor],
-        lr: float,
-        generators: Sequence[torch.Generator],
-    ) -> None:
-        """Train every network on its own ``rows`` of ``images`` and ``weights``."""
-        ...
-
-
 class StartNetworks(Protocol):
     """Networks that a stage matches its images on, trained on every earlier union in turn."""
 
     @property
-    def sgd(self) -> NetworkSgd:
-        """The SGD that trains them."""
+    def sgd(self) -> Sgd:
+        """The SGD that trains them, with CutMix: its labels are weights [n, classes]."""
         ...
 
     def parameters(self, iteration: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pdd_fast.augmentation.cutmix import label_weights
 from pdd_fast.functional.gradient_distance import (
     GradientDistance,
     class_gradients,
@@ -17,8 +18,9 @@ from pdd_fast.functional.gradient_distance import (
 )
 from pdd_fast.methods.base import StageProblem
 from pdd_fast.methods.class_matching import ClassMatching, ClassMatchingSettings
+from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.runtime.choices import Distance
-from pdd_fast.training.sgd import TrainState
+from pdd_fast.training.sgd import Loop, TrainState
 
 
 class GradientMatchingSettings(ClassMatchingSettings):
@@ -77,24 +79,37 @@ class GradientMatching(ClassMatching):
     def __init__(self, problem: StageProblem) -> None:
         super().__init__(problem)
         self._distance = GradientDistance(problem.engine.net, self.settings.distance)
-        self._sgd = self.starts.sgd
-        self._real_weights = self._sgd.weights(problem.real.labels)
+        count, images = parameter_count(problem.engine.net), problem.images
+        # The network that is matched on. It stays in place, so that its steps are captured once.
+        self._network = TrainState.start(
+            torch.zeros(1, count, dtype=images.dtype, device=problem.device)
+        )
+        weights = label_weights(problem.real.labels, problem.num_classes, images.dtype)
+        self._loop = Loop(
+            self.starts.sgd,
+            self._network,
+            problem.real.images,
+            weights,
+            epoch_images=self.settings.network_images,
+        )
 
     def iterate(self) -> dict[str, float]:
         """Run one iteration: ``inner_loops`` updates of the images and of the network."""
         problem, settings = self.problem, self.settings
         generator = problem.generator("matching", problem.stage, self.iteration)
-        train_state = TrainState.start(self.starts.parameters(self.iteration)[None])
+        self._network.theta.copy_(self.starts.parameters(self.iteration))
+        self._network.momentum_buffer.zero_()
         stays = settings.momentum**problem.num_classes
         length = self.lr_img * (1 - stays) / (1 - settings.momentum)
         _, pixels, momentum_buffer = self.done
         losses = []
         for _ in range(settings.inner_loops):
-            loss, gradient = self._matched(train_state.theta[0], pixels, generator)
+            loss, gradient = self._matched(self._network.theta[0], pixels, generator)
             momentum_buffer = momentum_buffer * stays + gradient
             pixels = pixels - length * momentum_buffer
             losses.append(loss)
-            self._train(train_state, generator)
+            if settings.network_images:
+                self._loop.epoch(problem.settings.inner_lr, [generator])
         return self.finish(float(torch.stack(losses).mean()), pixels, momentum_buffer)
 
     def _matched(
@@ -126,21 +141,3 @@ class GradientMatching(ClassMatching):
         else:
             gradient = torch.zeros_like(leaf)
         return torch.stack([each.loss for each in found]).sum(), gradient
-
-    def _train(self, train_state: TrainState, generator: torch.Generator) -> None:
-        """Train the network on ``network_images`` real images, in steps of ``union_batch``."""
-        problem, settings = self.problem, self.settings
-        if not settings.network_images:
-            return
-        order = torch.randperm(len(problem.real), generator=generator, device="cpu")[
-            : settings.network_images
-        ]
-        for rows in order.split(problem.settings.union_batch):
-            self._sgd.step(
-                train_state,
-                problem.real.images,
-                self._real_weights,
-                [rows],
-                problem.settings.inner_lr,
-                [generator],
-            )

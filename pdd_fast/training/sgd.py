@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from pdd_fast.augmentation.cutmix import CutMix, CutMixParameters
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.engines import Engine
 from pdd_fast.training.cuda_graphs import Replay
@@ -42,7 +43,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Sgd:
-    """SGD as defined by ``torch.optim.SGD``, with DSA on every batch."""
+    """SGD as defined by ``torch.optim.SGD``, with DSA on every batch, and then CutMix."""
 
     engine: Engine
     dsa: DSA
@@ -50,6 +51,7 @@ class Sgd:
     momentum: float = 0.0
     weight_decay: float = 0.0
     graph: bool = True  # whether steps may be captured as CUDA graphs; same bits
+    cutmix: CutMix | None = None  # needs labels that are weights [n, classes]
 
     def run(
         self,
@@ -110,6 +112,7 @@ class Loop:
         labels: as for :meth:`Sgd.run`.
         steps: number of steps per call of :meth:`advance`; 0: an epoch.
         rows: as for :meth:`Sgd.run`.
+        epoch_images: number of images of an epoch, a new random subset each time. None: all.
     """
 
     def __init__(
@@ -120,17 +123,14 @@ class Loop:
         labels: Tensor,
         steps: int = 0,
         rows: Tensor | None = None,
+        epoch_images: int | None = None,
     ) -> None:
-        self._sgd, self._train_state, self._images, self._labels, self._rows = (
-            sgd,
-            train_state,
-            images,
-            labels,
-            rows,
-        )
+        self._sgd, self._train_state = sgd, train_state
+        self._images, self._labels, self._rows = images, labels, rows
         self._count = len(images) if rows is None else rows.shape[1]
-        self._full = min(sgd.batch, self._count)
-        self._steps_per_epoch = sgd.steps_per_epoch(self._count)
+        self._epoch_images = min(epoch_images or self._count, self._count)
+        self._full = min(sgd.batch, self._epoch_images)
+        self._steps_per_epoch = sgd.steps_per_epoch(self._epoch_images)
         self._capacity = steps_per_queue(
             steps or self._steps_per_epoch, len(train_state) * self._full
         )
@@ -138,7 +138,11 @@ class Loop:
 
     def epoch(self, lr: float, generators: Sequence[torch.Generator]) -> None:
         """Train on every image once, in an order of its own for every network."""
-        for _ in self.advance([lr] * self._steps_per_epoch, generators):
+        self.train([lr] * self._steps_per_epoch, generators)
+
+    def train(self, lrs: Sequence[float], generators: Sequence[torch.Generator]) -> None:
+        """Take a step at each of ``lrs``; see :meth:`advance`."""
+        for _ in self.advance(lrs, generators):
             pass
 
     def advance(self, lrs: Sequence[float], generators: Sequence[torch.Generator]) -> Iterator[int]:
@@ -162,27 +166,28 @@ class Loop:
     def _draw(self, generators: Sequence[torch.Generator]) -> Iterator[Drawn]:
         """Yield the random values of every step, as each network would draw them alone.
 
-        Every generator draws the order of an epoch and then its augmentation parameters batch by
-        batch.
+        Every generator draws the order of an epoch, and then batch by batch its augmentation
+        parameters and those of CutMix.
         """
-        size = (self._images.shape[2], self._images.shape[3])
+        sgd, size = self._sgd, (self._images.shape[2], self._images.shape[3])
         while True:
             orders = [
-                torch.randperm(self._count, generator=generator, device="cpu").split(
-                    self._sgd.batch
-                )
+                torch.randperm(self._count, generator=generator, device="cpu")[
+                    : self._epoch_images
+                ].split(sgd.batch)
                 for generator in generators
             ]
             for batches in zip(*orders, strict=True):
-                augmentations = [
-                    self._sgd.dsa.sample(len(batch), size, generator)
-                    for batch, generator in zip(batches, generators, strict=True)
-                ]
-                if self._rows is not None:
-                    batches = tuple(
-                        row[batch] for row, batch in zip(self._rows, batches, strict=True)
+                batch = len(batches[0])
+                augmentations = [sgd.dsa.sample(batch, size, generator) for generator in generators]
+                cutmix = None
+                if sgd.cutmix is not None:
+                    cutmix = CutMixParameters.cat(
+                        [sgd.cutmix.sample(batch, size, generator) for generator in generators]
                     )
-                yield Drawn(torch.stack(batches), augmentations)
+                if self._rows is not None:
+                    batches = tuple(row[own] for row, own in zip(self._rows, batches, strict=True))
+                yield Drawn(torch.stack(batches), augmentations, cutmix)
 
     def _lane(self, size: int) -> tuple[StepQueue, Replay]:
         """Return the queue of steps on ``size`` images per network, and the step function."""
@@ -196,7 +201,7 @@ class Loop:
             )
             counted = theta.device.type == "cuda"
             queue = StepQueue(
-                capacity, len(theta) * size, sgd.dsa, theta.dtype, theta.device, counted
+                capacity, len(theta), size, sgd.dsa, sgd.cutmix, theta.dtype, theta.device, counted
             )
             # Not a method of this object, which holds the Replay: the memory of a graph must be
             # freed with its loop.
@@ -234,10 +239,12 @@ def _step(
     queue: StepQueue,
 ) -> None:
     index = queue.indices()
-    x = queue.augment(images.index_select(0, index)).unflatten(0, (len(theta), -1))
-    _, gradient = sgd.engine.gradients(
-        theta, x, labels.index_select(0, index).unflatten(0, (len(theta), -1))
+    networks = len(theta)
+    x, y = queue.mix(
+        queue.augment(images.index_select(0, index)).unflatten(0, (networks, -1)),
+        labels.index_select(0, index).unflatten(0, (networks, -1)),
     )
+    _, gradient = sgd.engine.gradients(theta, x, y)
     theta.addcmul_(
         sgd_update(theta, momentum_buffer, gradient, sgd.momentum, sgd.weight_decay),
         queue.lr(),

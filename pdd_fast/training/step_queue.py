@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pdd_fast.augmentation.cutmix import CutMix, CutMixParameters
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 from pdd_fast.ops.dsa import DRAWS
@@ -24,6 +25,7 @@ class Drawn(NamedTuple):
 
     indices: Tensor  # int64 [K, b], rows of the images
     augmentations: list[AugmentParameters]  # K, of b images each
+    cutmix: CutMixParameters | None = None  # of all networks
 
     @property
     def size(self) -> int:
@@ -47,8 +49,10 @@ class StepQueue:
 
     Args:
         capacity: maximum number of steps.
-        columns: images of a step, of all networks.
+        networks: number K of networks.
+        batch: images of a step, per network.
         dsa: augmentation of the steps.
+        cutmix: mixing of the augmented batches. None: none.
         dtype: type of the learning rates.
         device: device of the inputs.
         counted: whether the position is a number on the device, so that a replayed step advances by
@@ -59,12 +63,15 @@ class StepQueue:
     def __init__(
         self,
         capacity: int,
-        columns: int,
+        networks: int,
+        batch: int,
         dsa: DSA,
+        cutmix: CutMix | None,
         dtype: torch.dtype,
         device: torch.device,
         counted: bool,
     ) -> None:
+        columns = networks * batch
         shapes: dict[str, tuple[Sequence[int], torch.dtype]] = {
             "position": ((1,), torch.int64),
             "indices": ((capacity, columns), torch.int64),
@@ -75,6 +82,11 @@ class StepQueue:
             applied = 1 if dsa.mode == "single" else len(dsa.operations)
             shapes["values"] = (capacity, len(DRAWS), columns), torch.float64
             shapes["operations"] = (capacity, applied, columns), torch.int32
+        self._mixes = cutmix is not None
+        if self._mixes:
+            shapes["boxes"] = (capacity, networks, 4), torch.int64
+            shapes["partners"] = (capacity, networks, batch), torch.int64
+            shapes["shares"] = (capacity, networks, 2), torch.float64
         self._host = {
             name: torch.zeros(shape, dtype=dtype, device="cpu")
             for name, (shape, dtype) in shapes.items()
@@ -98,6 +110,9 @@ class StepQueue:
                 packed = PackedAugmentParameters.of(step.augmentations)
                 host["values"][i], host["operations"][i] = packed.values, packed.operations
                 self._cutout = packed.cutout_size
+            if step.cutmix is not None:
+                for name, values in step.cutmix._asdict().items():
+                    host[name][i] = values
         self._upload.write(**host)
         self._place = 0
 
@@ -122,6 +137,19 @@ class StepQueue:
         return PackedAugmentParameters(
             self._read("values"), self._read("operations"), self._cutout
         ).apply(images)
+
+    def mix(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the batches mixed by CutMix for the current step.
+
+        Args:
+            images: [K, b, C, H, W].
+            labels: [K, b], or weights [K, b, classes], which CutMix requires.
+        """
+        if not self._mixes:
+            return images, labels
+        return CutMixParameters(
+            self._read("boxes"), self._read("partners"), self._read("shares")
+        ).apply(images, labels)
 
     def advance(self) -> None:
         """Go to the next step."""

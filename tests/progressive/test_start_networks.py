@@ -1,24 +1,23 @@
-"""Start networks of methods without trajectories: mixing, and training through the earlier
-unions."""
+"""Start networks of methods without trajectories: training through the earlier unions."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import pdd_fast
+from pdd_fast.augmentation.cutmix import label_weights
 from pdd_fast.data.union_set import UnionSet
 from pdd_fast.progressive.context import RunContext
-from pdd_fast.progressive.start_networks import NetworkSgd, StartNetworks, cutmix_batch
+from pdd_fast.progressive.start_networks import StartNetworks
 from pdd_fast.progressive.union import empty_union
 from pdd_fast.settings import resolve
-from pdd_fast.training.sgd import TrainState
+from pdd_fast.training.sgd import Loop
 
 
 def ctx(**changes: Any) -> RunContext:
@@ -33,42 +32,19 @@ def grown(workbench: RunContext, stages: int) -> UnionSet:
     return union
 
 
-@given(st.integers(1, 9), st.integers(2, 9), st.integers(2, 9), st.integers(0, 1000))
-def test_a_mixed_image_is_a_box_of_another_in_its_own_and_labels_follow_the_area(
-    n: int, h: int, w: int, s: int
-) -> None:
-    images = torch.arange(1.0, n + 1).view(n, 1, 1, 1).expand(n, 2, h, w)
-    labels = torch.eye(n)
-    mixed, weights = cutmix_batch(images, labels, torch.Generator().manual_seed(s))
-    torch.testing.assert_close(weights.sum(1), torch.ones(n))
-    changed = (mixed != images).any(0).any(0)
-    if changed.any():  # one box, the same for all, filled by one other image each
-        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
-        assert int(changed.sum()) == len(rows) * len(columns)
-        assert int(rows[-1] - rows[0]) == len(rows) - 1
-        assert int(columns[-1] - columns[0]) == len(columns) - 1
-        inside = mixed[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        assert torch.equal(inside, inside[:, :1, :1, :1].expand_as(inside))
-        other = inside[:, 0, 0, 0].long() - 1
-        assert sorted(other.tolist()) == list(range(n))
-    # What a label has of a class is what the image has of that class's pixels.
-    share = torch.stack([(mixed[:, 0] == k + 1).float().mean((1, 2)) for k in range(n)], 1)
-    torch.testing.assert_close(weights, share)
-
-
 def test_a_step_is_that_of_torchs_optimizer() -> None:
     work = ctx(augment="none")
     images, labels = work.train.images[:40], work.train.labels[:40]
     train_state, net = work.initial_state("test", [0]), pdd_fast.ConvNet(1, 10, 8, width=4, depth=1)
     pdd_fast.load_parameters(net, train_state.theta[0])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    sgd = NetworkSgd(work)
-    weights = sgd.weights(labels)
-    for rows in torch.arange(40).split(10):
+    weights = label_weights(labels, 10, images.dtype)
+    sgd = replace(StartNetworks(work, empty_union(work)).sgd, batch=10)
+    Loop(sgd, train_state, images, weights).epoch(0.1, [torch.Generator().manual_seed(4)])
+    for rows in torch.randperm(40, generator=torch.Generator().manual_seed(4)).split(10):
         optimizer.zero_grad()
         F.cross_entropy(net(images[rows]), labels[rows]).backward()
         optimizer.step()
-        sgd.step(train_state, images, weights, [rows], 0.1, [torch.Generator()])
     torch.testing.assert_close(
         train_state.theta[0], pdd_fast.flatten_parameters(net), rtol=1e-4, atol=1e-6
     )
@@ -111,12 +87,8 @@ def test_a_pool_is_used_in_turn() -> None:
 
 
 def test_rates_fall_to_a_fifth_at_two_and_at_five_sixths(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def step(self: NetworkSgd, train_state: TrainState, *args: Any) -> None:
-        seen.append(round(args[3], 6))
-
-    monkeypatch.setattr(NetworkSgd, "step", step)
+    seen: list[float] = []
+    monkeypatch.setattr(Loop, "train", lambda self, lrs, generators: seen.extend(lrs))
     work = ctx(transition_epochs=12)
     StartNetworks(work, grown(work, 1)).parameters(0)
-    assert seen == [0.1] * 8 + [0.02] * 2 + [0.004] * 2
+    assert [round(lr, 6) for lr in seen] == [0.1] * 8 + [0.02] * 2 + [0.004] * 2
