@@ -102,8 +102,7 @@ def every_region_shared() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed_and_threads() -> Iterator[None]:
-    """The same draws for every test, and as many threads as before it: a run may set their
-    number."""
+    """Seed torch before a test, and restore the number of threads after it."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

@@ -11,6 +11,7 @@ from pdd_fast.evaluation.schedule import follow, fresh_module
 from pdd_fast.evaluation.summary import compare, summarize
 from pdd_fast.networks.zoo import TITLES, check_names
 from pdd_fast.progressive.context import RunContext
+from pdd_fast.runtime.devices import threads
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter
 from pdd_fast.storage.evaluation import Evaluation, Protocol
@@ -67,20 +68,23 @@ def evaluate_run(
         raise UsageError(f"repeats must be at least 1, got {repeats}")
     check_names(list(networks))
     settings = run.settings.changed(repeats=repeats) if repeats else run.settings
-    ctx = RunContext.of_run(run, settings, to_judge=True)
-    chosen = comparisons(run, ctx, against, subsets, reporter)
-    for network in networks:  # fail before any work if one cannot be built
-        fresh_module(ctx, network, 0)
-    scores: dict[tuple[str, str], list[list[float]]] = {
-        (network, each.name): [] for network in networks for each in chosen
-    }
-    with reporter.task("evaluation", total=settings.repeats * len(scores), unit="network") as task:
-        for network, group, each in product(networks, ctx.groups(settings.repeats), chosen):
-            parts = [follow(network, ctx, phases, group) for phases in each.schedules(group)]
-            for repeat in range(len(group)):
-                row = [score for part in parts for score in part[repeat]]
-                scores[network, each.name].append(row)
-                task.advance(1, network=TITLES[network], result=each.name, accuracy=row[-1])
+    with threads(settings.threads):
+        ctx = RunContext.of_run(run, settings, to_judge=True)
+        chosen = comparisons(run, ctx, against, subsets, reporter)
+        for network in networks:  # fail before any work if one cannot be built
+            fresh_module(ctx, network, 0)
+        scores: dict[tuple[str, str], list[list[float]]] = {
+            (network, each.name): [] for network in networks for each in chosen
+        }
+        with reporter.task(
+            "evaluation", total=settings.repeats * len(scores), unit="network"
+        ) as task:
+            for network, group, each in product(networks, ctx.groups(settings.repeats), chosen):
+                parts = [follow(network, ctx, phases, group) for phases in each.schedules(group)]
+                for repeat in range(len(group)):
+                    row = [score for part in parts for score in part[repeat]]
+                    scores[network, each.name].append(row)
+                    task.advance(1, network=TITLES[network], result=each.name, accuracy=row[-1])
 
     seeds = [ctx.seed("evaluation", repeat, "parameters") for repeat in range(settings.repeats)]
     results = [

@@ -50,8 +50,6 @@ class RunContext:
     def prepare(cls, settings: Settings, folder: Path | None = None) -> RunContext:
         """Load the data, build the network, and return the run context.
 
-        If the settings give a number of threads, this also sets it for the process.
-
         Args:
             settings: Settings of the run.
             folder: Run directory, in which the whitening is saved once it is fitted. None: do not
@@ -62,8 +60,6 @@ class RunContext:
                 used.
         """
         where = resolve_device(settings.device)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         images = load(
             settings.dataset,
             settings.data_dir,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pdd_fast.progressive.context import RunContext
 from pdd_fast.progressive.recording import record_trajectories
 from pdd_fast.progressive.trajectory_checks import check_finite, check_serves
+from pdd_fast.runtime.devices import threads
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.paths import expanded
 from pdd_fast.runtime.progress import SILENT, Reporter
@@ -21,7 +22,7 @@ def make_experts(run: Run, reporter: Reporter = SILENT) -> None:
     Raises:
         UsageError: The data cannot be loaded, or stored experts do not fit.
     """
-    with run.lock():
+    with run.lock(), threads(run.settings.threads):
         ensure_experts(run, RunContext.of_run(run), reporter)
 
 

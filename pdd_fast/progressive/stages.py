@@ -26,7 +26,7 @@ from pdd_fast.progressive.problem import stage_problem
 from pdd_fast.progressive.recording import keep_starts, record_trajectories
 from pdd_fast.progressive.soft_labels import soft_labels
 from pdd_fast.progressive.union import distilled_set, empty_union, load_union
-from pdd_fast.runtime.devices import peak_memory
+from pdd_fast.runtime.devices import peak_memory, threads
 from pdd_fast.runtime.errors import UsageError
 from pdd_fast.runtime.progress import SILENT, Reporter, Task
 from pdd_fast.settings import Settings
@@ -47,7 +47,7 @@ def distill(run: Run, reporter: Reporter = SILENT) -> DistilledSet:
         RunError: The optimization left the range in which it can continue. The results so far are
             saved.
     """
-    with run.lock():
+    with run.lock(), threads(run.settings.threads):
         settings = run.settings
         if settings.method.name not in METHODS:
             raise UsageError(

@@ -1,8 +1,10 @@
-"""Choice of a device by name, and peak memory."""
+"""Choice of a device by name, number of threads, and peak memory."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,6 +43,19 @@ def resolve_device(name: str) -> torch.device:
     if (device.index or 0) >= count:
         raise UsageError(f"device must be below cuda:{count}, got {name!r}")
     return device
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch and the kernels use ``count`` threads in the block; 0: no change."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count:
+            torch.set_num_threads(before)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -18,14 +18,6 @@ def prepare(**changes: Any) -> RunContext:
     return RunContext.prepare(resolve(**(tiny.of(changes.get("method", "mtt")) | changes)))
 
 
-def test_the_number_of_threads_is_set_where_the_configuration_has_one() -> None:
-    torch.set_num_threads(3)
-    prepare(threads=0)
-    assert torch.get_num_threads() == 3
-    prepare(threads=2)
-    assert torch.get_num_threads() == 2
-
-
 def test_a_network_too_deep_for_the_images_is_refused() -> None:
     assert prepare(depth=3).network["depth"] == 3
     with pytest.raises(UsageError, match="depth must be at most 3 for images of 8 pixels, got 4"):
