@@ -52,6 +52,7 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     "-Wno-psabi",
 ]
+CUDA_DEFAULT = "/usr/local/cuda"  # the installer leaves its bin off PATH
 # Headers that the CUDA kernels include. nvcc rejects an unsupported C++ compiler within the first
 # of them.
 PROBE = """#include <cuda_bf16.h>
@@ -224,11 +225,13 @@ def nvcc_problem(nvcc: str, arch: str) -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """Return the path of nvcc."""
-    home = os.environ.get("CUDA_HOME")
-    if home and (Path(home) / "bin" / "nvcc").is_file():
-        return str(Path(home) / "bin" / "nvcc")
-    return shutil.which("nvcc")
+    """Return the path of nvcc: in CUDA_HOME, on PATH, or where NVIDIA's installer puts it."""
+
+    def within(toolkit: str | None) -> str | None:
+        nvcc = Path(toolkit or "") / "bin" / "nvcc"
+        return str(nvcc) if toolkit and nvcc.is_file() else None
+
+    return within(os.environ.get("CUDA_HOME")) or shutil.which("nvcc") or within(CUDA_DEFAULT)
 
 
 def decide() -> Plan:
@@ -262,8 +265,10 @@ def decide() -> Plan:
         plan.cuda_reason = "PDD_FAST_CUDA=0"
     elif nvcc is None:
         if wanted == "1":
-            sys.exit("pdd-fast: PDD_FAST_CUDA=1 but no nvcc on PATH or in CUDA_HOME")
-        plan.cuda_reason = "no nvcc on PATH or in CUDA_HOME"
+            sys.exit(
+                f"pdd-fast: PDD_FAST_CUDA=1 but no nvcc on PATH, in CUDA_HOME or in {CUDA_DEFAULT}"
+            )
+        plan.cuda_reason = f"no nvcc on PATH, in CUDA_HOME or in {CUDA_DEFAULT}"
     else:
         try:
             listed, version = answer_of(nvcc, "--list-gpu-arch"), answer_of(nvcc, "--version")

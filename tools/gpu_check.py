@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # For machine.py, which works before the package is installed.
 sys.path.append(str(ROOT / "benchmarks"))
 
+CUDA_DEFAULT = "/usr/local/cuda"  # as in setup.py
 DRIVER = ROOT / "tools" / "sanitizer_driver.py"
 # -P: the working directory holds the sources without compiled kernels; the installed package must
 # come first.
@@ -46,7 +47,7 @@ SEEN = {
 def find_tool(name: str) -> str | None:
     """Return the path of a program of the CUDA toolkit.
 
-    The search order is CUDA_HOME, PATH, and the toolkit whose nvcc is on PATH.
+    The search order is CUDA_HOME, PATH, the toolkit whose nvcc is on PATH, and CUDA_DEFAULT.
     """
 
     def within(toolkit: Path) -> str | None:
@@ -58,7 +59,8 @@ def find_tool(name: str) -> str | None:
 
     home, nvcc = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
     found = (within(Path(home)) if home else None) or shutil.which(name)
-    return found or (within(Path(nvcc).resolve().parents[1]) if nvcc else None)
+    beside = within(Path(nvcc).resolve().parents[1]) if nvcc else None
+    return found or beside or within(Path(CUDA_DEFAULT))
 
 
 def sanitizer_steps(program: str | None) -> list[Step]:
@@ -195,8 +197,8 @@ def preflight(args: argparse.Namespace) -> dict[str, Any]:
     nvcc = find_tool("nvcc")
     if nvcc is None and not args.skip_build:
         refuse(
-            "there is no nvcc on PATH or in CUDA_HOME; install the CUDA toolkit, or pass "
-            "--skip-build"
+            f"there is no nvcc on PATH, in CUDA_HOME or in {CUDA_DEFAULT}; install the CUDA "
+            "toolkit, or pass --skip-build"
         )
     # The previous installation is about to be replaced; the benchmarks' records describe what they
     # measured.

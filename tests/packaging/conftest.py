@@ -27,6 +27,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "pdd_fast_setup", module)  # dataclasses look it up
     spec.loader.exec_module(module)
+    module.CUDA_DEFAULT = "/no/cuda"  # type: ignore[attr-defined]
     module.called = called  # type: ignore[attr-defined]
     return module
 

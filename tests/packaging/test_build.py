@@ -96,9 +96,12 @@ def test_without_nvcc_the_build_is_for_the_cpu_and_says_why(build: ModuleType, t
     compiler(tool)
     plan = build.decide()
     assert plan.nvcc is None
-    assert plan.describe()[1] == "pdd-fast: CUDA kernels: no (no nvcc on PATH or in CUDA_HOME)"
+    assert (
+        plan.describe()[1]
+        == "pdd-fast: CUDA kernels: no (no nvcc on PATH, in CUDA_HOME or in /no/cuda)"
+    )
     assert plan.record()["cuda"] is None
-    assert plan.record()["cuda_reason"] == "no nvcc on PATH or in CUDA_HOME"
+    assert plan.record()["cuda_reason"] == "no nvcc on PATH, in CUDA_HOME or in /no/cuda"
 
 
 def test_nvcc_builds_for_every_architecture_that_it_knows(build: ModuleType, tool: Tools) -> None:
@@ -130,6 +133,17 @@ def test_cuda_home_comes_before_path(
     assert build.decide().nvcc == str(on_path)
 
 
+def test_the_installers_folder_comes_last(
+    build: ModuleType, tool: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler(tool)
+    monkeypatch.setattr(build, "CUDA_DEFAULT", str(tmp_path / "default"))
+    by_default = tool("nvcc", answers=NVCC, at="default/bin")
+    assert build.decide().nvcc == str(by_default)
+    on_path = tool("nvcc", answers=NVCC)
+    assert build.decide().nvcc == str(on_path)
+
+
 def test_cuda_0_leaves_cuda_out(
     build: ModuleType, tool: Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +159,10 @@ def test_cuda_1_insists_on_nvcc(
 ) -> None:
     compiler(tool)
     monkeypatch.setenv("PDD_FAST_CUDA", "1")
-    assert refusal(build) == "pdd-fast: PDD_FAST_CUDA=1 but no nvcc on PATH or in CUDA_HOME"
+    assert (
+        refusal(build)
+        == "pdd-fast: PDD_FAST_CUDA=1 but no nvcc on PATH, in CUDA_HOME or in /no/cuda"
+    )
     tool("nvcc", answers=NVCC)
     assert build.decide().cuda_reason == "PDD_FAST_CUDA=1"
 

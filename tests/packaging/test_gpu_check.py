@@ -71,7 +71,7 @@ def test_without_a_gpu_one_sentence_and_status_2(tmp_path: Path) -> None:
     [
         ({"torch": None}, "torch does not import in"),
         ({"torch": "2.11"}, "torch 2.11 finds no GPU here"),
-        ({"torch": "2.11", "gpu": "H"}, "there is no nvcc on PATH or in CUDA_HOME"),
+        ({"torch": "2.11", "gpu": "H"}, "there is no nvcc on PATH, in CUDA_HOME or in /no/cuda"),
     ],
 )
 def test_what_is_missing_is_said(
@@ -86,6 +86,7 @@ def test_what_is_missing_is_said(
     )
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(gpu_check, "CUDA_DEFAULT", "/no/cuda")
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--out", str(tmp_path / "out")])
     assert ended.value.code == 2
@@ -111,7 +112,7 @@ def tool(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer"])
-@pytest.mark.parametrize("known", ["CUDA_HOME", "PATH", "a link on PATH"])
+@pytest.mark.parametrize("known", ["CUDA_HOME", "PATH", "a link on PATH", "default"])
 def test_a_tool_is_found_wherever_toolkits_keep_it(
     place: str, known: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,11 +121,12 @@ def test_a_tool_is_found_wherever_toolkits_keep_it(
     elsewhere.mkdir()
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(elsewhere))
+    monkeypatch.setattr(gpu_check, "CUDA_DEFAULT", str(toolkit if known == "default" else "no"))
     if known == "CUDA_HOME":
         monkeypatch.setenv("CUDA_HOME", str(toolkit))
     elif known == "PATH":
         monkeypatch.setenv("PATH", str(nvcc.parent))
-    else:
+    elif known == "a link on PATH":
         (elsewhere / "nvcc").symlink_to(nvcc)
     assert gpu_check.find_tool("nvcc") is not None
     assert Path(gpu_check.find_tool("compute-sanitizer")).resolve() == wanted

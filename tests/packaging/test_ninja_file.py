@@ -177,7 +177,7 @@ def test_the_build_prints_and_records_what_it_decided(
     command.run()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("pdd-fast: CPU kernels: baseline, avx2, avx512 with ")
-    assert printed[1] == "pdd-fast: CUDA kernels: no (no nvcc on PATH or in CUDA_HOME)"
+    assert printed[1] == "pdd-fast: CUDA kernels: no (no nvcc on PATH, in CUDA_HOME or in /no/cuda)"
     record = json.loads((tmp_path / "pdd_fast" / "_build.json").read_text())
     assert record["cpu"] == {
         "compiler": "g++ (made up) 1.2.3",
