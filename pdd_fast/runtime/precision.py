@@ -68,13 +68,20 @@ def computing_in(name: str, device: torch.device) -> Iterator[None]:
         return
     cudnn: Any = torch.backends.cudnn  # torch's annotations lack half of its attributes
     matmul = torch.backends.cuda.matmul
-    kept = cudnn.deterministic, cudnn.benchmark
+    mode = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
+    legacy, mkldnn = _legacy_matmul_precision(), torch.backends.mkldnn.matmul
+    before_mkldnn = mkldnn.fp32_precision
     # The older switch, allow_tf32, would also change the flag of recurrent networks, and reading it
     # fails if a user has set the two apart. This one exists from torch 2.9 on. "none" means ieee
     # unless something else was requested. A flag with the right value is left alone, because an
     # unset flag cannot be restored.
     changed = []
+    if legacy != "highest":
+        # It would contradict the newer flag, and torch raises an error in a matrix product if the
+        # two differ. It also sets the flags of both back ends.
+        changed.append((matmul, matmul.fp32_precision))
+        torch.set_float32_matmul_precision("highest")
     for flag, allowed in ((cudnn.conv, name == "tf32"), (matmul, False)):
         if (flag.fp32_precision == "tf32") != allowed:
             changed.append((flag, flag.fp32_precision))
@@ -82,6 +89,26 @@ def computing_in(name: str, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+            mkldnn.fp32_precision = before_mkldnn
         for flag, before in changed:
             flag.fp32_precision = before
-        cudnn.deterministic, cudnn.benchmark = kept
+        cudnn.deterministic, cudnn.benchmark = mode
+
+
+def _legacy_matmul_precision() -> str:
+    """Return what torch.set_float32_matmul_precision has set for a GPU.
+
+    The result is "highest" if the caller has set the older and the newer flag apart. That is nearly
+    always a newer flag of "tf32" beside an older one that was never set.
+    """
+    try:
+        if not torch.backends.cuda.matmul.allow_tf32:
+            return "highest"
+    except RuntimeError:  # torch's answer to flags that differ
+        return "highest"
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # oneDNN's flag differs; "medium" would be another value of that flag only
+        return "high"

@@ -117,6 +117,27 @@ def test_the_older_switch_can_be_read_and_set_afterwards(allowed: bool) -> None:
         cudnn.allow_tf32 = kept
 
 
+@pytest.mark.parametrize("mkldnn", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("wanted", ["highest", "high", "medium"])
+def test_the_older_setting_of_matrix_products_agrees_inside_and_is_put_back(
+    wanted: str, mkldnn: str
+) -> None:
+    """torch raises an error in a product if the older and the newer setting differ."""
+    before = matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.set_float32_matmul_precision(wanted)
+        torch.backends.mkldnn.matmul.fp32_precision = mkldnn
+        with precision.computing_in("tf32", CUDA):
+            assert matmul.fp32_precision != "tf32"
+            assert not matmul.allow_tf32  # its getter raises if the two differ
+        assert matmul.allow_tf32 == (wanted != "highest")
+        assert (matmul.fp32_precision == "tf32") == (wanted != "highest")
+        assert torch.backends.mkldnn.matmul.fp32_precision == mkldnn
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 def test_on_the_cpu_nothing_is_set() -> None:
     cudnn.deterministic, cudnn.benchmark = False, True
     before = flags()
