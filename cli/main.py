@@ -33,8 +33,6 @@ COMMANDS = {  # name -> help text; a command's module is imported when the comma
     "env": "Show build and environment details and suggest fixes.",
 }
 _SMALLER = "lower inner_batch, inner_steps, width, union_batch or side_by_side with --set"
-# Messages of CUDA and of torch's CPU allocator.
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 # Iterations for which an idle thread of torch's OpenMP library (libgomp) spins before it sleeps,
 # about 50 µs. By default it spins for milliseconds on the cores of other processes: two processes
 # of the autograd engine on a ResNet-18 took 33.6 s per iteration on two cores, and take 12.1 s with
@@ -221,9 +219,18 @@ def _run(arguments: list[str] | None) -> int:
     except MemoryError:
         return _say(f"out of memory; {_SMALLER}")
     except Exception as error:
-        if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        if _is_out_of_memory(error):
             return _say(f"out of memory; {_SMALLER} ({_line(error)})")
         return _internal(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether a device had no memory left; without torch, none is used."""
+    if "torch" not in sys.modules:
+        return False
+    from pdd_fast.runtime.device_memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _wrong_call(error: click.ClickException) -> str:

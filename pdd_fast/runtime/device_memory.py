@@ -20,8 +20,20 @@ def available(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    # Memory that torch has reserved from the driver and not given out is available too.
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    # Memory that torch has reserved from the driver and not given out is available too, except
+    # that of captured graphs: their launches use it although no tensor holds it.
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return free + reserved - allocated - _idle_in_graphs(device)
+
+
+def _idle_in_graphs(device: torch.device) -> int:
+    """Return the bytes of graphs' private memory pools that no tensor holds."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def free(device: torch.device, reclaimable: int = 0) -> int:
@@ -115,7 +127,14 @@ def _whole(device: torch.device) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` reports that memory was not available, on any device."""
     # Only torch's GPU allocator has a class for it, and CUDA's libraries have texts of their own.
-    texts = "out of memory", "can't allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED"
+    # cuDNN finds no engine for a convolution if none of their workspaces can be allocated.
+    texts = (
+        "out of memory",
+        "can't allocate memory",
+        "DefaultCPUAllocator",
+        "ALLOC_FAILED",
+        "unable to find an engine",
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         text in str(error) for text in texts
     )

@@ -373,6 +373,19 @@ def test_the_kernel_takes_less_than_the_composed_passes() -> None:
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
+def segments(*parts: tuple[int, tuple[int, int], int, int]) -> list[dict[str, Any]]:
+    """Return torch's snapshot of segments: their GPU, pool, and GB in all and given out."""
+    return [
+        {
+            "device": device,
+            "segment_pool_id": pool,
+            "total_size": size * 10**9,
+            "allocated_size": allocated * 10**9,
+        }
+        for device, pool, size, allocated in parts
+    ]
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 80 GB, 30 of them free and 7 in torch's hands, of which 5 are given out."""
@@ -380,6 +393,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7_000_000_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000_000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 6_000_000_000)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments((0, (0, 0), 7, 5)))
     properties = SimpleNamespace(total_memory=80_000_000_000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
@@ -388,6 +402,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_torch_holds_and_does_not_use_is_available() -> None:
     assert device_memory.available(GPU) == device_memory.free(GPU) == 32_000_000_000
     assert device_memory.available(CPU) is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_captured_graphs_hold_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the 2 GB that torch has not given out, 1 is in the pool of a graph on this GPU."""
+    parts = segments((0, (0, 0), 4, 3), (0, (0, 7), 3, 2), (1, (0, 8), 9, 1))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts)
+    assert device_memory.available(GPU) == 31_000_000_000
 
 
 @pytest.mark.usefixtures("gpu")
@@ -441,6 +463,16 @@ def test_out_of_memory_becomes_a_sentence() -> None:
         "lower inner_batch (now 512) or width (now 128)"
     )
     assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_so_does_a_convolution_without_an_engine() -> None:
+    """cuDNN's words where no workspace of a convolution can be allocated."""
+    with (
+        pytest.raises(RunError, match=r"^work: cuda:0 is out of memory"),
+        device_memory.explained(GPU, "work", "x"),
+    ):
+        raise RuntimeError("GET was unable to find an engine to execute this computation")
 
 
 def test_so_does_that_of_the_host() -> None:
