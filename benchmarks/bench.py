@@ -79,7 +79,9 @@ class Bench:
                 self.plan[case] = chosen
                 self.left_out[case] = [c.name for c in there if c not in chosen]
         if not self.plan:
-            raise UsageError("--implementation and --without leave nobody to measure")
+            raise UsageError(
+                "--implementation and --without must leave an implementation to measure, got none"
+            )
         self.wrong: list[str] = []  # unexpected failures
         self.record: dict[str, Any] = {}
 

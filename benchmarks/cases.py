@@ -113,9 +113,8 @@ KINDS = {
         ("draw", "forward", "forward and backward", "draw, forward and backward"),
     ),
     "evaluate": Kind(
-        "one union evaluation: three courses of {case.epochs} epochs on each of two unions, width "
-        "{case.width}, "
-        "{case.size}×{case.size}",
+        "one union evaluation: three schedules of {case.epochs} epochs on each of two unions, "
+        "width {case.width}, {case.size}×{case.size}",
         {**_NET, "e": "epochs"},
         "",
         Case("evaluate", width=32, size=8, epochs=100),
@@ -236,7 +235,7 @@ SUITES = {
         compiles=False,
     ),
     "standard": Suite(
-        "hours: the sizes of the literature, each number varied by itself",
+        "hours: the sizes of the literature, one of them varied at a time",
         (
             *_named(
                 "unroll-b50-n5-w128-s32",

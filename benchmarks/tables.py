@@ -153,11 +153,11 @@ def report(record: Mapping[str, Any]) -> str:
     ]
     lines += ["| | |", "|---|---|", *rows, ""]
     lines += [
-        "Every number is a median over rounds, in each of which every implementation runs in a "
-        "process of its own; min–max is over all that was timed. Times ours: round by round over "
-        "the first of ours in the same precision. Peak memory is the process's, or the tensors' "
-        "on a GPU; new is what came after the network and its inputs were there. Errors are "
-        "relative, against float64."
+        "Every number is a median over rounds; in each round, every implementation runs in a "
+        "process of its own. Min–max covers all timed calls. Times ours compares each round with "
+        "our first implementation in the same precision. Peak memory is that of the process, or "
+        "of the tensors on a GPU; its new part came after the network and its inputs. Errors are "
+        "relative to float64."
     ]
     for name, found in record["cases"].items():
         lines += ["", f"## {case_text(name, found)}"]

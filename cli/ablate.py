@@ -84,7 +84,7 @@ def _names(setting: str, text: str) -> list[str]:
     for name in found:
         if name not in choices(setting):
             raise UsageError(
-                f"--{setting} must be of {', '.join(choices(setting))}, joined by commas, got "
-                f"{name!r}"
+                f"--{setting} must be {' or '.join(choices(setting))}, or several of them "
+                f"joined by commas, got {name!r}"
             )
     return found

@@ -154,7 +154,7 @@ def all_steps(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
     env = [*COMMAND_LINE, "env", "--json"]
     return [
         *([] if args.skip_build else [build_step(facts)]),
-        Step("what was built", env, 60, r'"CUDA kernels": \{\s*"library": "loads"'),
+        Step("build and environment", env, 60, r'"CUDA kernels": \{\s*"library": "loads"'),
         pytest_step("tests on the GPU", "only", 600),
         *sanitizer_steps(find_tool("compute-sanitizer")),
         *benchmark_steps(args.out),

@@ -127,7 +127,9 @@ def transition(
         return train_state.theta
 
     if examples.follow_from_starts:
-        keep_starts(ctx, folder, start, reporter, f"starts of stage {stage}/{settings.stages}")
+        keep_starts(
+            ctx, folder, start, reporter, f"start networks of stage {stage}/{settings.stages}"
+        )
     record_trajectories(
         ctx,
         folder,

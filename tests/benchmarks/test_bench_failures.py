@@ -123,7 +123,7 @@ def children_of(pid: int, text: str) -> list[int]:
         ),
         (
             ["--only", "dsa", "--without", "r"],
-            "--implementation and --without leave nobody to measure",
+            "--implementation and --without must leave an implementation to measure, got none",
         ),
         (["--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
         (

@@ -176,11 +176,12 @@ def test_the_command_prints_a_table_and_draws(
         (["--stages", "1,x"], "--stages must be whole numbers from 1 on"),
         (
             ["--conditioning", "maybe"],
-            "--conditioning must be of on, off, joined by commas, got 'maybe'",
+            "--conditioning must be on or off, or several of them joined by commas, got 'maybe'",
         ),
         (
             ["--filter", "easy"],
-            "--filter must be of none, forgetting, learned, joined by commas, got 'easy'",
+            "--filter must be none or forgetting or learned, or several of them joined by commas, "
+            "got 'easy'",
         ),
         (["--stages", "11", "--ipc", "10"], "stages must be at most ipc (10), got 11"),
     ],

@@ -144,7 +144,7 @@ def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {step.name: step for step in all_steps()}
     assert list(found) == [
         "build",
-        "what was built",
+        "build and environment",
         "tests on the GPU",
         "memcheck",
         "memcheck sees a planted mistake",

@@ -296,7 +296,7 @@ def test_a_run_that_drops_what_is_learned_stopped_anywhere_and_continued_gives_t
             name
             for s in (2, 3)
             for name in (
-                f"starts of stage {s}/3",
+                f"start networks of stage {s}/3",
                 "learned examples",
                 f"transition to stage {s}/3",
                 f"stage {s}/3",

@@ -63,7 +63,7 @@ def test_starts_that_were_trained_are_not_trained_again(
                 yield task
 
     with pytest.raises(Stopped):
-        distill(run, During("starts of stage 2/2", 2))
+        distill(run, During("start networks of stage 2/2", 2))
     assert trained == [0, 1]
     with pytest.raises(Stopped):
         distill(run, During("transition to stage 2/2", run.settings.transition_real_epochs + 4))
