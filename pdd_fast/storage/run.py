@@ -36,7 +36,7 @@ def default_name(settings: Settings, stages: bool = True) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9]+", "-", settings.dataset).strip("-") + f"-ipc{settings.ipc}"
     method = settings.method.name
-    name += f"-{method}" if method != configuration.DEFAULT_METHOD else ""
+    name += f"-{method}" if method != configuration.default("method") else ""
     labels = settings.labels
     name += f"-{labels}-labels" if labels != configuration.default("labels") else ""
     if not stages:

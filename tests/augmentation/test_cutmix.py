@@ -35,7 +35,7 @@ def test_a_mixed_image_is_a_box_of_another_in_its_own_and_labels_follow_the_area
         assert torch.equal(inside, inside[:, :1, :1, :1].expand_as(inside))
         other = inside[:, 0, 0, 0].long() - 1
         assert sorted(other.tolist()) == list(range(n))
-    # What a label has of a class is what the image has of that class's pixels.
+    # A label's share of a class is that class's share of the image's pixels.
     share = torch.stack([(mixed[:, 0] == k + 1).float().mean((1, 2)) for k in range(n)], 1)
     torch.testing.assert_close(weights, share)
 

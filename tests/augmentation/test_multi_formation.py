@@ -163,7 +163,7 @@ def test_decoding_what_was_combined(size: tuple[int, int], factor: int) -> None:
     slopes = torch.randn(n * factor**2, 3, 2, 1, 1, dtype=torch.float64)
     smooth = 3 + slopes[:, :, 0] * y[:, None] + slopes[:, :, 1] * x
     found = decode(combine(smooth, factor), factor)
-    # Of a slope only half a pixel of a cell's is lost at its edges.
+    # A slope loses only half a pixel of a cell at its edges.
     lost = [
         max(1 / (b - a) for a, b in itertools.pairwise(at))
         for at in (bounds(s, factor) for s in size)

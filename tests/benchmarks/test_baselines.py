@@ -277,7 +277,7 @@ def test_implementations_of_gradient_matching_give_the_gradient_of_plain_autogra
     names = [name for name, _ in p.net.named_parameters()]
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        """Of the convolutions' weights."""
+        """Gradient for the convolutions' weights."""
         parts = [
             part.view(s)
             for part, s in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)

@@ -138,7 +138,7 @@ def test_it_says_which_instruction_set_was_asked_for() -> None:
     assert found["torch"]["threads"] == "1"
 
 
-# ---- what was built ----
+# ---- the build ----
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", {}, {"cpu": {}}, {"cpu": 1, "cuda": None}])
@@ -199,7 +199,7 @@ def test_a_build_with_cuda_names_its_architectures(
     assert "why no CUDA" not in built
 
 
-# ---- what was found ----
+# ---- the environment ----
 
 
 def test_without_a_gpu_nothing_is_missing(
@@ -328,7 +328,7 @@ def test_a_torchvision_that_fails_without_a_word(
 
 
 def fresh_load(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Any, str | None]:
-    """What the loader makes of a library whose import raises ``error``."""
+    """The loader's result for a library whose import raises ``error``."""
 
     def fail(name: str) -> None:
         assert name == "pdd_fast._cuda"

@@ -401,7 +401,7 @@ def test_the_printed_command_continues_an_interrupted_process(tmp_path: Path) ->
 
 
 class FullDisk(io.StringIO):
-    """Where nothing more can be written."""
+    """A stream that nothing more can be written to."""
 
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

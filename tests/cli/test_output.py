@@ -1,4 +1,4 @@
-"""What a person reads: progress as bars and as lines, the table of an evaluation."""
+"""Progress as bars and as lines."""
 
 from __future__ import annotations
 

@@ -372,7 +372,7 @@ def test_bytes_are_counted_to_the_mean_and_deviation_of_their_floats() -> None:
     assert constant == Normalization((float(torch.tensor(77.0) / 255),), (1.0,))
 
 
-# What data take that lie in bytes, above these bytes, in a process of its own.
+# Memory of a dataset that lies in bytes, beyond these bytes, in a process of its own.
 CHILD = """
 import json, sys
 import torch

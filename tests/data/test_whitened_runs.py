@@ -48,8 +48,8 @@ def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> Non
         .values
     )
     assert float(distance.max()) <= 1e-4
-    # What users make of other pixels is what the run was judged by, and what the published code
-    # makes of them.
+    # Users turn other pixels into the images that the run was evaluated on, as the published
+    # code does.
     torch.testing.assert_close(
         found.transform(pixels["test"]), ctx.data.test.images, rtol=0, atol=1e-5
     )
@@ -107,7 +107,7 @@ def test_sets_are_compared_where_they_are_whitened_alike(white: Run, tmp_path: P
         result["name"] for result in evaluated(white, against=white.path, repeats=1)["results"]
     ]
     assert "against" in names
-    # Of other images, under the same name.
+    # A whitening of other images, under the same name.
     found = pdd_fast.load_distilled(white.path)
     assert found.whitening is not None
     replace(found, whitening=replace(found.whitening, mean=found.whitening.mean + 0.1)).save(
@@ -164,7 +164,7 @@ def old(tmp_path: Path) -> Run:
 
 
 def old_images() -> dict[str, Tensor]:
-    """What earlier versions made of the digits."""
+    """The digits as earlier versions whitened them."""
     plain = data.load("digits")
     fitted = Whitening.fit(plain.full_train.images)
     return {

@@ -7,9 +7,7 @@ import pytest
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
-    """What an engine is called in pdd_fast.engines; also in its tests here, where `engine` is the
-    engine itself.
-    """
+    """Name of an engine in pdd_fast.engines; in the tests here, `engine` is the engine itself."""
     if request.param != "composed":
         return request.param
     request.getfixturevalue("composed")

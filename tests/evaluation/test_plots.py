@@ -209,7 +209,7 @@ def test_equal_sets_give_equal_pictures(tmp_path: Path, channels: int) -> None:
 
 
 def evaluation(**results: list[float]) -> dict[str, Any]:
-    """What evaluation.json holds, of three stages."""
+    """Content of evaluation.json, for three stages."""
     return {
         "protocol": {"data": r"made $\up{$", "images_per_class": [2, 4, 10]},
         "stages": 3,
@@ -234,7 +234,7 @@ def plot(content: dict[str, Any], folder: Path) -> NDArray[np.int16]:
 
 
 def ends(picture: NDArray[np.int16], color: tuple[int, int, int]) -> tuple[int, int, float, float]:
-    """Of a curve: its first and last column, and its middle row at both."""
+    """The first and last column of a curve, and its middle row at both."""
     dots = where(picture, color)
     dots[: picture.shape[0] // 3, : picture.shape[1] // 2] = False  # the legend
     dots[:40] = dots[-90:] = dots[:, :90] = False  # title and axes, whose letters have gray edges

@@ -107,7 +107,7 @@ def test_equals_plain_autograd_whatever_the_sizes(
     expected = problem.gradients(plain, **options)
     found = problem.gradients(pdd_fast.gradient_matching, keep=keep, **options)
     for name, truth in expected.items():
-        # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the
+        # If a gradient vanishes, only rounding is left of it; hence the absolute term beside the
         # relative one.
         error = float((found[name] - truth).norm())
         assert error <= 1e-9 * float(truth.norm()) + 1e-12, name
@@ -186,7 +186,7 @@ def test_what_a_distance_is(distance: str, parameters: str, scale: float, seed: 
         assert not flat.any()
         assert relative_error(measured(scale * a, scale * b)[0], scale**2 * there) <= 1e-12
     else:
-        # Of rows with a norm of at least 0.01 the 1e-6 takes a hundredth at most; these have more.
+        # The 1e-6 takes at most a hundredth of rows with a norm of at least 0.01; these have more.
         assert 0 <= float(itself) <= 1e-2 * rows
         assert float(there) <= 2 * rows
         assert relative_error(measured(scale * a, b)[0], there) <= 1e-2

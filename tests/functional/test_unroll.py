@@ -105,7 +105,7 @@ def test_equals_plain_autograd_whatever_the_sizes(
     expected = problem.gradients(plain.unroll)
     found = problem.gradients(pdd_fast.unroll, engine="fused", memory=memory)
     for name, truth in expected.items():
-        # Where a gradient vanishes by itself only rounding is left of it, hence the term beside the
+        # If a gradient vanishes, only rounding is left of it; hence the absolute term beside the
         # relative one.
         error = float((found[name] - truth).norm())
         assert error <= 1e-9 * float(truth.norm()) + 1e-12, name

@@ -1,4 +1,4 @@
-"""What unroll and gradient_matching take for labels and batches, and what they say of the rest."""
+"""Labels and batches that unroll and gradient_matching take, and their errors for others."""
 
 from __future__ import annotations
 

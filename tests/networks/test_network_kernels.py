@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(not convnet.available(), reason="the CPU kernels
 
 
 def gradients(net: pdd_fast.ConvNet, images: Tensor, again: bool = False) -> list[Tensor]:
-    """Of a function of the logits, with respect to images and parameters; ``again``: of the sum of
-    their squares.
+    """Gradients of a function of the logits with respect to images and parameters; ``again``: of
+    the sum of their squares.
     """
     inputs = [images, *net.parameters()]
     found = torch.autograd.grad(net(images).square().sum(), inputs, create_graph=again)
@@ -40,7 +40,7 @@ def test_derivatives_are_those_of_the_layers(again: bool, layout: torch.memory_f
     net = network().to(memory_format=layout)
     images = batch(net).detach().contiguous(memory_format=layout).requires_grad_()
     found = gradients(net, images, again)
-    # What the second derivative owes to the logits themselves is an ordinary gradient again.
+    # The part of the second derivative that passes through the logits is an ordinary gradient.
     assert CALLED == ["forward", "backward"]
     with kernels.plain_torch():
         expected = gradients(net, images, again)

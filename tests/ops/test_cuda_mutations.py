@@ -176,7 +176,7 @@ MUTATIONS = [
         "add_rows",
         REFERENCE,
     ),
-    # What only a guard behind a buffer sees.
+    # Only a guard behind a buffer sees these.
     Mutation(
         "a task too many", ADD_ROWS, "task < tasks;", "task <= tasks;", "add_rows", SANITIZERS
     ),
@@ -226,8 +226,8 @@ def mutated(mutation: Mutation, folder: Path) -> tuple[Path, Path]:
 
 
 def with_the_mistake(objects: list[Path], mistaken: list[Path]) -> list[Path]:
-    """What is mistaken comes first: of an inline function that several objects hold, the linker
-    takes the first.
+    """The mistake comes first: if several objects hold an inline function, the linker takes the
+    first.
     """
     return [
         *mistaken,

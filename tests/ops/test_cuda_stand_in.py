@@ -1,4 +1,4 @@
-"""What stands in for CUDA on the host does what CUDA does, and sees what CUDA would forgive or let
+"""The stand-in for CUDA on the host does what CUDA does, and sees what CUDA would forgive or let
 hang.
 """
 

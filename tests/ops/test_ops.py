@@ -1,4 +1,4 @@
-"""What every operator has to do, over all rows of cases.OPERATORS."""
+"""Requirements of every operator, over all rows of cases.OPERATORS."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ def test_cuda_kernels_stay_in_their_buffers_and_do_nothing_undefined(tmp_path: P
     ids=["beyond a buffer", "a cast that does not fit", "an overflow"],
 )
 def test_the_sanitizers_see_mistakes(mistake: str, message: str, tmp_path: Path) -> None:
-    """What the test above stands on: with these flags such mistakes do end the program."""
+    """The test above needs this: with these flags such mistakes do end the program."""
     source = tmp_path / "mistake.cpp"
     source.write_text(
         "#include <cstdint>\n#include <limits>\n#include <memory>\n"

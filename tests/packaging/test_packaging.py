@@ -1,4 +1,4 @@
-"""What is installed, what a source distribution holds, and what a wheel built from it holds."""
+"""Contents of the installation, of a source distribution, and of a wheel built from it."""
 
 from __future__ import annotations
 

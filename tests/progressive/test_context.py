@@ -1,4 +1,4 @@
-"""What a run is set up with."""
+"""The run context."""
 
 from __future__ import annotations
 

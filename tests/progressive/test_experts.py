@@ -99,9 +99,7 @@ def test_every_epoch_can_be_made_again_from_the_one_before(finished: Run, ctx: R
 def test_checkpoints_are_copies_of_what_training_goes_on_to_change(
     ctx: RunContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one shared memory with another or with the network, the last epoch would stand in its
-    place too.
-    """
+    """If one shared memory with another or with the network, it would hold the last epoch too."""
     written: list[list[Tensor]] = []
 
     def keep(path: Path, checkpoints: list[Tensor], metadata: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What experts say of images."""
+"""Soft labels: the experts' mean predictions."""
 
 from __future__ import annotations
 

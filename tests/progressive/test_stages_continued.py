@@ -31,7 +31,7 @@ from pdd_fast.storage.trajectories import Trajectory, list_trajectories
 def test_starts_that_were_trained_are_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three networks, stopped after the second start and then in the second's real epochs."""
+    """Three networks; stops after the second start, then in the second's real epochs."""
     changes = {
         "filter": "learned",
         "num_experts": 3,

@@ -1,6 +1,4 @@
-"""Where things lie: runs that go on in other working directories, data that have moved, home
-directories.
-"""
+"""Paths: runs in other working directories, data that have moved, home directories."""
 
 from __future__ import annotations
 
@@ -118,7 +116,7 @@ def test_experts_and_other_runs_are_found_from_anywhere(
     assert call("distill", "--resume", "--run-dir", "here/second")[0] == 0
     assert call("distill", "--resume", "--run-dir", "here/run")[0] == 0
     assert call("evaluate", "here/run", "--against", "here/second")[0] == 0
-    # What is given again is compared as it is meant.
+    # Paths that are given again are compared as absolute ones.
     again = ["distill", "--resume", "--run-dir", "here/second", "--set"]
     assert call(*again, "experts_from=here/run", "--dataset", "imagefolder:here/birds")[0] == 0
     status, said = call(*again, "experts_from=run")

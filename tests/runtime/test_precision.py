@@ -28,7 +28,7 @@ matmul: Any = torch.backends.cuda.matmul
 
 
 def flags() -> tuple[Any, ...]:
-    """What a user may have set, readable without a GPU."""
+    """Settings that a user may have changed, readable without a GPU."""
     return cudnn.conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic, cudnn.benchmark
 
 

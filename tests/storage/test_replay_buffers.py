@@ -315,7 +315,7 @@ def stored(folder: Path) -> list[list[list[Tensor]]]:
 
 
 def refusal(content: Any, folder: Path, **changes: Any) -> str:
-    """What is said of experts in ``folder`` whose first buffer is ``content``."""
+    """The error about experts in ``folder`` whose first buffer is ``content``."""
     torch.save(content, folder / "replay_buffer_0.pt")
     with pytest.raises(UsageError) as caught:
         make_experts(

@@ -232,7 +232,7 @@ OPERATORS = [
 
 
 class Harmful:
-    """What is pickled as a call: of code that makes the file ``mark``."""
+    """Object that is pickled as a call of code that makes the file ``mark``."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -18,7 +18,7 @@ from pdd_fast.cli import main as cli
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call of the command line gave back."""
+    """Result of a call of the command line."""
 
     status: int
     out: str

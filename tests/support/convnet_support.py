@@ -132,7 +132,7 @@ class Problem:
         want_theta: bool = True,
         rows: Tensor | None = None,
     ) -> Found:
-        """What the dual pass gives, by autograd's names."""
+        """Results of the dual pass, by autograd's names."""
         found = passes.dual(*self.arguments, self.direction, kept, want_theta, rows)
         names = ("slopes", "tangent of theta", "tangent of images", "tangent of labels")
         wanted = (True, want_theta, rows is None or len(rows) > 0, self.soft)

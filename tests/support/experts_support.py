@@ -80,5 +80,5 @@ def interrupt(path: Path, config: Settings, limit: int) -> Run:
 
 
 def starting(ctx: RunContext) -> Callable[[range], Tensor]:
-    """What a group of experts starts from."""
+    """Initial parameters of a group of experts."""
     return lambda group: ctx.initial_state("expert", group).theta

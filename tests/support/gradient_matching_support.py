@@ -25,7 +25,7 @@ LEAST = {"convolutions": 3, "weights": 2, "all": 0}  # dimensions
 
 
 def plain_distance(g: Tensor, t: Tensor, distance: str) -> Tensor:
-    """Of one parameter's gradients."""
+    """Distance of one parameter's gradients."""
     if distance == "squared":
         return (g - t).square().sum()
     g, t = g.reshape(len(g), -1), t.reshape(len(t), -1)
@@ -42,7 +42,7 @@ def plain(
     distance: str = "squared",
     parameters: str = "auto",
 ) -> Tensor:
-    """What a textbook writes, differentiable to any order."""
+    """The textbook formula, differentiable to any order."""
     named = dict(net.named_parameters())
     parts = theta.split([p.numel() for p in named.values()])
     at = {

@@ -51,7 +51,7 @@ NEEDS_COMPILER = [
 
 
 class CompileError(Exception):
-    """What the compiler said."""
+    """Error with the compiler's output."""
 
 
 def built_with(name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What makes the host wait for a GPU, or reads the host's memory: none of it can be captured.
+# Calls that make the host wait for a GPU or read the host's memory; none can be captured.
 UNCAPTURABLE = (
     "_local_scalar_dense",
     "nonzero",
@@ -40,7 +40,7 @@ class _Record(TorchDispatchMode):
 
 
 class Recording:
-    """What was recorded. Temporaries are kept, as the memory of a graph is."""
+    """Recorded calls. Temporaries are kept, as the memory of a graph is."""
 
     def __init__(self, calls: list[Any]) -> None:
         self._calls = calls

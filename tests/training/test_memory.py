@@ -1,4 +1,4 @@
-"""What things take in memory, and that too little of it is said in a sentence.
+"""Memory of each part, and the sentence that reports too little of it.
 
 Peaks are measured in processes of their own: what a process has freed stays with it.
 """
@@ -60,7 +60,7 @@ print(json.dumps(found))
 def shape(
     batch: int, size: int = 32, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> PassShape:
-    """Of color images."""
+    """Shape of a pass over color images."""
     return PassShape(batch, (3, size, size), dtype, torch.device(device))
 
 
@@ -318,7 +318,7 @@ def test_the_formulas_agree_with_what_a_gpu_allocates(name: str) -> None:
     assert 0.6 * measured <= estimate <= 1.25 * measured, measured
 
 
-# What the composed passes take is a formula, which needs no GPU.
+# The memory of the composed passes is a formula, which needs no GPU.
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
 def test_estimates_grow_with_everything(engine: str, device: str) -> None:
@@ -406,7 +406,7 @@ def test_what_torch_holds_and_does_not_use_is_available() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_what_captured_graphs_hold_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the 2 GB that torch has not given out, 1 is in the pool of a graph on this GPU."""
+    """Torch has 2 GB that it has not given out; 1 is in the pool of a graph on this GPU."""
     parts = segments((0, (0, 0), 4, 3), (0, (0, 7), 3, 2), (1, (0, 8), 9, 1))
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts)
     assert device_memory.available(GPU) == 31_000_000_000

@@ -377,7 +377,7 @@ def test_a_tape_has_a_bounded_length() -> None:
     "dsa", [EVERYTHING, DSA("flip_crop", mode="multiple"), DSA("none")], ids=["one", "all", "none"]
 )
 def test_a_step_that_counts_on_the_device_reads_the_same(dsa: DSA, device: torch.device) -> None:
-    """What a captured step does, written twice, the second time with fewer steps."""
+    """A captured step, written twice, the second time with fewer steps."""
     images, labels = torch.randn(6, 2, 8, 6).to(device), torch.rand(2, 3, 4).to(device)
     generator, cutmix = draws(7)[0], CutMix(0.8)
     queues = [
