@@ -66,12 +66,11 @@ def computing_in(name: str, device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn: Any = torch.backends.cudnn  # torch's annotations lack half of its attributes
-    matmul = torch.backends.cuda.matmul
+    backends: Any = torch.backends  # torch's annotations lack half of its attributes
+    cudnn, matmul, mkldnn = backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul
     mode = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    legacy, mkldnn = _legacy_matmul_precision(), torch.backends.mkldnn.matmul
-    before_mkldnn = mkldnn.fp32_precision
+    legacy, before_mkldnn = _legacy_matmul_precision(), mkldnn.fp32_precision
     # The older switch, allow_tf32, would also change the flag of recurrent networks, and reading it
     # fails if a user has set the two apart. This one exists from torch 2.9 on. "none" means ieee
     # unless something else was requested. A flag with the right value is left alone, because an

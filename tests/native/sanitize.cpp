@@ -271,8 +271,7 @@ std::vector<Strides> layouts(const int64_t (&s)[4]) {
             {{(C + 2) * H * (W + 1), H * (W + 1), W + 1, 1}}};
 }
 
-// What a draw may be where nothing is checked: nothing, all, integers' limits and what does not fit
-// them, NaN.
+// Unchecked values of a random parameter: zero, one, limits of integers, values beyond them, NaN.
 const std::vector<double> kExtremes = {0,      1,       -1,     0.37,       -1.2,      3,
                                        1e-3,   -1e-9,   1e-300, -5e2,       1e9,       -1e18,
                                        9.3e18, -9.3e18, 1e300,  -kInfinity, kInfinity, kNan};
@@ -299,7 +298,7 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out,
     p.operations = numbers.get(), p.draws = draws.get(), p.input = input.get(),
     p.output = output.get();
     for (int k = 0; k < 4; ++k) p.input_stride[k] = in.of[k], p.output_stride[k] = out.of[k];
-    // What lies between the images of a sliced output stays 0; the images themselves start as NaN.
+    // Memory between the images of a sliced output stays 0; the images themselves start as NaN.
     const auto spoil = [&] {
         for (int64_t b = 0; b < shape[0]; ++b)
             for (int64_t c = 0; c < shape[1]; ++c)

@@ -15,7 +15,7 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Where the kernels' static shared memory lies (host_cuda.py); absent from a program without any.
+// Bounds of the kernels' static shared memory (host_cuda.py); absent from a program without any.
 extern "C" {
 __attribute__((weak, visibility("hidden"))) extern volatile uint64_t __start_pdd_shared[],
     __stop_pdd_shared[];
@@ -32,7 +32,7 @@ struct Thread {
     unsigned rank;  // its place in the order of running
     uint3 index;
     State state;
-    // Of what it waits for; value becomes what it gets.
+    // The primitive it waits for; value becomes its result.
     Primitive primitive;
     unsigned mask;
     uint64_t value;
@@ -119,7 +119,7 @@ void fail(const std::string& what) {
     go_on_with(nullptr);
 }
 
-// What each of the threads is at, where none can go on.
+// Position of each thread, if none can continue.
 std::string stuck() {
     std::map<std::string, std::vector<const Thread*>> groups;
     for (unsigned k = 0; k < count; ++k) groups[doing(*threads[k])].push_back(threads[k].get());

@@ -2,7 +2,7 @@
 // the toolkit's and run without a GPU (block.cpp). Blocks run one after another; a block's threads
 // are fibers that give way to one another at barriers and warp primitives only.
 //
-// What holds here holds on a GPU: indices, tails, sizes of shared memory (0xFF bytes before every
+// These hold here as on a GPU: indices, tails, sizes of shared memory (0xFF bytes before every
 // block, and a heap block of its exact size for AddressSanitizer), who takes part in a barrier or a
 // shuffle, limits of a launch. A barrier that is missing shows as results that depend on the order
 // in which threads run, which PDD_HOST_ORDER sets: "forward" (lower threads go as far as they can

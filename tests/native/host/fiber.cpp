@@ -38,7 +38,7 @@ pdd_host_switch:
 )");
 
 void prepare(Fiber& fiber, void (*start)()) {
-    // What pdd_host_switch pops: six registers and where to return to; then a call's usual
+    // pdd_host_switch pops six registers and the return address; then comes a call's usual
     // alignment.
     auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(const_cast<void*>(fiber.stack)) +
                                              fiber.bytes);

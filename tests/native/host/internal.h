@@ -1,4 +1,4 @@
-// What the parts of the stand-in for CUDA know of one another.
+// Interface between the parts of the stand-in for CUDA.
 #pragma once
 
 #if !defined(__x86_64__)

@@ -1,5 +1,5 @@
-// What stands in for CUDA, held to what CUDA does: test_cuda_stand_in.py gives the name of a launch
-// and reads what came of it.
+// Kernels that hold the stand-in to CUDA's behavior: test_cuda_stand_in.py names a launch and reads
+// its result.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -33,8 +33,7 @@ __global__ void votes(int* out, int argument, int) {
     __syncwarp(mask);
 }
 
-// What a block finds in shared memory before it has written there, and what its threads exchange
-// through it.
+// The contents of shared memory before a block writes there, and its threads' exchange through it.
 __global__ void shared(int* out, int, int) {
     __shared__ int fixed[32];
     int* dynamic = reinterpret_cast<int*>(pdd_host::dynamic_shared());
