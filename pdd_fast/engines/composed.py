@@ -26,19 +26,18 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pdd_fast.engines import estimates, side_by_side
+from pdd_fast.engines import estimates
 from pdd_fast.engines.base import DualResult, PassShape
 from pdd_fast.engines.composed_records import (
     _Activations,
-    _Block,
     _Pair,
     _Parameters,
     _Step,
     _tangents_first,
     _values_first,
 )
-from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad, operand
-from pdd_fast.networks.parameters import views
+from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad
+from pdd_fast.engines.side_by_side import beside, features, linear, sum_images
 from pdd_fast.ops.convnet import ConvNetShape
 from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
 from pdd_fast.ops.norm_relu_pool import norm_relu_pool, norm_relu_pool_backward
@@ -64,6 +63,11 @@ def _pass(
     return run
 
 
+def _groups(x: Tensor, w: Tensor) -> int:
+    """Return the number of networks in x; 1 also if all of them take the same images."""
+    return x.shape[1] // w.shape[1]
+
+
 class ComposedPasses:
     """Passes of :class:`pdd_fast.engines.base.Engine` for a ConvNet.
 
@@ -78,9 +82,7 @@ class ComposedPasses:
         self._shape, self._shapes = shape, list(net.parameters())
 
     def _split(self, theta: Tensor) -> _Parameters:
-        parts = views(theta, iter(self._shapes))
-        blocks = [_Block(*parts[i : i + 4]) for i in range(0, len(parts) - 2, 4)]
-        return _Parameters(blocks, parts[-2], parts[-1])
+        return _Parameters.of(theta, self._shapes)
 
     def _storage(self, theta: Tensor) -> torch.dtype:
         return precisions.storage(self.precision, theta.dtype)
@@ -88,24 +90,22 @@ class ComposedPasses:
     def _operands(self, theta: Tensor) -> _Parameters:
         """Return the parameters as a pass computes with them."""
         p, dtype = self._split(theta), self._storage(theta)
-        return p._replace(
-            blocks=[block._replace(conv=operand(block.conv, dtype)) for block in p.blocks]
-        )
+        return p._replace(blocks=[block.operands(dtype) for block in p.blocks])
 
     def _stored(self, theta: Tensor, images: Tensor) -> Tensor:
-        return images.to(self._storage(theta)).contiguous(memory_format=torch.channels_last)
+        return beside(images.to(self._storage(theta)))
 
     def _forward(self, p: _Parameters, x: Tensor, step: _Step | None) -> Tensor:
         for block in p.blocks:
-            z = conv(x, block.conv)
+            z = conv(x, block.conv, _groups(x, block.conv))
             out, mean, rstd = norm_relu_pool(z, block.weight, block.bias)
             if step is not None:
                 step.blocks.append(_Activations(x, z, mean, rstd))
             x = out
-        features = x.flatten(1).to(p.weight.dtype)
-        logits = torch.addmm(p.bias, features, p.weight.t())
+        inputs = features(x, p.weight)
+        logits = linear(inputs, p.weight, p.bias)
         if step is not None:
-            step.features, step.logits = features, logits
+            step.features, step.logits = inputs, logits
         return logits
 
     def kept_bytes(self, shape: PassShape) -> int:
@@ -120,48 +120,46 @@ class ComposedPasses:
 
     @_pass
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return logits [B, classes]."""
+        """Return logits [B, classes], or [K, B, classes] of the same images for theta [K, P]."""
         return self._forward(self._operands(theta), self._stored(theta, images), None)
 
     @_pass
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Step | None]:
-        """Return losses, gradient and saved activations; see :meth:`Engine.gradient`."""
+        """Return losses, gradient and saved activations; see :meth:`Engine.gradient`.
+
+        The arguments may also be those of K networks; see :meth:`Engine.gradients`. :meth:`dual`
+        continues the step of one network only.
+        """
         p, step, result = self._operands(theta), _Step(), torch.zeros_like(theta)
         grads = self._split(result)
+        logits = self._forward(p, self._stored(theta, images), step)
         losses, grad_logits = cross_entropy(
-            self._forward(p, self._stored(theta, images), step), labels
+            logits.flatten(0, -2), labels.flatten(0, theta.dim() - 1)
         )
-        torch.mm(grad_logits.t(), step.features, out=grads.weight)
-        torch.sum(grad_logits, 0, out=grads.bias)
+        if theta.dim() == 2:  # cross_entropy averages over all networks; undo that
+            grad_logits = grad_logits.mul_(len(theta)).view(logits.shape)
+        torch.matmul(grad_logits.mT, step.features, out=grads.weight)
+        torch.sum(grad_logits, -2, out=grads.bias)
         last = step.blocks[-1].z
-        shape = (-1, last.shape[1], last.shape[2] // 2, last.shape[3] // 2)
-        grad_out = torch.mm(grad_logits, p.weight).view(shape).to(last.dtype)
+        shape = (-1, last.shape[2] // 2, last.shape[3] // 2)
+        grad_out = beside(torch.matmul(grad_logits, p.weight).unflatten(-1, shape).to(last.dtype))
         for i in reversed(range(len(p.blocks))):
             block, grad = p.blocks[i], grads.blocks[i]
             # Popped, so that activations are freed during the backward pass.
             seen = step.blocks[i] if keep else step.blocks.pop()
+            groups = _groups(seen.x, block.conv)
             grad_z, parts = norm_relu_pool_backward(
                 grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias
             )
-            grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv))
-            torch.sum(parts, 1, out=grad.affine)
+            grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv, groups).view_as(grad.conv))
+            sum_images(parts, grad.affine)
             if keep:
                 seen.grad_out, seen.grad_z = grad_out, grad_z
             if i > 0:
-                grad_out = conv_input_grad(grad_z, block.conv, seen.x)
-        return losses, result, step if keep else None
-
-    @_pass
-    def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return losses and gradients of K networks; see :meth:`Engine.gradients`."""
-        return side_by_side.gradients(self._shapes, theta, images, labels, self._storage(theta))
-
-    @_pass
-    def logits_of(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return logits of K networks; see :meth:`Engine.logits_of`."""
-        return side_by_side.logits_of(self._shapes, theta, self._stored(theta, images))
+                grad_out = conv_input_grad(grad_z, block.conv, seen.x, groups)
+        return losses.view(logits.shape[:-1]), result, step if keep else None
 
     @_pass
     def dual(
@@ -201,18 +199,16 @@ class ComposedPasses:
 
         # Linear layer and loss.
         assert isinstance(x, _Pair)  # depth is at least 1
-        features_tangent = x.tangent.flatten(1).to(theta.dtype)
-        features = saved.features if saved else x.value.flatten(1).to(theta.dtype)
-        logits = saved.logits if saved else torch.addmm(p.bias, features, p.weight.t())
-        logits_tangent = torch.addmm(v.bias, features, v.weight.t()).addmm_(
-            features_tangent, p.weight.t()
-        )
+        inputs_tangent = features(x.tangent, p.weight)
+        inputs = saved.features if saved else features(x.value, p.weight)
+        logits = saved.logits if saved else linear(inputs, p.weight, p.bias)
+        logits_tangent = linear(inputs, v.weight, v.bias).addmm_(inputs_tangent, p.weight.t())
         slopes, grad_logits, grad_logits_tangent, labels_tangent = cross_entropy_dual(
             logits, logits_tangent, labels
         )
         if grads is not None:
-            torch.mm(grad_logits_tangent.t(), features, out=grads.weight)
-            grads.weight.addmm_(grad_logits.t(), features_tangent)
+            torch.mm(grad_logits_tangent.t(), inputs, out=grads.weight)
+            grads.weight.addmm_(grad_logits.t(), inputs_tangent)
             torch.sum(grad_logits_tangent, 0, out=grads.bias)
         grad_out = self._features_backward(
             p, v, grad_logits, grad_logits_tangent, seen[-1][1].value, saved
@@ -245,7 +241,7 @@ class ComposedPasses:
                 )
             if grads is not None:
                 self._weight_tangent(grad_z, x, block.conv, grads.blocks[i].conv)
-                torch.sum(parts, 1, out=grads.blocks[i].affine)
+                sum_images(parts, grads.blocks[i].affine)
             if isinstance(x, _Pair):
                 below = saved.blocks[i - 1].grad_out if saved else None
                 grad_out = self._input_backward(grad_z, block.conv, along.conv, x, below)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from pdd_fast.engines.convolution import operand
+from pdd_fast.networks.parameters import views
 
 
 class _Block(NamedTuple):
-    """Parameters of one block, or their gradients or a direction, as views of a flat vector."""
+    """Parameters of one block, or their gradients or a direction, as views of a flat vector.
+
+    Those of K networks have a first dimension K.
+    """
 
     conv: Tensor  # [C, C_in, 3, 3]
     conv_bias: Tensor  # [C]
@@ -18,19 +26,44 @@ class _Block(NamedTuple):
 
     @property
     def affine(self) -> Tensor:
-        """Weight and bias [2, C], which are neighbors in the flat vector."""
-        return self.weight.as_strided((2, len(self.weight)), (len(self.weight), 1))
+        """Weight and bias [2, C] or [2, K, C], which are neighbors in every flat vector."""
+        weight = self.weight
+        return weight.as_strided((2, *weight.shape), (weight.shape[-1], *weight.stride()))
+
+    def operands(self, dtype: torch.dtype) -> _Block:
+        """Return the block as a pass computes with it, networks joined to [K·C, ...]."""
+        return _Block(
+            operand(self.conv.flatten(0, -4), dtype),
+            self.conv_bias,
+            self.weight.flatten(),
+            self.bias.flatten(),
+        )
 
 
 class _Parameters(NamedTuple):
     blocks: list[_Block]
-    weight: Tensor  # [classes, features]
-    bias: Tensor  # [classes]
+    weight: Tensor  # [classes, features], or [K, classes, features]
+    bias: Tensor  # [classes], or [K, classes]
+
+    @classmethod
+    def of(cls, theta: Tensor, like: Sequence[Tensor]) -> _Parameters:
+        """Return views of theta [P] or [K, P].
+
+        Args:
+            theta: parameters, their gradients or a direction.
+            like: parameters of one network, which give the shapes.
+        """
+        parts = views(theta, iter(like))
+        blocks = [_Block(*parts[i : i + 4]) for i in range(0, len(parts) - 2, 4)]
+        return cls(blocks, parts[-2], parts[-1])
 
 
 @dataclass
 class _Activations:
-    """Inputs and outputs of one block, values only."""
+    """Inputs and outputs of one block, values only.
+
+    K networks lie side by side along the channels (:mod:`pdd_fast.engines.side_by_side`).
+    """
 
     x: Tensor  # [B, C_in, H, W]
     z: Tensor  # [B, C, H, W]

@@ -97,7 +97,7 @@ class FusedEngine:
             losses, gradient, _ = self.gradient(theta[0], images[0], labels[0])
             return losses[None], gradient[None]
         if not self._in_one_kernel(theta):
-            return self._composed.gradients(theta, images, labels)
+            return self._composed.gradient(theta, images, labels)[:2]
         each = [self.gradient(*one)[:2] for one in zip(theta, images, labels, strict=True)]
         losses, gradients = zip(*each, strict=True)
         return torch.stack(losses), torch.stack(gradients)
@@ -108,7 +108,7 @@ class FusedEngine:
         if len(theta) == 1:
             return self.logits(theta[0], images)[None]
         if not self._in_one_kernel(theta):
-            return self._composed.logits_of(theta, images)
+            return self._composed.logits(theta, images)
         return torch.stack([self.logits(one, images) for one in theta])
 
     def dual(

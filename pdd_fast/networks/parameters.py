@@ -50,19 +50,19 @@ def load_parameters(net: nn.Module, theta: Tensor) -> None:
 
 
 def views(theta: Tensor, like: Iterator[Tensor]) -> list[Tensor]:
-    """Return slices of ``theta`` [P] with the shapes of ``like``, sharing its memory.
+    """Return slices of ``theta`` with the shapes of ``like``, sharing its memory.
 
     One split makes them all, so that the backward pass is one concatenation. The backward pass of a
     separate slice fills a vector of P elements; with the 62 parameters of ResNet-18, a step took
     four times as long as plain autograd.
 
     Args:
-        theta: [P].
+        theta: [P], or [K, P], of which slices have a first dimension K.
         like: tensors with P elements together.
     """
     shapes = [tensor.shape for tensor in like]
-    parts = theta.split([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = theta.split([shape.numel() for shape in shapes], -1)
+    return [part.view(theta.shape[:-1] + shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def parameter_count(net: nn.Module) -> int:
