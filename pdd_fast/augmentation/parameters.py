@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pdd_fast.ops.dsa import DRAWS, NOTHING, OPERATIONS, dsa, dsa_adjoint
+from pdd_fast.ops.dsa import AUG_PARAMS, NOTHING, OPERATIONS, dsa, dsa_adjoint
 
 
 def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
@@ -23,7 +23,7 @@ def _columns(numbers: list[int], count: int, device: torch.device) -> Tensor:
 _INTEGERS = ("shift_h", "shift_w", "cutout_h", "cutout_w")
 
 
-_ROWS = {name: row for row, name in enumerate(DRAWS)}
+_ROWS = {name: row for row, name in enumerate(AUG_PARAMS)}
 
 
 # Saturation lies between the two, so that one call samples all three.
@@ -31,7 +31,7 @@ _COLOR = slice(_ROWS["brightness"], _ROWS["contrast"] + 1)
 
 
 _NEUTRAL = torch.tensor(
-    [[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in DRAWS],
+    [[float(name in ("saturation", "contrast", "scale_h", "scale_w"))] for name in AUG_PARAMS],
     dtype=torch.float64,
     device="cpu",
 )
@@ -76,7 +76,7 @@ class AugmentParameters:
     operations: tuple[str, ...]  # from color, crop, cutout, flip, scale, rotate, in order
     image_size: tuple[int, int]  # (H, W) of the images
     cutout_size: tuple[int, int]  # height and width of the blanked rectangle
-    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS
+    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.AUG_PARAMS
     _packed: dict[torch.device, PackedAugmentParameters] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -124,10 +124,10 @@ class AugmentParameters:
                 f"AugmentParameters: operations must be from {', '.join(OPERATIONS)}, got "
                 f"{unknown[0]!r}"
             )
-        unknown = [name for name in draws if name not in DRAWS]
+        unknown = [name for name in draws if name not in AUG_PARAMS]
         if unknown:
             raise TypeError(
-                f"AugmentParameters: draws must be from {', '.join(DRAWS)}, got {unknown[0]!r}"
+                f"AugmentParameters: draws must be from {', '.join(AUG_PARAMS)}, got {unknown[0]!r}"
             )
         device = next((value.device for value in draws.values()), torch.device("cpu"))
         values = _neutral(batch_size, device)
@@ -181,7 +181,7 @@ class PackedAugmentParameters(NamedTuple):
     They are tensors only, so that a captured graph can be given others of the same shape.
     """
 
-    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.DRAWS
+    values: Tensor  # float64 [11, b], rows as in pdd_fast.ops.dsa.AUG_PARAMS
     # int32 [k, b], indices into pdd_fast.ops.dsa.OPERATIONS, in the order applied
     operations: Tensor
     cutout_size: tuple[int, int]

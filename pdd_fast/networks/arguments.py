@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from pdd_fast.networks.parameters import check_parameters
 from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime import torch_internals
 from pdd_fast.runtime.errors import require
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -22,8 +23,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def require_plain_call(operator: str, tensors: Iterable[Any]) -> None:
     """Raise RuntimeError inside a torch.func transform or if a tensor carries a tangent."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or (
-        forward_ad._current_level >= 0
+    if torch_internals.in_transform() or (
+        torch_internals.in_forward_mode()
         and any(
             forward_ad.unpack_dual(t).tangent is not None for t in tensors if isinstance(t, Tensor)
         )

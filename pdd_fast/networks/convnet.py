@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from pdd_fast.networks import kernels
 from pdd_fast.ops.convnet import ConvNetShape
+from pdd_fast.runtime import torch_internals
 
 
 class ConvNet(nn.Module):
@@ -108,9 +109,17 @@ def kernel_shape(net: nn.Module) -> ConvNetShape | None:
     parametrized or hooked layer, or one with a parameter added, missing or shared. This check alone
     decides between the fused and the autograd engine.
     """
-    if type(net) is not ConvNet or kernels.is_patched(net) or kernels.is_watched(net):
+    if (
+        type(net) is not ConvNet
+        or torch_internals.is_patched(net)
+        or torch_internals.has_hooks(net)
+    ):
         return None
-    if ConvNet.forward is not _FORWARD or kernels.all_watched() or kernels.is_overridden():
+    if (
+        ConvNet.forward is not _FORWARD
+        or torch_internals.has_global_hooks()
+        or torch_internals.in_function_mode()
+    ):
         return None
     shape, parameters = kernels.recognized(net)
     own = list(net.parameters())

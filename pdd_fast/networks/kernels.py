@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from pdd_fast.networks.parameters import views
 from pdd_fast.ops import convnet as operators
 from pdd_fast.ops.convnet import ConvNetPasses, ConvNetShape
 from pdd_fast.ops.norm_relu_pool import EPS
+from pdd_fast.runtime import torch_internals
 
 if TYPE_CHECKING:
     from pdd_fast.networks.convnet import ConvNet
@@ -84,7 +82,7 @@ def recognized(net: ConvNet) -> tuple[ConvNetShape | None, list[Tensor]]:
         or not _is_unwatched(last, nn.Linear)
     ):
         return nothing
-    if torch_is_patched():
+    if torch_internals.layers_are_patched():
         return nothing
     first = blocks[0][0]
     shape = ConvNetShape(
@@ -138,51 +136,10 @@ def _is_block(block: Any) -> bool:
 
 def _is_unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Return whether ``module`` is of exactly this class, unpatched and without hooks."""
-    return type(module) is kind and not is_patched(module) and not is_watched(module)
-
-
-_CALLED = ("forward", "_conv_forward", "_call_impl")
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Return whether this module instance has a method of its own instead of its class's."""
-    own = vars(module)
-    return any(name in own for name in _CALLED)
-
-
-def _methods() -> tuple[Any, ...]:
-    """Return the methods and functions that the layers call at present."""
-    kinds = (nn.Sequential, nn.Conv2d, nn.GroupNorm, nn.ReLU, nn.AvgPool2d, nn.Linear)
-    functions = (F.conv2d, F.group_norm, F.relu, F.avg_pool2d, F.linear)
-    return *(kind.forward for kind in kinds), nn.Conv2d._conv_forward, *functions
-
-
-_OWN_METHODS = _methods()
-
-
-def torch_is_patched() -> bool:
-    """Return whether a layer class, or a function it calls, was replaced since import."""
-    return any(now is not then for now, then in zip(_methods(), _OWN_METHODS, strict=True))
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Return whether ``module`` has hooks, which may see or change its inputs and outputs."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def all_watched() -> bool:
-    """Return whether hooks are registered for all modules of the process."""
-    everywhere = nn.modules.module
-    return bool(
-        everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
+    return (
+        type(module) is kind
+        and not torch_internals.is_patched(module)
+        and not torch_internals.has_hooks(module)
     )
 
 
@@ -211,11 +168,10 @@ def _fits(shape: ConvNetShape, images: Tensor, parameters: list[Tensor]) -> bool
         and len(images) > 0
         and operators.available()
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0
-        # A transform is active, perhaps of another function.
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch_internals.in_forward_mode()
+        and not torch_internals.in_transform()
         and not _is_observed()
-        and not all_watched()
+        and not torch_internals.has_global_hooks()
     )
 
 
@@ -224,17 +180,7 @@ def _is_observed() -> bool:
 
     Counters, fake tensors and loggers are such modes.
     """
-    return torch._C._len_torch_dispatch_stack() > 0 or is_overridden()
-
-
-def is_overridden() -> bool:
-    """Return whether a mode is active that may change the meaning of torch's functions.
-
-    A default device does not count.
-    """
-    return torch._C._len_torch_function_stack() > 0 and not all(
-        type(mode) is DeviceContext for mode in _get_current_function_mode_stack()
-    )
+    return torch_internals.in_dispatch_mode() or torch_internals.in_function_mode()
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -246,8 +192,8 @@ def _is_plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.is_cpu
         and tensor.layout is torch.strided
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        and torch._C._has_storage(tensor)
+        and not torch_internals.is_in_transform(tensor)
+        and torch_internals.has_memory(tensor)
         # Address 0: zeros that take no memory, or memory that was freed.
         and (tensor.data_ptr() != 0 or tensor.numel() == 0)
     )

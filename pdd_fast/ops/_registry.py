@@ -1,53 +1,113 @@
-"""Registration of operators with torch's dispatcher, and the checks that all operators share."""
+"""Registration of operators with torch's dispatcher, and the checks that all operators share.
+
+The arguments of an operator are written once, as the fields of a ``NamedTuple`` whose methods check
+them, allocate the results, call the compiled kernel and compute the reference (:class:`Call`).
+:class:`Operator` makes torch's schema from the fields and registers the methods.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, get_args, get_type_hints
 
 import torch
+from torch import Tensor
 
 from pdd_fast.ops import _native
 
 _LIBRARY = torch.library.Library("pdd_fast", "DEF")
+_SCHEMA_TYPES = {Tensor: "Tensor", float: "float", bool: "bool", Sequence[int]: "int[]"}
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_ResultOf = TypeVar("_ResultOf", covariant=True)
 
 
-def operator(
-    schema: str,
-    *,
-    check: Callable[..., None],
-    allocate: Callable[..., Any],
-    kernel: Callable[..., Any],
-    reference: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Define ``pdd_fast::<schema>`` for CPU, CUDA and fake tensors, and return its function.
+class Call(Protocol[_ResultOf]):
+    """Arguments of one call of an operator: a NamedTuple whose first field is a tensor.
+
+    That tensor gives the device. If images have 16 bits, so has it.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the arguments in order."""
+        ...
+
+    def check(self, name: str) -> None:
+        """Raise ValueError or TypeError unless the arguments fit; runs before any other method.
+
+        Args:
+            name: name of the operator, for the message.
+        """
+        ...
+
+    def allocate(self) -> _ResultOf:
+        """Return uninitialized results; also the fake kernel."""
+        ...
+
+    def kernel(self, name: str) -> _ResultOf:
+        """Return the results of the compiled kernel ``name``."""
+        ...
+
+    def reference(self) -> _ResultOf:
+        """Return the results in plain torch.
+
+        Tests compare with them, and they are the results if nothing was compiled.
+        """
+        ...
+
+
+class Operator(Generic[_Arguments, _Result]):
+    """Function ``pdd_fast::<name>`` of torch's dispatcher, for CPU, CUDA and fake tensors.
 
     Args:
-        schema: name, arguments and results, in torch's schema language.
-        check: takes the arguments and raises ValueError or TypeError. It runs before any address is
-            taken.
-        allocate: takes the arguments and returns uninitialized results; also the fake kernel.
-        kernel: takes the arguments and returns the results of the compiled kernel.
-        reference: the same in plain torch. Tests compare with it, and it runs if nothing was
-            compiled.
+        name: name of the operator and of its compiled kernel.
+        record: class of its arguments.
     """
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
 
-    def run(*arguments: Any) -> Any:
-        check(*arguments)
-        device_type = arguments[0].device.type
+    def __init__(self, name: str, record: Callable[_Arguments, Call[_Result]]) -> None:
+        self.name, self._record = name, record
+        # torch leaves out trailing arguments that equal their defaults.
+        positional: Callable[..., Call[_Result]] = record
+        _LIBRARY.define(_schema(name, record))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, lambda *given: self._compute(positional(*given)), key)
+        torch.library.register_fake(
+            f"pdd_fast::{name}", lambda *given: positional(*given).allocate(), lib=_LIBRARY
+        )
+        self._dispatched = getattr(torch.ops.pdd_fast, name).default
+
+    def __call__(self, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        """Return the results of the kernel, or those of the reference if none was compiled."""
+        return self._dispatched(*arguments, **named)
+
+    def reference(self, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
+        """Return the results in plain torch."""
+        return self._record(*arguments, **named).reference()
+
+    def _compute(self, call: Call[_Result]) -> _Result:
+        call.check(self.name)
+        first = next(iter(call))
+        device_type = first.device.type
         if _native.load(device_type) is None:
             _native.explain_missing(device_type)
-            return computed_in_32_bits(reference, *arguments)
-        return (
-            kernel(*arguments) if device_type == "cuda" else computed_in_32_bits(kernel, *arguments)
-        )
+            return computed_in_32_bits(self.reference, *call)
+        if device_type == "cuda" or first.dtype not in HALF:
+            return call.kernel(self.name)
+        record: Callable[..., Call[_Result]] = self._record
+        return computed_in_32_bits(lambda *wide: record(*wide).kernel(self.name), *call)
 
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, key)
-    torch.library.register_fake(f"pdd_fast::{name}", allocate, lib=_LIBRARY)
-    return getattr(torch.ops.pdd_fast, name).default
+
+def _schema(name: str, record: Any) -> str:
+    """Return the operator's name, arguments and results in torch's schema language."""
+    defaults = record._field_defaults
+    arguments = [
+        f"{_SCHEMA_TYPES[kind]} {field}" + (f"={defaults[field]}" if field in defaults else "")
+        for field, kind in get_type_hints(record).items()
+    ]
+    result = get_type_hints(record.allocate)["return"]
+    results = ["Tensor" for _ in get_args(result) or (result,)]
+    return f"{name}({', '.join(arguments)}) -> ({', '.join(results)})"
 
 
 HALF = (torch.bfloat16, torch.float16)
@@ -92,7 +152,7 @@ def require_like(
         raise TypeError(f"{operator}: {argument} must be {wanted}, got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(f"{operator}: {argument} must be on {like.device}, got {tensor.device}")
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(
             f"{operator}: {argument} must have shape {tuple(shape)}, got {tuple(tensor.shape)}"
         )

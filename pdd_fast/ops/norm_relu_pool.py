@@ -11,11 +11,13 @@ is float32.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from pdd_fast.ops import _native
-from pdd_fast.ops._registry import compute_dtype, operator, require_floating, require_like
+from pdd_fast.ops._registry import Operator, compute_dtype, require_floating, require_like
 from pdd_fast.runtime.errors import require
 
 EPS = 1e-5  # torch.nn.GroupNorm's default
@@ -30,50 +32,52 @@ def _empty(like: Tensor, batch: int, height: int, width: int) -> Tensor:
     return like.new_empty((batch, height, width, like.shape[1])).permute(0, 3, 1, 2)
 
 
-def _check_images(name: str, z: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of the images, the pooled images, and a vector over channels."""
-    require_floating(name, "z", z, half=True)
-    require(name, z.dim() == 4, "z", "have shape [B, C, H, W]", tuple(z.shape))
-    require(name, min(z.shape[2:]) >= 2, "z", "be at least 2 pixels high and wide", tuple(z.shape))
-    require(name, z.numel() > 0, "z", "not be empty", tuple(z.shape))
-    B, C, H, W = z.shape
-    require(
-        name, C * H * W < 2**31, "z", "have fewer than 2**31 elements per image", tuple(z.shape)
-    )
-    return (B, C, H, W), (B, C, H // 2, W // 2), (C,)
-
-
-def _check_all(name: str, z: Tensor, shapes: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
-    for argument, (tensor, shape) in shapes.items():
-        is_images = len(shape) == 4
-        require_like(
-            name, argument, tensor, z, shape, z.dtype if is_images else compute_dtype(z.dtype)
-        )
-
-
 def _new(z: Tensor, *shape: int) -> Tensor:
     """Return uninitialized statistics or vectors for images ``z``."""
     return z.new_empty(shape, dtype=compute_dtype(z.dtype))
 
 
-# ---- norm_relu_pool ----
+# Shapes of the arguments of all four operators: [B, C, H, W], [B, C, H//2, W//2], [B, C],
+# [4, B, C], [C].
+_SHAPES = {
+    **dict.fromkeys(("z", "z_tangent"), 0),
+    **dict.fromkeys(("grad_out", "grad_out_tangent"), 1),
+    **dict.fromkeys(("mean", "rstd"), 2),
+    "statistics": 3,
+    **dict.fromkeys(("weight", "weight_tangent", "bias", "bias_tangent"), 4),
+}
 
 
-def _check(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
-    _, _, vector = _check_images("norm_relu_pool", z)
-    _check_all("norm_relu_pool", z, {"weight": (weight, vector), "bias": (bias, vector)})
+def _check(name: str, call: Any) -> None:
+    """Raise unless the tensors of ``call`` fit its ``z``.
+
+    Args:
+        name: name of the operator, for the message.
+        call: arguments of one of the four operators.
+    """
+    z: Tensor = call.z
+    require_floating(name, "z", z, half=True)
+    require(name, z.dim() == 4, "z", "have shape [B, C, H, W]", tuple(z.shape))
+    B, C, H, W = shape = tuple(z.shape)
+    require(name, min(H, W) >= 2, "z", "be at least 2 pixels high and wide", shape)
+    require(name, z.numel() > 0, "z", "not be empty", shape)
+    require(name, C * H * W < 2**31, "z", "have fewer than 2**31 elements per image", shape)
+    shapes = (B, C, H, W), (B, C, H // 2, W // 2), (B, C), (4, B, C), (C,)
+    computed = compute_dtype(z.dtype)
+    for argument, tensor in zip(call._fields, call, strict=True):
+        if argument in _SHAPES:
+            expected = shapes[_SHAPES[argument]]
+            dtype = z.dtype if len(expected) == 4 else computed
+            require_like(name, argument, tensor, z, expected, dtype)
 
 
-def _allocate(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    B, C, H, W = z.shape
-    return _empty(z, B, H // 2, W // 2), _new(z, B, C), _new(z, B, C)
-
-
-def _kernel(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    z, weight, bias = _dense(z), weight.contiguous(), bias.contiguous()
-    out, mean, rstd = _allocate(z, weight, bias, eps)
-    _native.call("norm_relu_pool", z, *z.shape, eps, z, weight, bias, out, mean, rstd)
-    return out, mean, rstd
+def _read(call: Any) -> list[Tensor]:
+    """Return the tensors of ``call`` as kernels read them."""
+    return [
+        _dense(argument) if argument.dim() == 4 else argument.contiguous()
+        for argument in call
+        if isinstance(argument, Tensor)
+    ]
 
 
 def _statistics(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -84,88 +88,6 @@ def _statistics(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _images(vector: Tensor) -> Tensor:
     """Return [C] or [B, C] shaped to broadcast over [B, C, H, W]."""
     return vector[..., None, None]
-
-
-def norm_relu_pool_reference(
-    z: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return :func:`norm_relu_pool` in plain torch."""
-    mean, rstd = _statistics(z, eps)
-    a = (z - _images(mean)) * _images(rstd) * _images(weight) + _images(bias)
-    return _dense(torch.nn.functional.avg_pool2d(a.relu(), 2)), mean, rstd
-
-
-_norm_relu_pool = operator(
-    "norm_relu_pool(Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
-    check=_check,
-    allocate=_allocate,
-    kernel=_kernel,
-    reference=norm_relu_pool_reference,
-)
-
-
-def norm_relu_pool(
-    z: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return avg_pool2d(relu(instance_norm(z) * weight + bias), 2) and the norm's statistics.
-
-    Args:
-        z: [B, C, H, W] with H, W >= 2. An odd last row or column counts in the norm but is not
-            pooled.
-        weight: [C].
-        bias: [C].
-        eps: added to the variance.
-
-    Returns:
-        out [B, C, H//2, W//2], mean [B, C], rstd [B, C] = 1/sqrt(variance + eps).
-    """
-    return _norm_relu_pool(z, weight, bias, eps)
-
-
-# ---- norm_relu_pool_backward ----
-
-
-def _check_backward(
-    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> None:
-    name = "norm_relu_pool_backward"
-    (B, C, _, _), pooled, vector = _check_images(name, z)
-    _check_all(
-        name,
-        z,
-        {"grad_out": (grad_out, pooled), "mean": (mean, (B, C)), "rstd": (rstd, (B, C))}
-        | {"weight": (weight, vector), "bias": (bias, vector)},
-    )
-
-
-def _allocate_backward(
-    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    B, C, H, W = z.shape
-    return _empty(z, B, H, W), _new(z, 2, B, C)
-
-
-def _kernel_backward(
-    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_out, z = _dense(grad_out), _dense(z)
-    mean, rstd, weight, bias = (t.contiguous() for t in (mean, rstd, weight, bias))
-    grad_z, parts = _allocate_backward(grad_out, z, mean, rstd, weight, bias)
-    _native.call(
-        "norm_relu_pool_backward",
-        z,
-        *z.shape,
-        grad_out,
-        z,
-        mean,
-        rstd,
-        weight,
-        bias,
-        grad_z,
-        parts[0],
-        parts[1],
-    )
-    return grad_z, parts
 
 
 def _upsample(pooled: Tensor, like: Tensor) -> Tensor:
@@ -180,46 +102,82 @@ def _plane_mean(images: Tensor) -> Tensor:
     return images.mean((2, 3), keepdim=True)
 
 
-def norm_relu_pool_backward_reference(
-    grad_out: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return :func:`norm_relu_pool_backward` in plain torch."""
-    x_hat = (z - _images(mean)) * _images(rstd)
-    grad = _upsample(grad_out, z) * (x_hat * _images(weight) + _images(bias) > 0)
-    centered = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
-    parts = torch.stack([(grad * x_hat).sum((2, 3)), grad.sum((2, 3))])
-    return _dense(_images(rstd) * _images(weight) * centered), parts
+# ---- norm_relu_pool ----
 
 
-_norm_relu_pool_backward = operator(
-    "norm_relu_pool_backward(Tensor grad_out, Tensor z, Tensor mean, Tensor rstd, Tensor "
-    "weight, Tensor bias) -> (Tensor, Tensor)",
-    check=_check_backward,
-    allocate=_allocate_backward,
-    kernel=_kernel_backward,
-    reference=norm_relu_pool_backward_reference,
-)
+class _NormReluPool(NamedTuple):
+    # [B, C, H, W] with H, W >= 2; an odd last row or column counts in the norm but is not pooled
+    z: Tensor
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    eps: float = EPS  # added to the variance
+
+    def check(self, name: str) -> None:
+        _check(name, self)
+
+    def allocate(self) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.z
+        B, C, H, W = z.shape
+        return _empty(z, B, H // 2, W // 2), _new(z, B, C), _new(z, B, C)
+
+    def kernel(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        results = self.allocate()
+        _native.call(name, self.z, *self.z.shape, self.eps, *_read(self), *results)
+        return results
+
+    def reference(self) -> tuple[Tensor, Tensor, Tensor]:
+        z = self.z
+        mean, rstd = _statistics(z, self.eps)
+        a = (z - _images(mean)) * _images(rstd) * _images(self.weight) + _images(self.bias)
+        return _dense(torch.nn.functional.avg_pool2d(a.relu(), 2)), mean, rstd
 
 
-def norm_relu_pool_backward(
-    grad_out: Tensor,  # [B, C, H//2, W//2]
-    z: Tensor,  # [B, C, H, W]
-    mean: Tensor,  # [B, C]
-    rstd: Tensor,  # [B, C]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of :func:`norm_relu_pool`.
+norm_relu_pool = Operator("norm_relu_pool", _NormReluPool)
+"""Return avg_pool2d(relu(instance_norm(z) * weight + bias), 2) and the norm's statistics.
 
-    Returns:
-        grad_z: gradient with respect to z [B, C, H, W].
-        parts: [2, B, C], the term of every image in the gradients with respect to weight and bias.
-        The caller sums over B, straight into a flat vector in which the two are neighbors.
-    """
-    return _norm_relu_pool_backward(grad_out, z, mean, rstd, weight, bias)
+Returns:
+    out [B, C, H//2, W//2], mean [B, C], rstd [B, C] = 1/sqrt(variance + eps).
+"""
 
 
-# ---- norm_relu_pool_dual ----
+# ---- norm_relu_pool_backward ----
 
 
-# ---- norm_relu_pool_dual_backward ----
+class _NormReluPoolBackward(NamedTuple):
+    grad_out: Tensor  # [B, C, H//2, W//2]
+    z: Tensor  # [B, C, H, W]
+    mean: Tensor  # [B, C]
+    rstd: Tensor  # [B, C]
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+
+    def check(self, name: str) -> None:
+        _check(name, self)
+
+    def allocate(self) -> tuple[Tensor, Tensor]:
+        z = self.z
+        B, C, H, W = z.shape
+        return _empty(z, B, H, W), _new(z, 2, B, C)
+
+    def kernel(self, name: str) -> tuple[Tensor, Tensor]:
+        grad_z, parts = self.allocate()
+        _native.call(name, self.z, *self.z.shape, *_read(self), grad_z, *parts)
+        return grad_z, parts
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        z, rstd, weight = self.z, _images(self.rstd), _images(self.weight)
+        x_hat = (z - _images(self.mean)) * rstd
+        grad = _upsample(self.grad_out, z) * (x_hat * weight + _images(self.bias) > 0)
+        centered = grad - _plane_mean(grad) - x_hat * _plane_mean(grad * x_hat)
+        parts = torch.stack([(grad * x_hat).sum((2, 3)), grad.sum((2, 3))])
+        return _dense(rstd * weight * centered), parts
+
+
+norm_relu_pool_backward = Operator("norm_relu_pool_backward", _NormReluPoolBackward)
+"""Return the gradients of :data:`norm_relu_pool`.
+
+Returns:
+    grad_z: gradient with respect to z [B, C, H, W].
+    parts: [2, B, C], the term of every image in the gradients with respect to weight and bias. The
+        caller sums over B, straight into a flat vector in which the two are neighbors.
+"""

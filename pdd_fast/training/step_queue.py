@@ -11,7 +11,7 @@ from torch import Tensor
 from pdd_fast.augmentation.cutmix import CutMix, CutMixParameters
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
-from pdd_fast.ops.dsa import DRAWS
+from pdd_fast.ops.dsa import AUG_PARAMS
 from pdd_fast.training.cuda_graphs import Upload
 
 # A GPU works on one queue while the host writes the next. It waits only for the first: 0.3 ms per
@@ -40,7 +40,7 @@ def steps_per_queue(steps: int, columns: int) -> int:
         steps: number of steps that will be taken.
         columns: images of a step, of all networks.
     """
-    each = columns * (len(DRAWS) * torch.float64.itemsize + torch.int64.itemsize)
+    each = columns * (len(AUG_PARAMS) * torch.float64.itemsize + torch.int64.itemsize)
     return max(1, min(steps, _STEPS, _BYTES // each))
 
 
@@ -80,7 +80,7 @@ class StepQueue:
         self._augments = bool(dsa.operations)
         if self._augments:
             applied = 1 if dsa.mode == "single" else len(dsa.operations)
-            shapes["values"] = (capacity, len(DRAWS), columns), torch.float64
+            shapes["values"] = (capacity, len(AUG_PARAMS), columns), torch.float64
             shapes["operations"] = (capacity, applied, columns), torch.int32
         self._mixes = cutmix is not None
         if self._mixes:

@@ -242,8 +242,8 @@ def test_bits_do_not_depend_on_the_layout(batch: tuple[Tensor, AugmentParameters
     packed = p.packed(torch.device("cpu"))
     reference = (packed.values, packed.operations, list(packed.cutout_size))
     for function, expected in (
-        (augment, dsa_ops.dsa_reference(images.double(), *reference, False)),
-        (augment_adjoint, dsa_ops.dsa_adjoint_reference(images.double(), *reference)),
+        (augment, dsa_ops.dsa.reference(images.double(), *reference, False)),
+        (augment_adjoint, dsa_ops.dsa_adjoint.reference(images.double(), *reference)),
     ):
         first = function(images, p)
         assert worst(first, expected) <= 2 * TOLERANCE[images.dtype]

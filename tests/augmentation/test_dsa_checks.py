@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from augmentation_support import EVERYTHING
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdd_fast.augmentation.dsa import DSA, augment, augment_adjoint
-from pdd_fast.augmentation.parameters import AugmentParameters
+from pdd_fast.augmentation.parameters import AugmentParameters, PackedAugmentParameters
 from pdd_fast.ops import _native
 from pdd_fast.ops import dsa as dsa_ops
 
@@ -48,8 +49,10 @@ def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(
     assert seen.names == ["pdd_fast::dsa", "pdd_fast::dsa_adjoint"]
 
     taken = []
-    for name in ("_dsa", "_dsa_adjoint"):
-        monkeypatch.setattr(dsa_ops, name, lambda *arguments, name=name: taken.append(name))
+    for name in ("dsa", "dsa_adjoint"):
+        monkeypatch.setattr(
+            getattr(dsa_ops, name), "_dispatched", lambda *_, name=name: taken.append(name)
+        )
     packed.apply(images)
     packed.adjoint(images)
     assert not taken
@@ -57,16 +60,34 @@ def test_nothing_but_a_plain_call_on_the_cpu_goes_without_the_dispatcher(
     packed.adjoint(images.clone().requires_grad_())
     packed.apply(torch.complex(images, images).conj().imag)
     packed.apply(images.to("meta"))
-    packed.apply(images[:1])  # one image and two draws: refused by the operator
-    packed.apply(images[0])
-    packed._replace(operations=packed.operations.long()).apply(images)
     packed._replace(operations=packed.operations + 1).apply(images)  # 6 is no operation
-    packed._replace(values=packed.values.float()).apply(images)
-    packed._replace(cutout_size=(2, -1)).apply(images)
-    assert taken == ["_dsa", "_dsa_adjoint", *["_dsa"] * 8]
+    packed._replace(values=packed.values.t().contiguous().t()).apply(images)
+    assert taken == ["dsa", "dsa_adjoint", *["dsa"] * 4]
     with torch.no_grad():
         packed.adjoint(images.clone().requires_grad_())
-    assert len(taken) == 10
+    assert len(taken) == 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda packed, images: packed.apply(images[:1]),  # one image and two columns of parameters
+        lambda packed, images: packed.apply(images[0]),
+        lambda packed, images: packed._replace(operations=packed.operations.long()).apply(images),
+        lambda packed, images: packed._replace(values=packed.values.float()).apply(images),
+        lambda packed, images: packed._replace(cutout_size=(2, -1)).apply(images),
+    ],
+)
+def test_wrong_arguments_are_refused_alike_with_and_without_the_dispatcher(
+    wrong: Callable[[PackedAugmentParameters, torch.Tensor], object],
+) -> None:
+    packed = DSA(EVERYTHING, mode="multiple").sample(2, 5).packed(torch.device("cpu"))
+    messages = []
+    for mode in (nullcontext(), Seen()):
+        with mode, pytest.raises((ValueError, TypeError), match=r"^dsa: \w+ must ") as caught:
+            wrong(packed, torch.randn(2, 3, 5, 5))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
 
 
 # ---- what is refused ----

@@ -147,8 +147,8 @@ def test_dsa_of_large_images(side: int) -> None:
     images, draws, operations = dsa_arguments(5, 3, side, side)
     for dtype, tolerance in (cases.TOLERANCE | cases.HALF_TOLERANCE).items():
         given, rest = images.to(dtype), (draws, operations, [9, 9])
-        forward = dsa_ops.dsa_reference(given.double(), *rest, False)
-        adjoint = dsa_ops.dsa_adjoint_reference(given.double(), *rest)
+        forward = dsa_ops.dsa.reference(given.double(), *rest, False)
+        adjoint = dsa_ops.dsa_adjoint.reference(given.double(), *rest)
         assert cases.relative_error(dsa_ops.dsa(given, *rest), forward) <= tolerance
         assert cases.relative_error(dsa_ops.dsa_adjoint(given, *rest), adjoint) <= tolerance
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.augmentation.parameters import PackedAugmentParameters
+from pdd_fast.ops import _registry as ops
 from pdd_fast.ops import add_rows as rows_ops
 from pdd_fast.ops import cross_entropy as ce
 from pdd_fast.ops import dsa as dsa_ops
@@ -53,11 +54,21 @@ class Operator:
     CPU).
     """
 
-    name: str
-    function: Callable[..., Any]
-    reference: Callable[..., Any]
+    own: ops.Operator[..., Any]
     arguments: Callable[[torch.dtype], Iterator[tuple[Any, ...]]]
     takes_half: bool = False  # images may be bfloat16 or float16
+
+    @property
+    def name(self) -> str:
+        return self.own.name
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return getattr(torch.ops.pdd_fast, self.name).default
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return self.own.reference
 
 
 def stored_in(dtype: torch.dtype, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -95,7 +106,7 @@ def _norm_relu_pool(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 def _norm_relu_pool_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for z, weight, bias, eps in _norm_relu_pool(dtype):
-        out, mean, rstd = nrp.norm_relu_pool_reference(z, weight, bias, eps)
+        out, mean, rstd = nrp.norm_relu_pool.reference(z, weight, bias, eps)
         for grad in layouts(torch.randn_like(out)):
             yield grad, z, mean, rstd, weight, bias
 
@@ -112,7 +123,7 @@ def _norm_relu_pool_dual(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 def _norm_relu_pool_dual_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for arguments in _norm_relu_pool_dual(dtype):
         z, z_tangent, weight, weight_tangent, bias = arguments[:5]
-        out, statistics = nrp_dual.norm_relu_pool_dual_reference(*arguments[:-1], True)
+        out, statistics = nrp_dual.norm_relu_pool_dual.reference(*arguments[:-1], True)
         grad, grad_tangent = torch.randn_like(out), torch.randn_like(out)
         yield (
             grad,
@@ -189,45 +200,16 @@ def _add_rows(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield target, torch.randint(shape[0], (added,)), rows
 
 
-def _op(name: str) -> Callable[..., Any]:
-    return getattr(torch.ops.pdd_fast, name).default
-
-
 OPERATORS = [
-    Operator(
-        "norm_relu_pool", _op("norm_relu_pool"), nrp.norm_relu_pool_reference, _norm_relu_pool, True
-    ),
-    Operator(
-        "norm_relu_pool_backward",
-        _op("norm_relu_pool_backward"),
-        nrp.norm_relu_pool_backward_reference,
-        _norm_relu_pool_backward,
-        True,
-    ),
-    Operator(
-        "norm_relu_pool_dual",
-        _op("norm_relu_pool_dual"),
-        nrp_dual.norm_relu_pool_dual_reference,
-        _norm_relu_pool_dual,
-        True,
-    ),
-    Operator(
-        "norm_relu_pool_dual_backward",
-        _op("norm_relu_pool_dual_backward"),
-        nrp_dual.norm_relu_pool_dual_backward_reference,
-        _norm_relu_pool_dual_backward,
-        True,
-    ),
-    Operator("cross_entropy", _op("cross_entropy"), ce.cross_entropy_reference, _cross_entropy),
-    Operator(
-        "cross_entropy_dual",
-        _op("cross_entropy_dual"),
-        ce.cross_entropy_dual_reference,
-        _cross_entropy_dual,
-    ),
-    Operator("dsa", _op("dsa"), dsa_ops.dsa_reference, _dsa, True),
-    Operator("dsa_adjoint", _op("dsa_adjoint"), dsa_ops.dsa_adjoint_reference, _dsa_adjoint, True),
-    Operator("add_rows", _op("add_rows"), rows_ops.add_rows_reference, _add_rows),
+    Operator(nrp.norm_relu_pool, _norm_relu_pool, True),
+    Operator(nrp.norm_relu_pool_backward, _norm_relu_pool_backward, True),
+    Operator(nrp_dual.norm_relu_pool_dual, _norm_relu_pool_dual, True),
+    Operator(nrp_dual.norm_relu_pool_dual_backward, _norm_relu_pool_dual_backward, True),
+    Operator(ce.cross_entropy, _cross_entropy),
+    Operator(ce.cross_entropy_dual, _cross_entropy_dual),
+    Operator(dsa_ops.dsa, _dsa, True),
+    Operator(dsa_ops.dsa_adjoint, _dsa_adjoint, True),
+    Operator(rows_ops.add_rows, _add_rows),
 ]
 
 

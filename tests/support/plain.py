@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pdd_fast.augmentation.parameters import AugmentParameters
-from pdd_fast.ops.dsa import dsa_reference
+from pdd_fast.ops.dsa import dsa
 
 
 def unroll(
@@ -30,7 +30,7 @@ def unroll(
         if augmentations is not None:
             draw = augmentations[i]
             packed = draw.packed(x.device)
-            x = dsa_reference(x, packed.values, packed.operations, list(packed.cutout_size), False)
+            x = dsa.reference(x, packed.values, packed.operations, list(packed.cutout_size), False)
         parts = theta.split([shape.numel() for shape in shapes.values()])
         parameters = {
             name: part.view(shape)

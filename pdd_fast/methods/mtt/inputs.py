@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pdd_fast.augmentation.parameters import PackedAugmentParameters
 from pdd_fast.methods.mtt.settings import MatchingSettings
-from pdd_fast.ops.dsa import DRAWS, NOTHING
+from pdd_fast.ops.dsa import AUG_PARAMS, NOTHING
 from pdd_fast.runtime.errors import require
 from pdd_fast.training.cuda_graphs import Upload
 
@@ -47,7 +47,7 @@ class InputBuffers:
             "lrs": ((3,), dtype),
         }
         if settings.operations:
-            shapes["values"] = ((K * N, len(DRAWS), b), torch.float64)
+            shapes["values"] = ((K * N, len(AUG_PARAMS), b), torch.float64)
             shapes["operations"] = ((K * N, settings.operations, b), torch.int32)
         self._settings, self._total = settings, len(images)
         self._upload = Upload(shapes, images.device)
@@ -108,6 +108,6 @@ class InputBuffers:
         operations = aug_params.operations.new_full((most, images), NOTHING)
         operations[:k] = aug_params.operations
         return {
-            "values": aug_params.values.view(len(DRAWS), steps, batch).transpose(0, 1),
+            "values": aug_params.values.view(len(AUG_PARAMS), steps, batch).transpose(0, 1),
             "operations": operations.view(most, steps, batch).transpose(0, 1),
         }
