@@ -1,8 +1,8 @@
 """Run Python programs in forks of one process that has imported torch and the package.
 
 The import takes seconds, a fork milliseconds. `forks.py` starts this file with one end of a socket
-pair as standard input. A request is a JSON object with three file descriptors, the answers are the
-process id and then the exit status.
+pair as standard input and the modules to import as arguments. A request is a JSON object with three
+file descriptors. The answers are the process id and then the exit status.
 
 The server computes nothing and opens no device. A fork therefore has no threads, random state,
 registered methods or CUDA context of another program. It ends like every interpreter, except that
@@ -22,17 +22,6 @@ import sys
 import threading
 from typing import Any
 
-# matplotlib is left out: it reads MPLBACKEND when it is imported.
-IMPORTED = (
-    "torch",
-    "torch._dynamo",  # by torch.optim, at the first optimizer
-    "scipy.stats",
-    "sklearn.datasets",
-    "pdd_fast",
-    "pdd_fast.cli.main",
-    "pdd_fast.cli.distill",
-    "pdd_fast.cli.evaluate",
-)
 REQUEST = 1 << 20  # bytes, more than any
 
 
@@ -72,7 +61,7 @@ def ended(program: str) -> int:
 
 
 if __name__ == "__main__":
-    for name in IMPORTED:
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     gc.freeze()  # the collector does not touch, and so copy, what the forks share
     request = serve(socket.socket(fileno=os.dup(0)))

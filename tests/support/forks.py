@@ -13,8 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SERVER = Path(__file__).with_name("fork_server.py")
-# Read when torch is imported, which the server has done.
-FIXED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONSAFEPATH")
+# For programs that distill. matplotlib is left out: it reads MPLBACKEND when it is imported.
+DISTILLING = (
+    "torch._dynamo",  # by torch.optim, at the first optimizer
+    "scipy.stats",
+    "sklearn.datasets",
+    "pdd_fast.cli.distill",
+    "pdd_fast.cli.evaluate",
+)
+# Read when a process starts or imports torch, which the server has done.
+FIXED = ("MALLOC_MMAP_THRESHOLD_", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "PYTHONSAFEPATH")
 
 
 class Forks:
@@ -22,20 +30,28 @@ class Forks:
 
     Args:
         connection: End of a socket pair whose other end the server has.
+        environment: Changes of this process's environment, for all programs.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self._answers = connection, connection.makefile("rb")
+    def __init__(self, connection: socket.socket, environment: Mapping[str, str]) -> None:
+        self._connection, self._environment = connection, dict(environment)
+        self._answers = connection.makefile("rb")
 
     @classmethod
     @contextmanager
-    def started(cls) -> Iterator[Forks]:
-        """Start the server, and end it after the block."""
+    def started(
+        cls, imports: Sequence[str] = DISTILLING, environment: Mapping[str, str] | None = None
+    ) -> Iterator[Forks]:
+        """Start a server that imports these modules, and end it after the block."""
+        changes = dict(environment or {})
         ours, theirs = socket.socketpair()
-        with ours, subprocess.Popen([sys.executable, "-P", str(SERVER)], stdin=theirs) as server:
+        command = [sys.executable, "-P", str(SERVER), *imports]
+        with ours, subprocess.Popen(command, stdin=theirs, env=os.environ | changes) as server:
             theirs.close()
-            yield cls(ours)
-            server.terminate()
+            try:
+                yield cls(ours, changes)
+            finally:
+                server.terminate()
 
     def python(
         self,
@@ -51,7 +67,7 @@ class Forks:
             program: The file, or the code as text.
             arguments: The rest of sys.argv.
             folder: Working directory.
-            environment: Changes of this process's environment.
+            environment: More changes of the environment.
 
         Returns:
             Exit status and texts on stdout and stderr.
@@ -66,7 +82,7 @@ class Forks:
                 "program": str(program),
                 "arguments": list(arguments),
                 "folder": str(folder),
-                "environment": os.environ | changes,
+                "environment": os.environ | self._environment | changes,
             }
             out, err = Path(own, "stdout"), Path(own, "stderr")
             with open(os.devnull) as stdin, open(out, "w") as stdout, open(err, "w") as stderr:

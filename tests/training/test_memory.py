@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch
+from forks import Forks
 
 from pdd_fast import ConvNet, engines
 from pdd_fast.engines import PassShape
@@ -26,8 +29,7 @@ from pdd_fast.runtime import host_memory as host
 from pdd_fast.runtime.errors import RunError, UsageError
 from pdd_fast.training.memory import training_bytes
 
-# Started by exec from a process as large as pytest with torch, a child inherits that process's peak
-# on Linux: VmHWM is reset with the new address space, ru_maxrss is not.
+# VmHWM is the peak of this process alone: on Linux it begins with what is resident after the fork.
 CHILD = """
 import json, sys
 import torch, pdd_fast
@@ -69,17 +71,26 @@ needs_proc = pytest.mark.skipif(
 )
 
 
-def steady_environment() -> dict[str, str]:
-    """Return an environment in which two runs of a program reach the same peak within 1 %.
+@pytest.fixture(scope="module")
+def steady() -> Iterator[Forks]:
+    """Run programs so that two runs of one reach the same peak within 1 %.
 
     A low threshold for mmap gives every tensor back to the system when it is freed. One thread
     needs one workspace. Without these, the difference between two peaks varied from 0.54 to 0.90 of
     the limit.
     """
-    return os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    folders = [os.path.dirname(__file__), os.path.dirname(forks.__file__)]
+    environment = {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+    with Forks.started(["test_memory"], environment) as server:
+        yield server
 
 
 def measure(
+    steady: Forks,
     width: int,
     size: int,
     batch: int,
@@ -94,32 +105,27 @@ def measure(
     """
     bound = "" if limit is None else str(limit)
     arguments = [*map(str, (width, size, batch, depth)), engine, memory, bound, *map(str, steps)]
-    output = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=steady_environment(),
-    )
-    return json.loads(output.stdout)
+    found = steady.python(CHILD, arguments, folder=Path.cwd())
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
 
 
 @needs_proc
 @pytest.mark.parametrize("engine", ["fused", "autograd"])
-def test_a_step_more_takes_one_parameter_vector_more(engine: str) -> None:
+def test_a_step_more_takes_one_parameter_vector_more(steady: Forks, engine: str) -> None:
     # 40 steps first, so that libraries, threads and the allocator's pools are all there. What is
     # kept of 16 images of 8x8 at width 128 is half of the vector a step, and more with autograd:
     # keeping it could not hide in the tolerance.
-    found = measure(128, 8, 16, 3, [40, 140], engine, "recompute")
+    found = measure(steady, 128, 8, 16, 3, [40, 140], engine, "recompute")
     vector = 4 * found["parameters"]
     growth = (found["140"] - found["40"]) / 100
     assert 0.9 * vector <= growth <= 1.1 * vector
 
 
 @needs_proc
-def test_the_cache_is_what_grows() -> None:
+def test_the_cache_is_what_grows(steady: Forks) -> None:
     """The other mode, so that the measurement is known to see activations."""
-    found = measure(128, 8, 16, 3, [40, 140], "fused", "cache")
+    found = measure(steady, 128, 8, 16, 3, [40, 140], "fused", "cache")
     each = (
         engines.choose(ConvNet(3, 10, 8, 128, 3)).kept_bytes(shape(16, 8)) + 4 * found["parameters"]
     )
@@ -128,21 +134,23 @@ def test_the_cache_is_what_grows() -> None:
 
 @needs_proc
 @pytest.mark.parametrize(("engine", "steps", "fitting"), [("fused", 30, 20), ("autograd", 9, 5)])
-def test_what_is_kept_stays_within_its_limit(engine: str, steps: int, fitting: int) -> None:
+def test_what_is_kept_stays_within_its_limit(
+    steady: Forks, engine: str, steps: int, fitting: int
+) -> None:
     """Beside what recomputing all takes; and what there is room for is used."""
     limit = int(
         (fitting + 0.5) * engines.choose(ConvNet(3, 10, 32, 32, 3), engine).kept_bytes(shape(32))
     )
-    without = measure(32, 32, 32, 3, [steps], engine, "recompute")[str(steps)]
-    found = measure(32, 32, 32, 3, [steps], engine, "auto", limit)[str(steps)] - without
+    without = measure(steady, 32, 32, 32, 3, [steps], engine, "recompute")[str(steps)]
+    found = measure(steady, 32, 32, 32, 3, [steps], engine, "auto", limit)[str(steps)] - without
     assert 0.6 * limit <= found <= 1.1 * limit
 
 
 @needs_proc
 @pytest.mark.slow
-def test_fifty_steps_of_fifty_images_fit_in_1500_megabytes() -> None:
+def test_fifty_steps_of_fifty_images_fit_in_1500_megabytes(steady: Forks) -> None:
     """The CIFAR-10 setting; plain autograd takes more than 10 GB (`pdd-fast bench` measures it)."""
-    assert measure(128, 32, 50, 3, [50], "fused", "recompute")["50"] < 1.5e9
+    assert measure(steady, 128, 32, 50, 3, [50], "fused", "recompute")["50"] < 1.5e9
 
 
 # ---- the formulas ----
@@ -286,16 +294,9 @@ FORMULAS: dict[str, dict[str, Any]] = {
 
 @needs_proc
 @pytest.mark.parametrize("name", FORMULAS)
-def test_the_formulas_agree_with_what_a_process_takes(name: str) -> None:
-    folder = os.path.dirname(__file__)
-    environment = steady_environment() | {"PYTHONPATH": folder}
-    output = subprocess.run(
-        [sys.executable, "-c", FORMULA_CHILD, json.dumps(FORMULAS[name])],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+def test_the_formulas_agree_with_what_a_process_takes(steady: Forks, name: str) -> None:
+    output = steady.python(FORMULA_CHILD, [json.dumps(FORMULAS[name])], folder=Path.cwd())
+    assert output.returncode == 0, output.stderr
     found = json.loads(output.stdout)
     assert 0.75 * found["measured"] <= found["estimate"] <= 1.25 * found["measured"], found
 
