@@ -7,6 +7,7 @@ them where the answer is known, so that a release that changes the interface is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -114,3 +115,35 @@ _ORIGINALS = _called()
 def layers_are_patched() -> bool:
     """Return whether a class of ConvNet's layers, or a function that it calls, was replaced."""
     return any(now is not then for now, then in zip(_called(), _ORIGINALS, strict=True))
+
+
+def free_cublas_workspaces() -> None:
+    """Free the workspaces that torch keeps for cuBLAS, on all GPUs and streams."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+def abandon_capture(
+    graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int]
+) -> None:
+    """Give back the memory of a capture that failed or is not wanted.
+
+    If ending a capture fails, some releases of torch go on allocating from its ``pool`` and never
+    free it.
+
+    Args:
+        graph: graph of the capture.
+        device: GPU of the capture.
+        pool: private memory pool of the graph.
+    """
+    try:
+        graph.pool()
+        ended = True
+    except RuntimeError:
+        ended = False
+    graph.reset()  # releases the pool of a capture that ended
+    if ended:
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    for finish in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):  # this release of torch has done it already
+            finish(index, pool)

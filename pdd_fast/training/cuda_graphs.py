@@ -10,12 +10,30 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from pdd_fast.engines import Engine, FusedEngine
+from pdd_fast.ops import _native
+from pdd_fast.runtime import torch_internals
+from pdd_fast.runtime.device_memory import is_out_of_memory
 from pdd_fast.runtime.errors import first_line
+
+
+def can_capture(engine: Engine, device: torch.device) -> bool:
+    """Return whether work of ``engine`` can be captured as a CUDA graph.
+
+    The autograd engine reads random states, and the plain-torch operators read values from the
+    device. Neither can be captured.
+    """
+    return (
+        device.type == "cuda"
+        and isinstance(engine, FusedEngine)
+        and _native.load("cuda") is not None
+    )
 
 
 class CaptureWarning(UserWarning):
@@ -49,18 +67,27 @@ class Backend(Protocol):
 class CudaBackend:
     """Backend that captures on its own stream, because the default stream cannot be captured.
 
+    cuBLAS keeps a workspace per stream, whose address a graph records. It must lie in the private
+    memory pool of the graph: torch frees the workspace of a stream when any graph that was captured
+    on it is destroyed, and a graph whose workspace was in ordinary memory would then write to
+    memory of others (https://github.com/pytorch/pytorch/issues/193402). Workspaces are therefore
+    freed directly before a capture, which allocates new ones in its pool, and directly after it, so
+    that no later work uses those of the graph.
+
     Args:
         device: GPU to capture on.
     """
 
+    # Why a capture failed in this process. Later ones would fail too, and are not tried.
+    failure: ClassVar[str] = ""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _unused_stream(device, self)
 
     def warm_up(self, function: Callable[[], None]) -> None:
         """Run ``function`` on the stream of the capture; see :meth:`Backend.warm_up`."""
-        # On the stream of the capture, because cuBLAS keeps a workspace, and the allocator its
-        # blocks, per stream.
+        # On the stream of the capture, because the allocator keeps its blocks per stream.
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
@@ -73,24 +100,54 @@ class CudaBackend:
     def capture(self, function: Callable[[], None]) -> Graph:
         """Return the graph of ``function``; see :meth:`Backend.capture`."""
         reason = ""
-        try:
-            # torch.cuda.graph leaves its stream current if ending the capture fails, hence the
-            # stream context around it. With thread_local, work of other threads, such as allocating
-            # pinned memory, does not disturb the capture.
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-                graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph leaves its stream current if ending the capture fails, hence the stream
+        # context around it. With thread_local, work of other threads, such as allocating pinned
+        # memory, does not disturb the capture.
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            torch.cuda.synchronize()
+            torch_internals.free_cublas_workspaces()
+            try:
                 with torch.cuda.graph(
-                    graph, stream=self._stream, capture_error_mode="thread_local"
+                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
                     try:
                         function()
                     except Exception as error:
                         reason = first_line(error)
                         raise
-        except Exception as error:
-            # Ending a failed capture raises an error of its own, which no longer names the cause.
-            raise RuntimeError(reason or first_line(error)) from None
-        return graph
+            except Exception as error:
+                torch_internals.abandon_capture(graph, self._device, pool)
+                # Ending a failed capture raises an error of its own, which no longer names the
+                # cause.
+                reason = reason or first_line(error)
+                # With less other memory in use, the same capture may succeed.
+                lasting = not is_out_of_memory(error) and not is_out_of_memory(RuntimeError(reason))
+            except BaseException:
+                torch_internals.abandon_capture(graph, self._device, pool)
+                raise
+            else:
+                return graph
+            finally:
+                torch_internals.free_cublas_workspaces()
+        if lasting:
+            CudaBackend.failure = reason
+        raise RuntimeError(reason)
+
+
+# Backends by their GPU and the handle of their stream.
+_STREAMS: WeakValueDictionary[tuple[torch.device, int], CudaBackend] = WeakValueDictionary()
+_POOL_STREAMS = 32  # streams that torch hands out in turn, per GPU
+
+
+def _unused_stream(device: torch.device, backend: CudaBackend) -> torch.cuda.Stream:
+    """Return a stream on which no living graph was captured, as long as there is one."""
+    for _ in range(_POOL_STREAMS):
+        stream = torch.cuda.Stream(device)
+        if (device, stream.cuda_stream) not in _STREAMS:
+            break
+    _STREAMS[device, stream.cuda_stream] = backend
+    return stream
 
 
 class Replay:
@@ -101,8 +158,9 @@ class Replay:
     choose kernels and allocate. The second call captures it, and that call and all later ones
     replay it. On other devices, or with ``enabled=False``, it is simply called.
 
-    If the capture fails, a :class:`CaptureWarning` gives the reason once and later calls run kernel
-    by kernel. A capture records and runs nothing, so no step is lost or repeated.
+    If the capture fails, a :class:`CaptureWarning` gives the reason once, and later calls of the
+    process run kernel by kernel. A capture records and runs nothing, so no step is lost or
+    repeated.
 
     Args:
         function: its inputs that change between calls must be in tensors that stay in place. It
@@ -121,7 +179,7 @@ class Replay:
         *,
         backend: Backend | None = None,
     ) -> None:
-        if enabled and backend is None and device.type == "cuda":
+        if enabled and backend is None and device.type == "cuda" and not CudaBackend.failure:
             backend = CudaBackend(device)
         self._function = function
         self._backend = backend if enabled else None

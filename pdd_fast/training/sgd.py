@@ -17,7 +17,7 @@ from torch import Tensor
 from pdd_fast.augmentation.cutmix import CutMix, CutMixParameters
 from pdd_fast.augmentation.dsa import DSA
 from pdd_fast.engines import Engine
-from pdd_fast.training.cuda_graphs import Replay
+from pdd_fast.training.cuda_graphs import Replay, can_capture
 from pdd_fast.training.step_queue import Drawn, StepQueue, steps_per_queue
 
 
@@ -214,7 +214,8 @@ class Loop:
                 self._labels,
                 queue,
             )
-            self._lanes[size] = queue, Replay(step, theta.device, enabled=sgd.graph)
+            enabled = sgd.graph and can_capture(sgd.engine, theta.device)
+            self._lanes[size] = queue, Replay(step, theta.device, enabled=enabled)
         return self._lanes[size]
 
 

@@ -432,14 +432,15 @@ def test_steps_go_through_replays_that_are_asked_for_or_not(
 
     monkeypatch.setattr(training, "Replay", Counting)
     problem = make()
-    for graph in (True, False):
+    for graph, possible in ((True, True), (True, False), (False, True)):
+        monkeypatch.setattr(training, "can_capture", lambda *_, possible=possible: possible)
         made.clear()
         calls = 0
         loop = Loop(problem.sgd(graph=graph), problem.train_state(), problem.images, problem.labels)
         for _ in range(4):
             loop.epoch(RATE, draws())
         assert (
-            made == [(torch.device("cpu"), graph)] * 2
+            made == [(torch.device("cpu"), graph and possible)] * 2
         )  # of 4 images and of 2, once for all epochs
         assert calls == 12
 

@@ -8,14 +8,14 @@ from typing import Self
 import torch
 from pydantic import Field, model_validator
 
-from pdd_fast.engines import Engine, FusedEngine, PassShape
+from pdd_fast.engines import Engine, PassShape
 from pdd_fast.functional.unroll import kept_steps
 from pdd_fast.methods.base import ImageSgdSettings, StageProblem
-from pdd_fast.ops import _native
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.choices import Memory
 from pdd_fast.runtime.errors import UsageError, require
 from pdd_fast.settings import Settings
+from pdd_fast.training.cuda_graphs import can_capture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
             learn_labels=run.labels == "learned",
             trajectories_per_step=self.trajectories_per_step,
             max_grad_norm=self.max_grad_norm,
-            graph=run.graph != "off" and _can_capture(problem.engine, device),
+            graph=run.graph != "off" and can_capture(problem.engine, device),
         )
 
     def _memory_limit(self, device: torch.device) -> int | None:
@@ -175,16 +175,3 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
         if self.memory_limit:
             return int(min(self.memory_limit * 1e9, 2.0**62))
         return device_memory.total(device) // 2
-
-
-def _can_capture(engine: Engine, device: torch.device) -> bool:
-    """Return whether an iteration can be captured as a CUDA graph.
-
-    The autograd engine reads random states, and the plain-torch operators read values from the
-    device. Neither can be captured.
-    """
-    return (
-        device.type == "cuda"
-        and isinstance(engine, FusedEngine)
-        and _native.load("cuda") is not None
-    )
