@@ -153,6 +153,13 @@ def test_dsa_of_large_images(side: int) -> None:
         assert cases.relative_error(dsa_ops.dsa_adjoint(given, *rest), adjoint) <= tolerance
 
 
+def test_the_limit_of_shared_memory_is_never_lowered() -> None:
+    """The stand-in for the runtime refuses it, since a captured graph may need the larger one."""
+    for side in (64, 52, 64):
+        images, draws, operations = dsa_arguments(2, 3, side, side)
+        dsa_ops.dsa(images, draws, operations, [9, 9])
+
+
 def test_dsa_in_scratch_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five images share the scratch of three blocks."""
     for dtype in (torch.float32, torch.float64, *HALF_TYPES):

@@ -268,6 +268,24 @@ int64_t shared_bytes(const ImageShape& shape, int number_bytes) {
     return 2 * shape.elements() * number_bytes;
 }
 
+// Returns the dynamic shared memory that a block may have on the device, in bytes. The kernel's
+// static shared memory and the driver take less than 1 KB.
+int64_t most_shared_bytes(int device) {
+    int most = 0;
+    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return most - 1024;
+}
+
+// Allows the kernel all of this memory, always the same amount. A limit that followed the image
+// size would be lowered by smaller images, below what the launches of a captured graph need.
+template <class T>
+cudaError_t allow_shared_memory() {
+    int device = 0;
+    cudaGetDevice(&device);
+    return cudaFuncSetAttribute(dsa_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(most_shared_bytes(device)));
+}
+
 template <class T>
 Status run(const Dsa<T>& p, bool adjoint, Context context) {
     const ImageShape shape{p.channels, p.height, p.width};
@@ -280,8 +298,7 @@ Status run(const Dsa<T>& p, bool adjoint, Context context) {
     constexpr int64_t without_asking =
         47 * 1024;  // of 48 KB, without the kernel's static shared memory
     if (bytes > without_asking) {
-        const cudaError_t error = cudaFuncSetAttribute(
-            dsa_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+        const cudaError_t error = allow_shared_memory<T>();
         if (error != cudaSuccess) {
             cudaGetLastError();
             return static_cast<Status>(error);
@@ -295,10 +312,9 @@ Status run(const Dsa<T>& p, bool adjoint, Context context) {
 
 int64_t dsa_scratch_images(DsaShape s, int number_bytes) {
     const int64_t bytes = shared_bytes({s.channels, s.height, s.width}, number_bytes);
-    int device = 0, most = 0, processors = 0;
+    int device = 0, processors = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (bytes <= most - 1024) return 0;
+    if (bytes <= most_shared_bytes(device)) return 0;
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     const int64_t blocks =
         8 * static_cast<int64_t>(processors);  // as many as run on the device at a time

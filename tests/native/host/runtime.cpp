@@ -44,6 +44,10 @@ cudaError_t refusal(const void* kernel, dim3 grid, dim3 block, size_t shared_byt
 cudaError_t set_shared_bytes(const void* address, int bytes) {
     if (bytes < 0 || static_cast<size_t>(bytes) > most_shared_bytes())
         return last_error = cudaErrorInvalidValue;
+    // A real runtime allows a lower limit, with which the launches of a captured graph would fail.
+    const auto before = raised.find(address);
+    if (before != raised.end() && static_cast<size_t>(bytes) < before->second)
+        return last_error = cudaErrorInvalidValue;
     raised[address] = static_cast<size_t>(bytes);
     return cudaSuccess;
 }
