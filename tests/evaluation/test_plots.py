@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluations import complete
+from forks import Forks
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -380,24 +378,17 @@ accuracy_plot(Evaluation.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
     ids=["notebook", "unknown", "display", "matplotlibrc"],
 )
 def test_a_picture_is_the_same_whatever_the_environment_says(
-    tmp_path: Path, backend: str, rc: str
+    forks: Forks, tmp_path: Path, backend: str, rc: str
 ) -> None:
     (tmp_path / "matplotlibrc").write_text(rc)
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
-    environment |= {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")} | (
-        {"MPLBACKEND": backend} if backend else {}
-    )
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            PROGRAM,
-            complete(evaluated()).model_dump_json(),
-            str(tmp_path / "a.png"),
-        ],
-        env=environment,
-        check=True,
-    )
+    environment = {
+        "DISPLAY": None,
+        "MPLBACKEND": backend or None,
+        "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"),
+    }
+    arguments = [complete(evaluated()).model_dump_json(), str(tmp_path / "a.png")]
+    found = forks.python(PROGRAM, arguments, folder=tmp_path, environment=environment)
+    assert found.returncode == 0, found.stderr
     accuracy_plot(complete(evaluated()), tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 

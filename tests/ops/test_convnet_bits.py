@@ -3,9 +3,6 @@ being right."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +23,7 @@ from convnet_support import (
     passes_of,
     truth,
 )
+from forks import Forks
 
 import pdd_fast
 from pdd_fast import engines
@@ -246,6 +244,7 @@ LEVELS = ("baseline", "avx2", "avx512")
 AT_ANOTHER_LEVEL = """
 import sys
 import torch
+sys.path[:0] = sys.argv[2:]
 import test_convnet_bits
 torch.save(test_convnet_bits.at_this_level(), sys.argv[1])
 """
@@ -267,23 +266,19 @@ def at_this_level() -> tuple[str, list[Found]]:
 
 
 @pytest.mark.parametrize("lower", LEVELS[:2])
-def test_a_lower_instruction_set_differs_by_rounding(lower: str, tmp_path: Path) -> None:
+def test_a_lower_instruction_set_differs_by_rounding(
+    forks: Forks, lower: str, tmp_path: Path
+) -> None:
     """Vectors of another width sum the same products; fused multiply-adds round them once less."""
     best, ours = at_this_level()
     if LEVELS.index(lower) >= LEVELS.index(best):
         pytest.skip(f"this CPU has no more than {best}")
     here = Path(__file__).parent
-    path = os.pathsep.join(
-        [str(here), str(here.parent / "support"), os.environ.get("PYTHONPATH", "")]
+    arguments = [str(tmp_path / "found"), str(here), str(here.parent / "support")]
+    result = forks.python(
+        AT_ANOTHER_LEVEL, arguments, folder=tmp_path, environment={"PDD_FAST_CPU": lower}
     )
-    subprocess.run(
-        [sys.executable, "-c", AT_ANOTHER_LEVEL, str(tmp_path / "found")],
-        # From there, because in a source tree it would find the package's sources in place of what
-        # is installed.
-        check=True,
-        cwd=tmp_path,
-        env=os.environ | {"PDD_FAST_CPU": lower, "PYTHONPATH": path},
-    )
+    assert result.returncode == 0, result.stderr
     there, found = torch.load(tmp_path / "found")
     assert there == lower
     for one, other, tolerance in zip(found, ours, (1e-11, 1e-11, 1e-3, 1e-2), strict=True):

@@ -59,7 +59,7 @@ class Forks:
         arguments: Sequence[str] = (),
         *,
         folder: Path,
-        environment: Mapping[str, str] | None = None,
+        environment: Mapping[str, str | None] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a Python file, or code, in ``folder``.
 
@@ -67,7 +67,7 @@ class Forks:
             program: The file, or the code as text.
             arguments: The rest of sys.argv.
             folder: Working directory.
-            environment: More changes of the environment.
+            environment: More changes of the environment; None removes a variable.
 
         Returns:
             Exit status and texts on stdout and stderr.
@@ -78,11 +78,12 @@ class Forks:
             if isinstance(program, str):
                 code, program = program, Path(own, "program.py")
                 program.write_text(code, encoding="utf-8")
+            changed = os.environ | self._environment | changes
             request = {
                 "program": str(program),
                 "arguments": list(arguments),
                 "folder": str(folder),
-                "environment": os.environ | self._environment | changes,
+                "environment": {k: v for k, v in changed.items() if v is not None},
             }
             out, err = Path(own, "stdout"), Path(own, "stderr")
             with open(os.devnull) as stdin, open(out, "w") as stdout, open(err, "w") as stderr:
