@@ -14,12 +14,16 @@ from pdd_fast import recipes
 from pdd_fast.runtime import choices as names
 from pdd_fast.runtime import paths
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.runtime.method_settings import DEFAULT_METHOD, own_settings, settings_class, upgraded
 
 # "as" re-exports what a method's settings are made of.
-from pdd_fast.runtime.method_settings import MethodSettings as MethodSettings
+from pdd_fast.runtime.method_settings import (
+    DEFAULT_METHOD,
+    MethodSettings,
+    own_settings,
+    settings_class,
+    upgraded,
+)
 from pdd_fast.runtime.models import SettingsModel, checked, whole_numbers
-from pdd_fast.runtime.models import numbers as numbers
 from pdd_fast.runtime.registry import METHODS
 
 # First setting of each group, and the title of the group.

@@ -6,8 +6,8 @@ from pdd_fast.methods.base import BaseMethod, ImageSgdSettings, StageProblem
 from pdd_fast.methods.dm import DistributionMatching
 from pdd_fast.methods.idc import GradientMatching
 from pdd_fast.methods.mtt.method import TrajectoryMatching
+from pdd_fast.runtime.method_settings import MethodSettings
 from pdd_fast.runtime.registry import METHODS
-from pdd_fast.settings import MethodSettings
 
 __all__ = [
     "METHODS",

@@ -22,7 +22,9 @@ from pdd_fast.engines import Engine
 from pdd_fast.networks.parameters import initial_parameters
 from pdd_fast.runtime import seeds
 from pdd_fast.runtime.errors import UsageError
-from pdd_fast.settings import MethodSettings, Settings, numbers
+from pdd_fast.runtime.method_settings import MethodSettings
+from pdd_fast.runtime.models import numbers
+from pdd_fast.settings import Settings
 from pdd_fast.storage.trajectories import Trajectory
 from pdd_fast.training.sgd import Sgd
 
@@ -37,7 +39,10 @@ class ImageSgdSettings(MethodSettings):
         "lr_img in all.",
     )
     momentum: float = Field(
-        0.5, ge=0, lt=1, description="Momentum of the images, and of what is learned beside them."
+        0.5,
+        ge=0,
+        lt=1,
+        description="Momentum of the images, and of a learned learning rate and learned labels.",
     )
 
     @field_validator("stage_lr_img")

@@ -18,7 +18,8 @@ from pdd_fast.augmentation.multi_formation import decode, decode_labels
 from pdd_fast.methods.base import BaseMethod, ImageSgdSettings, StageProblem
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.errors import RunError
-from pdd_fast.settings import MethodSettings, Settings
+from pdd_fast.runtime.method_settings import MethodSettings
+from pdd_fast.settings import Settings
 
 
 class ClassMatchingSettings(ImageSgdSettings):

@@ -115,8 +115,8 @@ class RunContext:
         ctx = cls.prepare(settings or run.settings, run.path)
         if reason := difference(run.data, identity(ctx.data), in_order=not to_judge):
             raise UsageError(
-                f"dataset must be what {run.path} was begun with, got another in its place: "
-                f"{reason}; say with --dataset {FOLDER}DIR or --data-dir DIR where it lies now"
+                f"dataset must be the one that {run.path} was begun with, got another: {reason}; "
+                f"name its folder with --dataset {FOLDER}DIR or --data-dir DIR"
             )
         if not to_judge:
             run.note_data(identity(ctx.data))

@@ -137,7 +137,7 @@ class TrajectoryMatching(BaseMethod):
                 raise RunError(f"{where}: {wrong[0]}{times}; start again with a smaller {wrong[1]}")
             done, meanwhile = done.rolled_back(), None
             warnings.warn(
-                f"{where}: {wrong[0]}; going on from the images of {ANCHOR} to {2 * ANCHOR} "
+                f"{where}: {wrong[0]}; continuing from the images of {ANCHOR} to {2 * ANCHOR} "
                 f"iterations before, with steps of 1/{2**done.halvings}",
                 RollbackWarning,
                 stacklevel=2,

@@ -39,7 +39,7 @@ class MatchingSettings:
     momentum: float = 0.0  # of all three
     learn_labels: bool = False  # whether the labels of the learned images are learned
     trajectories_per_step: int = 1  # K; an update takes the mean gradient over K trajectories
-    # Largest norm of the images' gradient; a longer one is scaled down. 0: any.
+    # Largest norm of the images' gradient; a longer one is scaled down. 0: no limit.
     max_grad_norm: float = 0.0
     # Whether to replay a CUDA graph from the second iteration on. No effect on the CPU.
     graph: bool = False
@@ -95,7 +95,7 @@ class TrajectoryMatchingSettings(ImageSgdSettings):
     max_grad_norm: float = Field(
         0.0,
         ge=0,
-        description="Largest norm of the images' gradient; a longer one is scaled down; 0: any.",
+        description="Largest norm of the images' gradient; a longer one is scaled down; 0: none.",
     )
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="EMA decay of the images; 0 disables averaging."
