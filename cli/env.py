@@ -16,6 +16,8 @@ _REBUILD = (
     "install again with `pip install --force-reinstall --no-deps --verbose .` and "
     "read what the build prints"
 )
+# First release of NVIDIA's Linux driver that serves a major release of CUDA.
+_DRIVERS = {"12": "525", "13": "580"}
 
 
 @click.command(name="env")
@@ -112,8 +114,9 @@ def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) ->
     for device in ("cpu", "cuda"):
         library = _native.load(device)
         if library is not None:
-            facts[f"{device.upper()} kernels"] = {"library": "loads", **library.capabilities()}
-            if device == "cuda" and torch.cuda.is_available():
+            capabilities = library.capabilities()
+            facts[f"{device.upper()} kernels"] = {"library": "loads", **capabilities}
+            if device == "cuda" and _driver_serves(torch, capabilities, advice):
                 _architectures(torch, advice)
             continue
         facts[f"{device.upper()} kernels"] = {"library": str(_native.load_error(device))}
@@ -129,6 +132,38 @@ def _kernels(torch: Any, facts: dict[str, dict[str, str]], advice: list[str]) ->
                 "a GPU is there but the CUDA kernels are missing: put nvcc on PATH, then "
                 f"{_REBUILD}"
             )
+
+
+def _driver_serves(torch: Any, capabilities: dict[str, str], advice: list[str]) -> bool:
+    """Return whether the kernels find the GPUs that torch finds; if not, advise what helps.
+
+    A driver serves programs of its own major release of CUDA and of earlier ones. torch may be
+    built for an earlier release than the kernels, and then finds GPUs on which the kernels fail.
+
+    Args:
+        torch: The module.
+        capabilities: What the CUDA kernels' library reports.
+        advice: Receives the advice.
+    """
+    runtime, driver = capabilities["runtime"], capabilities["driver"]
+    major = runtime.partition(".")[0]
+    if driver != "none" and int(driver.partition(".")[0]) < int(major):
+        newer = f" (release {_DRIVERS[major]} or later)" if major in _DRIVERS else ""
+        advice.append(
+            f"the driver serves CUDA {driver}, and the CUDA kernels were built with CUDA "
+            f"{runtime}: install a driver for CUDA {major}{newer}, or set CUDA_HOME to a toolkit "
+            f"of CUDA {driver} or earlier and {_REBUILD}"
+        )
+        return False
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found != int(capabilities["devices"]):
+        advice.append(
+            f"torch finds {found} GPUs and the CUDA kernels find {capabilities['devices']}: "
+            "install the torch that is built for the driver's CUDA, and set CUDA_VISIBLE_DEVICES "
+            "before Python starts"
+        )
+        return False
+    return found > 0
 
 
 def _architectures(torch: Any, advice: list[str]) -> None:

@@ -71,12 +71,18 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lets the named libraries load and no others."""
+    """Lets the named libraries load and no others; what the CUDA kernels report may be given."""
 
-    def install(*loads: str) -> None:
+    def install(*loads: str, **reported: str) -> None:
+        def capabilities(device: str) -> dict[str, str]:
+            if device == "cpu":
+                return {"instruction set": "made up"}
+            devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            return {"runtime": "13.0", "driver": "13.0", "devices": str(devices)} | reported
+
         def load(device: str) -> tuple[Any, str | None]:
             if device in loads:
-                return SimpleNamespace(capabilities=lambda: {"made up": device}), None
+                return SimpleNamespace(capabilities=lambda: capabilities(device)), None
             return (
                 None,
                 f"pdd_fast._{device} does not load: libmissing.so: cannot open shared object file",
@@ -213,7 +219,7 @@ def test_without_a_gpu_nothing_is_missing(
     kernels("cpu")
     found = facts()
     assert found["torch"]["GPU"] == "none found"
-    assert found["CPU kernels"] == {"library": "loads", "made up": "cpu"}
+    assert found["CPU kernels"] == {"library": "loads", "instruction set": "made up"}
     assert "libmissing.so" in found["CUDA kernels"]["library"]
     assert found["torchvision"] == {"version": "9.8"}
     assert found["advice"] == []
@@ -270,7 +276,12 @@ def test_a_gpu_that_the_kernels_were_not_built_for(
     kernels("cpu", "cuda")
     record(RECORD | {"cuda": {"nvcc": "13.0", "archs": archs}})
     found = facts()
-    assert found["CUDA kernels"] == {"library": "loads", "made up": "cuda"}
+    assert found["CUDA kernels"] == {
+        "library": "loads",
+        "runtime": "13.0",
+        "driver": "13.0",
+        "devices": "1",
+    }
     sentences = [s for s in found["advice"] if "CUDA kernels" in s]
     assert len(sentences) == (0 if runs else 1)
     if not runs:
@@ -349,3 +360,59 @@ def test_the_loader_says_why_a_library_is_not_there(monkeypatch: pytest.MonkeyPa
     assert _native.load("mps") is None
     assert _native.load_error("mps") == "there are no kernels for device type 'mps'"
     assert _native.load_error("cpu") is None
+
+
+# ---- driver ----
+
+
+@pytest.mark.parametrize("driver", ["12.8", "11.4"])
+@pytest.mark.parametrize("torch_finds", [0, 1])
+def test_a_driver_older_than_the_kernels_is_named_with_what_helps(
+    driver: str,
+    torch_finds: int,
+    facts: Callable[[], Facts],
+    record: Callable[[object], None],
+    gpus: Callable[..., None],
+    kernels: Callable[..., None],
+) -> None:
+    record(RECORD)
+    gpus(*[(9, 0)] * torch_finds)
+    kernels("cpu", "cuda", driver=driver, devices="0")
+    assert facts()["advice"] == [
+        f"the driver serves CUDA {driver}, and the CUDA kernels were built with CUDA 13.0: install "
+        "a driver for CUDA 13 (release 580 or later), or set CUDA_HOME to a toolkit of CUDA "
+        f"{driver} or earlier and {env._REBUILD}"
+    ]
+
+
+@pytest.mark.parametrize(("driver", "runtime"), [("13.0", "13.2"), ("13.1", "12.4")])
+def test_a_driver_serves_its_own_major_release_and_earlier_ones(
+    driver: str,
+    runtime: str,
+    facts: Callable[[], Facts],
+    record: Callable[[object], None],
+    gpus: Callable[..., None],
+    kernels: Callable[..., None],
+) -> None:
+    record(RECORD)
+    gpus((9, 0))
+    kernels("cpu", "cuda", driver=driver, runtime=runtime)
+    assert facts()["advice"] == []
+
+
+@pytest.mark.parametrize(("torch_finds", "kernels_find"), [(1, "0"), (0, "2"), (2, "1")])
+def test_gpus_that_only_torch_or_only_the_kernels_find_are_a_fault(
+    torch_finds: int,
+    kernels_find: str,
+    facts: Callable[[], Facts],
+    record: Callable[[object], None],
+    gpus: Callable[..., None],
+    kernels: Callable[..., None],
+) -> None:
+    record(RECORD)
+    gpus(*[(9, 0)] * torch_finds)
+    kernels("cpu", "cuda", devices=kernels_find)
+    (advice,) = facts()["advice"]
+    assert advice.startswith(
+        f"torch finds {torch_finds} GPUs and the CUDA kernels find {kernels_find}: "
+    )
