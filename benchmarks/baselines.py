@@ -39,7 +39,7 @@ class Problem:
     labels: Tensor  # int64 [n]
     lr: Tensor  # []
     batches: list[Tensor]  # N of int64 [b]
-    draws: list[pdd_fast.AugmentParameters] | None = None
+    aug_params: list[pdd_fast.AugmentParameters] | None = None
     own: pdd_fast.ConvNet | None = None  # the same network, as this package implements it
     channels_last: bool = False
     autocast: torch.dtype | None = None
@@ -68,7 +68,7 @@ class Problem:
         batches = [torch.randperm(n) for _ in range(steps)]
         target = start + 0.01 * torch.randn_like(start)
         dsa = pdd_fast.DSA("color_crop_cutout_flip_scale_rotate", mode="single")
-        draws = [dsa.sample(n, size) for _ in batches] if augment else None
+        aug_params = [dsa.sample(n, size) for _ in batches] if augment else None
         start, target, images = (tensor.to(device, dtype) for tensor in (start, target, images))
         labels, lr = (
             (torch.arange(n) % 10).to(device),
@@ -78,7 +78,7 @@ class Problem:
             plain_convnet(3, 10, (size, size), width, depth).to(device, dtype),
             own.to(device, dtype),
         )
-        return cls(net, start, target, images, labels, lr, batches, draws, own)
+        return cls(net, start, target, images, labels, lr, batches, aug_params, own)
 
     def __post_init__(self) -> None:
         device, dtype = self.images.device, self.images.dtype
@@ -90,7 +90,9 @@ class Problem:
         # Augmentation parameters are on the device before the clock starts, for every
         # implementation.
         self.augments = (
-            [PlainAugment.of(draw, device, dtype) for draw in self.draws] if self.draws else None
+            [PlainAugment.of(each, device, dtype) for each in self.aug_params]
+            if self.aug_params
+            else None
         )
 
     def step_input(self, i: int, images: Tensor) -> tuple[Tensor, Tensor]:

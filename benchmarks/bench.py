@@ -15,7 +15,7 @@ from typing import Any
 
 from pdd_fast.benchmarks import implementations, machine, processes, results, tables
 from pdd_fast.benchmarks.cases import KINDS, SUITES, Case
-from pdd_fast.benchmarks.implementations import FLOOR, TRUTH, Implementation
+from pdd_fast.benchmarks.implementations import ROOFLINE, TRUTH, Implementation
 from pdd_fast.benchmarks.plot import draw
 from pdd_fast.benchmarks.processes import Outcome
 from pdd_fast.evaluation.figures import attempt
@@ -120,7 +120,10 @@ class Bench:
     def _case(self, case: Case) -> None:
         """Measure one case; report partial results on interruption."""
         chosen = self.plan[case]
-        names = [*([FLOOR] if implementations.has_floor(case) else []), *(c.name for c in chosen)]
+        names = [
+            *([ROOFLINE] if implementations.has_roofline(case) else []),
+            *(c.name for c in chosen),
+        ]
         outcomes = {name: Outcome() for name in names}
         found: dict[str, Any] = {
             "case": asdict(case),
@@ -155,7 +158,7 @@ class Bench:
             finally:
                 if case.name in self.record["cases"]:
                     self.told(case.name, found)
-        own = {FLOOR, *(c.name for c in chosen if c.ours)}
+        own = {ROOFLINE, *(c.name for c in chosen if c.ours)}
         self.wrong += [
             f"{case.name}: {name}" for name, o in outcomes.items() if name in own and o.is_wrong
         ]

@@ -33,7 +33,7 @@ CASES = {
     "width 128, 32x32": "unroll-b20-n5-w128-s32",
     "ResNet-18, 32x32": "resnet18",  # 20 images, N = 2, with the autograd engine
 }
-CONTENDERS = ("ours", "ours, cache", "plain autograd")
+IMPLEMENTATIONS = ("ours", "ours, cache", "plain autograd")
 PROCESSES = 2
 
 
@@ -181,7 +181,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument(
-        "--implementations", nargs="+", choices=CONTENDERS, default=["ours", "plain autograd"]
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=["ours", "plain autograd"]
     )
     parser.add_argument("--output", type=Path, help="where the JSON goes")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)

@@ -305,15 +305,15 @@ def select(
             raise UsageError(
                 f"no case {where} matches {pattern!r}; pdd-fast bench --list shows the cases"
             )
-    kept = [
+    chosen = [
         case
         for case, name in zip(every, names, strict=True)
         if (not only or any(matches(pattern, name) for pattern in only))
         and not any(matches(pattern, name) for pattern in skip)
     ]
-    if not kept:
+    if not chosen:
         raise UsageError("--only and --skip leave no case to measure")
-    return list(dict.fromkeys(kept))
+    return list(dict.fromkeys(chosen))
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import OPERATIONS, Case
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.benchmarks.plain_dsa import PlainDraws
+from pdd_fast.benchmarks.plain_dsa import PlainSampler
 
 SAMPLES = 5  # per part; each covers as many calls as the clock's resolution needs
 # Minimum seconds of calls that sample a new operation each, so that their mean covers all six.
@@ -29,8 +29,8 @@ def drawing(ours: bool, case: Case, device: torch.device) -> Drawing:
     dsa = pdd_fast.DSA(strategy, mode="multiple" if case.operation == "multiple" else "single")
     size = (case.size, case.size)
     if not ours:
-        plain = PlainDraws(dsa, device, torch.float32)
-        return lambda: plain.draw(case.batch, size)
+        plain = PlainSampler(dsa, device, torch.float32)
+        return lambda: plain.sample(case.batch, size)
 
     generator = torch.Generator().manual_seed(0)
 

@@ -19,7 +19,7 @@ from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.fixtures import begin, ready, real_union
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.benchmarks.plain_dsa import PlainDraws
+from pdd_fast.benchmarks.plain_dsa import PlainSampler
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
 from pdd_fast.data.union_set import UnionSet
@@ -38,11 +38,11 @@ def student(ctx: RunContext, number: int, channels_last: bool) -> PlainTraining:
         data.in_channels, data.num_classes, data.image_size, settings.width, settings.depth
     )
     pdd_fast.load_parameters(net, ctx.initial_parameters("evaluation", number).cpu())
-    draws = PlainDraws(ctx.dsa, ctx.device, torch.float32, number)
+    sampler = PlainSampler(ctx.dsa, ctx.device, torch.float32, number)
     generator = torch.Generator(ctx.device).manual_seed(number)
     return PlainTraining(
         net.to(ctx.device),
-        draws,
+        sampler,
         generator,
         batch=settings.union_batch,
         momentum=settings.union_momentum,

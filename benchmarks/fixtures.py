@@ -48,13 +48,13 @@ SETTINGS: dict[str, Any] = {
 
 def noise(folder: Path, size: int) -> Path:
     """Write noise images for ``imagefolder:`` with a fixed seed and return their folder."""
-    draw = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for split, count in (("train", TRAIN), ("test", TEST)):
         for label in range(CLASSES):
             place = folder / split / str(label)
             place.mkdir(parents=True)
             for k in range(count):
-                Image.fromarray(draw.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
                     place / f"{k}.png"
                 )
     return folder

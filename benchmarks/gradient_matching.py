@@ -198,13 +198,13 @@ def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, 
     gradient(case.classes if job.device.type == "cuda" else min(2, case.classes))
     gc.collect()
     memory.forget()
-    kept: list[Tensor] = []
+    results: list[Tensor] = []
 
     def once() -> None:
-        kept[:] = [gradient(case.classes)]
+        results[:] = [gradient(case.classes)]
 
     taken = measure.repeated(once, job.device)
     bytes_taken = memory.found()
     truth = job.scratch / _TRUTH
-    found = {"error": measure.image_errors(kept[0], torch.load(truth))} if truth.exists() else {}
+    found = {"error": measure.image_errors(results[0], torch.load(truth))} if truth.exists() else {}
     return measure.sample({"gradient": taken}, bytes_taken, **found)

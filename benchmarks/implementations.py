@@ -15,7 +15,7 @@ from pdd_fast.benchmarks.cases import Case
 from pdd_fast.runtime.errors import UsageError
 
 # Measured like implementations: the machine's rates, and the gradient in float64.
-FLOOR, TRUTH = ("roofline", "float64")
+ROOFLINE, TRUTH = ("roofline", "float64")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def implementations(case: Case, device: str) -> list[Implementation]:
     return _MAKERS[case.kind](device == "cuda")
 
 
-def has_floor(case: Case) -> bool:
+def has_roofline(case: Case) -> bool:
     """Return whether a case has a roofline."""
     return case.kind in ("unroll", "gradient-matching", "step", "dsa")
 

@@ -25,25 +25,27 @@ class PlainAugment:
         self,
         operations: tuple[str, ...],
         cutout_size: tuple[int, int],
-        numbers: dict[str, Tensor],
+        values: dict[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
         self.operations, self.cutout_size = operations, cutout_size
-        self.numbers = {name: value.view(-1, 1, 1, 1) for name, value in numbers.items()}
-        for name, value in self.numbers.items():
+        self.values = {name: value.view(-1, 1, 1, 1) for name, value in values.items()}
+        for name, value in self.values.items():
             if value.is_floating_point():
-                self.numbers[name] = value.to(dtype)
+                self.values[name] = value.to(dtype)
 
     @classmethod
-    def of(cls, draw: AugmentParameters, device: torch.device, dtype: torch.dtype) -> PlainAugment:
-        """Return the parameters of ``draw`` on ``device``."""
+    def of(
+        cls, aug_params: AugmentParameters, device: torch.device, dtype: torch.dtype
+    ) -> PlainAugment:
+        """Return ``aug_params`` on ``device``."""
         # Only the operation's own parameters move: one to three copies to the device for one
         # operation.
-        used = [name for operation in draw.operations for name in DRAWS_OF[operation]]
+        used = [name for operation in aug_params.operations for name in AUG_PARAMS_OF[operation]]
         return cls(
-            draw.operations,
-            draw.cutout_size,
-            {name: getattr(draw, name).to(device) for name in used},
+            aug_params.operations,
+            aug_params.cutout_size,
+            {name: getattr(aug_params, name).to(device) for name in used},
             dtype,
         )
 
@@ -55,11 +57,11 @@ class PlainAugment:
 
     def color(self, x: Tensor) -> Tensor:
         """Change brightness, saturation and contrast."""
-        x = x + self.numbers["brightness"]
+        x = x + self.values["brightness"]
         mean = x.mean(1, keepdim=True)
-        x = (x - mean) * self.numbers["saturation"] + mean
+        x = (x - mean) * self.values["saturation"] + mean
         mean = x.mean((1, 2, 3), keepdim=True)
-        return (x - mean) * self.numbers["contrast"] + mean
+        return (x - mean) * self.values["contrast"] + mean
 
     def crop(self, x: Tensor) -> Tensor:
         """Shift the images, zero outside."""
@@ -72,7 +74,7 @@ class PlainAugment:
                 if dim == 2
                 else torch.arange(side, device=x.device)
             )
-            index = index + self.numbers[name]  # [b, 1, H, 1] or [b, 1, 1, W]
+            index = index + self.values[name]  # [b, 1, H, 1] or [b, 1, 1, W]
             inside = (index >= 0) & (index < side)
             x = x.gather(dim, index.clamp(0, side - 1).expand(x.shape)) * inside
         return x
@@ -81,12 +83,12 @@ class PlainAugment:
         """Set a rectangle to zero."""
         rows = (
             torch.arange(x.shape[2], device=x.device).view(-1, 1)
-            - self.numbers["cutout_h"]
+            - self.values["cutout_h"]
             + self.cutout_size[0] // 2
         )
         columns = (
             torch.arange(x.shape[3], device=x.device)
-            - self.numbers["cutout_w"]
+            - self.values["cutout_w"]
             + self.cutout_size[1] // 2
         )
         blank = (
@@ -99,20 +101,20 @@ class PlainAugment:
 
     def flip(self, x: Tensor) -> Tensor:
         """Mirror some of the images."""
-        return torch.where(self.numbers["flip"], x.flip(3), x)
+        return torch.where(self.values["flip"], x.flip(3), x)
 
     def scale(self, x: Tensor) -> Tensor:
         """Scale height and width."""
-        zero = torch.zeros_like(self.numbers["scale_w"])
-        return sample(x, self.numbers["scale_w"], zero, zero, self.numbers["scale_h"])
+        zero = torch.zeros_like(self.values["scale_w"])
+        return sample(x, self.values["scale_w"], zero, zero, self.values["scale_h"])
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate around the center."""
-        cosine, sine = self.numbers["angle"].cos(), self.numbers["angle"].sin()
+        cosine, sine = self.values["angle"].cos(), self.values["angle"].sin()
         return sample(x, cosine, -sine, sine, cosine)
 
 
-class PlainDraws:
+class PlainSampler:
     """Sample parameters on the device where they are used, so that nothing is copied.
 
     Python chooses the single operation, so that the host does not wait for the device.
@@ -123,17 +125,17 @@ class PlainDraws:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.choice = random.Random(seed)
 
-    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
+    def sample(self, batch: int, size: tuple[int, int]) -> PlainAugment:
         """Return the parameters of a batch of images of ``size``."""
         dsa = self.dsa
         operations = (
             dsa.operations if dsa.mode == "multiple" else (self.choice.choice(dsa.operations),)
         )
         cutout = (int(size[0] * dsa.cutout + 0.5), int(size[1] * dsa.cutout + 0.5))
-        numbers: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for operation in operations:
-            numbers |= getattr(self, operation)(batch, size, cutout)
-        return PlainAugment(operations, cutout, numbers, self.dtype)
+            values |= getattr(self, operation)(batch, size, cutout)
+        return PlainAugment(operations, cutout, values, self.dtype)
 
     def uniform(self, batch: int, low: float, high: float) -> Tensor:
         """Return uniform values [batch] in [low, high)."""
@@ -192,7 +194,7 @@ class PlainDraws:
         return {"angle": self.uniform(batch, -most, most)}
 
 
-DRAWS_OF = {
+AUG_PARAMS_OF = {
     "color": ("brightness", "saturation", "contrast"),
     "crop": ("shift_h", "shift_w"),
     "cutout": ("cutout_h", "cutout_w"),

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from pdd_fast.benchmarks.plain_dsa import PlainAugment
 
 
-class Draws(Protocol):
+class Sampler(Protocol):
     """Source of augmentation parameters."""
 
-    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
+    def sample(self, batch: int, size: tuple[int, int]) -> PlainAugment:
         """Return the parameters of a batch of images of ``size``."""
         ...
 
@@ -25,7 +25,7 @@ class PlainTraining:
 
     Args:
         net: changed in place; moved to channels-last memory if ``channels_last``.
-        draws: source of DSA parameters; None: no augmentation.
+        sampler: source of DSA parameters; None: no augmentation.
         generator: generator for the order of images, on their device.
         batch: images per step.
         lr: learning rate.
@@ -38,7 +38,7 @@ class PlainTraining:
     def __init__(
         self,
         net: nn.Module,
-        draws: Draws | None,
+        sampler: Sampler | None,
         generator: torch.Generator,
         *,
         batch: int,
@@ -50,7 +50,7 @@ class PlainTraining:
     ) -> None:
         self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.net = net.to(memory_format=self.format) if channels_last else net
-        self.draws, self.generator, self.batch = draws, generator, batch
+        self.sampler, self.generator, self.batch = sampler, generator, batch
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr, momentum, weight_decay=decay)
         self.loss: Callable[[Tensor, Tensor], Tensor] = self._loss
         if compiled:
@@ -62,8 +62,8 @@ class PlainTraining:
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         """Take one step on a batch."""
-        if self.draws is not None:
-            images = self.draws.draw(len(images), (images.shape[2], images.shape[3]))(images)
+        if self.sampler is not None:
+            images = self.sampler.sample(len(images), (images.shape[2], images.shape[3]))(images)
         self.optimizer.zero_grad()
         self.loss(images.contiguous(memory_format=self.format), labels).backward()
         self.optimizer.step()

@@ -69,10 +69,10 @@ def meta_gradient(
     """Return the gradients of images and learning rate, and the displacement θ_N − θ_0."""
     dtype = torch.float64 if precision == "float64" else torch.float32
     net = pdd_fast.ConvNet(3, 10, args.size, args.width, args.depth)
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     start = initial_parameters(net, seed)
-    images = torch.randn(args.batch, 3, args.size, args.size, generator=draw)
-    target = start + AWAY * torch.randn(start.shape, generator=draw)
+    images = torch.randn(args.batch, 3, args.size, args.size, generator=generator)
+    target = start + AWAY * torch.randn(start.shape, generator=generator)
     labels = torch.arange(args.batch) % 10
     start, images, target, labels = (t.to(args.device) for t in (start, images, target, labels))
     start, images, target = (t.to(dtype) for t in (start, images, target))

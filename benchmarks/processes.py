@@ -58,7 +58,7 @@ def run(arguments: Sequence[str], limit: float) -> dict[str, Any]:
         return {"failed": "too slow", "why": f"took more than {limit:g} s"}
     finally:
         if process.returncode is None:  # also if this process is interrupted
-            _end(process)
+            end(process)
     if process.returncode == 0:
         try:
             found: dict[str, Any] = json.loads(out.splitlines()[-1])
@@ -89,7 +89,7 @@ def _why(status: int, said: str) -> dict[str, str]:
     return {"failed": "failed", "why": why, "details": said[-DETAILS:]}
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end(process: subprocess.Popen[Any]) -> None:
     """End a process and all its children.
 
     The process leads its own session, and compilers start child processes.

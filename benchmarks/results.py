@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pdd_fast.benchmarks.cases import KINDS, Case
-from pdd_fast.benchmarks.implementations import FLOOR, Implementation
+from pdd_fast.benchmarks.implementations import ROOFLINE, Implementation
 from pdd_fast.benchmarks.processes import Outcome
 from pdd_fast.benchmarks.roofline_counts import best, rooflines
 
@@ -57,7 +57,7 @@ def summary(
     case: Case, implementations: Sequence[Implementation], outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
     """Return a case's record: results per implementation, rooflines, and the best alternatives."""
-    rates = outcomes.get(FLOOR, Outcome())
+    rates = outcomes.get(ROOFLINE, Outcome())
     measured = best(rates.samples) if rates.samples else None
     precisions = list(dict.fromkeys(c.precision for c in implementations))
     bounds = {p: rooflines(case, measured, p) for p in precisions} if measured else {}

@@ -109,11 +109,11 @@ def convolution_rates(layer: Layer, precision: str, device: torch.device) -> dic
 
 def copy_rate(device: torch.device) -> float:
     """Return the bytes per second, read and written, of a copy too large for any cache."""
-    numbers = (1 << 30 if device.type == "cuda" else 1 << 26) // 4
-    source = torch.randn(numbers, device=device)
+    elements = (1 << 30 if device.type == "cuda" else 1 << 26) // 4
+    source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * 4 * numbers / seconds(lambda: target.copy_(source), device)
+    return 2 * 4 * elements / seconds(lambda: target.copy_(source), device)
 
 
 def measured(case: Case, precisions: Sequence[str], job: Job) -> dict[str, Any]:

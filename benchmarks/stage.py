@@ -22,7 +22,7 @@ from pdd_fast.benchmarks.evaluation import student
 from pdd_fast.benchmarks.fixtures import begin, ready, real_union
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.benchmarks.plain_dsa import PlainDraws
+from pdd_fast.benchmarks.plain_dsa import PlainSampler
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.data.union_set import UnionSet
 from pdd_fast.methods.mtt.settings import TrajectoryMatchingSettings
@@ -47,7 +47,7 @@ class PlainStage:
         assert isinstance(ctx.settings.method, TrajectoryMatchingSettings)
         self.own = ctx.settings.method
         self.generator = torch.Generator().manual_seed(0)
-        self.draws = PlainDraws(ctx.dsa, ctx.device, torch.float32)
+        self.sampler = PlainSampler(ctx.dsa, ctx.device, torch.float32)
 
     def __call__(self) -> float:
         """Return the validation accuracy of the stage's images."""
@@ -101,7 +101,7 @@ class PlainStage:
             channels_last=self.channels_last,
         )
         H, W = images.shape[2:]
-        problem.augments = [self.draws.draw(size, (H, W)) for _ in problem.batches]
+        problem.augments = [self.sampler.sample(size, (H, W)) for _ in problem.batches]
         return problem
 
     def integer(self, bound: int) -> int:

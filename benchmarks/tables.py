@@ -69,7 +69,7 @@ def _errors(keys: Sequence[str], error: Mapping[str, float | None] | None) -> li
     return [number(error[key], _ERRORS[key][1]) or "not finite" for key in keys]
 
 
-def floor_table(name: str, found: Mapping[str, Any]) -> str:
+def roofline_table(name: str, found: Mapping[str, Any]) -> str:
     """Return the table of a case's roofline: rates and seconds; an empty string if it has none."""
     roofline, case = found["roofline"], parse(name)
     if roofline["rates"] is None:
@@ -137,7 +137,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 def case_text(name: str, found: Mapping[str, Any]) -> str:
     """Return the text of a case for the screen and the report."""
     caption = f"{name}: {parse(name).title}"
-    blocks = [caption, case_table(name, found), floor_table(name, found), *sentences(found)]
+    blocks = [caption, case_table(name, found), roofline_table(name, found), *sentences(found)]
     return "\n\n".join(block for block in blocks if block)
 
 

@@ -17,9 +17,9 @@ from pdd_fast.benchmarks import measure
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.benchmarks.plain_dsa import PlainDraws
+from pdd_fast.benchmarks.plain_dsa import PlainSampler
 from pdd_fast.benchmarks.plain_network import plain_convnet
-from pdd_fast.benchmarks.plain_training import Draws, PlainTraining
+from pdd_fast.benchmarks.plain_training import PlainTraining, Sampler
 from pdd_fast.training.sgd import Loop, Sgd, TrainState
 
 RATE, MOMENTUM, DECAY = 0.01, 0.9, 5e-4
@@ -60,7 +60,7 @@ def plain(
     own: pdd_fast.ConvNet,
     images: Tensor,
     labels: Tensor,
-    draws: Draws | None,
+    sampler: Sampler | None,
     generator: torch.Generator,
 ) -> tuple[Steps, Parameters]:
     """Return the same in PyTorch, starting at the parameters of ``own``.
@@ -75,7 +75,14 @@ def plain(
         ).to(images)
         pdd_fast.load_parameters(net, pdd_fast.flatten_parameters(own))
     training = PlainTraining(
-        net, draws, generator, batch=len(images), lr=RATE, momentum=MOMENTUM, decay=DECAY, **options
+        net,
+        sampler,
+        generator,
+        batch=len(images),
+        lr=RATE,
+        momentum=MOMENTUM,
+        decay=DECAY,
+        **options,
     )
     return (lambda: training.steps(images, labels, STEPS)), (
         lambda: pdd_fast.flatten_parameters(net)
@@ -96,9 +103,11 @@ def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, 
     if fused:
         steps, _ = ours(implementation, net, images, labels, case.augment)
     else:
-        draws = PlainDraws(pdd_fast.DSA(DSA), job.device, images.dtype) if case.augment else None
+        sampler = (
+            PlainSampler(pdd_fast.DSA(DSA), job.device, images.dtype) if case.augment else None
+        )
         steps, _ = plain(
-            implementation, net, images, labels, draws, torch.Generator(job.device).manual_seed(0)
+            implementation, net, images, labels, sampler, torch.Generator(job.device).manual_seed(0)
         )
     steps()
     memory.forget()

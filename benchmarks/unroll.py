@@ -35,12 +35,12 @@ def unrolled(problem: Problem, **options: Any) -> Iteration:
             problem.images.detach().requires_grad_(),
             problem.lr.detach().requires_grad_(),
         )
-        batches, draws = (
+        batches, aug_params = (
             problem.batches[: problem.steps],
-            problem.draws and problem.draws[: problem.steps],
+            problem.aug_params and problem.aug_params[: problem.steps],
         )
         end = pdd_fast.unroll(
-            net, problem.start, images, problem.labels, rate, batches, draws, **options
+            net, problem.start, images, problem.labels, rate, batches, aug_params, **options
         )
         loss = pdd_fast.trajectory_matching_loss(end, problem.start, problem.target)
         images_grad, rate_grad = torch.autograd.grad(loss, [images, rate])
@@ -69,18 +69,20 @@ def matching(
     start, target = problem.start.cpu(), problem.target.cpu()
 
     def prepared(steps: int) -> tuple[MatchingStep, MatchingInputs]:
-        draws = PackedAugmentParameters.of(problem.draws[:steps]) if problem.draws else None
+        aug_params = (
+            PackedAugmentParameters.of(problem.aug_params[:steps]) if problem.aug_params else None
+        )
         batches = torch.stack(problem.batches[:steps])
         settings = MatchingSettings(
             steps=steps,
             batch=batches.shape[1],
             memory=memory,
             graph=graph,
-            operations=len(draws.operations) if draws else 0,
-            cutout=draws.cutout_size if draws else (0, 0),
+            operations=len(aug_params.operations) if aug_params else 0,
+            cutout=aug_params.cutout_size if aug_params else (0, 0),
         )
         step = MatchingStep(engine, problem.labels, problem.images[:0], settings)
-        return step, MatchingInputs(start, target, batches, draws)
+        return step, MatchingInputs(start, target, batches, aug_params)
 
     made = {problem.steps: prepared(problem.steps)}
 
@@ -163,17 +165,17 @@ def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, 
     warm_up(problem, iterate, keeps=implementation.options.get("memory") == "cache")
     gc.collect()
     memory.forget()
-    kept: list[Gradients] = []
+    results: list[Gradients] = []
 
     def once() -> None:
-        kept[:] = [iterate()]
+        results[:] = [iterate()]
 
     taken = measure.repeated(once, job.device)
     bytes_taken = memory.found(
         holds_graph=job.device.type == "cuda" and _holds_graph(implementation)
     )
     truth = job.scratch / _TRUTH
-    found = {"error": errors(kept[0], tuple(torch.load(truth)))} if truth.exists() else {}
+    found = {"error": errors(results[0], tuple(torch.load(truth)))} if truth.exists() else {}
     return measure.sample({"iteration": taken}, bytes_taken, **found)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from pdd_fast.benchmarks import cases, implementations, measure
 from pdd_fast.benchmarks.cases import Case
-from pdd_fast.benchmarks.implementations import FLOOR, TRUTH
+from pdd_fast.benchmarks.implementations import ROOFLINE, TRUTH
 from pdd_fast.benchmarks.measure import Job
 from pdd_fast.ops._native import MissingKernelsWarning
 from pdd_fast.training.cuda_graphs import CaptureWarning
@@ -38,7 +38,7 @@ MODULES = {
 def work(case: Case, name: str, job: Job) -> dict[str, Any]:
     """Measure ``name``: an implementation, the machine's rates, or the true gradient."""
     every = implementations.implementations(case, job.device.type)
-    if name == FLOOR:
+    if name == ROOFLINE:
         from pdd_fast.benchmarks.roofline import measured
 
         return measured(case, list(dict.fromkeys(c.precision for c in every)), job)

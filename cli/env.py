@@ -11,6 +11,7 @@ import click
 
 from pdd_fast._version import __version__, commit
 from pdd_fast.cli import output
+from pdd_fast.runtime.errors import first_line
 
 _REBUILD = (
     "install again with `pip install --force-reinstall --no-deps --verbose .` and "
@@ -84,7 +85,7 @@ def _fails(error: Exception) -> str:
 
     Incompatible releases raise errors of many types, not ImportError alone.
     """
-    return f"fails: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return f"fails: {first_line(error)}"
 
 
 def _torch(facts: dict[str, dict[str, str]], advice: list[str]) -> Any:

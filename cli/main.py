@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from pdd_fast._version import __version__, commit
-from pdd_fast.runtime.errors import PddFastError
+from pdd_fast.runtime.errors import PddFastError, first_line
 
 COMMANDS = {  # name -> help text; a command's module is imported when the command runs
     "distill": "Distill a dataset in stages, evaluate the result and draw it.",
@@ -212,7 +212,7 @@ def _run(arguments: list[str] | None) -> int:
         _say("interrupted" + _hint(interrupt))
         return interrupt.exit_status if isinstance(interrupt, _Signaled) else 128 + signal.SIGINT
     except OSError as error:
-        sentence = error.strerror or _line(error)
+        sentence = error.strerror or first_line(error)
         return _say(
             (f"{sentence}: {error.filename}" if error.filename else sentence) + _hint(error)
         )
@@ -220,7 +220,7 @@ def _run(arguments: list[str] | None) -> int:
         return _say(f"out of memory; {_SMALLER}")
     except Exception as error:
         if _is_out_of_memory(error):
-            return _say(f"out of memory; {_SMALLER} ({_line(error)})")
+            return _say(f"out of memory; {_SMALLER} ({first_line(error)})")
         return _internal(error)
 
 
@@ -263,11 +263,6 @@ def _hint(error: BaseException) -> str:
     return f"; continue with: {command}" if command else ""
 
 
-def _line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _say(sentence: str, status: int = 1) -> int:
     """Print a sentence on stderr and return ``status``."""
     # If the terminal is gone or the stream is closed, the status still counts.
@@ -288,4 +283,6 @@ def _internal(error: Exception) -> int:
         details = f"the details are in {name}"
     except OSError:
         details = "PDD_FAST_TRACEBACK=1 shows the details"
-    return _say(f"internal error: {type(error).__name__}: {_line(error)}; {details}{_hint(error)}")
+    return _say(
+        f"internal error: {type(error).__name__}: {first_line(error)}; {details}{_hint(error)}"
+    )

@@ -9,16 +9,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# For processes.py, which works before the package is installed.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import processes
+
 SHOWN = 20  # last lines of a step's log that the report shows if it is not green
-PATIENCE = 10  # seconds to wait after a signal
 
 
 @dataclass(frozen=True)
@@ -114,18 +117,6 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a step's process group."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sent)
-            process.wait(PATIENCE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
 def tables_in(log: str) -> str:
     """Return the Markdown tables of a log, with captions and conclusions.
 
@@ -163,7 +154,7 @@ def run(step: Step, result: Result, log: Path, limit: float) -> None:
             result.outcome = "timed out"
         finally:
             if process.returncode is None:
-                _end(process)
+                processes.end(process)
                 result.outcome = "timed out" if result.outcome == "timed out" else "interrupted"
             result.seconds = time.monotonic() - began
     if result.outcome == "ok":

@@ -14,7 +14,7 @@ PDD_OPERATORS(PDD_DECLARE)
 #ifdef PDD_CPU
 PDD_CPU_OPERATORS(PDD_DECLARE)
 
-ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads);
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool saved, int threads);
 #endif
 
 int64_t dsa_scratch_images(DsaShape shape, int number_bytes);

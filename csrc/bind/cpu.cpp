@@ -82,9 +82,10 @@ const char* name(Level level) {
 PDD_OPERATORS(PDD_FORWARD)
 PDD_CPU_OPERATORS(PDD_FORWARD)
 
-ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads) {
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool saved,
+                           int threads) {
     // The sizes are the same at every level, because blocks of 16 channels are.
-    return cpu_baseline::convnet_sizes(shape, convolution, dual, kept, threads);
+    return cpu_baseline::convnet_sizes(shape, convolution, dual, saved, threads);
 }
 
 int64_t dsa_scratch_images(DsaShape, int) {

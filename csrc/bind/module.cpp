@@ -80,20 +80,20 @@ struct ConvNetArguments {
     double eps;
     Address theta, images;
     std::vector<int64_t> image_stride;
-    Piece workspace, kept;
+    Piece workspace, saved;
 
     template <class T>
-    T* saved() const {
-        return at<T>(kept.address);
+    T* saved_at() const {
+        return at<T>(saved.address);
     }
 
     // Checks that both pieces are as large as the pass needs; they come from a pool that many
     // threads share.
     void check(bool dual, int threads) const {
         const ConvNetSizes sizes = bind::convnet_sizes(convnet_shape(shape), convolution, dual,
-                                                       kept.address != 0, threads);
+                                                       saved.address != 0, threads);
         require_elements("workspace", sizes.workspace, workspace.elements);
-        if (kept.address) require_elements("kept", sizes.kept, kept.elements);
+        if (saved.address) require_elements("saved", sizes.saved, saved.elements);
     }
 
     template <class T>
@@ -130,7 +130,7 @@ void define_convnet(py::module_& m) {
     py::class_<ConvNetArguments>(m, "ConvNetArguments")
         .def(py::init([](std::vector<int64_t> shape, int convolution, double eps, Address theta,
                          Address images, std::vector<int64_t> image_stride, Address workspace,
-                         int64_t workspace_elements, Address kept, int64_t kept_elements) {
+                         int64_t workspace_elements, Address saved, int64_t saved_elements) {
             return ConvNetArguments{std::move(shape),
                                     convolution,
                                     eps,
@@ -138,13 +138,13 @@ void define_convnet(py::module_& m) {
                                     images,
                                     std::move(image_stride),
                                     {workspace, workspace_elements},
-                                    {kept, kept_elements}};
+                                    {saved, saved_elements}};
         }));
     m.def("convnet_sizes", [](const std::vector<int64_t>& shape, int convolution, bool dual,
-                              bool kept, int threads) {
+                              bool saved, int threads) {
         const ConvNetSizes sizes =
-            bind::convnet_sizes(convnet_shape(shape), convolution, dual, kept, threads);
-        return std::pair{sizes.workspace, sizes.kept};
+            bind::convnet_sizes(convnet_shape(shape), convolution, dual, saved, threads);
+        return std::pair{sizes.workspace, sizes.saved};
     });
     m.def("convnet_forward", [](int type, Address stream, int threads,
                                 const ConvNetArguments& arguments, Address logits) {
@@ -152,7 +152,7 @@ void define_convnet(py::module_& m) {
         return by_full_type(type, [&](auto t) {
             using T = decltype(t);
             return bind::convnet_forward<T>(
-                {arguments.input<T>(), arguments.saved<T>(), at<T>(logits)},
+                {arguments.input<T>(), arguments.saved_at<T>(), at<T>(logits)},
                 {at<void>(stream), threads});
         });
     });
@@ -163,7 +163,7 @@ void define_convnet(py::module_& m) {
               return by_full_type(type, [&](auto t) {
                   using T = decltype(t);
                   return bind::convnet_backward<T>(
-                      {arguments.input<T>(), arguments.saved<T>(), at<T>(grad_logits),
+                      {arguments.input<T>(), arguments.saved_at<T>(), at<T>(grad_logits),
                        at<T>(grad_theta), at<T>(grad_images)},
                       {at<void>(stream), threads});
               });
@@ -175,25 +175,26 @@ void define_convnet(py::module_& m) {
               return by_full_type(type, [&](auto t) {
                   using T = decltype(t);
                   return bind::convnet_gradient<T>(
-                      {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), arguments.saved<T>(),
-                       at<T>(losses), at<T>(grad_theta)},
+                      {arguments.input<T>(), at<int64_t>(hard), at<T>(soft),
+                       arguments.saved_at<T>(), at<T>(losses), at<T>(grad_theta)},
                       {at<void>(stream), threads});
               });
           });
-    m.def("convnet_dual",
-          [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address hard,
-             Address soft, Address direction, Address wanted, Address losses_tangent,
-             Address theta_tangent, Address images_tangent, Address labels_tangent) {
-              arguments.check(true, threads);
-              return by_full_type(type, [&](auto t) {
-                  using T = decltype(t);
-                  return bind::convnet_dual<T>(
-                      {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), arguments.saved<T>(),
-                       at<T>(direction), at<bool>(wanted), at<T>(losses_tangent),
-                       at<T>(theta_tangent), at<T>(images_tangent), at<T>(labels_tangent)},
-                      {at<void>(stream), threads});
-              });
-          });
+    m.def(
+        "convnet_dual",
+        [](int type, Address stream, int threads, const ConvNetArguments& arguments, Address hard,
+           Address soft, Address direction, Address wanted, Address losses_tangent,
+           Address theta_tangent, Address images_tangent, Address labels_tangent) {
+            arguments.check(true, threads);
+            return by_full_type(type, [&](auto t) {
+                using T = decltype(t);
+                return bind::convnet_dual<T>(
+                    {arguments.input<T>(), at<int64_t>(hard), at<T>(soft), arguments.saved_at<T>(),
+                     at<T>(direction), at<bool>(wanted), at<T>(losses_tangent),
+                     at<T>(theta_tangent), at<T>(images_tangent), at<T>(labels_tangent)},
+                    {at<void>(stream), threads});
+            });
+        });
 }
 #endif
 
@@ -334,7 +335,7 @@ PYBIND11_MODULE(PDD_MODULE, m) {
     const auto define_dsa = [&m](const char* name, const auto& function) {
         m.def(name, [=](int type, Address stream, int threads, const std::vector<int64_t>& shape,
                         int64_t cutout_height, int64_t cutout_width, int64_t operation_count,
-                        Address operations, bool linear, Address draws, Address input,
+                        Address operations, bool linear, Address aug_params, Address input,
                         const std::vector<int64_t>& input_stride, Address output,
                         const std::vector<int64_t>& output_stride, Address scratch,
                         int64_t scratch_images) {
@@ -347,7 +348,8 @@ PYBIND11_MODULE(PDD_MODULE, m) {
                 p.cutout_height = cutout_height, p.cutout_width = cutout_width;
                 p.operation_count = operation_count, p.operations = at<int>(operations),
                 p.linear = linear;
-                p.draws = at<double>(draws), p.input = at<T>(input), p.output = at<T>(output);
+                p.aug_params = at<double>(aug_params), p.input = at<T>(input),
+                p.output = at<T>(output);
                 for (int i = 0; i < 4; ++i)
                     p.input_stride[i] = input_stride[i], p.output_stride[i] = output_stride[i];
                 p.scratch = at<Compute<T>>(scratch), p.scratch_images = scratch_images;

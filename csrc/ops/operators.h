@@ -59,9 +59,9 @@ namespace pdd::PDD_BACKEND {
 PDD_OPERATORS(PDD_DECLARE)
 PDD_CPU_OPERATORS(PDD_DECLARE)
 
-// Returns the buffer sizes of the passes over the whole network. `kept`: whether a pass is given a
+// Returns the buffer sizes of the passes over the whole network. `saved`: whether a pass is given a
 // buffer for saved activations.
-ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads);
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool saved, int threads);
 
 // Returns for how many images a call of dsa needs scratch memory on the device; number_bytes =
 // sizeof(Compute<T>).

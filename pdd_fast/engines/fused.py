@@ -61,7 +61,7 @@ class FusedEngine:
     def kept_bytes(self, shape: PassShape) -> int:
         """Return the bytes that a step saves."""
         if self._in_one_kernel(shape):
-            return self._whole.sizes(shape.batch).kept * shape.dtype.itemsize
+            return self._whole.sizes(shape.batch).saved * shape.dtype.itemsize
         return self._composed.kept_bytes(shape)
 
     def working_bytes(

@@ -203,7 +203,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: ConvNetShape, images: Tensor, *parameters: Tensor) -> Tensor:
         theta = _flat(parameters)
-        found, ctx.kept = ConvNetPasses(shape).forward(theta, images, keep=True)
+        found, ctx.saved_activations = ConvNetPasses(shape).forward(theta, images, keep=True)
         ctx.shape, ctx.theta = shape, theta
         ctx.save_for_backward(images, *parameters)
         return found
@@ -216,7 +216,9 @@ class _Logits(torch.autograd.Function):
         if torch.is_grad_enabled() or not _is_plain(grad) or _is_observed():
             return None, *_by_layers(ctx.shape, images, parameters, grad, wanted)
         passes = ConvNetPasses(ctx.shape)
-        theta, found = passes.backward(ctx.theta, images, ctx.kept, grad, want_images=wanted[0])
+        theta, found = passes.backward(
+            ctx.theta, images, ctx.saved_activations, grad, want_images=wanted[0]
+        )
         each = views(theta, iter(parameters))
         return (
             None,

@@ -37,7 +37,7 @@ class _Sizes(NamedTuple):
     """Elements in the buffers of a pass."""
 
     workspace: int
-    kept: int
+    saved: int
 
 
 class ConvNetShape(NamedTuple):
@@ -76,9 +76,9 @@ class ConvNetShape(NamedTuple):
 
 
 # One pool for workspaces and one for saved activations, shared by networks of all shapes.
-_WORKSPACES, _KEPT = BufferPool(), BufferPool()
+_WORKSPACES, _SAVED = BufferPool(), BufferPool()
 if hasattr(os, "register_at_fork"):
-    for _pool in (_WORKSPACES, _KEPT):
+    for _pool in (_WORKSPACES, _SAVED):
         os.register_at_fork(after_in_child=_pool.unlock)
 
 
@@ -93,20 +93,20 @@ def free_buffers() -> None:
         >>> pdd_fast.free_buffers()
     """
     _WORKSPACES.free()
-    _KEPT.free()
+    _SAVED.free()
 
 
 def idle_bytes() -> int:
     """Return the bytes of released saved activations, which the next pass reuses."""
-    return _KEPT.idle_bytes()
+    return _SAVED.idle_bytes()
 
 
 @lru_cache(maxsize=64)
 def _sizes(
-    shape: ConvNetShape, convolution: int, batch: int, dual: bool, kept: bool, threads: int
+    shape: ConvNetShape, convolution: int, batch: int, dual: bool, saved: bool, threads: int
 ) -> _Sizes:
     return _Sizes(
-        *_native.loaded("cpu").convnet_sizes([batch, *shape], convolution, dual, kept, threads)
+        *_native.loaded("cpu").convnet_sizes([batch, *shape], convolution, dual, saved, threads)
     )
 
 
@@ -126,9 +126,9 @@ class ConvNetPasses:
         self._parameters = shape.parameters
         self._convolution = CONVOLUTIONS.index(convolution)
 
-    def sizes(self, batch: int, dual: bool = False, kept: bool = False) -> _Sizes:
+    def sizes(self, batch: int, dual: bool = False, saved: bool = False) -> _Sizes:
         """Return the elements that a pass on ``batch`` images needs as workspace and saves."""
-        return _sizes(self.shape, self._convolution, batch, dual, kept, threads())
+        return _sizes(self.shape, self._convolution, batch, dual, saved, threads())
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
         """Return logits [B, classes] of ``images`` [B, C, H, W] at ``theta`` [P]."""
@@ -140,32 +140,34 @@ class ConvNetPasses:
     ) -> tuple[Tensor, Buffer | None]:
         """Return logits [B, classes], and the activations for :meth:`backward` if ``keep``."""
         logits = theta.new_empty(len(images), self.shape.num_classes)
-        kept = self._new_kept(theta, len(images)) if keep else None
-        self._run("forward", theta, images, kept, logits)
-        return logits, kept
+        saved = self._new_saved(theta, len(images)) if keep else None
+        self._run("forward", theta, images, saved, logits)
+        return logits, saved
 
     def backward(
-        self, theta: Tensor, images: Tensor, kept: Buffer, grad_logits: Tensor, want_images: bool
+        self, theta: Tensor, images: Tensor, saved: Buffer, grad_logits: Tensor, want_images: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return gradients with respect to theta [P] and, if wanted, the images [B, C, H, W].
 
         Args:
             theta: [P].
             images: [B, C, H, W].
-            kept: from :meth:`forward`. It serves any number of calls, one at a time.
+            saved: from :meth:`forward`. It serves any number of calls, one at a time.
             grad_logits: [B, classes].
             want_images: whether the images' gradient is wanted.
         """
         require_like(
             "convnet", "grad_logits", grad_logits, theta, (len(images), self.shape.num_classes)
         )
-        self._check_kept(theta, len(images), kept)
+        self._check_saved(theta, len(images), saved)
         grad_theta, grad_images = (
             theta.new_empty(theta.shape),
             theta.new_empty(images.shape) if want_images else None,
         )
-        with kept.lock:  # The pass writes the gradients of activations beside them.
-            self._run("backward", theta, images, kept, _plain(grad_logits), grad_theta, grad_images)
+        with saved.lock:  # The pass writes the gradients of activations beside them.
+            self._run(
+                "backward", theta, images, saved, _plain(grad_logits), grad_theta, grad_images
+            )
         return grad_theta, grad_images
 
     def gradient(
@@ -176,10 +178,10 @@ class ConvNetPasses:
         :meth:`dual` takes the activations.
         """
         losses, grad_theta = theta.new_empty(len(images)), theta.new_empty(theta.shape)
-        kept = self._new_kept(theta, len(images)) if keep else None
+        saved = self._new_saved(theta, len(images)) if keep else None
         hard, soft = self._labels(theta, len(images), labels)
-        self._run("gradient", theta, images, kept, hard, soft, losses, grad_theta)
-        return losses, grad_theta, kept
+        self._run("gradient", theta, images, saved, hard, soft, losses, grad_theta)
+        return losses, grad_theta, saved
 
     def dual(
         self,
@@ -187,7 +189,7 @@ class ConvNetPasses:
         images: Tensor,
         labels: Tensor,
         direction: Tensor,
-        kept: Buffer | None,
+        saved: Buffer | None,
         want_theta: bool,
         rows: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -198,7 +200,7 @@ class ConvNetPasses:
             images: [B, C, H, W].
             labels: int64 [B] or weights [B, classes].
             direction: [P].
-            kept: from :meth:`gradient` at the same point. None: its values are recomputed.
+            saved: from :meth:`gradient` at the same point. None: its values are recomputed.
             want_theta: whether the tangent of the gradient is wanted.
             rows: int64 indices of the images whose gradient's tangent is wanted; None: all.
 
@@ -210,8 +212,8 @@ class ConvNetPasses:
         require_like("convnet", "direction", direction, theta, (self._parameters,))
         batch = len(images)
         hard, soft = self._labels(theta, batch, labels)
-        if kept is not None:
-            self._check_kept(theta, batch, kept)
+        if saved is not None:
+            self._check_saved(theta, batch, saved)
         losses = theta.new_empty(batch)
         theta_tangent = theta.new_empty(theta.shape) if want_theta else None
         labels_tangent = None if soft is None else soft.new_empty(soft.shape)
@@ -226,7 +228,7 @@ class ConvNetPasses:
             "dual",
             theta,
             images,
-            kept,
+            saved,
             hard,
             soft,
             _plain(direction),
@@ -240,11 +242,11 @@ class ConvNetPasses:
             images_tangent = images_tangent.index_select(0, rows)
         return losses, theta_tangent, images_tangent, labels_tangent
 
-    def _new_kept(self, theta: Tensor, batch: int) -> Buffer:
-        return _KEPT.buffer(self.sizes(batch).kept, theta.dtype)
+    def _new_saved(self, theta: Tensor, batch: int) -> Buffer:
+        return _SAVED.buffer(self.sizes(batch).saved, theta.dtype)
 
-    def _check_kept(self, theta: Tensor, batch: int, kept: Buffer) -> None:
-        require_like("convnet", "kept", kept.tensor, theta, (self.sizes(batch).kept,))
+    def _check_saved(self, theta: Tensor, batch: int, saved: Buffer) -> None:
+        require_like("convnet", "saved", saved.tensor, theta, (self.sizes(batch).saved,))
 
     def _labels(
         self, theta: Tensor, batch: int, labels: Tensor
@@ -261,7 +263,7 @@ class ConvNetPasses:
         name: str,
         theta: Tensor,
         images: Tensor,
-        kept: Buffer | None,
+        saved: Buffer | None,
         *arguments: Tensor | None,
     ) -> None:
         """Run pass ``name`` on the common arguments and on ``arguments``.
@@ -270,7 +272,7 @@ class ConvNetPasses:
             name: "forward", "backward", "gradient" or "dual".
             theta: [P].
             images: [B, C, H, W].
-            kept: memory that the pass writes to or continues from.
+            saved: memory that the pass writes to or continues from.
             arguments: further arguments of the pass.
         """
         batch = len(images)
@@ -287,7 +289,7 @@ class ConvNetPasses:
         require_like("convnet", "images", images, theta, (batch, *self.shape.image))
         require("convnet", batch > 0, "images", "not be empty", tuple(images.shape))
         workspace = _WORKSPACES.buffer(
-            self.sizes(batch, name == "dual", kept is not None).workspace, theta.dtype
+            self.sizes(batch, name == "dual", saved is not None).workspace, theta.dtype
         )
         theta, images = _plain(theta), images.resolve_neg()
         common = _native.loaded("cpu").ConvNetArguments(
@@ -298,7 +300,7 @@ class ConvNetPasses:
             _native.address(images, theta.device),
             images.stride(),
             *_piece(workspace),
-            *_piece(kept),
+            *_piece(saved),
         )
         _native.call(f"convnet_{name}", theta, common, *arguments)
 

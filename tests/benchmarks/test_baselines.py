@@ -31,7 +31,7 @@ from pdd_fast.benchmarks.baselines import Problem
 from pdd_fast.benchmarks.cases import parse
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.measure import Job
-from pdd_fast.benchmarks.plain_dsa import DRAWS_OF, PlainAugment, PlainDraws
+from pdd_fast.benchmarks.plain_dsa import AUG_PARAMS_OF, PlainAugment, PlainSampler
 from pdd_fast.benchmarks.plain_network import plain_convnet
 from pdd_fast.benchmarks.plain_training import PlainTraining
 from pdd_fast.evaluation.evaluate import evaluate_run
@@ -59,7 +59,7 @@ def textbook(p: Any) -> tuple[Tensor, Tensor]:
     """Return the gradients of plain autograd, the reference of the package's own tests."""
     theta = p.start.clone().requires_grad_()
     return by_autograd(
-        p, lambda images, rate: unroll(p.net, theta, images, p.labels, rate, p.index, p.draws)
+        p, lambda images, rate: unroll(p.net, theta, images, p.labels, rate, p.index, p.aug_params)
     )
 
 
@@ -81,11 +81,11 @@ def test_plain_dsa_is_the_packages(operation: str, device: torch.device) -> None
 @pytest.mark.parametrize("size", [(8, 8), (9, 12)])
 def test_plain_draws_have_the_packages_ranges(size: tuple[int, int], device: torch.device) -> None:
     strategy = pdd_fast.DSA(STRATEGY, mode="multiple")
-    plain = PlainDraws(strategy, device, torch.float32).draw(4000, size)
+    plain = PlainSampler(strategy, device, torch.float32).sample(4000, size)
     ours = strategy.sample(4000, size)
     assert (plain.operations, plain.cutout_size) == (ours.operations, ours.cutout_size)
-    assert set(plain.numbers) == {name for names in DRAWS_OF.values() for name in names}
-    for name, value in plain.numbers.items():
+    assert set(plain.values) == {name for names in AUG_PARAMS_OF.values() for name in names}
+    for name, value in plain.values.items():
         found, expected = value.flatten().double().cpu(), getattr(ours, name).double()
         width = float(expected.max() - expected.min())
         # The ends of a range and its middle, of 4000 draws: two and five hundredths of its width
@@ -95,8 +95,8 @@ def test_plain_draws_have_the_packages_ranges(size: tuple[int, int], device: tor
 
 
 def test_one_plain_draw_of_single_is_of_one_operation() -> None:
-    draws = PlainDraws(pdd_fast.DSA(STRATEGY), torch.device("cpu"), torch.float32)
-    seen = {draws.draw(2, (8, 8)).operations for _ in range(100)}
+    sampler = PlainSampler(pdd_fast.DSA(STRATEGY), torch.device("cpu"), torch.float32)
+    seen = {sampler.sample(2, (8, 8)).operations for _ in range(100)}
     assert seen == {(name,) for name in STRATEGY.split("_")}
 
 
@@ -167,14 +167,14 @@ def test_a_warm_up_takes_fewer_steps(name: str, device: torch.device) -> None:
     p, shorter = problem(device), problem(device)
     iterate = EXACT[name](p)
     p.steps = 2
-    shorter.batches, shorter.draws = shorter.batches[:2], (shorter.draws or [])[:2]
+    shorter.batches, shorter.aug_params = shorter.batches[:2], (shorter.aug_params or [])[:2]
     shorter.__post_init__()
     assert relative_error(iterate()[0], textbook(shorter)[0]) < 1e-9
     p.steps = 5
     assert relative_error(iterate()[0], textbook(p)[0]) < 1e-9
 
 
-class PackagesDraws:
+class PackagesSampler:
     """Draws as the package makes them, from the generator that orders the images too."""
 
     def __init__(
@@ -183,7 +183,7 @@ class PackagesDraws:
         self.generator, self.device, self.dtype = generator, device, dtype
         self.made: list[AugmentParameters] = []
 
-    def draw(self, batch: int, size: tuple[int, int]) -> PlainAugment:
+    def sample(self, batch: int, size: tuple[int, int]) -> PlainAugment:
         self.made.append(pdd_fast.DSA(STRATEGY).sample(batch, size, self.generator))
         return PlainAugment.of(self.made[-1], self.device, self.dtype)
 
@@ -210,9 +210,9 @@ def test_training_steps_of_ours_and_of_eager_pytorch_agree(
     make()
     net, images, labels = small_net(device)
     generator = torch.Generator().manual_seed(0)
-    draws = PackagesDraws(generator, device, torch.float64) if augment else None
+    sampler = PackagesSampler(generator, device, torch.float64) if augment else None
     eager = Implementation("", "", options={"channels_last": channels_last})
-    make, parameters = training_step.plain(eager, net, images, labels, draws, generator)
+    make, parameters = training_step.plain(eager, net, images, labels, sampler, generator)
     make()
     assert relative_error(parameters(), ours()) < 1e-9
 
@@ -353,8 +353,8 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
     run, ctx = stage.begin(case, job, tmp_path)
     union = stage.before_the_stage(run, ctx)
     plain = stage.PlainStage(ctx, union, [], channels_last=False)
-    draws = PackagesDraws(torch.Generator().manual_seed(3), job.device, torch.float32)
-    plain.draws = draws  # type: ignore[assignment]
+    sampler = PackagesSampler(torch.Generator().manual_seed(3), job.device, torch.float32)
+    plain.sampler = sampler  # type: ignore[assignment]
     experts = list_trajectories(run.experts_dir)
     trajectory = [experts[0].checkpoint(epoch) for epoch in range(experts[0].epochs + 1)]
     images, labels = (
@@ -362,12 +362,12 @@ def test_one_iteration_of_a_plain_stage_is_the_packages(tmp_path: Path) -> None:
         torch.cat([union.labels, union.labels]),
     )
     p = plain.problem([trajectory], images, labels)
-    assert len(draws.made) == len(p.batches) == 3
+    assert len(sampler.made) == len(p.batches) == 3
 
     learned, rate = images[20:].clone().requires_grad_(), torch.tensor(0.02, requires_grad=True)
     together = torch.cat([images[:20], learned])
     theirs = p.matching_loss(baselines.trained(p, together, rate))
-    end = pdd_fast.unroll(ctx.engine.net, p.start, together, labels, rate, p.batches, draws.made)
+    end = pdd_fast.unroll(ctx.engine.net, p.start, together, labels, rate, p.batches, sampler.made)
     ours = pdd_fast.trajectory_matching_loss(end, p.start, p.target)
     pairs = zip(
         *(torch.autograd.grad(loss, [learned, rate]) for loss in (theirs, ours)), strict=True

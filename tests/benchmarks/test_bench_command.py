@@ -17,7 +17,7 @@ from PIL import Image
 
 from pdd_fast.benchmarks import cases, implementations, roofline_counts
 from pdd_fast.benchmarks.cases import SUITES, parse
-from pdd_fast.benchmarks.implementations import FLOOR, TRUTH
+from pdd_fast.benchmarks.implementations import ROOFLINE, TRUTH
 from pdd_fast.runtime.errors import UsageError
 
 # ---- cases ----
@@ -226,7 +226,7 @@ def test_what_a_table_says(answers: Any, tmp_path: Path) -> None:
     assert "not finite" in lines["frozen weights"]
     assert "ours, any module" not in lines
     bound = roofline_counts.rooflines(
-        parse("unroll-b4-n2-w4-s8"), made_up("unroll-b4-n2-w4-s8", FLOOR), "float32"
+        parse("unroll-b4-n2-w4-s8"), made_up("unroll-b4-n2-w4-s8", ROOFLINE), "float32"
     )["iteration"]
     assert cells[9] == f"{5.35 / bound['9 F']:.2f} / {5.35 / bound['11 F']:.2f}"
     assert (

@@ -194,7 +194,7 @@ def test_the_floor_of_dsa_is_bytes() -> None:
 @pytest.mark.usefixtures("_in_haste")
 def test_rates_are_measured_of_every_layer_and_kind(device: torch.device, tmp_path: Path) -> None:
     case = parse("step-b2-w4-s8")
-    found = worker.work(case, implementations.FLOOR, Job(device, tmp_path))
+    found = worker.work(case, implementations.ROOFLINE, Job(device, tmp_path))
     assert found["copy"] > 1e6
     for layers in found["convolution"].values():
         assert len(layers) == case.depth
@@ -410,7 +410,7 @@ def test_over_the_floor_is_over_the_sum() -> None:
         "convolution": {"float32": [dict.fromkeys(roofline_counts.KINDS, 1e9)] * case.depth},
     }
     bound = roofline_counts.rooflines(case, rates, "float32")["step"]["3 F"]
-    outcomes = {implementations.FLOOR: Outcome([rates]), own.name: timed([3 * bound])}
+    outcomes = {implementations.ROOFLINE: Outcome([rates]), own.name: timed([3 * bound])}
     found = results.summary(case, [own], outcomes)
     assert found["results"][own.name]["seconds"]["step"]["over_floor"] == {"3 F": pytest.approx(3)}
     assert found["roofline"]["rates"] == rates

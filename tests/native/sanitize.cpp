@@ -278,8 +278,9 @@ const std::vector<double> kExtremes = {0,      1,       -1,     0.37,       -1.2
 
 template <class T>
 void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out,
-         const std::vector<int>& operations, const Buffer<double>& draws, int64_t cutout_height,
-         int64_t cutout_width, bool linear, int threads, int64_t scratch_images) {
+         const std::vector<int>& operations, const Buffer<double>& aug_params,
+         int64_t cutout_height, int64_t cutout_width, bool linear, int threads,
+         int64_t scratch_images) {
     const std::string where =
         describe("dsa", {shape[0], shape[1], shape[2], shape[3], operations[0], threads});
     const Buffer<T> input = Buffer<T>::random(in.extent(shape)),
@@ -295,7 +296,7 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out,
     const Buffer<Compute<T>> scratch =
         Buffer<Compute<T>>::unwritten(scratch_images * 2 * shape[1] * shape[2] * shape[3]);
     if (scratch_images) p.scratch = scratch.get(), p.scratch_images = scratch_images;
-    p.operations = numbers.get(), p.draws = draws.get(), p.input = input.get(),
+    p.operations = numbers.get(), p.aug_params = aug_params.get(), p.input = input.get(),
     p.output = output.get();
     for (int k = 0; k < 4; ++k) p.input_stride[k] = in.of[k], p.output_stride[k] = out.of[k];
     // Memory between the images of a sliced output stays 0; the images themselves start as NaN.
@@ -316,16 +317,16 @@ void dsa(const int64_t (&shape)[4], const Strides& in, const Strides& out,
     expect_finite(where + " adjoint", "output", output);
 }
 
-// Draws of color that keep finite pixels finite; all others from kExtremes, height and width
+// Parameters of color that keep finite pixels finite; all others from kExtremes, height and width
 // paired anew in every round.
-Buffer<double> extreme_draws(int64_t batch, int round) {
+Buffer<double> extreme_aug_params(int64_t batch, int round) {
     const int64_t count = static_cast<int64_t>(kExtremes.size());
-    Buffer<double> draws = Buffer<double>::random(kDsaDraws * batch);
-    for (int64_t row = kShiftH; row < kDsaDraws; ++row)
+    Buffer<double> aug_params = Buffer<double>::random(kDsaAugParams * batch);
+    for (int64_t row = kShiftH; row < kDsaAugParams; ++row)
         for (int64_t b = 0; b < batch; ++b)
-            draws[row * batch + b] =
+            aug_params[row * batch + b] =
                 kExtremes[static_cast<size_t>((b + (row % 2) * round) % count)];
-    return draws;
+    return aug_params;
 }
 
 // On the host a call of CUDA's takes a hundred times as long as one of the CPU's, which sees every
@@ -352,18 +353,18 @@ void dsa_all() {
                 const int64_t sides[] = {shape[2], 0, 1000, std::numeric_limits<int64_t>::max()};
                 const int64_t side = sides[round % 4];
                 dsa<T>(shape, strides[round % 3], strides[(round / 3 + 1) % 3], operations,
-                       extreme_draws(shape[0], round), side, side / 2 + 1, round % 2 == 0,
+                       extreme_aug_params(shape[0], round), side, side / 2 + 1, round % 2 == 0,
                        1 + round / 2 % 2, kCuda && round % 3 == 1 ? 1 + round % 2 : 0);
             }
     }
     const Buffer<T> pixel = Buffer<T>::random(1), output = Buffer<T>::unwritten(1);
-    const Buffer<double> draws = extreme_draws(1, 0);
+    const Buffer<double> aug_params = extreme_aug_params(1, 0);
     for (const int unknown : {kNothing - 1, kRotate + 1}) {
         const Buffer<int> numbers = Buffer<int>::filled(1, unknown);
         Dsa<T> p{};
         p.batch = p.channels = p.height = p.width = 1;
         p.operations = numbers.get(), p.operation_count = 1;
-        p.draws = draws.get(), p.input = pixel.get(), p.output = output.get();
+        p.aug_params = aug_params.get(), p.input = pixel.get(), p.output = output.get();
         for (int k = 0; k < 4; ++k) p.input_stride[k] = p.output_stride[k] = 1;
         const Status expected = kCuda ? kSuccess : kUnknownOperation;
         expect_status("dsa of an unknown operation", kernels::dsa<T>(p, {nullptr, 1}), expected);
@@ -455,14 +456,14 @@ class ConvNetCase {
         strides_ = strides;
         forward_and_backward();
         const ConvNetSizes sizes = size(false, true);
-        const AlignedBuffer<T> kept(sizes.kept);
+        const AlignedBuffer<T> saved(sizes.saved);
         const Buffer<T> gradient = this->gradient(nullptr);
-        expect_same("the gradient", this->gradient(kept.get()), gradient);
-        for (T* from : {static_cast<T*>(nullptr), kept.get()}) {
-            const std::vector<T> before = kept.copy();
+        expect_same("the gradient", this->gradient(saved.get()), gradient);
+        for (T* from : {static_cast<T*>(nullptr), saved.get()}) {
+            const std::vector<T> before = saved.copy();
             duals(from, gradient);
-            if (std::memcmp(before.data(), kept.get(), before.size() * sizeof(T)))
-                fail(where_ + ": kept was written");
+            if (std::memcmp(before.data(), saved.get(), before.size() * sizeof(T)))
+                fail(where_ + ": saved was written");
         }
         if (soft_) return;
         hard_[shape_.batch - 1] = shape_.classes;
@@ -490,8 +491,8 @@ class ConvNetCase {
                3 * s.channels * s.depth + s.classes * (features + 1);
     }
 
-    ConvNetSizes size(bool dual, bool kept) const {
-        return kernels::convnet_sizes(shape_, convolution_, dual, kept, context_.threads);
+    ConvNetSizes size(bool dual, bool saved) const {
+        return kernels::convnet_sizes(shape_, convolution_, dual, saved, context_.threads);
     }
 
     ConvNetInput<T> input(const AlignedBuffer<T>& workspace) const {
@@ -509,7 +510,7 @@ class ConvNetCase {
     void forward_and_backward() const {
         const AlignedBuffer<T> workspace(size(false, false).workspace),
             less(size(false, true).workspace);
-        const AlignedBuffer<T> kept(size(false, true).kept);
+        const AlignedBuffer<T> saved(size(false, true).saved);
         const Buffer<T> logits = unwritten(shape_.batch * shape_.classes),
                         again = unwritten(logits.size());
         expect_status(
@@ -517,9 +518,9 @@ class ConvNetCase {
             kernels::convnet_forward<T>({input(workspace), nullptr, logits.get()}, context_),
             kSuccess);
         expect_finite(where_, "logits", logits);
-        expect_status(where_,
-                      kernels::convnet_forward<T>({input(less), kept.get(), again.get()}, context_),
-                      kSuccess);
+        expect_status(
+            where_, kernels::convnet_forward<T>({input(less), saved.get(), again.get()}, context_),
+            kSuccess);
         expect_same("logits", again, logits);
         const Buffer<T> theta = unwritten(parameters_), same = unwritten(parameters_);
         const Buffer<T> images = unwritten(shape_.batch * image());
@@ -527,26 +528,26 @@ class ConvNetCase {
         expect_status(
             where_,
             kernels::convnet_backward<T>(
-                {input(less), kept.get(), logits.get(), theta.get(), images.get()}, context_),
+                {input(less), saved.get(), logits.get(), theta.get(), images.get()}, context_),
             kSuccess);
         expect_finite(where_, "grad_theta", theta);
         expect_finite(where_, "grad_images", images);
         less.spoil();
         expect_status(where_,
                       kernels::convnet_backward<T>(
-                          {input(less), kept.get(), logits.get(), same.get(), nullptr}, context_),
+                          {input(less), saved.get(), logits.get(), same.get(), nullptr}, context_),
                       kSuccess);
         expect_same("grad_theta", same, theta);
     }
 
-    Buffer<T> gradient(T* kept) const {
-        const AlignedBuffer<T> workspace(size(false, kept != nullptr).workspace);
+    Buffer<T> gradient(T* saved) const {
+        const AlignedBuffer<T> workspace(size(false, saved != nullptr).workspace);
         const Buffer<T> losses = unwritten(shape_.batch);
         Buffer<T> grad = unwritten(parameters_);
         expect_status(
             where_,
             kernels::convnet_gradient<T>(
-                {input(workspace), hard(), soft(), kept, losses.get(), grad.get()}, context_),
+                {input(workspace), hard(), soft(), saved, losses.get(), grad.get()}, context_),
             kSuccess);
         expect_finite(where_, "losses", losses);
         expect_finite(where_, "grad_theta", grad);
@@ -554,16 +555,16 @@ class ConvNetCase {
     }
 
     // The Hessian times `direction`; images are wanted where `wanted`.
-    Buffer<T> dual(T* kept, const Buffer<T>& direction, const bool* wanted, bool want_theta,
+    Buffer<T> dual(T* saved, const Buffer<T>& direction, const bool* wanted, bool want_theta,
                    const Buffer<T>& gradient) const {
-        const AlignedBuffer<T> workspace(size(true, kept != nullptr).workspace);
+        const AlignedBuffer<T> workspace(size(true, saved != nullptr).workspace);
         const Buffer<T> losses = unwritten(shape_.batch),
                         images = unwritten(wanted ? shape_.batch * image() : 0);
         const Buffer<T> labels = unwritten(soft_ ? shape_.batch * shape_.classes : 0);
         Buffer<T> theta = unwritten(want_theta ? parameters_ : 0);
         expect_status(where_,
                       kernels::convnet_dual<T>(
-                          {input(workspace), hard(), soft(), kept, direction.get(), wanted,
+                          {input(workspace), hard(), soft(), saved, direction.get(), wanted,
                            losses.get(), want_theta ? theta.get() : nullptr,
                            wanted ? images.get() : nullptr, soft_ ? labels.get() : nullptr},
                           context_),
@@ -583,14 +584,14 @@ class ConvNetCase {
         return theta;
     }
 
-    void duals(T* kept, const Buffer<T>& gradient) const {
+    void duals(T* saved, const Buffer<T>& gradient) const {
         const Buffer<bool> all = Buffer<bool>::filled(shape_.batch, true),
                            some = Buffer<bool>::filled(shape_.batch, 0);
         for (int64_t b = 1; b < shape_.batch; b += 2) some[b] = true;
-        const Buffer<T> along = dual(kept, direction_, all.get(), true, gradient);
-        const Buffer<T> across = dual(kept, other_, nullptr, true, gradient);
-        dual(kept, direction_, some.get(), false, gradient);
-        dual(kept, direction_, nullptr, false, gradient);
+        const Buffer<T> along = dual(saved, direction_, all.get(), true, gradient);
+        const Buffer<T> across = dual(saved, other_, nullptr, true, gradient);
+        dual(saved, direction_, some.get(), false, gradient);
+        dual(saved, direction_, nullptr, false, gradient);
         // A Hessian is symmetric.
         expect_near<T>(where_, "the Hessian", dot(along, other_), dot(across, direction_),
                        1e-3 + std::sqrt(dot(along, along) * dot(other_, other_)));
@@ -641,11 +642,11 @@ void print_sizes() {
     for (const ConvNetShape& s : kConvNets)
         for (const int convolution : {kConvolutionAuto, kConvolutionDirect, kConvolutionWinograd})
             for (const bool dual : {false, true})
-                for (const bool kept : {false, true})
+                for (const bool saved : {false, true})
                     for (const int threads : {1, 3}) {
                         const ConvNetSizes sizes =
-                            kernels::convnet_sizes(s, convolution, dual, kept, threads);
-                        std::printf("%" PRId64 " %" PRId64 "\n", sizes.workspace, sizes.kept);
+                            kernels::convnet_sizes(s, convolution, dual, saved, threads);
+                        std::printf("%" PRId64 " %" PRId64 "\n", sizes.workspace, sizes.saved);
                     }
 }
 #endif

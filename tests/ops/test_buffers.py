@@ -161,12 +161,14 @@ def test_the_smallest_piece_that_fits_is_taken_and_a_smaller_one_makes_room_for_
     assert pool.idle_bytes() == 4 * 6100
 
 
-@pytest.mark.parametrize(("workspace", "kept", "name"), [(-1, 0, "workspace"), (0, -1, "kept")])
-def test_the_kernel_refuses_a_piece_that_is_too_small(workspace: int, kept: int, name: str) -> None:
+@pytest.mark.parametrize(("workspace", "saved", "name"), [(-1, 0, "workspace"), (0, -1, "saved")])
+def test_the_kernel_refuses_a_piece_that_is_too_small(
+    workspace: int, saved: int, name: str
+) -> None:
     shape = ConvNetShape(3, 8, 8, 4, 2, 4)
-    sizes = ConvNetPasses(shape).sizes(5, kept=True)
+    sizes = ConvNetPasses(shape).sizes(5, saved=True)
     theta, images = torch.zeros(shape.parameters), torch.zeros(5, 3, 8, 8)
-    memory = [torch.zeros(sizes.workspace), torch.zeros(sizes.kept)]
+    memory = [torch.zeros(sizes.workspace), torch.zeros(sizes.saved)]
     device = torch.device("cpu")
     arguments = _native.loaded("cpu").ConvNetArguments(
         [5, *shape],
@@ -178,7 +180,7 @@ def test_the_kernel_refuses_a_piece_that_is_too_small(workspace: int, kept: int,
         _native.address(memory[0], device),
         sizes.workspace + workspace,
         _native.address(memory[1], device),
-        sizes.kept + kept,
+        sizes.saved + saved,
     )
     with pytest.raises(ValueError, match=rf"{name} must hold \d+ elements, got \d+"):
         _native.call("convnet_forward", theta, arguments, torch.zeros(5, 4))
@@ -241,7 +243,7 @@ def test_a_child_process_does_not_wait_for_a_thread_that_it_does_not_have() -> N
     held, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with convnet._WORKSPACES._lock, convnet._KEPT._lock:
+        with convnet._WORKSPACES._lock, convnet._SAVED._lock:
             held.set()
             done.wait()
 

@@ -194,7 +194,7 @@ def test_pieces_of_what_was_kept_grow_in_size_and_not_in_number() -> None:
         assert idle_bytes() == 0
         del kept
         largest = max(largest, batch)
-        assert idle_bytes() == 4 * passes.sizes(largest).kept
+        assert idle_bytes() == 4 * passes.sizes(largest).saved
     pdd_fast.free_buffers()
     assert idle_bytes() == 0
 
@@ -447,7 +447,7 @@ def test_a_label_out_of_range_is_refused(name: str, label: int) -> None:
 def test_what_another_batch_kept_is_refused(name: str) -> None:
     problem, passes = Problem.of(REPEATED), ConvNetPasses(REPEATED.kernel())
     kept = passes.gradient(problem.theta, problem.images[:3], problem.labels[:3], keep=True)[2]
-    with pytest.raises(ValueError, match=rf"^convnet: kept must have shape {P}, got {P}$"):
+    with pytest.raises(ValueError, match=rf"^convnet: saved must have shape {P}, got {P}$"):
         run(problem, name, passes, kept)
 
 

@@ -11,7 +11,7 @@ from command import Outcome, call
 
 from pdd_fast.benchmarks import cases, roofline_counts
 from pdd_fast.benchmarks.cases import parse
-from pdd_fast.benchmarks.implementations import FLOOR, TRUTH
+from pdd_fast.benchmarks.implementations import ROOFLINE, TRUTH
 
 MACHINE = {
     "cpu": "a processor",
@@ -35,7 +35,7 @@ def seconds(name: str) -> float:
 
 def made_up(case_name: str, name: str) -> dict[str, Any]:
     case = parse(case_name)
-    if name == FLOOR:
+    if name == ROOFLINE:
         rates = [dict.fromkeys(roofline_counts.KINDS, 1e9)] * case.depth
         return {"copy": 1e10, **({} if case.kind == "dsa" else {"convolution": {"float32": rates}})}
     if name == TRUTH:

@@ -36,9 +36,9 @@ class Arena {
   public:
     explicit Arena(T* base) : base_(base) {}
 
-    T* take(int64_t numbers) {
+    T* take(int64_t elements) {
         T* part = base_ ? base_ + used_ : nullptr;
-        used_ += (numbers + kBlock - 1) / kBlock * kBlock;
+        used_ += (elements + kBlock - 1) / kBlock * kBlock;
         return part;
     }
     BlockedImages<T> images(int64_t count, int64_t blocks, int64_t pixels) {

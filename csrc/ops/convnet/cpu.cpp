@@ -50,8 +50,8 @@ void place_activations(const ConvNetShape& s, int k, Arena<T>& arena, Activation
     }
 }
 
-// Places the values that a later pass can continue from, the content of `kept` buffers. Returns the
-// place of the features [B, F].
+// Places the values that a later pass can continue from, the content of `saved` buffers. Returns
+// the place of the features [B, F].
 template <class T>
 T* place_values(const ConvNetShape& s, Arena<T>& arena, Activations<T>* all) {
     place_activations(s, 0, arena, all);
@@ -88,20 +88,20 @@ class Pass {
 
   public:
     // `direction`: tangent of the parameters, which makes the pass compute on dual numbers; nullptr
-    // for a pass on values. `kept`: memory of the values; nullptr: the workspace. A dual pass finds
-    // the values in `kept`, or else recomputes them.
-    Pass(const ConvNetInput<T>& input, const T* direction, T* kept, int threads)
+    // for a pass on values. `saved`: memory of the values; nullptr: the workspace. A dual pass
+    // finds the values in `saved`, or else recomputes them.
+    Pass(const ConvNetInput<T>& input, const T* direction, T* saved, int threads)
         : in_(input),
           s_(input.shape),
           parameters_{input.theta, direction},
           numbers_(direction ? 2 : 1),
-          first_(direction && kept ? 1 : 0),
+          first_(direction && saved ? 1 : 0),
           threads_(threads),
           arena_(input.workspace),
           images_(layer_shape(s_, 0), Needs{true, numbers_}, arena_),
           classifier_{s_.batch, features_of(s_), s_.classes, threads} {
-        Arena<T> own(kept);
-        features_[0] = place_values(s_, kept ? own : arena_, layers_);
+        Arena<T> own(saved);
+        features_[0] = place_values(s_, saved ? own : arena_, layers_);
         if (dual()) {
             place_activations(s_, 1, arena_, layers_);
             features_[1] = arena_.take(s_.batch * features_of(s_));
@@ -527,7 +527,7 @@ Status loss_dual(const Pass<T>& pass, const ConvNetDual<T>& p, Context context) 
 
 template <class T>
 Status convnet_forward(const ConvNetForward<T>& p, Context context) {
-    const Pass<T> pass(p.input, nullptr, p.kept, context.threads);
+    const Pass<T> pass(p.input, nullptr, p.saved, context.threads);
     pass.start();
     pass.forward();
     std::copy_n(pass.logits(0), p.input.shape.batch * p.input.shape.classes, p.logits);
@@ -536,7 +536,7 @@ Status convnet_forward(const ConvNetForward<T>& p, Context context) {
 
 template <class T>
 Status convnet_backward(const ConvNetBackward<T>& p, Context context) {
-    const Pass<T> pass(p.input, nullptr, p.kept, context.threads);
+    const Pass<T> pass(p.input, nullptr, p.saved, context.threads);
     pass.start();
     pass.backward(&p.grad_logits, p.grad_theta, nullptr, p.grad_images);
     return kSuccess;
@@ -544,7 +544,7 @@ Status convnet_backward(const ConvNetBackward<T>& p, Context context) {
 
 template <class T>
 Status convnet_gradient(const ConvNetGradient<T>& p, Context context) {
-    const Pass<T> pass(p.input, nullptr, p.kept, context.threads);
+    const Pass<T> pass(p.input, nullptr, p.saved, context.threads);
     pass.start();
     pass.forward();
     if (const Status bad = loss(pass, p, context)) return bad;
@@ -554,7 +554,7 @@ Status convnet_gradient(const ConvNetGradient<T>& p, Context context) {
 
 template <class T>
 Status convnet_dual(const ConvNetDual<T>& p, Context context) {
-    const Pass<T> pass(p.input, p.direction, p.kept, context.threads);
+    const Pass<T> pass(p.input, p.direction, p.saved, context.threads);
     pass.start();
     pass.forward();
     if (const Status bad = loss_dual(pass, p, context)) return bad;
@@ -568,7 +568,8 @@ PDD_INSTANTIATE(convnet_backward, ConvNetBackward)
 PDD_INSTANTIATE(convnet_gradient, ConvNetGradient)
 PDD_INSTANTIATE(convnet_dual, ConvNetDual)
 
-ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool kept, int threads) {
+ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool saved,
+                           int threads) {
     ConvNetInput<float> input{};
     input.shape = shape;
     input.convolution = convolution;
@@ -577,7 +578,7 @@ ConvNetSizes convnet_sizes(ConvNetShape shape, int convolution, bool dual, bool 
     place_values(shape, values, unused);
     const float along{};  // only its presence matters for the sizes
     const Pass<float> pass(input, dual ? &along : nullptr, nullptr, threads);
-    return {pass.size() - (kept ? values.used() : 0), values.used()};
+    return {pass.size() - (saved ? values.used() : 0), values.used()};
 }
 
 }  // namespace pdd::PDD_BACKEND

@@ -34,14 +34,14 @@ struct ConvNetInput {
 
 struct ConvNetSizes {
     int64_t workspace;  // elements of a pass's workspace
-    int64_t kept;       // elements that a forward or gradient pass saves of one batch
+    int64_t saved;      // elements that a forward or gradient pass saves of one batch
 };
 
 template <class T>
 struct ConvNetForward {
     ConvNetInput<T> input;
     // For a backward pass: size from convnet_sizes, aligned to 64 bytes; or nullptr.
-    T* kept;
+    T* saved;
     T* logits;  // [B, K]
 };
 
@@ -49,7 +49,7 @@ struct ConvNetForward {
 template <class T>
 struct ConvNetBackward {
     ConvNetInput<T> input;
-    T* kept;               // the part for gradients is written
+    T* saved;              // the part for gradients is written
     const T* grad_logits;  // [B, K]
     T* grad_theta;         // [P]
     T* grad_images;        // [B, C_in, H, W] contiguous, or nullptr
@@ -61,7 +61,7 @@ struct ConvNetGradient {
     ConvNetInput<T> input;
     const int64_t* hard;  // [B] class indices, or nullptr
     const T* soft;        // [B, K] weights, or nullptr
-    T* kept;              // for the dual pass, or nullptr
+    T* saved;             // for the dual pass, or nullptr
     T* losses;            // [B]
     T* grad_theta;        // [P]
 };
@@ -72,7 +72,7 @@ struct ConvNetDual {
     ConvNetInput<T> input;
     const int64_t* hard;  // [B] or nullptr
     const T* soft;        // [B, K] or nullptr
-    T* kept;              // from convnet_gradient at the same point, read only; nullptr: recomputed
+    T* saved;             // from convnet_gradient at the same point, read only; nullptr: recomputed
     const T* direction;   // [P]
     const bool* wanted;   // [B]: whether an image's gradient is wanted; nullptr: all
     // [B] tangents of the losses; their mean is the derivative along the direction.

@@ -38,12 +38,12 @@ struct Scratch {
 template <class T>
 struct Task {
     ImageShape shape;
-    Draws draws;
+    AugParams aug_params;
     int64_t cutout_height, cutout_width;
     bool linear, adjoint;
 
     bool does_nothing(int operation) const {
-        return operation == kNothing || (operation == kFlip && draws[kFlipped] == 0);
+        return operation == kNothing || (operation == kFlip && aug_params[kFlipped] == 0);
     }
 };
 
@@ -51,22 +51,24 @@ struct Task {
 template <class T>
 void apply(const Task<T>& task, int operation, const T* image, T* out) {
     const ImageShape shape = task.shape;
-    const Draws draws = task.draws;
+    const AugParams aug_params = task.aug_params;
     switch (operation) {
         case kColor:
             if (task.adjoint) {
-                color_adjoint(image, out, shape, draws);
+                color_adjoint(image, out, shape, aug_params);
             } else {
-                color(image, out, shape, draws, task.linear);
+                color(image, out, shape, aug_params, task.linear);
             }
             return;
         case kCrop: {
             const int64_t sign = task.adjoint ? -1 : 1;
-            shift(image, out, shape, sign * draws.integer(kShiftH), sign * draws.integer(kShiftW));
+            shift(image, out, shape, sign * aug_params.integer(kShiftH),
+                  sign * aug_params.integer(kShiftW));
             return;
         }
         case kCutout:
-            cutout(image, out, shape, cutout_box(draws, task.cutout_height, task.cutout_width));
+            cutout(image, out, shape,
+                   cutout_box(aug_params, task.cutout_height, task.cutout_width));
             return;
         default:
             mirror(image, out, shape);
@@ -88,8 +90,8 @@ void augment(const Task<T>& task, int64_t count, const Operation& operation,
         if (task.does_nothing(number)) continue;
         if (number == kScale || number == kRotate) {
             const View<T> to = k == last ? output : planar_view(scratch.buffers[free], shape);
-            const Sampling sampling =
-                number == kScale ? scaling(task.draws, shape) : rotation(task.draws, shape);
+            const Sampling sampling = number == kScale ? scaling(task.aug_params, shape)
+                                                       : rotation(task.aug_params, shape);
             resample(from, to, shape, sampling, task.adjoint, scratch.sampling);
             from = {to.data, to.channel, to.row, to.column};
         } else {
@@ -136,7 +138,7 @@ Status each_image(const Dsa<T>& p, bool adjoint, Context context) {
     if (!memory) return kOutOfMemory;
     parallel_with_scratch(p.batch, threads, each, [&](int64_t b, int thread) {
         const Task<T> task{
-            shape, {p.draws + b, p.batch}, p.cutout_height, p.cutout_width, p.linear, adjoint};
+            shape, {p.aug_params + b, p.batch}, p.cutout_height, p.cutout_width, p.linear, adjoint};
         const int64_t *in = p.input_stride, *out = p.output_stride;
         const auto operation = [&](int64_t k) {
             return p.operations[(adjoint ? p.operation_count - 1 - k : k) * p.batch + b];

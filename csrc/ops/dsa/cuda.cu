@@ -165,7 +165,7 @@ __device__ void sample_adjoint(const S* grad, S* out, const ImageShape& shape, c
 // Applies one operation, or its transpose, to image, with out as the other buffer. Returns the
 // buffer that holds the result.
 template <class T, class S>
-__device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& shape,
+__device__ S* apply(int operation, bool adjoint, AugParams aug_params, const ImageShape& shape,
                     const Dsa<T>& p, S* image, S* out, S* partial) {
     const Size size(shape);
     const int64_t sign = adjoint ? -1 : 1;
@@ -174,33 +174,34 @@ __device__ S* apply(int operation, bool adjoint, Draws draws, const ImageShape& 
             return image;
         case kColor:
             if (adjoint) {
-                contrast(image, size, static_cast<S>(draws[kContrast]), partial);
-                saturate(image, size, static_cast<S>(draws[kSaturation]));
+                contrast(image, size, static_cast<S>(aug_params[kContrast]), partial);
+                saturate(image, size, static_cast<S>(aug_params[kSaturation]));
             } else {
                 if (!p.linear) {
-                    const S brightness = static_cast<S>(draws[kBrightness]);
+                    const S brightness = static_cast<S>(aug_params[kBrightness]);
                     for_each(size.elements(), [&](int k) { image[k] += brightness; });
                     __syncthreads();
                 }
-                saturate(image, size, static_cast<S>(draws[kSaturation]));
-                contrast(image, size, static_cast<S>(draws[kContrast]), partial);
+                saturate(image, size, static_cast<S>(aug_params[kSaturation]));
+                contrast(image, size, static_cast<S>(aug_params[kContrast]), partial);
             }
             return image;
         case kCrop:
-            shift(image, out, size, sign * draws.integer(kShiftH), sign * draws.integer(kShiftW));
+            shift(image, out, size, sign * aug_params.integer(kShiftH),
+                  sign * aug_params.integer(kShiftW));
             break;
         case kCutout:
-            cutout(image, size, cutout_box(draws, p.cutout_height, p.cutout_width));
+            cutout(image, size, cutout_box(aug_params, p.cutout_height, p.cutout_width));
             __syncthreads();
             return image;
         case kFlip:
-            if (draws[kFlipped] == 0) return image;
+            if (aug_params[kFlipped] == 0) return image;
             mirror(image, out, size);
             break;
         case kScale:
         case kRotate: {
             const Sampling sampling =
-                operation == kScale ? scaling(draws, shape) : rotation(draws, shape);
+                operation == kScale ? scaling(aug_params, shape) : rotation(aug_params, shape);
             if (adjoint) {
                 sample_adjoint(image, out, shape, size, sampling);
             } else {
@@ -232,15 +233,15 @@ __global__ void __launch_bounds__(kThreads, 2) dsa_kernel(const Dsa<T> p, const 
                          : reinterpret_cast<S*>(dynamic_shared());
     S* second = first + size.elements();
     for (int64_t b = blockIdx.x; b < p.batch; b += gridDim.x) {
-        const Draws draws{p.draws + b, p.batch};
+        const AugParams aug_params{p.aug_params + b, p.batch};
         S* image = first;
         load(p.input + b * p.input_stride[0], p.input_stride, plan.input, plan.packed_input, size,
              image);
         __syncthreads();
         for (int64_t n = 0; n < p.operation_count; ++n) {
             const int64_t number = plan.adjoint ? p.operation_count - 1 - n : n;
-            image = apply(p.operations[number * p.batch + b], plan.adjoint, draws, shape, p, image,
-                          image == first ? second : first, partial);
+            image = apply(p.operations[number * p.batch + b], plan.adjoint, aug_params, shape, p,
+                          image, image == first ? second : first, partial);
         }
         store(p.output + b * p.output_stride[0], p.output_stride, plan.output, plan.packed_output,
               size, image);

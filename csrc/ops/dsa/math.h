@@ -34,13 +34,13 @@ PDD_HD Value held(Value value, double low, double high) {
 constexpr double kFar = 1e15;  // beyond any image; sums of a few such values still fit an int64_t
 
 // Parameters of one image.
-struct Draws {
-    const double* first;  // parameter d of this image is at first[d * batch]
+struct AugParams {
+    const double* first;  // row r of this image is at first[r * batch]
     int64_t batch;
 
-    PDD_HD double operator[](int draw) const { return first[draw * batch]; }
-    PDD_HD int64_t integer(int draw) const {
-        return static_cast<int64_t>(held(first[draw * batch], -kFar, kFar));
+    PDD_HD double operator[](int row) const { return first[row * batch]; }
+    PDD_HD int64_t integer(int row) const {
+        return static_cast<int64_t>(held(first[row * batch], -kFar, kFar));
     }
 };
 
@@ -53,9 +53,9 @@ struct Box {
     }
 };
 
-PDD_HD Box cutout_box(Draws draws, int64_t height, int64_t width) {
-    const int64_t top = draws.integer(kCutoutH) - height / 2,
-                  left = draws.integer(kCutoutW) - width / 2;
+PDD_HD Box cutout_box(AugParams aug_params, int64_t height, int64_t width) {
+    const int64_t top = aug_params.integer(kCutoutH) - height / 2,
+                  left = aug_params.integer(kCutoutW) - width / 2;
     return {top, top + height, left, left + width};
 }
 
@@ -77,11 +77,11 @@ struct Sampling {
     }
 };
 
-PDD_HD Sampling scaling(Draws draws, ImageShape shape) {
-    return {draws[kScaleW],
+PDD_HD Sampling scaling(AugParams aug_params, ImageShape shape) {
+    return {aug_params[kScaleW],
             0,
             0,
-            draws[kScaleH],
+            aug_params[kScaleH],
             0.5 * static_cast<double>(shape.width - 1),
             0.5 * static_cast<double>(shape.height - 1)};
 }
@@ -101,12 +101,12 @@ PDD_HD Turn turn_of(double angle) {
 #endif
 }
 
-PDD_HD Sampling rotation(Draws draws, ImageShape shape) {
+PDD_HD Sampling rotation(AugParams aug_params, ImageShape shape) {
     // affine_grid's coordinates run from -1 to 1 along both sides, so a rotation in them scales by
     // the ratio of the sides. A side of one pixel has the single coordinate 0.
     const double across = static_cast<double>(shape.width - 1),
                  down = static_cast<double>(shape.height - 1);
-    const Turn turn = turn_of(draws[kAngle]);
+    const Turn turn = turn_of(aug_params[kAngle]);
     return {turn.cosine,
             down > 0 ? -turn.sine * across / down : 0.0,
             across > 0 ? turn.sine * down / across : 0.0,

@@ -19,8 +19,8 @@ enum DsaOperation : int {
     kRotate = 5
 };
 
-// Rows of Dsa::draws, in the order of pdd_fast/ops/dsa.py.
-enum DsaDraw : int {
+// Rows of Dsa::aug_params, in the order of pdd_fast/ops/dsa.py.
+enum DsaAugParam : int {
     kBrightness,
     kSaturation,
     kContrast,
@@ -32,7 +32,7 @@ enum DsaDraw : int {
     kScaleH,
     kScaleW,
     kAngle,
-    kDsaDraws
+    kDsaAugParams
 };
 
 template <class T>
@@ -40,11 +40,11 @@ struct Dsa {
     int64_t batch, channels, height, width;
     int64_t cutout_height, cutout_width;  // size of the rectangle that cutout blanks
     int64_t operation_count;
-    const int* operations;  // [operation_count, B] DsaOperation, in the order applied
-    bool linear;            // leave out the constant part (brightness); the adjoint ignores it
-    const double* draws;    // [kDsaDraws, B]
-    const T* input;         // [B, C, H, W], strides below
-    T* output;              // [B, C, H, W], strides below
+    const int* operations;     // [operation_count, B] DsaOperation, in the order applied
+    bool linear;               // leave out the constant part (brightness); the adjoint ignores it
+    const double* aug_params;  // [kDsaAugParams, B]
+    const T* input;            // [B, C, H, W], strides below
+    T* output;                 // [B, C, H, W], strides below
     int64_t input_stride[4], output_stride[4];  // of B, C, H, W
     Compute<T>* scratch;  // [dsa_scratch_images, 2, C * H * W]; nullptr if that is 0
     int64_t scratch_images;

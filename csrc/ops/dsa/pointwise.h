@@ -85,21 +85,21 @@ void contrast(T* image, ImageShape shape, T factor) {
 }
 
 template <class T>
-void color(const T* image, T* out, ImageShape shape, Draws draws, bool linear) {
-    const T brightness = static_cast<T>(draws[kBrightness]),
-            saturation = static_cast<T>(draws[kSaturation]);
+void color(const T* image, T* out, ImageShape shape, AugParams aug_params, bool linear) {
+    const T brightness = static_cast<T>(aug_params[kBrightness]),
+            saturation = static_cast<T>(aug_params[kSaturation]);
     if (linear) {
         saturate(image, out, shape, saturation, [](T value) { return value; });
     } else {
         saturate(image, out, shape, saturation, [=](T value) { return value + brightness; });
     }
-    contrast(out, shape, static_cast<T>(draws[kContrast]));
+    contrast(out, shape, static_cast<T>(aug_params[kContrast]));
 }
 
 template <class T>
-void color_adjoint(const T* grad, T* out, ImageShape shape, Draws draws) {
-    const T mean = mean_of(grad, shape), factor = static_cast<T>(draws[kContrast]);
-    saturate(grad, out, shape, static_cast<T>(draws[kSaturation]),
+void color_adjoint(const T* grad, T* out, ImageShape shape, AugParams aug_params) {
+    const T mean = mean_of(grad, shape), factor = static_cast<T>(aug_params[kContrast]);
+    saturate(grad, out, shape, static_cast<T>(aug_params[kSaturation]),
              [=](T value) { return blend(value, mean, factor); });
 }
 
