@@ -54,7 +54,7 @@ OTHERS = {
 
 
 @dataclass
-class StepQueue(TorchDispatchMode):
+class Dispatches(TorchDispatchMode):
     """Record bytes and operations of everything dispatched."""
 
     taken: list[tuple[int, float]] = field(default_factory=list)  # bytes, operations
@@ -101,7 +101,7 @@ class Work:
         return device if graph else max(device, self.launches * EAGER)
 
 
-def as_on_a_gpu(queue: StepQueue) -> Callable[..., torch.Tensor]:
+def as_on_a_gpu(dispatches: Dispatches) -> Callable[..., torch.Tensor]:
     """Return a replacement for the engine's convolutions that records them as on a GPU.
 
     The CPU computes the convolutions of 16-bit images in float32.
@@ -119,7 +119,7 @@ def as_on_a_gpu(queue: StepQueue) -> Callable[..., torch.Tensor]:
             with FlopCounterMode(display=False) as counter:
                 function(*(t.to("meta").float() for t in operands), groups)
         size = sum(t.numel() * t.itemsize for t in (*operands, result))
-        queue.taken.append((size, float(counter.get_total_flops())))
+        dispatches.taken.append((size, float(counter.get_total_flops())))
         return result
 
     return run
@@ -131,14 +131,14 @@ def recorded(
     """Return bytes and operations of every dispatch in one iteration of ``steps`` steps."""
     problem.steps = steps
     iterate = prepare(problem)
-    queue = StepQueue()
+    dispatches = Dispatches()
     with mock.patch.object(
         convnet, "available", return_value=False
     ):  # use the passes that a GPU uses
         iterate()  # complete the one-time work
-        with queue, mock.patch.object(convolution, "_run", as_on_a_gpu(queue)):
+        with dispatches, mock.patch.object(convolution, "_run", as_on_a_gpu(dispatches)):
             iterate()
-    return queue.taken
+    return dispatches.taken
 
 
 def step_of(prepare: Callable[[Problem], Callable[[], Any]], problem: Problem) -> Work:
