@@ -114,6 +114,12 @@ _PLAIN = _autograd(
 _PLAIN_LAST = _autograd(
     "plain autograd, channels-last", "the same in channels-last memory", "plain", True
 )
+_CAPTURED = _autograd(
+    "plain autograd, one graph",
+    "the same in channels-last memory, replayed as one CUDA graph",
+    "captured",
+    True,
+)
 _CHECKPOINTED = _autograd(
     "checkpointed autograd", "exact; one step's graph at a time", "checkpointed"
 )
@@ -142,6 +148,7 @@ def _unroll(on_gpu: bool) -> list[Implementation]:
         made += [
             (_PLAIN, _BOTH),
             (_PLAIN_LAST, _ALL),
+            (_CAPTURED, _ALL),
             (_FROZEN, _BOTH),
             (_CHECKPOINTED, ("float32",)),
         ]

@@ -181,4 +181,9 @@ def measured(case: Case, implementation: Implementation, job: Job) -> dict[str, 
 
 def _holds_graph(implementation: Implementation) -> bool:
     """Return whether a CUDA graph holds the memory that an implementation works in."""
-    return implementation.compiles or bool(implementation.options.get("graph"))
+    options = implementation.options
+    return (
+        implementation.compiles
+        or bool(options.get("graph"))
+        or options.get("function") == "captured"
+    )

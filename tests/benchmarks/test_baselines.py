@@ -102,6 +102,7 @@ def test_one_plain_draw_of_single_is_of_one_operation() -> None:
 
 EXACT = {
     "plain": lambda p: baselines.plain(p),
+    "captured": lambda p: baselines.captured(p),
     "checkpointed": lambda p: baselines.checkpointed(p),
     "torch.func": lambda p: baselines.functional(p),
     "unrolled": lambda p: unroll_benchmark.unrolled(p),
