@@ -11,9 +11,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ class Step:
     missing: str = ""  # why the step cannot run; it counts as not green
     environment: dict[str, str] = field(default_factory=dict)
     tables: bool = False  # copy the Markdown tables of the output into the report
+    expected: float = 0  # seconds it should take, for a plan; 0: not known
+    beside: bool = False  # run at the same time as the step before
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Report:
     results: list[Result]
     folder: Path
     tables: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def green(self) -> bool:
@@ -74,9 +79,10 @@ class Report:
     def write(self) -> None:
         """Write report.json and report.md, each atomically."""
         record = {"title": self.title, "green": self.green, "facts": self.facts}
-        record |= {"steps": [asdict(result) for result in self.results]}
-        _replace(self.folder / "report.json", json.dumps(record, indent=1) + "\n")
-        _replace(self.folder / "report.md", self.markdown())
+        with self.lock:  # steps side by side write at the same time
+            record |= {"steps": [asdict(result) for result in self.results]}
+            _replace(self.folder / "report.json", json.dumps(record, indent=1) + "\n")
+            _replace(self.folder / "report.md", self.markdown())
 
     def markdown(self) -> str:
         """Return the report in Markdown."""
@@ -135,8 +141,19 @@ def tables_in(log: str) -> str:
     return text
 
 
-def run(step: Step, result: Result, log: Path, limit: float) -> None:
-    """Run one step for at most ``limit`` seconds and fill in its result, even if interrupted."""
+def run(
+    step: Step, result: Result, log: Path, limit: float, stop: threading.Event | None = None
+) -> None:
+    """Run one step for at most ``limit`` seconds and fill in its result, even if interrupted.
+
+    Args:
+        step: The step.
+        result: Its result.
+        log: File of its output.
+        limit: Seconds.
+        stop: Event by which another thread ends the step. None: the step runs in the main thread,
+            which an exception interrupts.
+    """
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -148,8 +165,10 @@ def run(step: Step, result: Result, log: Path, limit: float) -> None:
             start_new_session=True,
         )
         try:
-            result.status = process.wait(limit)
-            result.outcome = "ok" if result.status == 0 or step.any_status else "failed"
+            result.status = _wait(process, limit, stop)
+            if result.status is not None:
+                passed = result.status == 0 or step.any_status
+                result.outcome = "ok" if passed else "failed"
         except subprocess.TimeoutExpired:
             result.outcome = "timed out"
         finally:
@@ -161,6 +180,26 @@ def run(step: Step, result: Result, log: Path, limit: float) -> None:
         unsaid = [said for said in step.says.splitlines() if not re.search(said, _text(log))]
         if unsaid:
             result.outcome, result.note = "failed", f"its output does not say {unsaid[0]!r}"
+
+
+def _wait(
+    process: subprocess.Popen[bytes], limit: float, stop: threading.Event | None
+) -> int | None:
+    """Return the status of a process; None if ``stop`` was set before it ended.
+
+    Raises:
+        subprocess.TimeoutExpired: The process takes longer than ``limit`` seconds.
+    """
+    if stop is None:
+        return process.wait(limit)
+    end = time.monotonic() + limit
+    while not stop.is_set():
+        try:
+            return process.wait(max(0.0, min(0.1, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise
+    return None
 
 
 def run_all(
@@ -176,30 +215,60 @@ def run_all(
     end = time.monotonic() + budget
     report.results[:] = [Result(step.name, limit=step.limit) for step in steps]
     report.write()
-    for step, result in zip(steps, report.results, strict=True):
-        left = end - time.monotonic()
-        if step.missing:
-            result.outcome, result.note = "not found", step.missing
-        elif left <= 0:
-            result.note = f"the {budget:g} seconds were over"
-        else:
-            result.log, result.outcome = (
-                f"{re.sub(r'[^a-z0-9]+', '-', step.name.lower()).strip('-')}.log",
-                "running",
-            )
-            report.write()
-            tell(f"{step.name} (at most {min(step.limit, left):.0f} s)")
-            try:
-                run(step, result, report.folder / result.log, min(step.limit, left))
-            except OSError as error:
-                result.outcome, result.note = "failed", str(error)
-            finally:
-                if result.outcome == "running":  # interrupted before its process started
-                    result.outcome = "interrupted"
-                if result.outcome == "timed out" and left < step.limit:
-                    result.note = f"the {budget:g} seconds were over"
-                if step.tables:
-                    report.tables[step.name] = tables_in(_text(report.folder / result.log))
-                report.write()
-        tell(f"{step.name}: {result.outcome}{f', {result.note}' if result.note else ''}")
+    pairs = list(zip(steps, report.results, strict=True))
+    stop = threading.Event()
+    # A step beside the one before it runs in a thread. The main thread, which alone gets
+    # interrupts, runs the other.
+    threads: list[threading.Thread] = []
+    try:
+        for number, (step, result) in enumerate(pairs):
+            if step.beside:
+                continue
+            for other, of_other in takewhile(lambda pair: pair[0].beside, pairs[number + 1 :]):
+                arguments = (other, of_other, report, end, budget, tell, stop)
+                threads.append(threading.Thread(target=_one, args=arguments))
+                threads[-1].start()
+            _one(step, result, report, end, budget, tell)
+            for thread in threads:
+                thread.join()
+            threads.clear()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     report.write()
+
+
+def _one(
+    step: Step,
+    result: Result,
+    report: Report,
+    end: float,
+    budget: float,
+    tell: Callable[[str], None],
+    stop: threading.Event | None = None,
+) -> None:
+    """Run one step until ``end`` at the latest and report its outcome."""
+    left = end - time.monotonic()
+    if step.missing:
+        result.outcome, result.note = "not found", step.missing
+    elif left <= 0:
+        result.note = f"the {budget:g} seconds were over"
+    else:
+        name = re.sub(r"[^a-z0-9]+", "-", step.name.lower()).strip("-")
+        result.log, result.outcome = f"{name}.log", "running"
+        report.write()
+        tell(f"{step.name} (at most {min(step.limit, left):.0f} s)")
+        try:
+            run(step, result, report.folder / result.log, min(step.limit, left), stop)
+        except OSError as error:
+            result.outcome, result.note = "failed", str(error)
+        finally:
+            if result.outcome == "running":  # interrupted before its process started
+                result.outcome = "interrupted"
+            if result.outcome == "timed out" and left < step.limit:
+                result.note = f"the {budget:g} seconds were over"
+            if step.tables:
+                report.tables[step.name] = tables_in(_text(report.folder / result.log))
+            report.write()
+    tell(f"{step.name}: {result.outcome}{f', {result.note}' if result.note else ''}")

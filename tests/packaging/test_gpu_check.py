@@ -28,7 +28,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-gpu_check, steps = module("gpu_check"), module("steps")
+gpu_check, plans, steps = module("gpu_check"), module("plans"), module("steps")
 
 
 def step(name: str, program: str, limit: float = 60, **more: Any) -> Any:
@@ -86,7 +86,8 @@ def test_what_is_missing_is_said(
     )
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(gpu_check, "CUDA_DEFAULT", "/no/cuda")
+    monkeypatch.setattr(plans, "CUDA_DEFAULT", "/no/cuda")
+    monkeypatch.setattr(plans, "missing_packages", list)
     with pytest.raises(SystemExit) as ended:
         gpu_check.main(["--out", str(tmp_path / "out")])
     assert ended.value.code == 2
@@ -121,26 +122,26 @@ def test_a_tool_is_found_wherever_toolkits_keep_it(
     elsewhere.mkdir()
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", str(elsewhere))
-    monkeypatch.setattr(gpu_check, "CUDA_DEFAULT", str(toolkit if known == "default" else "no"))
+    monkeypatch.setattr(plans, "CUDA_DEFAULT", str(toolkit if known == "default" else "no"))
     if known == "CUDA_HOME":
         monkeypatch.setenv("CUDA_HOME", str(toolkit))
     elif known == "PATH":
         monkeypatch.setenv("PATH", str(nvcc.parent))
     elif known == "a link on PATH":
         (elsewhere / "nvcc").symlink_to(nvcc)
-    assert gpu_check.find_tool("nvcc") is not None
-    assert Path(gpu_check.find_tool("compute-sanitizer")).resolve() == wanted
-    assert gpu_check.find_tool("ncu") is None
+    assert plans.find_tool("nvcc") is not None
+    assert Path(plans.find_tool("compute-sanitizer")).resolve() == wanted
+    assert plans.find_tool("ncu") is None
 
 
 def all_steps(*arguments: str) -> list[Any]:
     args = gpu_check.parser().parse_args(["--out", "out", *arguments])
-    return gpu_check.all_steps(args, {"compute_capability": "9.0"})
+    return plans.PLANS[args.plan](args, {"compute_capability": "9.0"})
 
 
 def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PDD_FAST_CUDA_ARCHS", raising=False)
-    monkeypatch.setattr(gpu_check, "find_tool", lambda name: f"/cuda/bin/{name}")
+    monkeypatch.setattr(plans, "find_tool", lambda name: f"/cuda/bin/{name}")
     found = {step.name: step for step in all_steps()}
     assert list(found) == [
         "build",
@@ -186,7 +187,7 @@ def test_every_benchmark_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
     from pdd_fast.benchmarks.cases import parse
     from pdd_fast.cli.bench import command
 
-    for step in gpu_check.benchmark_steps(tmp_path):
+    for step in plans.benchmark_steps(tmp_path):
         arguments = list(step.command[step.command.index("bench") + 1 :])
         asked = command.make_context("bench", arguments).params
         (name,) = asked["named"]
@@ -197,7 +198,7 @@ def test_every_benchmark_is_called_as_it_wants_to_be(tmp_path: Path) -> None:
 
 
 def test_without_compute_sanitizer_its_steps_are_not_green(tmp_path: Path) -> None:
-    found = gpu_check.sanitizer_steps(None)
+    found = plans.sanitizer_steps(None)
     report = run_all(found, tmp_path)
     assert len(found) == 6
     assert set(outcomes(tmp_path).values()) == {"not found"}
@@ -368,7 +369,7 @@ from steps import Step
 gpu_check.preflight = lambda args: {"commit": "abc"}
 second = "import time; print('begun', flush=True); time.sleep(20)"
 commands = {"first": "print('done')", "second": second, "third": ""}
-gpu_check.all_steps = lambda args, facts: [
+gpu_check.plans.PLANS["full"] = lambda args, facts: [
     Step(n, [sys.executable, "-I", "-c", c], 60) for n, c in commands.items()
 ]
 sys.exit(gpu_check.main(sys.argv[2:]))
@@ -409,9 +410,8 @@ def test_the_exit_status_is_that_of_the_report(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu_check, "preflight", lambda args: {"commit": "abc"})
-    monkeypatch.setattr(
-        gpu_check, "all_steps", lambda args, facts: [step("only", program), step("other", "")]
-    )
+    made_up = [step("only", program), step("other", "")]
+    monkeypatch.setitem(plans.PLANS, "full", lambda args, facts: made_up)
     monkeypatch.setenv("PDD_FAST_COMMIT", "set again afterwards")
     monkeypatch.chdir(tmp_path)
     assert gpu_check.main(["--out", "here", "--skip", "other"]) == status
@@ -420,3 +420,32 @@ def test_the_exit_status_is_that_of_the_report(
     assert said.endswith(
         f"{'NOT green' if status else 'green'}: {tmp_path / 'here' / 'report.md'}\n"
     )
+
+
+def test_steps_side_by_side_run_at_the_same_time(tmp_path: Path) -> None:
+    """Each waits for the file that the other makes."""
+
+    def waiting(own: str, other: str) -> str:
+        return (
+            "import pathlib, time\n"
+            f"pathlib.Path({str(tmp_path / own)!r}).touch()\n"
+            f"while not pathlib.Path({str(tmp_path / other)!r}).exists(): time.sleep(0.02)\n"
+            f"print({own!r})\n"
+        )
+
+    made_up = [
+        step("first", waiting("a", "b")),
+        step("second", waiting("b", "a"), beside=True),
+        step("third", "print('after both')"),
+    ]
+    report = run_all(made_up, tmp_path)
+    assert outcomes(tmp_path) == {"first": "ok", "second": "ok", "third": "ok"}
+    assert report.green
+    assert (tmp_path / "second.log").read_text() == "b\n"
+
+
+def test_a_step_beside_another_ends_with_its_own_limit(tmp_path: Path) -> None:
+    slow = step("slow", "import time; time.sleep(60)", limit=1, beside=True)
+    report = run_all([step("quick", ""), slow], tmp_path)
+    assert outcomes(tmp_path) == {"quick": "ok", "slow": "timed out"}
+    assert report.results[1].seconds < 30
