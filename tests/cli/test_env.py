@@ -365,6 +365,13 @@ def test_the_loader_says_why_a_library_is_not_there(monkeypatch: pytest.MonkeyPa
 # ---- driver ----
 
 
+@pytest.fixture
+def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchvision that imports, so that no advice is about it."""
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(__version__="9.8"))
+
+
+@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize("driver", ["12.8", "11.4"])
 @pytest.mark.parametrize("torch_finds", [0, 1])
 def test_a_driver_older_than_the_kernels_is_named_with_what_helps(
@@ -385,6 +392,7 @@ def test_a_driver_older_than_the_kernels_is_named_with_what_helps(
     ]
 
 
+@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("driver", "runtime"), [("13.0", "13.2"), ("13.1", "12.4")])
 def test_a_driver_serves_its_own_major_release_and_earlier_ones(
     driver: str,
@@ -400,6 +408,7 @@ def test_a_driver_serves_its_own_major_release_and_earlier_ones(
     assert facts()["advice"] == []
 
 
+@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("torch_finds", "kernels_find"), [(1, "0"), (0, "2"), (2, "1")])
 def test_gpus_that_only_torch_or_only_the_kernels_find_are_a_fault(
     torch_finds: int,
