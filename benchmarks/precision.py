@@ -55,8 +55,8 @@ def emulated() -> Iterator[None]:
     """
     original = convolution._run
 
-    def run(function: Callable[..., Tensor], *operands: Tensor, groups: int) -> Tensor:
-        return original(function, *map(rounded, operands), groups=groups)
+    def run(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+        return original(function, *map(rounded, operands))
 
     composed = mock.patch.object(convnet, "available", return_value=False)
     with composed, mock.patch.object(convolution, "_run", run):

@@ -154,8 +154,8 @@ class Settings(SettingsModel):
     side_by_side: int = Field(
         0,
         ge=0,
-        description="Networks to train in parallel; 0: 1 on the CPU, up to 16 on a GPU. Results "
-        "differ by rounding.",
+        description="Networks to train in parallel; 0: 1 on the CPU, up to 16 on a GPU. The bits "
+        "are equal.",
     )
     graph: Literal["auto", "off"] = Field(
         "auto", description="CUDA graphs on a GPU: auto or off. Both give the same bits."

@@ -214,9 +214,7 @@ class AutogradEngine:
                 note(own)
         return sum(kept.values())
 
-    def working_bytes(
-        self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
-    ) -> int:
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False) -> int:
         """Return the estimate for a ConvNet, and 0 for other modules."""
         if self.shape is None:
             return 0

@@ -104,9 +104,7 @@ class Engine(Protocol):
         """Return the bytes that :meth:`gradient` with ``keep=True`` saves for one step."""
         ...
 
-    def working_bytes(
-        self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
-    ) -> int:
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False) -> int:
         """Return the peak number of bytes in use during a pass.
 
         Arguments, parameter vectors and saved activations are not counted. The result is 0 if only
@@ -114,9 +112,9 @@ class Engine(Protocol):
 
         Args:
             shape: shape of the batch.
-            dual: :meth:`dual`; otherwise :meth:`gradients`.
+            dual: :meth:`dual`; otherwise :meth:`gradient`. :meth:`gradients` takes as much, because
+                networks take turns.
             kept: whether the dual pass finds its step's activations saved.
-            networks: K of :meth:`gradients`.
         """
         ...
 
@@ -127,8 +125,8 @@ class Engine(Protocol):
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return losses [K, B] and gradients [K, P] of K networks, each on images of its own.
 
-        The result equals that of :meth:`gradient` up to rounding, and bit by bit for K = 1. No call
-        waits for the device.
+        The result has the bits of :meth:`gradient`, network by network. No call waits for the
+        device.
 
         Args:
             theta: [K, P].

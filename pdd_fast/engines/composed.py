@@ -37,7 +37,6 @@ from pdd_fast.engines.composed_records import (
     _values_first,
 )
 from pdd_fast.engines.convolution import conv, conv_input_grad, conv_weight_grad
-from pdd_fast.engines.side_by_side import beside, features, linear, sum_images
 from pdd_fast.ops.convnet import ConvNetShape
 from pdd_fast.ops.cross_entropy import cross_entropy, cross_entropy_dual
 from pdd_fast.ops.norm_relu_pool import norm_relu_pool, norm_relu_pool_backward
@@ -61,11 +60,6 @@ def _pass(
             return method(self, theta, *args, **kwargs)
 
     return run
-
-
-def _groups(x: Tensor, w: Tensor) -> int:
-    """Return the number of networks in x; 1 also if all of them take the same images."""
-    return x.shape[1] // w.shape[1]
 
 
 class ComposedPasses:
@@ -93,17 +87,17 @@ class ComposedPasses:
         return p._replace(blocks=[block.operands(dtype) for block in p.blocks])
 
     def _stored(self, theta: Tensor, images: Tensor) -> Tensor:
-        return beside(images.to(self._storage(theta)))
+        return images.to(self._storage(theta), memory_format=torch.channels_last)
 
     def _forward(self, p: _Parameters, x: Tensor, step: _Step | None) -> Tensor:
         for block in p.blocks:
-            z = conv(x, block.conv, _groups(x, block.conv))
+            z = conv(x, block.conv)
             out, mean, rstd = norm_relu_pool(z, block.weight, block.bias)
             if step is not None:
                 step.blocks.append(_Activations(x, z, mean, rstd))
             x = out
-        inputs = features(x, p.weight)
-        logits = linear(inputs, p.weight, p.bias)
+        inputs = x.flatten(1).to(p.weight.dtype)
+        logits = torch.addmm(p.bias, inputs, p.weight.t())
         if step is not None:
             step.features, step.logits = inputs, logits
         return logits
@@ -112,54 +106,49 @@ class ComposedPasses:
         """Return the bytes that a step saves."""
         return estimates.kept_bytes(estimates.COMPOSED, self._shape, self.precision, shape)
 
-    def working_bytes(self, shape: PassShape, dual: bool, kept: bool, networks: int) -> int:
+    def working_bytes(self, shape: PassShape, dual: bool, kept: bool) -> int:
         """Return the peak number of bytes in use during a pass."""
-        return networks * estimates.working_bytes(
+        return estimates.working_bytes(
             estimates.COMPOSED, self._shape, self.precision, shape, dual, kept
         )
 
     @_pass
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:
-        """Return logits [B, classes], or [K, B, classes] of the same images for theta [K, P]."""
+        """Return logits [B, classes]."""
         return self._forward(self._operands(theta), self._stored(theta, images), None)
 
     @_pass
     def gradient(
         self, theta: Tensor, images: Tensor, labels: Tensor, keep: bool = False
     ) -> tuple[Tensor, Tensor, _Step | None]:
-        """Return losses, gradient and saved activations; see :meth:`Engine.gradient`.
-
-        The arguments may also be those of K networks; see :meth:`Engine.gradients`. :meth:`dual`
-        continues the step of one network only.
-        """
+        """Return losses, gradient and saved activations; see :meth:`Engine.gradient`."""
         p, step, result = self._operands(theta), _Step(), torch.zeros_like(theta)
         grads = self._split(result)
         logits = self._forward(p, self._stored(theta, images), step)
-        losses, grad_logits = cross_entropy(
-            logits.flatten(0, -2), labels.flatten(0, theta.dim() - 1)
-        )
-        if theta.dim() == 2:  # cross_entropy averages over all networks; undo that
-            grad_logits = grad_logits.mul_(len(theta)).view(logits.shape)
-        torch.matmul(grad_logits.mT, step.features, out=grads.weight)
-        torch.sum(grad_logits, -2, out=grads.bias)
+        losses, grad_logits = cross_entropy(logits, labels)
+        torch.mm(grad_logits.t(), step.features, out=grads.weight)
+        torch.sum(grad_logits, 0, out=grads.bias)
         last = step.blocks[-1].z
-        shape = (-1, last.shape[2] // 2, last.shape[3] // 2)
-        grad_out = beside(torch.matmul(grad_logits, p.weight).unflatten(-1, shape).to(last.dtype))
+        shape = (-1, last.shape[1], last.shape[2] // 2, last.shape[3] // 2)
+        grad_out = (
+            torch.mm(grad_logits, p.weight)
+            .view(shape)
+            .to(last.dtype, memory_format=torch.channels_last)
+        )
         for i in reversed(range(len(p.blocks))):
             block, grad = p.blocks[i], grads.blocks[i]
             # Popped, so that activations are freed during the backward pass.
             seen = step.blocks[i] if keep else step.blocks.pop()
-            groups = _groups(seen.x, block.conv)
             grad_z, parts = norm_relu_pool_backward(
                 grad_out, seen.z, seen.mean, seen.rstd, block.weight, block.bias
             )
-            grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv, groups).view_as(grad.conv))
-            sum_images(parts, grad.affine)
+            grad.conv.copy_(conv_weight_grad(grad_z, seen.x, block.conv))
+            torch.sum(parts, 1, out=grad.affine)  # over the images
             if keep:
                 seen.grad_out, seen.grad_z = grad_out, grad_z
             if i > 0:
-                grad_out = conv_input_grad(grad_z, block.conv, seen.x, groups)
-        return losses.view(logits.shape[:-1]), result, step if keep else None
+                grad_out = conv_input_grad(grad_z, block.conv, seen.x)
+        return losses, result, step if keep else None
 
     @_pass
     def dual(
@@ -199,10 +188,11 @@ class ComposedPasses:
 
         # Linear layer and loss.
         assert isinstance(x, _Pair)  # depth is at least 1
-        inputs_tangent = features(x.tangent, p.weight)
-        inputs = saved.features if saved else features(x.value, p.weight)
-        logits = saved.logits if saved else linear(inputs, p.weight, p.bias)
-        logits_tangent = linear(inputs, v.weight, v.bias).addmm_(inputs_tangent, p.weight.t())
+        inputs_tangent = x.tangent.flatten(1).to(theta.dtype)
+        inputs = saved.features if saved else x.value.flatten(1).to(theta.dtype)
+        logits = saved.logits if saved else torch.addmm(p.bias, inputs, p.weight.t())
+        logits_tangent = torch.addmm(v.bias, inputs, v.weight.t())
+        logits_tangent.addmm_(inputs_tangent, p.weight.t())
         slopes, grad_logits, grad_logits_tangent, labels_tangent = cross_entropy_dual(
             logits, logits_tangent, labels
         )
@@ -241,7 +231,7 @@ class ComposedPasses:
                 )
             if grads is not None:
                 self._weight_tangent(grad_z, x, block.conv, grads.blocks[i].conv)
-                sum_images(parts, grads.blocks[i].affine)
+                torch.sum(parts, 1, out=grads.blocks[i].affine)
             if isinstance(x, _Pair):
                 below = saved.blocks[i - 1].grad_out if saved else None
                 grad_out = self._input_backward(grad_z, block.conv, along.conv, x, below)

@@ -14,10 +14,7 @@ from pdd_fast.networks.parameters import views
 
 
 class _Block(NamedTuple):
-    """Parameters of one block, or their gradients or a direction, as views of a flat vector.
-
-    Those of K networks have a first dimension K.
-    """
+    """Parameters of one block, or their gradients or a direction, as views of a flat vector."""
 
     conv: Tensor  # [C, C_in, 3, 3]
     conv_bias: Tensor  # [C]
@@ -26,28 +23,23 @@ class _Block(NamedTuple):
 
     @property
     def affine(self) -> Tensor:
-        """Weight and bias [2, C] or [2, K, C], which are neighbors in every flat vector."""
-        weight = self.weight
-        return weight.as_strided((2, *weight.shape), (weight.shape[-1], *weight.stride()))
+        """Weight and bias [2, C], which are neighbors in every flat vector."""
+        channels = len(self.weight)
+        return self.weight.as_strided((2, channels), (channels, 1))
 
     def operands(self, dtype: torch.dtype) -> _Block:
-        """Return the block as a pass computes with it, networks joined to [K·C, ...]."""
-        return _Block(
-            operand(self.conv.flatten(0, -4), dtype),
-            self.conv_bias,
-            self.weight.flatten(),
-            self.bias.flatten(),
-        )
+        """Return the block as a pass computes with it."""
+        return self._replace(conv=operand(self.conv, dtype))
 
 
 class _Parameters(NamedTuple):
     blocks: list[_Block]
-    weight: Tensor  # [classes, features], or [K, classes, features]
-    bias: Tensor  # [classes], or [K, classes]
+    weight: Tensor  # [classes, features]
+    bias: Tensor  # [classes]
 
     @classmethod
     def of(cls, theta: Tensor, like: Sequence[Tensor]) -> _Parameters:
-        """Return views of theta [P] or [K, P].
+        """Return views of theta [P].
 
         Args:
             theta: parameters, their gradients or a direction.
@@ -60,10 +52,7 @@ class _Parameters(NamedTuple):
 
 @dataclass
 class _Activations:
-    """Inputs and outputs of one block, values only.
-
-    K networks lie side by side along the channels (:mod:`pdd_fast.engines.side_by_side`).
-    """
+    """Inputs and outputs of one block, values only."""
 
     x: Tensor  # [B, C_in, H, W]
     z: Tensor  # [B, C, H, W]

@@ -1,7 +1,4 @@
-"""The ConvNet's 3×3 convolution and its two adjoints.
-
-``groups`` networks are computed side by side.
-"""
+"""The ConvNet's 3×3 convolution and its two adjoints."""
 
 from __future__ import annotations
 
@@ -29,64 +26,61 @@ def operand(w: Tensor, dtype: torch.dtype) -> Tensor:
     return w.to(dtype)
 
 
-def _run(function: Callable[..., Tensor], images: Tensor, *others: Tensor, groups: int) -> Tensor:
+def _run(function: Callable[..., Tensor], images: Tensor, *others: Tensor) -> Tensor:
     # The same arithmetic as cuDNN's: products of 16-bit operands are summed in float32 and rounded
     # once at the end. oneDNN's own bfloat16 convolutions took 10 to 30 times as long on a processor
     # without bfloat16 instructions.
     if images.dtype in HALF and images.device.type == "cpu":
-        return computed_in_32_bits(function, images, *others, groups)
-    return function(images, *others, groups)
+        return computed_in_32_bits(function, images, *others)
+    return function(images, *others)
 
 
-def _forward(x: Tensor, w: Tensor, groups: int) -> Tensor:
-    return F.conv2d(x, w, padding=1, groups=groups)
+def _forward(x: Tensor, w: Tensor) -> Tensor:
+    return F.conv2d(x, w, padding=1)
 
 
-def _backward(grad: Tensor, x: Tensor, w: Tensor, groups: int, wanted: int) -> Tensor:
+def _backward(grad: Tensor, x: Tensor, w: Tensor, wanted: int) -> Tensor:
     mask = [wanted == 0, wanted == 1, False]
     return torch.ops.aten.convolution_backward(
-        grad, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], groups, mask
+        grad, x, w, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
     )[wanted]
 
 
-def _input_grad(grad: Tensor, x: Tensor, w: Tensor, groups: int) -> Tensor:
-    return _backward(grad, x, w, groups, 0)
+def _input_grad(grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return _backward(grad, x, w, 0)
 
 
-def _weight_grad(grad: Tensor, x: Tensor, w: Tensor, groups: int) -> Tensor:
-    return _backward(grad, x, w, groups, 1)
+def _weight_grad(grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return _backward(grad, x, w, 1)
 
 
-def conv(x: Tensor, w: Tensor, groups: int = 1) -> Tensor:
-    """Return the convolution [B, groups·C_out, H, W] of x by w.
+def conv(x: Tensor, w: Tensor) -> Tensor:
+    """Return the convolution [B, C_out, H, W] of x by w.
 
     Args:
-        x: [B, groups·C_in, H, W].
-        w: [groups·C_out, C_in, 3, 3].
-        groups: number of networks.
+        x: [B, C_in, H, W].
+        w: [C_out, C_in, 3, 3].
     """
-    return _run(_forward, x, w, groups=groups)
+    return _run(_forward, x, w)
 
 
-def conv_input_grad(grad: Tensor, w: Tensor, like: Tensor, groups: int = 1) -> Tensor:
+def conv_input_grad(grad: Tensor, w: Tensor, like: Tensor) -> Tensor:
     """Return the adjoint of :func:`conv` in its input.
 
     Args:
-        grad: [B, groups·C_out, H, W].
-        w: [groups·C_out, C_in, 3, 3].
-        like: [B, groups·C_in, H, W], gives the result's shape and layout.
-        groups: number of networks.
+        grad: [B, C_out, H, W].
+        w: [C_out, C_in, 3, 3].
+        like: [B, C_in, H, W], gives the result's shape and layout.
     """
-    return _run(_input_grad, grad, like, w, groups=groups)
+    return _run(_input_grad, grad, like, w)
 
 
-def conv_weight_grad(grad: Tensor, x: Tensor, w: Tensor, groups: int = 1) -> Tensor:
+def conv_weight_grad(grad: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """Return the adjoint of :func:`conv` in its weight.
 
     Args:
-        grad: [B, groups·C_out, H, W].
-        x: [B, groups·C_in, H, W].
+        grad: [B, C_out, H, W].
+        x: [B, C_in, H, W].
         w: gives the result's shape.
-        groups: number of networks.
     """
-    return _run(_weight_grad, grad, x, w, groups=groups)
+    return _run(_weight_grad, grad, x, w)

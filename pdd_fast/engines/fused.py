@@ -64,13 +64,11 @@ class FusedEngine:
             return self._whole.sizes(shape.batch).saved * shape.dtype.itemsize
         return self._composed.kept_bytes(shape)
 
-    def working_bytes(
-        self, shape: PassShape, *, dual: bool = False, kept: bool = False, networks: int = 1
-    ) -> int:
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False) -> int:
         """Return the peak number of bytes in use; see :meth:`Engine.working_bytes`."""
         if not self._in_one_kernel(shape):
-            return self._composed.working_bytes(shape, dual, kept, networks)
-        # The networks use one workspace in turn. A dual pass also returns the images' gradient.
+            return self._composed.working_bytes(shape, dual, kept)
+        # A dual pass also returns the images' gradient.
         images = shape.batch * math.prod(shape.image) if dual else 0
         return (
             self._whole.sizes(shape.batch, dual, kept).workspace + images
@@ -96,8 +94,6 @@ class FusedEngine:
         if len(theta) == 1:
             losses, gradient, _ = self.gradient(theta[0], images[0], labels[0])
             return losses[None], gradient[None]
-        if not self._in_one_kernel(theta):
-            return self._composed.gradient(theta, images, labels)[:2]
         each = [self.gradient(*one)[:2] for one in zip(theta, images, labels, strict=True)]
         losses, gradients = zip(*each, strict=True)
         return torch.stack(losses), torch.stack(gradients)
@@ -107,8 +103,6 @@ class FusedEngine:
         check_side_by_side(theta)
         if len(theta) == 1:
             return self.logits(theta[0], images)[None]
-        if not self._in_one_kernel(theta):
-            return self._composed.logits(theta, images)
         return torch.stack([self.logits(one, images) for one in theta])
 
     def dual(

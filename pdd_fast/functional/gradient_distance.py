@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from pdd_fast import engines
-from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.choices import DISTANCES
 from pdd_fast.runtime.errors import require
 
@@ -164,9 +163,7 @@ def class_gradients(
 ) -> Tensor:
     """Return ∇_θ ℓ [K, P] of K batches at the same parameters.
 
-    On a GPU, batches of one size are computed side by side, as many at a time as fit in half of its
-    memory. All other batches are computed one by one. Both ways agree up to rounding. No graph is
-    recorded.
+    No graph is recorded.
 
     Args:
         engine: computes the gradients.
@@ -175,14 +172,5 @@ def class_gradients(
         labels: int64 or weights: [K, B], [K, B, classes], or K tensors [B_k] or [B_k, classes].
     """
     with torch.no_grad():
-        count, first = len(images), images[0]
-        together = device_memory.largest_group(
-            engine.working_bytes(engines.PassShape.of(first, len(first))), theta.device, count
-        )
-        same = len({(x.shape, y.shape, y.dtype) for x, y in zip(images, labels, strict=True)}) == 1
-        if together == 1 or not same:
-            each = [engine.gradient(theta, x, y)[1] for x, y in zip(images, labels, strict=True)]
-            return torch.stack(each)
-        x, y = (b if isinstance(b, Tensor) else torch.stack(list(b)) for b in (images, labels))
-        groups = zip(x.split(together), y.split(together), strict=True)
-        return torch.cat([engine.gradients(theta.repeat(len(a), 1), a, b)[1] for a, b in groups])
+        each = [engine.gradient(theta, x, y)[1] for x, y in zip(images, labels, strict=True)]
+        return torch.stack(each)

@@ -60,8 +60,7 @@ def gradient_matching(
         theta: [P] parameters, float32 or float64, a constant. They fix the precision and the
             device.
         real_images: [B, C, H, W], with the type and device of ``theta``; constants. For K pairs:
-            [K, B, C, H, W], whose gradients a GPU computes side by side, or a sequence of K tensors
-            [B_k, C, H, W].
+            [K, B, C, H, W], or a sequence of K tensors [B_k, C, H, W].
         real_labels: class indices [B] or weights [B, classes], converted as for
             :func:`pdd_fast.unroll`. For K pairs: [K, B], [K, B, classes] or a sequence.
         images: synthetic images [n, C, H, W], [K, n, C, H, W] or K tensors [n_k, C, H, W].

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from pdd_fast.storage.run import Run
 from pdd_fast.training.memory import training_bytes
 from pdd_fast.training.sgd import Sgd, TrainState
 
-# Maximum number of networks to train in parallel on a GPU. A step of 16 networks of width 128 on
-# 256 images of 32×32 takes 1.2 TFLOP, which is milliseconds on any GPU. Launch overhead no longer
-# matters then, and with more networks an interruption would only lose more work.
+# Maximum number of networks that a captured graph trains on a GPU. A step of 16 networks of width
+# 128 on 256 images of 32×32 takes 1.2 TFLOP, which is milliseconds on any GPU. The launch of the
+# graph no longer matters then, and with more networks an interruption would only lose more work.
 _MOST_SIDE_BY_SIDE = 16
 
 
@@ -145,10 +144,7 @@ class RunContext:
         }
 
     def groups(self, count: int) -> list[range]:
-        """Split the numbers below ``count`` into groups of networks that train in parallel.
-
-        The groups are always the same, because the size of a group changes rounding.
-        """
+        """Split the numbers below ``count`` into groups of networks that train in parallel."""
         size = self.side_by_side
         return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
@@ -249,16 +245,9 @@ def _whitening_file(folder: Path) -> Path:
 def _fitting(settings: Settings, net: ConvNet, engine: engines.Engine, device: torch.device) -> int:
     """Choose the default number of networks to train in parallel.
 
-    It is 1 on the CPU, where parallel training pays off only for images as small as digits. A step
-    of four networks took 0.6 times the time of four single steps at width 32 on 8×8, 1.0 times at
-    width 128 on 32×32, and 1.7 times at width 32 on 32×32 (one thread).
+    It is 1 on the CPU, where a step needs no launch that networks could share.
     """
     batch = max(settings.expert_batch, settings.union_batch)
     shape = engines.PassShape(batch, (net.in_channels, *net.image_size), torch.float32, device)
     size = training_bytes(engine, shape)
-    # Libraries count a tensor's elements in signed 32-bit integers. The 2^31 elements of 16
-    # networks of width 128 on 256 images of 64×64 are one too many.
-    largest = batch * settings.width * math.prod(net.image_size)
-    return device_memory.largest_group(
-        size, device, max(1, min(_MOST_SIDE_BY_SIDE, (2**31 - 1) // largest))
-    )
+    return device_memory.largest_group(size, device, _MOST_SIDE_BY_SIDE)

@@ -80,10 +80,10 @@ def require(device: torch.device, size: int, what: str, lower: str) -> None:
 
 
 def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
-    """Return how many networks of ``bytes_each`` fit side by side; 1 on the CPU.
+    """Return how many networks of ``bytes_each`` to train in parallel; 1 on the CPU.
 
     They get half of the device's total memory, not of its free memory. The same machine therefore
-    gives the same number, and the same bits, whatever else runs on it.
+    gives the same number, whatever else runs on it.
 
     Args:
         bytes_each: bytes that one network needs.

@@ -25,4 +25,4 @@ def training_bytes(engine: Engine, shape: PassShape, networks: int = 1) -> int:
         networks: number of networks.
     """
     each = shape.batch * math.prod(shape.image) + 5 * parameter_count(engine.net)
-    return engine.working_bytes(shape, networks=networks) + networks * shape.dtype.itemsize * each
+    return engine.working_bytes(shape) + networks * shape.dtype.itemsize * each

@@ -1,6 +1,6 @@
 """Plain training: the SGD of experts, transitions, selection and evaluation.
 
-It works on flat parameter vectors and trains K networks side by side. Each network sees the batches
+It works on flat parameter vectors and trains K networks in step. Each network sees the batches
 and augmentation parameters that it would see alone.
 """
 
@@ -267,11 +267,10 @@ def accuracies(
         theta: [K, P].
         images: [n, C, H, W].
         labels: class indices [n].
-        batch: images per pass, summed over the networks.
+        batch: images per pass.
     """
     right = torch.zeros(len(theta), dtype=torch.int64, device=theta.device)
-    each = max(1, batch // len(theta))
-    for x, y in zip(images.split(each), labels.split(each), strict=True):
+    for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         right += (engine.logits_of(theta, x).argmax(2) == y).sum(1)
     return [100.0 * count / len(images) for count in right.tolist()]
 

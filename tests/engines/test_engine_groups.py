@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.utils.prune
-from cases import relative_error
 from engines_support import BOTH
 from torch import Tensor
-from torch.nn import functional as F
 
 import pdd_fast
 from pdd_fast import engines
@@ -49,76 +47,24 @@ class Several:
 @BOTH
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("networks", [1, 2, 3, 5])
-def test_networks_side_by_side_are_those_one_at_a_time(
-    name: str, networks: int, soft: bool, device: torch.device
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float64, "float32"), (torch.float32, "float32"), (torch.float32, "bfloat16")],
+)
+def test_networks_in_parallel_have_the_bits_of_one_at_a_time(
+    name: str, networks: int, soft: bool, dtype: torch.dtype, precision: str, device: torch.device
 ) -> None:
-    """Sums of the same numbers in another order: 1e-12 in float64; in float32 2e-5, as for the
-    operators.
-    """
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
-        several = Several(networks, dtype, device, soft)
-        engine = engines.choose(several.net, name)
-        losses, gradients = engine.gradients(several.theta, several.images, several.labels)
-        logits = engine.logits_of(several.theta, several.images[0])
-        assert losses.shape == (networks, 6)
-        assert logits.shape == (networks, 6, 4)
-        for found, expected in zip(
-            (losses, gradients, logits), several.one_at_a_time(engine), strict=True
-        ):
-            assert found.dtype == dtype
-            for one, alone in zip(found, expected, strict=True):
-                assert relative_error(one, alone) <= tolerance
-
-
-@BOTH
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_one_network_alone_has_the_same_bits(
-    name: str, precision: str, device: torch.device
-) -> None:
-    several = Several(1, torch.float32, device)
+    several = Several(networks, dtype, device, soft)
     engine = engines.choose(several.net, name, precision)
-    losses, gradients, logits = several.one_at_a_time(engine)
-    found = engine.gradients(several.theta, several.images, several.labels)
-    assert torch.equal(found[0], losses)
-    assert torch.equal(found[1], gradients)
-    assert torch.equal(engine.logits_of(several.theta, several.images[0]), logits)
-
-
-def test_networks_side_by_side_in_bfloat16(device: torch.device) -> None:
-    """float32 sums in another order are rounded to the neighboring bfloat16 now and then: 2^-8 of
-    single numbers.
-    """
-    several = Several(3, torch.float32, device)
-    engine = engines.choose(several.net, "fused", "bfloat16")
-    found = (
-        *engine.gradients(several.theta, several.images, several.labels),
-        engine.logits_of(several.theta, several.images[0]),
-    )
-    for one, expected in zip(found, several.one_at_a_time(engine), strict=True):
-        assert relative_error(one, expected) <= 2**-8
-
-
-@pytest.mark.usefixtures("composed")
-def test_networks_side_by_side_take_one_convolution_a_layer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen: list[tuple[int, ...]] = []
-    original = F.conv2d
-
-    def remember(x: Tensor, w: Tensor, **options: int) -> Tensor:
-        seen.append((x.shape[1], w.shape[0], options["groups"]))
-        return original(x, w, **options)
-
-    several = Several(3, torch.float32, torch.device("cpu"))
-    engine = engines.choose(several.net)
-    monkeypatch.setattr(F, "conv2d", remember)
-    engine.gradients(several.theta, several.images, several.labels)
-    assert seen == [(6, 15, 3), (15, 15, 3)]
-    seen.clear()
-    engine.logits_of(
-        several.theta, several.images[0]
-    )  # all look at the same images, which are not copied
-    assert seen == [(2, 15, 1), (15, 15, 3)]
+    losses, gradients = engine.gradients(several.theta, several.images, several.labels)
+    logits = engine.logits_of(several.theta, several.images[0])
+    assert losses.shape == (networks, 6)
+    assert logits.shape == (networks, 6, 4)
+    for found, expected in zip(
+        (losses, gradients, logits), several.one_at_a_time(engine), strict=True
+    ):
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
 
 
 @BOTH

@@ -121,7 +121,7 @@ def test_a_smoke_test_that_fails_is_named_and_the_others_still_run(
         return str(smoke.require("float32", float("nan"), 1e-4))
 
     monkeypatch.setattr(
-        smoke, "CHECKS", {"first": wrong, "second": smoke.CHECKS["networks side by side"]}
+        smoke, "CHECKS", {"first": wrong, "second": smoke.CHECKS["networks in parallel"]}
     )
     assert smoke.main(["--device", "cpu"]) == 1
     first, second, last = capsys.readouterr().out.splitlines()

@@ -161,8 +161,7 @@ def test_selection_judges_networks_that_went_through_the_earlier_unions(
         )
     assert len(set(expected)) > 1
     score = selection.score(unions[2])
-    # Side by side, rounding may move one of the 144 held-out images across a boundary.
-    assert score == pytest.approx(sum(expected) / 3, abs=1e-9 if together == 1 else 0.3)
+    assert score == pytest.approx(sum(expected) / 3, abs=1e-9)
     assert selection.score(unions[2]) == score
 
 
