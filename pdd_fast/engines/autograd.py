@@ -186,14 +186,14 @@ class AutogradEngine:
         """Return the random state alone; see :meth:`Engine.without_activations`."""
         return saved.before if isinstance(saved, _Graph) else saved
 
-    def kept_bytes(self, shape: PassShape) -> int:
-        """Return the bytes that a step saves; see :meth:`Engine.kept_bytes`.
+    def saved_bytes(self, shape: PassShape) -> int:
+        """Return the bytes that a step saves; see :meth:`Engine.saved_bytes`.
 
         For a module that is not a ConvNet, a step on zeros is run and measured. It changes no
         state.
         """
         if self.shape is not None:
-            return estimates.kept_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape)
+            return estimates.saved_bytes(estimates.AUTOGRAD, self.shape, self.precision, shape)
         theta = torch.zeros(parameter_count(self.net), dtype=shape.dtype, device=shape.device)
         images = torch.zeros((shape.batch, *shape.image), dtype=shape.dtype, device=shape.device)
         labels = torch.zeros(shape.batch, dtype=torch.int64, device=shape.device)
@@ -214,12 +214,12 @@ class AutogradEngine:
                 note(own)
         return sum(kept.values())
 
-    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False) -> int:
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, saved: bool = False) -> int:
         """Return the estimate for a ConvNet, and 0 for other modules."""
         if self.shape is None:
             return 0
         return estimates.working_bytes(
-            estimates.AUTOGRAD, self.shape, self.precision, shape, dual, kept
+            estimates.AUTOGRAD, self.shape, self.precision, shape, dual, saved
         )
 
     def gradients(self, theta: Tensor, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

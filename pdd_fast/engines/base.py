@@ -100,11 +100,11 @@ class Engine(Protocol):
         """Return ``saved`` without activations, enough for :meth:`dual` to recompute the step."""
         ...
 
-    def kept_bytes(self, shape: PassShape) -> int:
+    def saved_bytes(self, shape: PassShape) -> int:
         """Return the bytes that :meth:`gradient` with ``keep=True`` saves for one step."""
         ...
 
-    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False) -> int:
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, saved: bool = False) -> int:
         """Return the peak number of bytes in use during a pass.
 
         Arguments, parameter vectors and saved activations are not counted. The result is 0 if only
@@ -114,7 +114,7 @@ class Engine(Protocol):
             shape: shape of the batch.
             dual: :meth:`dual`; otherwise :meth:`gradient`. :meth:`gradients` takes as much, because
                 networks take turns.
-            kept: whether the dual pass finds its step's activations saved.
+            saved: whether the dual pass finds its step's activations saved.
         """
         ...
 

@@ -102,14 +102,14 @@ class ComposedPasses:
             step.features, step.logits = inputs, logits
         return logits
 
-    def kept_bytes(self, shape: PassShape) -> int:
+    def saved_bytes(self, shape: PassShape) -> int:
         """Return the bytes that a step saves."""
-        return estimates.kept_bytes(estimates.COMPOSED, self._shape, self.precision, shape)
+        return estimates.saved_bytes(estimates.COMPOSED, self._shape, self.precision, shape)
 
-    def working_bytes(self, shape: PassShape, dual: bool, kept: bool) -> int:
+    def working_bytes(self, shape: PassShape, dual: bool, saved: bool) -> int:
         """Return the peak number of bytes in use during a pass."""
         return estimates.working_bytes(
-            estimates.COMPOSED, self._shape, self.precision, shape, dual, kept
+            estimates.COMPOSED, self._shape, self.precision, shape, dual, saved
         )
 
     @_pass
@@ -170,10 +170,10 @@ class ComposedPasses:
         x: _Pair | Tensor = self._stored(theta, images)
         seen: list[tuple[_Pair | Tensor, _Pair, Tensor]] = []
         for i, (block, along) in enumerate(zip(p.blocks, v.blocks, strict=True)):
-            kept = saved.blocks[i] if saved else None
-            if kept and isinstance(x, _Pair):
-                x = _Pair(kept.x, x.tangent)
-            z = self._convolve(x, block.conv, along.conv, kept)
+            block_saved = saved.blocks[i] if saved else None
+            if block_saved and isinstance(x, _Pair):
+                x = _Pair(block_saved.x, x.tangent)
+            z = self._convolve(x, block.conv, along.conv, block_saved)
             out, statistics = norm_relu_pool_dual(
                 z.value,
                 z.tangent,
@@ -181,10 +181,10 @@ class ComposedPasses:
                 along.weight,
                 block.bias,
                 along.bias,
-                tangent_only=kept is not None,
+                tangent_only=block_saved is not None,
             )
             seen.append((x, z, statistics))
-            x = _Pair(out, out) if kept else _values_first(out)
+            x = _Pair(out, out) if block_saved else _values_first(out)
 
         # Linear layer and loss.
         assert isinstance(x, _Pair)  # depth is at least 1
@@ -209,9 +209,9 @@ class ComposedPasses:
         images_tangent = None
         for i in reversed(range(len(p.blocks))):
             block, along = p.blocks[i], v.blocks[i]
-            kept = saved.blocks[i] if saved else None
+            block_saved = saved.blocks[i] if saved else None
             x, z, statistics = seen.pop()
-            tangent_only = kept is not None or (i == 0 and not want_images)
+            tangent_only = block_saved is not None or (i == 0 and not want_images)
             grad_stack, parts = norm_relu_pool_dual_backward(
                 grad_out.value,
                 grad_out.tangent,
@@ -223,8 +223,8 @@ class ComposedPasses:
                 block.bias,
                 tangent_only=tangent_only,
             )
-            if kept:
-                grad_z = _Pair(kept.grad_z, grad_stack)
+            if block_saved:
+                grad_z = _Pair(block_saved.grad_z, grad_stack)
             else:
                 grad_z = (
                     _Pair(grad_stack, grad_stack) if tangent_only else _tangents_first(grad_stack)
@@ -248,15 +248,15 @@ class ComposedPasses:
 
     @staticmethod
     def _convolve(
-        x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, kept: _Activations | None
+        x: _Pair | Tensor, w: Tensor, w_tangent: Tensor, block_saved: _Activations | None
     ) -> _Pair:
         """Return z = w*x and its tangent w_tangent*x + w*x_tangent."""
         if isinstance(x, Tensor):
-            return _Pair(kept.z if kept else conv(x, w), conv(x, w_tangent))
+            return _Pair(block_saved.z if block_saved else conv(x, w), conv(x, w_tangent))
         tangent = conv(x.value, w_tangent)
         if x.stack is None:
-            assert kept is not None  # recomputed values come stacked
-            return _Pair(kept.z, tangent.add_(conv(x.tangent, w)))
+            assert block_saved is not None  # recomputed values come stacked
+            return _Pair(block_saved.z, tangent.add_(conv(x.tangent, w)))
         z = _values_first(conv(x.stack, w))
         z.tangent.add_(tangent)
         return z

@@ -22,24 +22,24 @@ from pdd_fast.runtime import precision as precisions
 class Multiples(NamedTuple):
     """Memory of the passes, in multiples of a unit.
 
-    ``dual``, ``dual_of_kept`` and ``gradient`` count multiples of a that are alive at once at the
-    peak, in the first block's backward pass. ``kept`` counts the data that a step saves in units of
-    what the dual pass reads: the input and output of every block, and the gradients of both.
+    ``dual``, ``dual_of_saved`` and ``gradient`` count multiples of a that are alive at once at the
+    peak, in the first block's backward pass. ``saved`` counts the data that a step saves, in units
+    of what the dual pass reads: the input and output of every block, and the gradients of both.
     """
 
     dual: float
-    dual_of_kept: float  # beside the saved activations
+    dual_of_saved: float  # beside the saved activations
     gradient: float
-    kept: float
+    saved: float
 
 
 # The peak of the composed dual pass: z and its gradient with their tangents (4), the pooled
 # gradient with its tangent (0.5), the gradient from the block above (0.5), and the workspace of the
 # convolution library (0.5; measured). The peak of its plain gradient: z and its gradient (2), the
 # pooled gradient (0.25), and the gradient from the block above (0.25).
-COMPOSED = Multiples(dual=5.5, dual_of_kept=2.75, gradient=2.5, kept=1)
+COMPOSED = Multiples(dual=5.5, dual_of_saved=2.75, gradient=2.5, saved=1)
 # All measured: the double backward of the norm is elementwise.
-AUTOGRAD = Multiples(dual=9, dual_of_kept=4, gradient=4, kept=1.75)
+AUTOGRAD = Multiples(dual=9, dual_of_saved=4, gradient=4, saved=1.75)
 
 
 def _blocks(net: ConvNetShape, shape: PassShape) -> list[int]:
@@ -52,11 +52,11 @@ def _images(shape: PassShape) -> int:
     return shape.batch * math.prod(shape.image)
 
 
-def kept_bytes(multiples: Multiples, net: ConvNetShape, precision: str, shape: PassShape) -> int:
-    """Return the estimate of :meth:`pdd_fast.engines.base.Engine.kept_bytes`."""
+def saved_bytes(multiples: Multiples, net: ConvNetShape, precision: str, shape: PassShape) -> int:
+    """Return the estimate of :meth:`pdd_fast.engines.base.Engine.saved_bytes`."""
     blocks = _blocks(net, shape)
     inputs = _images(shape) + sum(blocks[1:])
-    numbers = multiples.kept * (inputs + 2.25 * sum(blocks))
+    numbers = multiples.saved * (inputs + 2.25 * sum(blocks))
     return int(precisions.storage(precision, shape.dtype).itemsize * numbers)
 
 
@@ -66,12 +66,12 @@ def working_bytes(
     precision: str,
     shape: PassShape,
     dual: bool,
-    kept: bool,
+    saved: bool,
 ) -> int:
     """Return the estimate of :meth:`pdd_fast.engines.base.Engine.working_bytes` for one network.
 
     It counts the network's activations and 2x: the images as stored, and their gradient.
     """
-    times = (multiples.dual_of_kept if kept else multiples.dual) if dual else multiples.gradient
+    times = (multiples.dual_of_saved if saved else multiples.dual) if dual else multiples.gradient
     numbers = times * _blocks(net, shape)[0] + 2 * _images(shape)
     return int(precisions.storage(precision, shape.dtype).itemsize * numbers)

@@ -58,20 +58,20 @@ class FusedEngine:
     def without_activations(self, saved: Any) -> None:
         """Return None, because the step is recomputed from its arguments alone."""
 
-    def kept_bytes(self, shape: PassShape) -> int:
+    def saved_bytes(self, shape: PassShape) -> int:
         """Return the bytes that a step saves."""
         if self._in_one_kernel(shape):
             return self._whole.sizes(shape.batch).saved * shape.dtype.itemsize
-        return self._composed.kept_bytes(shape)
+        return self._composed.saved_bytes(shape)
 
-    def working_bytes(self, shape: PassShape, *, dual: bool = False, kept: bool = False) -> int:
+    def working_bytes(self, shape: PassShape, *, dual: bool = False, saved: bool = False) -> int:
         """Return the peak number of bytes in use; see :meth:`Engine.working_bytes`."""
         if not self._in_one_kernel(shape):
-            return self._composed.working_bytes(shape, dual, kept)
+            return self._composed.working_bytes(shape, dual, saved)
         # A dual pass also returns the images' gradient.
         images = shape.batch * math.prod(shape.image) if dual else 0
         return (
-            self._whole.sizes(shape.batch, dual, kept).workspace + images
+            self._whole.sizes(shape.batch, dual, saved).workspace + images
         ) * shape.dtype.itemsize
 
     def logits(self, theta: Tensor, images: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def forward_path(
     for start, piece in in_pieces(path[0], theta):
         start.copy_(piece)
     points, lrs = path.unbind(), alphas.unbind()
-    kept, first = [], len(spec.batches) - spec.keep
+    states, first = [], len(spec.batches) - spec.keep
     for i in range(len(spec.batches)):
         x, y = _step_input(spec, i, images, labels)
         _, gradient, saved = spec.engine.gradient(points[i], x, y, keep=i >= first)
@@ -75,14 +75,14 @@ def forward_path(
             gradient = gradient.masked_fill(~spec.moving, 0)
         for old, moved, new in in_pieces(points[i], gradient, points[i + 1]):
             torch.addcmul(old, moved, lrs[i], value=-1, out=new)
-        kept.append(saved)
-    return path, kept
+        states.append(saved)
+    return path, states
 
 
 def adjoint(
     spec: UnrollSpec,
     path: Tensor,
-    kept: list[Any],
+    states: list[Any],
     images: Tensor,
     labels: Tensor,
     alphas: Tensor,
@@ -95,7 +95,7 @@ def adjoint(
         spec: constants of the unroll.
         path: from :func:`forward_path`, called with the same ``spec``, ``images``, ``labels`` and
             ``alphas``.
-        kept: from the same call. Its activations are freed step by step; a second call recomputes
+        states: from the same call. Its activations are freed step by step; a second call recomputes
             them.
         images: [n, C, H, W].
         labels: int64 [n] or weights [n, classes].
@@ -117,7 +117,7 @@ def adjoint(
         x, y = _step_input(spec, i, images, labels)
         rows = spec.rows[i] if wanted.images else none
         # The adjoint of θ_0 is a Hessian-vector product that only the caller can want.
-        saved, kept[i] = kept[i], spec.engine.without_activations(kept[i])
+        saved, states[i] = states[i], spec.engine.without_activations(states[i])
         direction = carried if spec.moving is None else carried.masked_fill(~spec.moving, 0)
         dual = spec.engine.dual(
             points[i], x, y, direction, saved, want_theta=i > 0 or wanted.theta, rows=rows

@@ -118,7 +118,7 @@ def unroll(
     # Called even if no activations will be saved, so that a wrong argument is an error with or
     # without gradients.
     shapes = [engines.PassShape.of(images, len(batch)) for batch in indices]
-    keep = kept_steps("unroll", chosen, shapes, memory, memory_limit)
+    keep = saved_steps("unroll", chosen, shapes, memory, memory_limit)
     # The list may hold tensors, whose gradients as_tensor would lose.
     if isinstance(learning_rate, list | tuple):
         each = [torch.as_tensor(lr, dtype=theta.dtype, device=theta.device) for lr in learning_rate]
@@ -135,7 +135,7 @@ def unroll(
     return _Unroll.apply(theta, images, labels, lrs, spec)
 
 
-def kept_steps(
+def saved_steps(
     operator: str,
     engine: engines.Engine,
     shapes: Sequence[engines.PassShape],
@@ -177,7 +177,7 @@ def kept_steps(
         if limit is None
         else limit
     )
-    of_one = {shape: engine.kept_bytes(shape) for shape in set(shapes)}
+    of_one = {shape: engine.saved_bytes(shape) for shape in set(shapes)}
     for count, shape in enumerate(reversed(shapes)):
         left -= of_one[shape]
         if left < 0:
@@ -193,8 +193,8 @@ class _Unroll(torch.autograd.Function):
     def forward(
         ctx: Any, theta: Tensor, images: Tensor, labels: Tensor, lrs: Tensor, spec: UnrollSpec
     ) -> Tensor:
-        path, kept = forward_path(spec, theta, images, labels, lrs.expand(len(spec.batches)))
-        ctx.spec, ctx.kept = spec, kept
+        path, states = forward_path(spec, theta, images, labels, lrs.expand(len(spec.batches)))
+        ctx.spec, ctx.states = spec, states
         # θ_0 is saved only to make a second derivative through it an error: path holds a copy of
         # its values. A constant theta is not saved, because the caller may write to it.
         ctx.save_for_backward(theta if ctx.needs_input_grad[0] else None, images, labels, lrs, path)
@@ -207,7 +207,7 @@ class _Unroll(torch.autograd.Function):
         spec: UnrollSpec = ctx.spec
         wanted = Wanted(*ctx.needs_input_grad[:3])
         alphas = lrs.expand(len(spec.batches))
-        found = adjoint(spec, path, ctx.kept, images, labels, alphas, grad, wanted)
+        found = adjoint(spec, path, ctx.states, images, labels, alphas, grad, wanted)
         rates_grad = None
         if ctx.needs_input_grad[3]:
             rates_grad = -found.slopes.sum() if lrs.dim() == 0 else -found.slopes

@@ -28,7 +28,7 @@ from pdd_fast.runtime import host_memory as host
 def bytes_of_a_step(problem: Problem, engine: str, batch: int = 5) -> int:
     C, H, W = problem.images.shape[1:]
     shape = engines.PassShape(batch, (C, H, W), problem.theta.dtype, problem.theta.device)
-    return engines.choose(problem.net, engine).kept_bytes(shape)
+    return engines.choose(problem.net, engine).saved_bytes(shape)
 
 
 class Watched:
@@ -276,7 +276,7 @@ def test_what_a_step_of_any_module_keeps_is_found_by_making_one() -> None:
     for batch in (64, 1000):
         shape = engines.PassShape(batch, (C, H, W), torch.float64, torch.device("cpu"))
         found, formula = (
-            engines.AutogradEngine(net).kept_bytes(shape) for net in (unknown, problem.net)
+            engines.AutogradEngine(net).saved_bytes(shape) for net in (unknown, problem.net)
         )
         assert 0.75 * formula <= found <= 1.35 * formula
     assert torch.equal(torch.get_rng_state(), before)

@@ -360,7 +360,7 @@ def test_how_many_steps_a_run_keeps_does_not_depend_on_what_is_free(
     """It decides how the gradient is rounded, and a continued run has the bits of one that was not
     stopped.
     """
-    size = Case().engine.kept_bytes(engines.PassShape(BATCH, (3, *SIZE), torch.float32, CPU))
+    size = Case().engine.saved_bytes(engines.PassShape(BATCH, (3, *SIZE), torch.float32, CPU))
 
     def free(device: torch.device) -> int:
         raise AssertionError("asked for what is free")

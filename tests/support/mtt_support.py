@@ -55,7 +55,7 @@ class Case:
         self.theta = pdd_fast.flatten_parameters(net) + 0.1
         self.device, self.memory, self.dsa = device, memory, dsa
         self.engine: Engine = engines.choose(net.to(device), engine)
-        size = self.engine.kept_bytes(engines.PassShape(BATCH, (3, *SIZE), dtype, device))
+        size = self.engine.saved_bytes(engines.PassShape(BATCH, (3, *SIZE), dtype, device))
         self.memory_limit = keep * size if memory == "auto" else None
         images = torch.randn(frozen + learned, 3, *SIZE, generator=draw, dtype=dtype).to(device)
         self.frozen, self.learned = images.split([frozen, learned])

@@ -123,7 +123,8 @@ def test_the_cache_is_what_grows(steady: Forks) -> None:
     """The other mode, so that the measurement is known to see activations."""
     found = measure(steady, 128, 8, 16, 3, [40, 140], "fused", "cache")
     each = (
-        engines.choose(ConvNet(3, 10, 8, 128, 3)).kept_bytes(shape(16, 8)) + 4 * found["parameters"]
+        engines.choose(ConvNet(3, 10, 8, 128, 3)).saved_bytes(shape(16, 8))
+        + 4 * found["parameters"]
     )
     assert 0.9 * each <= (found["140"] - found["40"]) / 100 <= 1.1 * each
 
@@ -135,7 +136,7 @@ def test_what_is_kept_stays_within_its_limit(
 ) -> None:
     """Beside what recomputing all takes; and what there is room for is used."""
     limit = int(
-        (fitting + 0.5) * engines.choose(ConvNet(3, 10, 32, 32, 3), engine).kept_bytes(shape(32))
+        (fitting + 0.5) * engines.choose(ConvNet(3, 10, 32, 32, 3), engine).saved_bytes(shape(32))
     )
     without = measure(steady, 32, 32, 32, 3, [steps], engine, "recompute")[str(steps)]
     found = measure(steady, 32, 32, 32, 3, [steps], engine, "auto", limit)[str(steps)] - without
@@ -203,7 +204,7 @@ def iterate(
             steps=steps,
             batch=batch,
             memory=memory_mode,
-            memory_limit=keep * chosen.kept_bytes(on) if memory_mode == "auto" else None,
+            memory_limit=keep * chosen.saved_bytes(on) if memory_mode == "auto" else None,
         ),
     )
     start = torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
@@ -211,7 +212,7 @@ def iterate(
     inputs = MatchingInputs(start, start + 0.01, batches, None)
     step(MatchingState.start(torch.randn(images, 3, size, size, device=device), 0.01), inputs)
     kept = {"recompute": 0, "cache": steps, "auto": keep}[memory_mode]
-    return matching_bytes(chosen, on, steps=steps, kept=kept, learned=images, frozen=frozen)
+    return matching_bytes(chosen, on, steps=steps, saved=kept, learned=images, frozen=frozen)
 
 
 def train(batch: int, networks: int, engine: str = "fused", device: str = "cpu") -> int:
@@ -323,15 +324,15 @@ def test_estimates_grow_with_everything(engine: str, device: str) -> None:
         engines.choose(ConvNet(3, 10, 32, 32, 3), engine),
         {"steps": 5, "learned": 10, "frozen": 10},
     )
-    least = matching_bytes(chosen, shape(10, device=device), **counts, kept=0)
+    least = matching_bytes(chosen, shape(10, device=device), **counts, saved=0)
     for name in counts:
         assert (
-            matching_bytes(chosen, shape(10, device=device), **counts | {name: 20}, kept=0) > least
+            matching_bytes(chosen, shape(10, device=device), **counts | {name: 20}, saved=0) > least
         ), name
     for larger in (shape(20, device=device), shape(10, device=device, dtype=torch.float64)):
-        assert matching_bytes(chosen, larger, **counts, kept=0) > least
+        assert matching_bytes(chosen, larger, **counts, saved=0) > least
     by_kept = [
-        matching_bytes(chosen, shape(10, device=device), **counts, kept=kept) for kept in range(6)
+        matching_bytes(chosen, shape(10, device=device), **counts, saved=kept) for kept in range(6)
     ]
     assert sorted(by_kept) == by_kept
     assert by_kept[5] > least
@@ -351,7 +352,7 @@ def test_at_16_bits_an_activation_takes_half() -> None:
     """Parameters and learned images take what they took."""
     net, on = ConvNet(3, 10, 32, 32, 3), shape(1000, device="cuda")
     half, bits32 = (
-        matching_bytes(engines.choose(net, "fused", precision), on, steps=5, kept=0, learned=10)
+        matching_bytes(engines.choose(net, "fused", precision), on, steps=5, saved=0, learned=10)
         for precision in ("bfloat16", "tf32")
     )
     assert 0.5 < half / bits32 < 0.56
@@ -360,5 +361,5 @@ def test_at_16_bits_an_activation_takes_half() -> None:
 def test_the_kernel_takes_less_than_the_composed_passes() -> None:
     chosen = engines.choose(ConvNet(3, 10, 32, 128, 3))
     kernel, composed = shape(50), shape(50, device="cuda")
-    assert chosen.kept_bytes(kernel) < 0.5 * chosen.kept_bytes(composed)
+    assert chosen.saved_bytes(kernel) < 0.5 * chosen.saved_bytes(composed)
     assert chosen.working_bytes(kernel, dual=True) < 0.7 * chosen.working_bytes(composed, dual=True)

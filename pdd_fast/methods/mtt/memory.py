@@ -13,7 +13,7 @@ from pdd_fast.networks.parameters import parameter_count
 
 
 def matching_bytes(
-    engine: Engine, shape: PassShape, *, steps: int, kept: int, learned: int, frozen: int = 0
+    engine: Engine, shape: PassShape, *, steps: int, saved: int, learned: int, frozen: int = 0
 ) -> int:
     """Return the peak number of bytes of one iteration of trajectory matching.
 
@@ -27,18 +27,18 @@ def matching_bytes(
         engine: Engine of the run's network.
         shape: Shape of the batch of an inner step.
         steps: N, number of inner steps.
-        kept: Number of steps that save their activations.
+        saved: Number of steps that save their activations.
         learned: Number of learned images.
         frozen: Number of frozen images in the union.
     """
     # If only some steps save their activations, the peak is at the last of them or at the first
     # step that is recomputed.
     passes = (
-        kept * engine.kept_bytes(shape) + engine.working_bytes(shape, dual=True, kept=True)
-        if kept
+        saved * engine.saved_bytes(shape) + engine.working_bytes(shape, dual=True, saved=True)
+        if saved
         else 0
     )
-    if kept < steps:
+    if saved < steps:
         passes = max(passes, engine.working_bytes(shape, dual=True))
     moved = frozen + learned if shape.device.type == "cuda" else learned
     images = shape.batch + frozen + learned + 2 * moved + 6 * learned

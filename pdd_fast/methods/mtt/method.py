@@ -93,7 +93,7 @@ class TrajectoryMatching(BaseMethod):
             problem.engine,
             shape,
             steps=matching.steps,
-            kept=matching.kept_steps(problem.engine, shape),
+            saved=matching.saved_steps(problem.engine, shape),
             learned=len(problem.labels),
             frozen=len(problem.union.labels),
         )

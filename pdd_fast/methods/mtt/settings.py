@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 
 from pdd_fast.engines import Engine, PassShape
-from pdd_fast.functional.unroll import kept_steps
+from pdd_fast.functional.unroll import saved_steps
 from pdd_fast.methods.base import ImageSgdSettings, StageProblem
 from pdd_fast.runtime import device_memory
 from pdd_fast.runtime.choices import Memory
@@ -60,13 +60,13 @@ class MatchingSettings:
         """Leading dimensions of an iteration's inputs: [K], or none of one trajectory."""
         return () if self.trajectories_per_step == 1 else (self.trajectories_per_step,)
 
-    def kept_steps(self, engine: Engine, shape: PassShape) -> int:
+    def saved_steps(self, engine: Engine, shape: PassShape) -> int:
         """Return the number of inner steps that save their activations, counted from the last.
 
         Raises:
             ValueError, TypeError: ``memory`` or ``memory_limit`` is invalid.
         """
-        return kept_steps(
+        return saved_steps(
             "MatchingSettings", engine, [shape] * self.steps, self.memory, self.memory_limit
         )
 

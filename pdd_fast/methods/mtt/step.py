@@ -104,7 +104,7 @@ class MatchingStep:
     ) -> None:
         _check(labels, frozen_images, settings)
         frozen, total, learns = len(frozen_images), len(labels), settings.learn_labels
-        keep = settings.kept_steps(engine, PassShape.of(frozen_images, settings.batch))
+        keep = settings.saved_steps(engine, PassShape.of(frozen_images, settings.batch))
         images = frozen_images.new_empty((total, *frozen_images.shape[1:]))
         images[:frozen] = frozen_images
         logits = labels[frozen:] if learns else images.new_empty(0, 0)
@@ -261,13 +261,13 @@ def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     spec, start, target = b.specs[k], b.inputs.start[k], b.inputs.target[k]
     alphas = b.old.lr.expand(len(spec.batches))
-    path, kept = forward_path(spec, start, b.images, b.labels, alphas)
+    path, states = forward_path(spec, start, b.images, b.labels, alphas)
     # ∂L/∂θ_N = 2 (θ_N − θ_T) / ‖θ_0 − θ_T‖², rounded as autograd rounds it: the reciprocal first.
     difference, distance = path[-1] - target, (start - target).square().sum()
     loss = difference.square().sum() / distance
     grad = distance.reciprocal() * (difference * 2)
     wanted = Wanted(theta=False, images=True, labels=b.settings.learn_labels)
-    found = adjoint(spec, path, kept, b.images, b.labels, alphas, grad, wanted)
+    found = adjoint(spec, path, states, b.images, b.labels, alphas, grad, wanted)
     assert found.images is not None
     logits_grad = torch.zeros_like(b.old.logits)
     if found.labels is not None:
