@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import pdd_fast
 from pdd_fast.benchmarks.plain_dsa import PlainAugment
 from pdd_fast.benchmarks.plain_network import plain_convnet
-from pdd_fast.training.cuda_graphs import Replay
+from pdd_fast.training.cuda_graphs import CudaBackend, Replay
 
 Gradients = tuple[Tensor, Tensor]  # with respect to images [n, C, H, W] and the learning rate []
 Iteration = Callable[[], Gradients]
@@ -152,14 +152,19 @@ def plain(problem: Problem) -> Iteration:
 def captured(problem: Problem) -> Iteration:
     """Replay :func:`plain` as one CUDA graph, whose launches cost next to nothing.
 
-    On other devices, or if the capture fails, it is :func:`plain`. A capture that fails raises the
-    warning of :class:`pdd_fast.training.cuda_graphs.Replay`.
+    On other devices it is :func:`plain`.
+
+    Raises:
+        RuntimeError: by the second call, if the capture failed.
     """
+    on_gpu = problem.images.is_cuda
     found = torch.zeros_like(problem.images), torch.zeros_like(problem.lr)
     replay = Replay(partial(_copy_gradients, plain(problem), found), problem.images.device)
 
     def iterate() -> Gradients:
         replay()
+        if on_gpu and not replay.captures:
+            raise RuntimeError(f"no graph was captured: {CudaBackend.failure}")
         return found
 
     return iterate

@@ -13,6 +13,7 @@ from forks import Forks
 from hypothesis import settings
 
 from pdd_fast.ops import _native, convnet
+from pdd_fast.training.cuda_graphs import CudaBackend
 
 # Processes that the tests start import the installed package, not the source tree in the working
 # directory, which has no compiled kernels and no pdd_fast.cli.
@@ -98,6 +99,12 @@ def every_region_shared() -> Iterator[None]:
     before = library.set_worth_a_thread(0.0)
     yield
     library.set_worth_a_thread(before)
+
+
+@pytest.fixture(autouse=True)
+def _captures_may_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget a capture that failed in another test, after which the process captures no more."""
+    monkeypatch.setattr(CudaBackend, "failure", "")
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -43,7 +44,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> list[Step]:
     """Return the steps that --only and --skip leave.
 
-    A name selects all steps that start with it.
+    A name selects all steps that start with it. A step whose partner is left out runs alone.
     """
     for name in [*only, *skip]:
         if not any(step.name.startswith(name) for step in steps):
@@ -51,8 +52,17 @@ def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> l
                 f"there is no step {name!r}; the steps are: "
                 f"{'; '.join(step.name for step in steps)}"
             )
-    wanted = [s for s in steps if not only or s.name.startswith(tuple(only))]
-    return [s for s in wanted if not s.name.startswith(tuple(skip))] if skip else wanted
+    wanted: list[Step] = []
+    partner_runs = False
+    for step in steps:
+        leads = not step.beside
+        runs = (not only or step.name.startswith(tuple(only))) and not (
+            skip and step.name.startswith(tuple(skip))
+        )
+        if runs:
+            wanted.append(replace(step, beside=step.beside and partner_runs))
+        partner_runs = runs if leads else partner_runs or runs
+    return wanted
 
 
 def dry_run(steps: Sequence[Step], missing: Sequence[str]) -> str:

@@ -4,8 +4,8 @@
 
 Every implementation runs once per round, with its own flags of cuDNN and of precision, so that a
 change of the GPU's clock affects all of them. A line is printed as soon as an implementation is
-ready or has failed, and a table after every round that ends a case. "times ours" is the median over
-rounds of the ratio to ours in the same round.
+ready or has failed, a line of seconds after every round, and a table when a case ends. "times ours"
+is the median over rounds of the ratio to ours in the same round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -25,6 +24,7 @@ from pdd_fast.benchmarks import cases, implementations, measure, training_step, 
 from pdd_fast.benchmarks.cases import Case
 from pdd_fast.benchmarks.implementations import Implementation
 from pdd_fast.benchmarks.plain_dsa import PlainSampler
+from pdd_fast.training.cuda_graphs import CudaBackend
 
 CASES = ("unroll-b20-n50-w128-s32-dsa", "unroll-b100-n30-w128-s32-dsa", "step-b256-w128-s32-dsa")
 SMALL = ("unroll-b4-n2-w4-s8-dsa", "step-b4-w4-s8-dsa")
@@ -58,6 +58,7 @@ class Row:
 def prepared(case: Case, implementation: Implementation, device: torch.device) -> Row:
     """Return an implementation that has chosen its kernels and captured its graphs."""
     flags(implementation)
+    CudaBackend.failure = ""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -65,9 +66,11 @@ def prepared(case: Case, implementation: Implementation, device: torch.device) -
     if case.kind == "unroll":
         call = unroll.prepared(implementation, unroll.problem_of(case, device, torch.float32))
     else:
-        call = partial(_steps(case, implementation, device))
+        call = _steps(case, implementation, device)
     for _ in range(3):
         call()
+    if CudaBackend.failure:  # its times would be those of another implementation
+        raise RuntimeError(f"no graph was captured: {CudaBackend.failure}")
     peak = torch.cuda.max_memory_reserved() - before if device.type == "cuda" else 0
     return Row(implementation, call, peak / 1e9)
 
@@ -110,6 +113,7 @@ def compare(name: str, wanted: Sequence[str], device: torch.device, seconds: flo
             flags(row.implementation)
             row.seconds.append(measure.timed(row.call, device)[0])
         rounds += 1
+        print(f"round {rounds}, s:", *(f"{row.seconds[-1]:.4g}" for row in rows), flush=True)
     print(table(case, rows, rounds), flush=True)
 
 
@@ -121,15 +125,18 @@ def table(case: Case, rows: Sequence[Row], rounds: int) -> str:
         f"| {rounds} rounds | ms, median | smallest to largest | times ours | GB reserved |",
         "|---|---|---|---|---|",
     ]
+    ours = rows[0].seconds if rows and rows[0].implementation.ours else None
     for row in rows:
-        ours = rows[0].seconds
-        ratio = statistics.median(a / b for a, b in zip(row.seconds, ours, strict=True))
+        ratio = "—"
+        if ours is not None:
+            times = (a / b for a, b in zip(row.seconds, ours, strict=True))
+            ratio = f"{statistics.median(times):.2f}"
         low, mid, high = (
             1e3 * value / steps
             for value in (min(row.seconds), statistics.median(row.seconds), max(row.seconds))
         )
         lines.append(
-            f"| {row.implementation.name} | {mid:.2f} | {low:.2f} to {high:.2f} | {ratio:.2f} | "
+            f"| {row.implementation.name} | {mid:.2f} | {low:.2f} to {high:.2f} | {ratio} | "
             f"{row.gigabytes:.2f} |"
         )
     return "\n".join(lines)

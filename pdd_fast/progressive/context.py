@@ -249,5 +249,5 @@ def _fitting(settings: Settings, net: ConvNet, engine: engines.Engine, device: t
     """
     batch = max(settings.expert_batch, settings.union_batch)
     shape = engines.PassShape(batch, (net.in_channels, *net.image_size), torch.float32, device)
-    size = training_bytes(engine, shape)
-    return device_memory.largest_group(size, device, _MOST_SIDE_BY_SIDE)
+    one, two = (training_bytes(engine, shape, networks) for networks in (1, 2))
+    return device_memory.largest_group(two - one, device, _MOST_SIDE_BY_SIDE, 2 * one - two)

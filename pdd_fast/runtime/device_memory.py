@@ -29,9 +29,13 @@ def available(device: torch.device) -> int | None:
 def _idle_in_graphs(device: torch.device) -> int:
     """Return the bytes of graphs' private memory pools that no tensor holds."""
     index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        segments = torch.cuda.memory_snapshot()
+    except RuntimeError:  # CUDA's own allocator, if the user chose it, has no snapshot
+        return 0
     return sum(
         segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
+        for segment in segments
         if segment["device"] == index and tuple(segment["segment_pool_id"]) != (0, 0)
     )
 
@@ -79,7 +83,7 @@ def require(device: torch.device, size: int, what: str, lower: str) -> None:
         )
 
 
-def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
+def largest_group(bytes_each: int, device: torch.device, most: int, shared: int = 0) -> int:
     """Return how many networks of ``bytes_each`` to train in parallel; 1 on the CPU.
 
     They get half of the device's total memory, not of its free memory. The same machine therefore
@@ -89,10 +93,11 @@ def largest_group(bytes_each: int, device: torch.device, most: int) -> int:
         bytes_each: bytes that one network needs.
         device: the device.
         most: upper bound of the result.
+        shared: bytes that the networks use in turn.
     """
     if device.type != "cuda":
         return 1
-    return max(1, min(most, total(device) // 2 // max(1, bytes_each)))
+    return max(1, min(most, (total(device) // 2 - shared) // max(1, bytes_each)))
 
 
 @contextmanager

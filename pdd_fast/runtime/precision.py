@@ -69,23 +69,23 @@ def computing_in(name: str, device: torch.device) -> Iterator[None]:
     backends: Any = torch.backends  # torch's annotations lack half of its attributes
     cudnn, matmul, mkldnn = backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul
     mode = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
     legacy, before_mkldnn = _legacy_matmul_precision(), mkldnn.fp32_precision
     # The older switch, allow_tf32, would also change the flag of recurrent networks, and reading it
     # fails if a user has set the two apart. This one exists from torch 2.9 on. "none" means ieee
     # unless something else was requested. A flag with the right value is left alone, because an
     # unset flag cannot be restored.
-    changed = []
-    if legacy != "highest":
-        # It would contradict the newer flag, and torch raises an error in a matrix product if the
-        # two differ. It also sets the flags of both back ends.
-        changed.append((matmul, matmul.fp32_precision))
-        torch.set_float32_matmul_precision("highest")
-    for flag, allowed in ((cudnn.conv, name == "tf32"), (matmul, False)):
-        if (flag.fp32_precision == "tf32") != allowed:
-            changed.append((flag, flag.fp32_precision))
-            flag.fp32_precision = "tf32" if allowed else "ieee"
+    changed: list[tuple[Any, str]] = []
     try:
+        cudnn.deterministic, cudnn.benchmark = True, False
+        if legacy != "highest":
+            # It would contradict the newer flag, and torch raises an error in a matrix product if
+            # the two differ. It also sets the flags of both back ends.
+            changed.append((matmul, matmul.fp32_precision))
+            torch.set_float32_matmul_precision("highest")
+        for flag, allowed in ((cudnn.conv, name == "tf32"), (matmul, False)):
+            if (flag.fp32_precision == "tf32") != allowed:
+                changed.append((flag, flag.fp32_precision))
+                flag.fp32_precision = "tf32" if allowed else "ieee"
         yield
     finally:
         if legacy != "highest":

@@ -122,28 +122,37 @@ def free_cublas_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
+
+
 def abandon_capture(
     graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int]
 ) -> None:
     """Give back the memory of a capture that failed or is not wanted.
 
-    If ending a capture fails, some releases of torch go on allocating from its ``pool`` and never
-    free it.
+    If ending a capture fails, torch 2.11 goes on allocating from its ``pool`` and never frees it;
+    torch 2.14 ends and frees it with the graph. To free a pool twice would spoil the allocator's
+    count of its users.
 
     Args:
         graph: graph of the capture.
         device: GPU of the capture.
         pool: private memory pool of the graph.
     """
+    if torch.cuda.is_current_stream_capturing():  # interrupted between begin and end
+        with suppress(RuntimeError):
+            graph.capture_end()
     try:
         graph.pool()
         ended = True
     except RuntimeError:
         ended = False
-    graph.reset()  # releases the pool of a capture that ended
+    graph.reset()  # frees the pool of a capture that ended
     if ended:
         return
     index = torch.cuda.current_device() if device.index is None else device.index
-    for finish in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-        with suppress(RuntimeError):  # this release of torch has done it already
-            finish(index, pool)
+    with suppress(RuntimeError):  # raised if torch has ended, and then also freed, the pool
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+        # torch 2.11's allocator of pinned memory goes on asking the graph whether it captures.
+        _ABANDONED.append(graph)

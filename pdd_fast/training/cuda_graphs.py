@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -135,8 +136,8 @@ class CudaBackend:
         raise RuntimeError(reason)
 
 
-# Backends by their GPU and the handle of their stream.
-_STREAMS: WeakValueDictionary[tuple[torch.device, int], CudaBackend] = WeakValueDictionary()
+# Living backends by the handle of their stream.
+_BACKENDS: defaultdict[int, WeakSet[CudaBackend]] = defaultdict(WeakSet)
 _POOL_STREAMS = 32  # streams that torch hands out in turn, per GPU
 
 
@@ -144,9 +145,9 @@ def _unused_stream(device: torch.device, backend: CudaBackend) -> torch.cuda.Str
     """Return a stream on which no living graph was captured, as long as there is one."""
     for _ in range(_POOL_STREAMS):
         stream = torch.cuda.Stream(device)
-        if (device, stream.cuda_stream) not in _STREAMS:
+        if not _BACKENDS[stream.cuda_stream]:
             break
-    _STREAMS[device, stream.cuda_stream] = backend
+    _BACKENDS[stream.cuda_stream].add(backend)
     return stream
 
 

@@ -122,7 +122,11 @@ def test_exact_implementations_give_the_gradient_of_plain_autograd(
     name: str, augment: bool, device: torch.device
 ) -> None:
     p = problem(device, augment=augment)
-    for found, expected in zip(EXACT[name](p)(), textbook(p), strict=True):
+    iterate = EXACT[name](p)
+    if name == "captured":  # on a GPU the third call is a replay
+        iterate()
+        iterate()
+    for found, expected in zip(iterate(), textbook(p), strict=True):
         assert relative_error(found, expected) < 1e-9
 
 

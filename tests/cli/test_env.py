@@ -31,7 +31,7 @@ RECORD = {
 
 @pytest.fixture
 def facts(capsys: pytest.CaptureFixture[str]) -> Callable[[], Facts]:
-    """What `pdd-fast env --json` says."""
+    """Call `pdd-fast env --json`."""
 
     def ask() -> Facts:
         assert run(["env", "--json"]) == 0

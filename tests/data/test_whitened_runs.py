@@ -61,7 +61,7 @@ def test_a_run_on_whitened_images_ends_in_a_set_that_knows_it(white: Run) -> Non
 
 
 def test_images_that_published_scripts_whitened_come_back_as_their_pixels(tmp_path: Path) -> None:
-    """Of MTT and PDD: images_best.pt as ZCAWhitening made them, without a word on how."""
+    """Write images_best.pt as MTT and PDD do: whitened by ZCAWhitening, without a word on how."""
     pixels = digits_pixels()
     folder = tmp_path / "released"
     folder.mkdir()

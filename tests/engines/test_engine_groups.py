@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.utils.prune
 from engines_support import BOTH
 from torch import Tensor
 

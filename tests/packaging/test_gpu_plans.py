@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -46,15 +47,34 @@ def test_the_short_plan_fits_ten_minutes_and_eight_files(monkeypatch: pytest.Mon
     assert {"-n", "8", "--gpu=only"} <= set(found[4].command)
 
 
+@pytest.mark.parametrize(
+    ("only", "skip", "expected"),
+    [
+        ([], ["tests"], {"ratios": False, "memcheck": False}),
+        (["memcheck"], [], {"memcheck": False}),
+        (["tests", "memcheck"], [], {"tests": False, "memcheck": True}),
+    ],
+)
+def test_a_step_whose_partner_is_left_out_runs_alone(
+    only: list[str], skip: list[str], expected: dict[str, bool]
+) -> None:
+    found = gpu_check.chosen(all_steps("--plan", "short"), only, skip)
+    beside = {step.name: step.beside for step in found}
+    assert {name: beside[name] for name in expected} == expected
+
+
 def test_the_plan_of_cifar10_is_a_command_that_the_command_line_takes(tmp_path: Path) -> None:
     from pdd_fast.cli.distill import command
 
     (step,) = all_steps("--plan", "cifar10", "--skip-build", "--data-dir", str(tmp_path))
-    arguments = list(step.command[step.command.index("distill") + 1 :])
-    asked = command.make_context("distill", arguments).params
+    first, second = step.command[2].split(" && ")
+    words = shlex.split(first)
+    arguments = words[words.index("distill") + 1 :]
+    asked = command.make_context("distill", list(arguments)).params
     assert asked["recipe"] == "cifar10-ipc10"
     assert asked["data_dir"] == str(tmp_path)
-    assert "num_experts=10" in step.command
+    assert "num_experts=10" in arguments
+    assert second.startswith(f"cp {asked['run_dir']}/evaluation.json ")
 
 
 @pytest.mark.parametrize("plan", ["short", "full", "cifar10"])
@@ -91,7 +111,9 @@ def test_missing_and_old_packages_are_named_and_wheels_bring_them(
     )
     build = all_steps("--plan", "short", "--wheels", str(tmp_path))[0]
     assert build.command[:2] == ["bash", "-c"]
-    assert f"--no-index --find-links {tmp_path} --upgrade setuptools" in build.command[2]
+    first, second = build.command[2].split(" && ")
+    assert first.endswith(f"pip install --no-index --no-deps --upgrade {tmp_path}/*.whl")
+    assert second.endswith(f"pip install --no-build-isolation --no-deps --verbose {plans.ROOT}")
 
 
 # ---- the programs of the short plan, at sizes for a CPU ----
@@ -136,6 +158,10 @@ def test_the_profile_names_what_is_slow_and_which_way_is_faster() -> None:
     assert result.stdout.count("| ms | share | launches | kernel |") == 3
     assert len(re.findall(r"; the faster is (convolution|product)$", result.stdout, re.M)) == 4
     assert len(re.findall(r"; the faster is (grouped|one by one)$", result.stdout, re.M)) == 2
+    report = steps.tables_in(result.stdout)
+    assert report.count("\n\n| ms | share | launches | kernel |\n|---|") == 3
+    assert len(re.findall(r"^## ", report, re.MULTILINE)) == 4
+    assert report.count("; the faster is ") == 6
 
 
 def test_the_ratios_compare_with_plain_pytorch_by_turns() -> None:
@@ -147,3 +173,4 @@ def test_the_ratios_compare_with_plain_pytorch_by_turns() -> None:
         assert f"{name}: ready after" in result.stdout
         assert re.search(rf"^\| {re.escape(name)} \| [\d.]+ \| ", tables, re.MULTILINE)
     assert "FAILED" not in result.stdout
+    assert tables.count("## ") == len(ratios.SMALL) == tables.count("times ours")

@@ -63,8 +63,8 @@ def test_networks_are_trained_one_at_a_time_on_the_cpu_unless_asked_otherwise() 
 def test_on_a_gpu_as_many_as_fit_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def fitting(bytes_each: int, device: torch.device, most: int) -> int:
-        asked.append(bytes_each)
+    def fitting(bytes_each: int, device: torch.device, most: int, shared: int) -> int:
+        asked.append(shared)
         return most
 
     monkeypatch.setattr(device_memory, "largest_group", fitting)

@@ -1,4 +1,4 @@
-"""What a device has, and the sentence that reports too little of it."""
+"""Memory of a device, and the sentence that reports too little of it."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ def test_what_captured_graphs_hold_is_not_available(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("gpu")
+def test_an_allocator_without_a_snapshot_has_no_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("cudaMallocAsync does not yet support snapshot")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", refuse)
+    assert device_memory.available(GPU) == 32_000_000_000
+
+
+@pytest.mark.usefixtures("gpu")
 def test_what_there_is_in_all_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "total", lambda: 5)
     monkeypatch.setattr(host, "free", lambda: 3)
@@ -88,6 +97,7 @@ def test_more_than_there_is_is_refused_in_a_sentence() -> None:
 )
 def test_groups_fill_half_of_the_whole_device(each: int, most: int, group: int) -> None:
     assert device_memory.largest_group(each, GPU, most) == group
+    assert device_memory.largest_group(each, GPU, most, shared=10**14) == 1
     assert device_memory.largest_group(each, CPU, most) == 1
 
 

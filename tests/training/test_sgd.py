@@ -363,7 +363,7 @@ def test_how_many_steps_are_drawn_at_a_time_makes_no_difference(
         assert torch.equal(one, other)
 
 
-def test_a_tape_has_a_bounded_length() -> None:
+def test_a_step_queue_has_a_bounded_length() -> None:
     assert queue.steps_per_queue(20, 64) == 20
     assert queue.steps_per_queue(1000, 64) == 32
     assert (
