@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdd_fast.runtime.devices import threads
+
 # Images whose bytes are counted at once: 4 MB per channel of 32×32.
 _AT_ONCE = 4096
 # Constants that differ by less make equivalent images: a quarter of one of 256 levels.
@@ -68,13 +70,13 @@ class Normalization:
         if pixels.dtype == torch.uint8:
             return cls._of_bytes(pixels)
         # Channel by channel, so that the float64 copy takes 2/C of the data. Only digits come as
-        # floats.
-        channels = [pixels[:, c].double() for c in range(pixels.shape[1])]
-        std = tuple(float(c.std(correction=0)) for c in channels)
+        # floats. On one thread, because the number of threads changes the order of the sums.
+        with threads(1):
+            channels = [pixels[:, c].double() for c in range(pixels.shape[1])]
+            mean = tuple(float(c.mean()) for c in channels)
+            std = tuple(float(c.std(correction=0)) for c in channels)
         # A constant channel is only centered.
-        return cls(
-            tuple(float(c.mean()) for c in channels), tuple(s if s > 0 else 1.0 for s in std)
-        )
+        return cls(mean, tuple(s if s > 0 else 1.0 for s in std))
 
     @classmethod
     def _of_bytes(cls, pixels: Tensor) -> Normalization:

@@ -476,3 +476,15 @@ def test_too_few_images_to_start_from_are_counted_by_class() -> None:
         UsageError, match=r"factor must be at most 1, got 2: class 'bee' has 2 .* image needs 4"
     ):
         require_images_per_class(split, 1, ("ant", "bee"), each=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalization_has_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    pixels = torch.randint(256, (40_000, 2, 5, 5), dtype=torch.uint8)
+    pixels = pixels if dtype == torch.uint8 else pixels.to(dtype) / 255
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(Normalization.fit(pixels))
+        assert torch.get_num_threads() == count
+    assert found[0] == found[1] == found[2]

@@ -215,7 +215,7 @@ def test_other_data_are_refused_in_one_sentence(
     before = stored(begun)
     status, err = call("distill", "--resume", "--run-dir", begun, "--dataset", place)
     assert (status, err.count("\n")) == (2, 1)
-    assert f"dataset must be what {begun} was begun with" in err
+    assert f"dataset must be the one that {begun} was begun with, got another: " in err
     assert said in err
     assert stored(begun) == before
 

@@ -180,6 +180,7 @@ def test_no_other_file_uses_the_private_interface() -> None:
         (path.relative_to(PACKAGE).as_posix(), match[0])
         for path in PACKAGE.rglob("*.py")
         for match in private.finditer(path.read_text(encoding="utf-8"))
-        if path.name != "torch_internals.py"
+        # An installed package also holds the benchmarks, whose counter of launches is such a mode.
+        if path.name != "torch_internals.py" and "benchmarks" not in path.parts
     }
     assert found == ELSEWHERE
