@@ -34,7 +34,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import plans
-from steps import Report, Step, run_all
+from steps import Report, Step, groups, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 # For machine.py, which works before the package is installed.
@@ -52,28 +52,24 @@ def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> l
                 f"there is no step {name!r}; the steps are: "
                 f"{'; '.join(step.name for step in steps)}"
             )
+
+    def runs(step: Step) -> bool:
+        return step.name.startswith(tuple(only or [""])) and not step.name.startswith(tuple(skip))
+
     wanted: list[Step] = []
-    partner_runs = False
-    for step in steps:
-        leads = not step.beside
-        runs = (not only or step.name.startswith(tuple(only))) and not (
-            skip and step.name.startswith(tuple(skip))
-        )
-        if runs:
-            wanted.append(replace(step, beside=step.beside and partner_runs))
-        partner_runs = runs if leads else partner_runs or runs
+    for group in groups(steps):
+        for place, step in enumerate(filter(runs, group)):
+            wanted.append(replace(step, beside=place > 0))
     return wanted
 
 
 def dry_run(steps: Sequence[Step], missing: Sequence[str]) -> str:
     """Return the plan as text: each step, its expected and longest time, and its command."""
-    lines, seconds, longest = [], 0.0, 0.0
-    for number, step in enumerate(steps):
+    lines = []
+    seconds = sum(max(step.expected or step.limit for step in group) for group in groups(steps))
+    longest = sum(max(step.limit for step in group) for group in groups(steps))
+    for step in steps:
         expected = step.expected or step.limit
-        with_next = number + 1 < len(steps) and steps[number + 1].beside
-        if not step.beside:
-            seconds += max(expected, steps[number + 1].expected) if with_next else expected
-            longest += max(step.limit, steps[number + 1].limit) if with_next else step.limit
         beside = ", beside the step before" if step.beside else ""
         lines.append(f"{step.name}: {expected:.0f} s, at most {step.limit:.0f} s{beside}")
         environment = [f"{name}={value}" for name, value in step.environment.items()]

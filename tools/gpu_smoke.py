@@ -10,6 +10,7 @@ outlives forty others. Each check is independent of the others. Exit status: 0 i
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 import pdd_fast
 from pdd_fast import engines
 from pdd_fast.augmentation.dsa import DSA
+from pdd_fast.benchmarks.measure import relative_error
 from pdd_fast.training.cuda_graphs import CudaBackend, Replay
 from pdd_fast.training.sgd import Loop, Sgd, TrainState
 
@@ -35,18 +37,12 @@ class CheckError(Exception):
     """A check's result is wrong."""
 
 
-def require(name: str, error: float, limit: float) -> str:
-    """Return the error as a text, or raise CheckError if it is above ``limit`` or NaN."""
-    text = f"{name} {error:.1e}"
-    if not error <= limit:
+def require(name: str, error: float | None, limit: float) -> str:
+    """Return the error as a text, or raise CheckError if it is above ``limit`` or not finite."""
+    text = f"{name} {math.nan if error is None else error:.1e}"
+    if error is None or not error <= limit:
         raise CheckError(f"{text}, above {limit:.0e}")
     return text
-
-
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Return ‖found − truth‖ / ‖truth‖."""
-    found, truth = found.detach().cpu().double(), truth.detach().cpu().double()
-    return float((found - truth).norm() / truth.norm())
 
 
 def network(device: torch.device, dtype: torch.dtype = torch.float32) -> pdd_fast.ConvNet:
@@ -122,7 +118,8 @@ def side_by_side(device: torch.device) -> str:
     together = engine.gradients(theta, x, y)[1]
     alone = torch.stack([engine.gradient(theta[k], x[k], y[k])[1] for k in range(4)])
     if not torch.equal(together, alone):
-        raise CheckError(f"they differ by {relative_error(together, alone):.1e}")
+        error = relative_error(together, alone.cpu().double())
+        raise CheckError(f"they differ by {error}")
     return "the same bits"
 
 
@@ -144,7 +141,8 @@ def graphs(device: torch.device) -> str:
     """Check that replayed training steps give the bits of steps that run kernel by kernel."""
     replayed, called = training(device, True), training(device, False)
     if not torch.equal(replayed, called):
-        raise CheckError(f"replays differ by {relative_error(replayed, called):.1e}")
+        error = relative_error(replayed, called.cpu().double())
+        raise CheckError(f"replays differ by {error}")
     return "the same bits"
 
 

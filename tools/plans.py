@@ -106,27 +106,30 @@ def benchmark_steps(out: Path) -> list[Step]:
     ]
 
 
-def build_step(
-    facts: dict[str, Any], wheels: Path | None = None, limit: float = 600, expected: float = 0
-) -> Step:
+def build_steps(
+    args: argparse.Namespace, facts: dict[str, Any], limit: float = 600, expected: float = 0
+) -> list[Step]:
     """Return the step that builds for this GPU alone, unless PDD_FAST_CUDA_ARCHS names others.
 
-    Six architectures take six times as long. With ``wheels``, packages that are missing or too old
-    are installed from that folder before, because a machine may have no network.
+    Six architectures take six times as long. With --wheels, packages that are missing or too old
+    are installed from that folder before, because a machine may have no network. With --skip-build
+    there is no step.
     """
+    if args.skip_build:
+        return []
     environment = {"PDD_FAST_CUDA": "1"}
     if "PDD_FAST_CUDA_ARCHS" not in os.environ:
         environment["PDD_FAST_CUDA_ARCHS"] = str(facts["compute_capability"]).replace(".", "")
     install = [*PYTHON, "-m", "pip", "install", "--no-build-isolation"]
     command = [*install, "--no-deps", "--verbose", str(ROOT)]
-    if wheels is not None:
+    if args.wheels is not None:
         # Without pip's resolver, which would refuse a torch whose exact pins the machine breaks.
         first = shlex.join(
             [*PYTHON, "-m", "pip", "install", "--no-index", "--no-deps", "--upgrade"]
         )
-        script = f"{first} {shlex.quote(str(wheels))}/*.whl && {shlex.join(command)}"
+        script = f"{first} {shlex.quote(str(args.wheels))}/*.whl && {shlex.join(command)}"
         command = ["bash", "-c", script]
-    return Step("build", command, limit, environment=environment, expected=expected)
+    return [Step("build", command, limit, environment=environment, expected=expected)]
 
 
 def pytest_step(name: str, which: str, limit: float, *arguments: str, expected: float = 0) -> Step:
@@ -140,7 +143,7 @@ def full(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
     """Return the steps for half an hour; each one depends only on earlier ones."""
     env = [*COMMAND_LINE, "env", "--json"]
     return [
-        *([] if args.skip_build else [build_step(facts, args.wheels)]),
+        *build_steps(args, facts),
         Step("build and environment", env, 60, r'"CUDA kernels": \{\s*"library": "loads"'),
         pytest_step("tests on the GPU", "only", 600),
         *sanitizer_steps(find_tool("compute-sanitizer")),
@@ -157,7 +160,7 @@ def short(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
     """
     (memcheck, *_) = sanitizer_steps(find_tool("compute-sanitizer"))
     return [
-        *([] if args.skip_build else [build_step(facts, args.wheels, limit=180, expected=75)]),
+        *build_steps(args, facts, limit=180, expected=75),
         tool("smoke", "gpu_smoke.py", 90, 25, says=r"(\d+) of \1 checks passed"),
         tool("profile", "gpu_profile.py", 120, 50, tables=True),
         tool("ratios", "gpu_ratios.py", 240, 170, "--seconds", "45", tables=True),
@@ -186,8 +189,7 @@ def cifar10(args: argparse.Namespace, facts: dict[str, Any]) -> list[Step]:
     brought = " ".join(shlex.quote(str(run / name)) for name in ("evaluation.json", "accuracy.png"))
     script = f"{shlex.join([*COMMAND_LINE, *command])} && cp {brought} {shlex.quote(str(args.out))}"
     step = Step("CIFAR-10", ["bash", "-c", script], 540, "Test accuracy", expected=300)
-    build = [] if args.skip_build else [build_step(facts, args.wheels, limit=180, expected=75)]
-    return [*build, step]
+    return [*build_steps(args, facts, limit=180, expected=75), step]
 
 
 def missing_packages() -> list[str]:

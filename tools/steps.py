@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +203,17 @@ def _wait(
     return None
 
 
+def groups(steps: Sequence[Step]) -> list[list[Step]]:
+    """Return the steps in groups that run at the same time: a step and those beside it."""
+    found: list[list[Step]] = []
+    for step in steps:
+        if step.beside and found:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
+
+
 def run_all(
     steps: Sequence[Step],
     report: Report,
@@ -217,17 +227,16 @@ def run_all(
     end = time.monotonic() + budget
     report.results[:] = [Result(step.name, limit=step.limit) for step in steps]
     report.write()
-    pairs = list(zip(steps, report.results, strict=True))
+    results = iter(report.results)
     stop = threading.Event()
     # A step beside the one before it runs in a thread. The main thread, which alone gets
     # interrupts, runs the other.
     threads: list[threading.Thread] = []
     try:
-        for number, (step, result) in enumerate(pairs):
-            if step.beside:
-                continue
-            for other, of_other in takewhile(lambda pair: pair[0].beside, pairs[number + 1 :]):
-                arguments = (other, of_other, report, end, budget, tell, stop)
+        for step, *others in groups(steps):
+            result = next(results)
+            for other in others:
+                arguments = (other, next(results), report, end, budget, tell, stop)
                 threads.append(threading.Thread(target=_one, args=arguments))
                 threads[-1].start()
             _one(step, result, report, end, budget, tell)
