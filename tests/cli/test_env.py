@@ -366,62 +366,50 @@ def test_the_loader_says_why_a_library_is_not_there(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torchvision that imports, so that no advice is about it."""
-    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(__version__="9.8"))
-
-
-@pytest.mark.usefixtures("torchvision")
-@pytest.mark.parametrize("driver", ["12.8", "11.4"])
-@pytest.mark.parametrize("torch_finds", [0, 1])
-def test_a_driver_older_than_the_kernels_is_named_with_what_helps(
-    driver: str,
-    torch_finds: int,
+def advice_about(
     facts: Callable[[], Facts],
     record: Callable[[object], None],
     gpus: Callable[..., None],
     kernels: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., list[str]]:
+    """Returns the advice where torch finds so many GPUs and the CUDA kernels report this."""
+    # One that imports, so that no advice is about it.
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(__version__="9.8"))
+
+    def ask(torch_finds: int, **reported: str) -> list[str]:
+        record(RECORD)
+        gpus(*[(9, 0)] * torch_finds)
+        kernels("cpu", "cuda", **reported)
+        return list(facts()["advice"])
+
+    return ask
+
+
+@pytest.mark.parametrize("driver", ["12.8", "11.4"])
+@pytest.mark.parametrize("torch_finds", [0, 1])
+def test_a_driver_older_than_the_kernels_is_named_with_what_helps(
+    driver: str, torch_finds: int, advice_about: Callable[..., list[str]]
 ) -> None:
-    record(RECORD)
-    gpus(*[(9, 0)] * torch_finds)
-    kernels("cpu", "cuda", driver=driver, devices="0")
-    assert facts()["advice"] == [
+    assert advice_about(torch_finds, driver=driver, devices="0") == [
         f"the driver serves CUDA {driver}, and the CUDA kernels were built with CUDA 13.0: install "
         "a driver for CUDA 13 (release 580 or later), or set CUDA_HOME to a toolkit of CUDA "
         f"{driver} or earlier and {env._REBUILD}"
     ]
 
 
-@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("driver", "runtime"), [("13.0", "13.2"), ("13.1", "12.4")])
 def test_a_driver_serves_its_own_major_release_and_earlier_ones(
-    driver: str,
-    runtime: str,
-    facts: Callable[[], Facts],
-    record: Callable[[object], None],
-    gpus: Callable[..., None],
-    kernels: Callable[..., None],
+    driver: str, runtime: str, advice_about: Callable[..., list[str]]
 ) -> None:
-    record(RECORD)
-    gpus((9, 0))
-    kernels("cpu", "cuda", driver=driver, runtime=runtime)
-    assert facts()["advice"] == []
+    assert advice_about(1, driver=driver, runtime=runtime) == []
 
 
-@pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize(("torch_finds", "kernels_find"), [(1, "0"), (0, "2"), (2, "1")])
 def test_gpus_that_only_torch_or_only_the_kernels_find_are_a_fault(
-    torch_finds: int,
-    kernels_find: str,
-    facts: Callable[[], Facts],
-    record: Callable[[object], None],
-    gpus: Callable[..., None],
-    kernels: Callable[..., None],
+    torch_finds: int, kernels_find: str, advice_about: Callable[..., list[str]]
 ) -> None:
-    record(RECORD)
-    gpus(*[(9, 0)] * torch_finds)
-    kernels("cpu", "cuda", devices=kernels_find)
-    (advice,) = facts()["advice"]
+    (advice,) = advice_about(torch_finds, devices=kernels_find)
     assert advice.startswith(
         f"torch finds {torch_finds} GPUs and the CUDA kernels find {kernels_find}: "
     )

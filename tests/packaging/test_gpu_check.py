@@ -11,24 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
-if not (TOOLS / "gpu_check.py").is_file():
-    pytest.skip("the tools are not beside the tests", allow_module_level=True)
-sys.path.append(str(TOOLS))
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-gpu_check, plans, steps = module("gpu_check"), module("plans"), module("steps")
+from gpu_tools import ROOT, TOOLS, all_steps, gpu_check, module, plans, steps
 
 
 def step(name: str, program: str, limit: float = 60, **more: Any) -> Any:
@@ -132,11 +119,6 @@ def test_a_tool_is_found_wherever_toolkits_keep_it(
     assert plans.find_tool("nvcc") is not None
     assert Path(plans.find_tool("compute-sanitizer")).resolve() == wanted
     assert plans.find_tool("ncu") is None
-
-
-def all_steps(*arguments: str) -> list[Any]:
-    args = gpu_check.parser().parse_args(["--out", "out", *arguments])
-    return plans.PLANS[args.plan](args, {"compute_capability": "9.0"})
 
 
 def test_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,29 +10,10 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / "tools"
-if not (TOOLS / "gpu_check.py").is_file():
-    pytest.skip("the tools are not beside the tests", allow_module_level=True)
-sys.path.append(str(TOOLS))
-
-
-def module(name: str) -> ModuleType:
-    return importlib.import_module(name)
-
-
-gpu_check, plans, steps = module("gpu_check"), module("plans"), module("steps")
-
-
-def all_steps(*arguments: str) -> list[Any]:
-    args = gpu_check.parser().parse_args(["--out", "out", *arguments])
-    return list(plans.PLANS[args.plan](args, {"compute_capability": "9.0"}))
+from gpu_tools import TOOLS, all_steps, gpu_check, module, plans, steps
 
 
 def test_the_short_plan_fits_ten_minutes_and_eight_files(monkeypatch: pytest.MonkeyPatch) -> None:
