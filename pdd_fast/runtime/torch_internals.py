@@ -117,6 +117,11 @@ def layers_are_patched() -> bool:
     return any(now is not then for now, then in zip(_called(), _ORIGINALS, strict=True))
 
 
+def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
+    """Return the gradient of the argument of ``output = softmax(argument, 1)``, in one launch."""
+    return torch._softmax_backward_data(grad, output, 1, output.dtype)
+
+
 def free_cublas_workspaces() -> None:
     """Free the workspaces that torch keeps for cuBLAS, on all GPUs and streams."""
     torch._C._cuda_clearCublasWorkspaces()

@@ -21,6 +21,7 @@ from pdd_fast.methods.mtt.inputs import InputBuffers, MatchingInputs
 from pdd_fast.methods.mtt.settings import MatchingSettings
 from pdd_fast.networks.parameters import parameter_count
 from pdd_fast.runtime.errors import require
+from pdd_fast.runtime.torch_internals import softmax_backward
 from pdd_fast.training.cuda_graphs import Backend, Replay
 
 # Smallest initial probability of a class. The gradient of a logit is proportional to the
@@ -271,8 +272,5 @@ def _matched(b: _Buffers, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert found.images is not None
     logits_grad = torch.zeros_like(b.old.logits)
     if found.labels is not None:
-        learned = b.labels[b.frozen :]
-        logits_grad = torch._softmax_backward_data(
-            found.labels[b.frozen :], learned, 1, learned.dtype
-        )
+        logits_grad = softmax_backward(found.labels[b.frozen :], b.labels[b.frozen :])
     return loss, found.images[b.frozen - spec.frozen :], found.slopes.sum(), logits_grad
