@@ -53,8 +53,7 @@ _OPTIONS = [f"--{setting.replace('_', '-')}" for setting in _FLAGS]
 # Options before 0.1 that set no setting, and their names now; RENAMED has those that do.
 _RENAMED_OPTIONS = {"contender": "implementation"}
 # Settings that a continued run may change. Results do not depend on them, or differ by rounding
-# only (device, side_by_side, memory, memory_limit): a run that ran out of memory must be able to
-# continue.
+# only (device, memory, memory_limit): a run that ran out of memory must be able to continue.
 _FREE = (
     "device",
     "data_dir",

@@ -14,8 +14,6 @@ from pdd_fast import recipes
 from pdd_fast.runtime import choices as names
 from pdd_fast.runtime import paths
 from pdd_fast.runtime.errors import UsageError
-
-# "as" re-exports what a method's settings are made of.
 from pdd_fast.runtime.method_settings import (
     DEFAULT_METHOD,
     MethodSettings,

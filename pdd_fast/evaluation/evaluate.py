@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, product
 from pathlib import Path
 
-from pdd_fast.evaluation.comparisons import InOrder, comparisons
+from pdd_fast.evaluation.comparisons import Comparison, InOrder, comparisons
 from pdd_fast.evaluation.schedule import follow, fresh_module
 from pdd_fast.evaluation.summary import compare, summarize
 from pdd_fast.networks.zoo import TITLES, check_names
@@ -71,20 +71,7 @@ def evaluate_run(
     with threads(settings.threads):
         ctx = RunContext.of_run(run, settings, to_judge=True)
         chosen = comparisons(run, ctx, against, subsets, reporter)
-        for network in networks:  # fail before any work if one cannot be built
-            fresh_module(ctx, network, 0)
-        scores: dict[tuple[str, str], list[list[float]]] = {
-            (network, each.name): [] for network in networks for each in chosen
-        }
-        with reporter.task(
-            "evaluation", total=settings.repeats * len(scores), unit="network"
-        ) as task:
-            for network, group, each in product(networks, ctx.groups(settings.repeats), chosen):
-                parts = [follow(network, ctx, phases, group) for phases in each.schedules(group)]
-                for repeat in range(len(group)):
-                    row = [score for part in parts for score in part[repeat]]
-                    scores[network, each.name].append(row)
-                    task.advance(1, network=TITLES[network], result=each.name, accuracy=row[-1])
+        scores = _scores(ctx, networks, chosen, reporter)
 
     seeds = [ctx.seed("evaluation", repeat, "parameters") for repeat in range(settings.repeats)]
     results = [
@@ -108,6 +95,26 @@ def evaluate_run(
     )
     evaluation.write(run.evaluation_file)
     return evaluation
+
+
+def _scores(
+    ctx: RunContext, networks: Sequence[str], chosen: Sequence[Comparison], reporter: Reporter
+) -> dict[tuple[str, str], list[list[float]]]:
+    """Return the test accuracies (%) of every repeat, by the names of network and result."""
+    for network in networks:  # fail before any work if one cannot be built
+        fresh_module(ctx, network, 0)
+    repeats = ctx.settings.repeats
+    scores: dict[tuple[str, str], list[list[float]]] = {
+        (network, each.name): [] for network in networks for each in chosen
+    }
+    with reporter.task("evaluation", total=repeats * len(scores), unit="network") as task:
+        for network, group, each in product(networks, ctx.groups(repeats), chosen):
+            parts = [follow(network, ctx, phases, group) for phases in each.schedules(group)]
+            for repeat in range(len(group)):
+                row = [score for part in parts for score in part[repeat]]
+                scores[network, each.name].append(row)
+                task.advance(1, network=TITLES[network], result=each.name, accuracy=row[-1])
+    return scores
 
 
 def _protocol(ctx: RunContext, pdd: InOrder, against: Path | None) -> Protocol:
